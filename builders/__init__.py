@@ -1,0 +1,1 @@
+"""Offline work: everything that ends in files."""

@@ -1,0 +1,228 @@
+"""The nouns of the pipeline: frozen records of files, digests and facts.
+
+A record holds no tensor and no handle. It is saved as `record.json` beside its files, so that it can be cached,
+compared and named in a report. File names are relative to `directory`, so a store can be moved.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from builders.spec import Flavour, GraphPrecision, Platform, ProfileSlice, Task
+
+_CHUNK = 1 << 20
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, read in chunks of 1 MiB."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FileRecord(Record):
+    name: str
+    bytes: int
+    sha256: str
+
+    @staticmethod
+    def of(path: Path) -> FileRecord:
+        return FileRecord(name=path.name, bytes=path.stat().st_size, sha256=file_digest(path))
+
+
+class Artifact(Record):
+    """What a stage leaves behind. `files` are all the files it vouches for."""
+
+    directory: Path = Field(exclude=True)
+    files: tuple[FileRecord, ...]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the names and digests of the files: the identity of the content."""
+        lines = sorted(f"{file.name} {file.sha256}" for file in self.files)
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+    @property
+    def bytes(self) -> int:
+        return sum(file.bytes for file in self.files)
+
+    def path(self, name: str) -> Path:
+        return self.directory / name
+
+
+class Checkpoint(Artifact):
+    """Weights, configuration and tokenizer of one model, in a folder that transformers loads."""
+
+    source: str
+    architecture: str
+    model_type: str
+    task: Task
+    pooling: str | None
+    normalize: bool
+    hidden_size: int
+    labels: int
+    parameters: int
+    max_length: int
+    token_type_ids: bool
+
+
+class TensorSpec(Record):
+    """Name, ONNX element type (`int64`, `float32`) and dimensions; a string names a dynamic one."""
+
+    name: str
+    dtype: str
+    dims: tuple[int | str, ...]
+
+
+class Quality(Record):
+    """A model against the fp32 checkpoint on held-out texts.
+
+    `mean_cosine` and `worst_cosine` compare embeddings text by text. Scores of classifiers and rerankers are compared
+    label by label instead: the cosine of the centred scores over all texts, which is Pearson's correlation.
+    """
+
+    mean_cosine: float
+    worst_cosine: float
+    max_abs_difference: float
+    texts: int
+    executor: str
+
+
+class OnnxGraph(Artifact):
+    """One ONNX file with its weights inside or beside it."""
+
+    file: str
+    precision: GraphPrecision
+    opset: int
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    operators: dict[str, int]
+    quality: Quality
+    source_digest: str
+
+    @property
+    def file_path(self) -> Path:
+        return self.path(self.file)
+
+
+class ServedQuality(Artifact):
+    """The model as the CPU service computes it, against fp32. No files: the figures are the result."""
+
+    quality: Quality
+
+
+class Engine(Artifact):
+    """One TensorRT engine for one target."""
+
+    file: str
+    flavour: Flavour
+    version: str
+    target: str
+    precision: GraphPrecision
+    profiles: tuple[ProfileSlice, ...]
+    layers: int
+    build_seconds: float
+    source_digest: str
+
+    @property
+    def file_path(self) -> Path:
+        return self.path(self.file)
+
+
+class RepositoryEntry(Record):
+    """A published version of an ensemble in a Triton model repository."""
+
+    repository: Path
+    ensemble: str
+    models: tuple[str, ...]
+    version: int
+    platform: Platform
+    precision: str
+    model_digest: str
+    spec_digest: str
+
+
+class Cut(Record):
+    """Dimension `dim` is cut block by block: (size, parts). Rank r of N holds part r * parts // N of each block."""
+
+    dim: int
+    blocks: tuple[tuple[int, int], ...]
+
+
+class PlacedWeight(Record):
+    """An initializer of a stage: the tensor of the source graph, how it is cut, and what one rank holds."""
+
+    name: str
+    source: str
+    dtype: str
+    dims: tuple[int, ...]
+    cut: Cut | None
+    bytes: int
+
+
+class StagePort(TensorSpec):
+    """An input or output of a stage. `dims` are one rank's; `from_stage` is None for inputs of the whole graph."""
+
+    cut: Cut | None
+    from_stage: int | None = None
+
+
+class CollectiveRecord(Record):
+    """`bytes_per_token`: what one rank sends in a ring, for one token."""
+
+    operation: str
+    value: str
+    bytes_per_token: int
+
+
+class PipelineStage(Record):
+    """One stage. `files` are the ranks' graphs in order; the weights of `x.onnx` lie in `x.onnx.data`."""
+
+    files: tuple[str, ...]
+    inputs: tuple[StagePort, ...]
+    outputs: tuple[StagePort, ...]
+    weights: tuple[PlacedWeight, ...]
+    collectives: tuple[CollectiveRecord, ...]
+    rank_bytes: int
+
+
+class Partition(Artifact):
+    """A graph shared out: `tensor` ranks in each of `pipeline` stages. Saved as `partition.json`.
+
+    `states` are (output, input) pairs: what a step leaves for the next one, such as a key-value cache.
+    `kept_whole` names weight products that every rank computes whole, and why.
+    """
+
+    tensor: int
+    pipeline: int
+    opset: int
+    source_file: str
+    source_digest: str
+    source_bytes: int
+    stages: tuple[PipelineStage, ...]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    states: tuple[tuple[str, str], ...]
+    kept_whole: dict[str, str]
+
+    @property
+    def rank_bytes(self) -> int:
+        """Weights of the rank that holds most."""
+        return max(stage.rank_bytes for stage in self.stages)
+
+    @property
+    def ideal_bytes(self) -> int:
+        return -(-self.source_bytes // (self.tensor * self.pipeline))
+
+    @property
+    def bytes_per_token(self) -> int:
+        return sum(item.bytes_per_token for stage in self.stages for item in stage.collectives)

@@ -1,0 +1,191 @@
+"""One code path through Polygraphy for both flavours of TensorRT.
+
+`tensorrt-rtx` (TensorRT for RTX) builds for any listed target on a machine without a GPU. `tensorrt` builds for the
+GPU of the machine it runs on. Engines of one flavour do not load in the other. Both are strongly typed here: the
+precision is the graph's own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from builders.artifacts import Engine, FileRecord, OnnxGraph, TensorSpec
+from builders.errors import EngineError, MachineError, SpecError
+from builders.graph import describe
+from builders.spec import Flavour, ProfileSlice
+from runtime.gpu import visible_targets
+
+_MODULES: dict[Flavour, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+_INSTALL: dict[Flavour, str] = {
+    "tensorrt": "install NVIDIA's tensorrt package on a machine with the target GPU, "
+    "or set engine.flavour: tensorrt-rtx to build here",
+    "tensorrt-rtx": "pip install tensorrt-rtx (x86-64 Linux or Windows)",
+}
+
+
+def engine_file(target: str) -> str:
+    return f"model.{target}.plan"
+
+
+def require_tensorrt(flavour: Flavour) -> None:
+    """Raises MachineError when the package of this flavour is not installed."""
+    if importlib.util.find_spec(_MODULES[flavour]) is None:
+        raise MachineError(
+            f"engine.flavour {flavour}",
+            got=f"no module {_MODULES[flavour]}",
+            expected="the TensorRT package of that flavour",
+            fix=_INSTALL[flavour],
+        )
+
+
+def build_engine(
+    graph: OnnxGraph, flavour: Flavour, target: str, profiles: tuple[ProfileSlice, ...], out: Path
+) -> Engine:
+    """Writes `model.<target>.plan` into `out`.
+
+    Raises MachineError: no TensorRT, or no GPU where the flavour needs one. SpecError: a target that this TensorRT
+    does not know. EngineError: the graph does not parse, an input ends up unused, or the build fails.
+    """
+    plan, layers, version, seconds = compile_plan(graph.file_path, flavour, target, profiles, graph.inputs)
+    file = out / engine_file(target)
+    file.write_bytes(plan)
+    return Engine(
+        directory=out,
+        files=(FileRecord.of(file),),
+        file=file.name,
+        flavour=flavour,
+        version=version,
+        target=target,
+        precision=graph.precision,
+        profiles=profiles,
+        layers=layers,
+        build_seconds=round(seconds, 2),
+        source_digest=graph.digest,
+    )
+
+
+def build_engine_from_file(
+    graph: Path, flavour: Flavour, target: str, profiles: tuple[ProfileSlice, ...], out: Path
+) -> tuple[int, float]:
+    """`trireme engine`: any ONNX file to one plan file, written beside and renamed. Returns bytes and seconds."""
+    inputs, _, _ = describe(graph)
+    plan, _, _, seconds = compile_plan(graph, flavour, target, profiles, inputs)
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        partial.write_bytes(plan)
+        partial.replace(out)
+    finally:
+        partial.unlink(missing_ok=True)
+    return len(plan), seconds
+
+
+def compile_plan(
+    graph: Path, flavour: Flavour, target: str, profiles: tuple[ProfileSlice, ...], inputs: tuple[TensorSpec, ...]
+) -> tuple[bytes, int, str, float]:
+    """The serialised engine, the number of network layers, the TensorRT version and the seconds it took."""
+    trt = _tensorrt(flavour)
+    from polygraphy.backend.trt import Profile, engine_bytes_from_network, network_from_onnx_path
+    from polygraphy.exception import PolygraphyException
+    from polygraphy.logger import G_LOGGER
+
+    started = time.perf_counter()
+    configuration = _configuration(trt, flavour, target, [_profile(Profile(), item, inputs) for item in profiles])
+    G_LOGGER.module_severity = G_LOGGER.CRITICAL  # its errors come back as exceptions
+    try:
+        builder, network, parser = network_from_onnx_path(
+            str(graph), strongly_typed=hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
+        )
+        _require_inputs(graph, network, inputs)
+        _decompose_fp32_attention(trt, network)
+        plan = bytes(engine_bytes_from_network((builder, network, parser), config=configuration))
+    except PolygraphyException as error:
+        raise EngineError(
+            f"{flavour} {trt.__version__} cannot build {graph.name} for {target}: {error}. "
+            "Check that the graph uses operators that TensorRT's ONNX parser knows, and that shapes fit the profiles"
+        ) from error
+    return plan, int(network.num_layers), str(trt.__version__), time.perf_counter() - started
+
+
+def _tensorrt(flavour: Flavour) -> ModuleType:
+    """The module of the flavour. Polygraphy binds to one flavour when it is imported."""
+    require_tensorrt(flavour)
+    wanted = "1" if flavour == "tensorrt-rtx" else "0"
+    if "polygraphy" in sys.modules and os.environ.get("POLYGRAPHY_USE_TENSORRT_RTX", "0") != wanted:
+        raise EngineError(f"this process has already built with the other flavour; build {flavour} in a new process")
+    os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = wanted
+    return importlib.import_module(_MODULES[flavour])
+
+
+def _configuration(trt: Any, flavour: Flavour, target: str, profiles: list[Any]) -> Any:
+    if flavour == "tensorrt-rtx":
+        from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
+
+        known = sorted(name.lower() for name in vars(trt.ComputeCapability) if name.startswith("SM"))
+        if target not in known:
+            raise SpecError(
+                "engine.targets",
+                got=target,
+                expected=f"a target of TensorRT for RTX {trt.__version__}: {', '.join(known)}",
+                fix="choose one of these, or engine.flavour: tensorrt on that GPU",
+            )
+        digits = target.removeprefix("sm")
+        return CreateConfigRTX(compute_capabilities=[(int(digits[:-1]), int(digits[-1]))], profiles=profiles)
+    from polygraphy.backend.trt import CreateConfig
+
+    present = visible_targets()
+    if target not in present:
+        raise MachineError(
+            f"engine target {target}",
+            got=f"GPUs on this machine: {', '.join(present) or 'none'}",
+            expected=f"a GPU of {target}, because TensorRT builds for the GPU it runs on",
+            fix="build on such a GPU, or set engine.flavour: tensorrt-rtx",
+        )
+    return CreateConfig(profiles=profiles)
+
+
+def _profile(profile: Any, item: ProfileSlice, inputs: tuple[TensorSpec, ...]) -> Any:
+    """Shapes of every input. Dynamic dimensions are known by the names that our exports give them."""
+    ranges = {"batch": item.batch, "length": item.length}
+
+    def shape(tensor: TensorSpec, end: str) -> list[int]:
+        sizes = []
+        for dim in tensor.dims:
+            if isinstance(dim, str) and dim not in ranges:
+                raise EngineError(
+                    f"input {tensor.name} has the dynamic dimension {dim!r}; profiles give batch and length only"
+                )
+            sizes.append(dim if isinstance(dim, int) else int(getattr(ranges[dim], end)))
+        return sizes
+
+    for tensor in inputs:
+        profile.add(tensor.name, *(shape(tensor, end) for end in ("min", "opt", "max")))
+    return profile
+
+
+def _require_inputs(graph: Path, network: Any, inputs: tuple[TensorSpec, ...]) -> None:
+    """The parser drops inputs of operators that it half supports; the engine would then ignore them in silence."""
+    used = set()
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        used |= {tensor.name for i in range(layer.num_inputs) if (tensor := layer.get_input(i)) is not None}
+    unused = [tensor.name for tensor in inputs if tensor.name not in used]
+    if unused:
+        raise EngineError(
+            f"{graph.name}: TensorRT's parser leaves the input {', '.join(unused)} unused, so the engine would compute "
+            "something else; compute what depends on it with plain operators in the graph"
+        )
+
+
+def _decompose_fp32_attention(trt: Any, network: Any) -> None:
+    """TensorRT has fused attention kernels for 16-bit types only; fp32 builds once it may be taken apart."""
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if layer.type == trt.LayerType.ATTENTION_INPUT and layer.get_input(0).dtype == trt.float32:
+            layer.__class__ = trt.IAttentionInputLayer
+            layer.attention.decomposable = True

@@ -1,0 +1,1 @@
+"""Checkpoint -> OnnxGraph, one file a kind of model."""

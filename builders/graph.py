@@ -1,0 +1,50 @@
+"""What every ONNX graph must be: valid, standard, and described in full."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+from builders.artifacts import TensorSpec
+from builders.errors import ParityError
+
+OPSET = 24
+ALLOWED_DOMAINS = ("", "ai.onnx")
+
+
+def require_standard(file: Path) -> None:
+    """Raises ParityError for an invalid graph, a vendor operator or another opset."""
+    import onnx
+
+    try:
+        onnx.checker.check_model(str(file), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ParityError(f"{file.name} is not a valid ONNX graph: {error}") from error
+    model = onnx.load(str(file), load_external_data=False)
+    versions = {item.domain: item.version for item in model.opset_import}
+    used = {node.domain for node in model.graph.node} | set(versions)
+    foreign = sorted(used - set(ALLOWED_DOMAINS))
+    if foreign or versions.get("", 0) != OPSET or model.functions:
+        raise ParityError(
+            f"{file.name}: domains {sorted(used)}, opset {versions.get('')}, {len(model.functions)} local functions; "
+            f"expected standard operators of opset {OPSET} only"
+        )
+
+
+def describe(file: Path) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...], dict[str, int]]:
+    """Inputs, outputs and the count of each operator."""
+    import onnx
+
+    graph = onnx.load(str(file), load_external_data=False).graph
+    counts = Counter(node.op_type for node in graph.node)
+    return tuple(map(_spec, graph.input)), tuple(map(_spec, graph.output)), dict(sorted(counts.items()))
+
+
+def _spec(value: object) -> TensorSpec:
+    import onnx
+
+    assert isinstance(value, onnx.ValueInfoProto)
+    tensor = value.type.tensor_type
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
+    dims = tuple(dim.dim_param or dim.dim_value for dim in tensor.shape.dim)
+    return TensorSpec(name=value.name, dtype=dtype, dims=dims)

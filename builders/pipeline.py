@@ -1,0 +1,225 @@
+"""The whole way, as one fold: it reads like the diagram in the README. The only importer of all stages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from builders import corpus, graph, quality
+from builders.artifacts import Checkpoint, Engine, OnnxGraph, Quality, RepositoryEntry, ServedQuality
+from builders.checkpoint import load_checkpoint
+from builders.engine import tensorrt
+from builders.errors import UnsupportedError
+from builders.export import encoder
+from builders.quality import HELD_OUT_TEXTS
+from builders.quantize import int8, smoothquant
+from builders.repository import layout
+from builders.spec import DeploymentSpec, Platform
+from builders.store import Store, source_digest, tool_versions
+
+Stage = Literal["checkpoint", "export", "quantize", "qualify", "engine", "repository"]
+Report = Callable[[Stage, str], None]
+
+
+@dataclass(frozen=True)
+class Build:
+    """What a build has come to so far; later fields are None or empty when it stopped earlier."""
+
+    spec: DeploymentSpec
+    platform: Platform
+    checkpoint: Checkpoint
+    graphs: tuple[OnnxGraph, ...] = ()
+    served: Quality | None = None
+    engines: tuple[Engine, ...] = ()
+    entry: RepositoryEntry | None = None
+
+    def graph(self, precision: str) -> OnnxGraph:
+        return next(item for item in self.graphs if item.precision == precision)
+
+    @property
+    def served_graph(self) -> OnnxGraph:
+        """The graph that the platform runs or builds from."""
+        wanted = self.spec.precision.cpu if self.platform == "cpu" else self.spec.precision.gpu
+        return self.graph("fp32" if wanted == "bf16" else wanted)
+
+
+def build(
+    spec: DeploymentSpec, platform: Platform, root: Path, until: Stage, report: Report = lambda stage, message: None
+) -> Build:
+    """Checkpoint -> export -> quantise -> qualify (CPU) or engine (GPU) -> repository, each from the store if there.
+
+    Raises the errors of `builders.errors`; whatever happens, no stage leaves anything half-written.
+    """
+    _require_supported(spec)
+    if platform == "gpu":
+        tensorrt.require_tensorrt(spec.engine.flavour)
+    store = Store(root / "store")
+    result = Build(spec, platform, load_checkpoint(spec.model))
+    report("checkpoint", f"{result.checkpoint.architecture}, {result.checkpoint.parameters / 1e6:.1f} M parameters")
+    steps: dict[Stage, Callable[[Build, Store, Report], Build]] = {
+        "export": _export,
+        "quantize": _quantize,
+        "qualify": _qualify,
+        "engine": _engines,
+        "repository": lambda built, _, report: _repository(built, root, report),
+    }
+    for stage, step in steps.items():
+        if until == "checkpoint":
+            break
+        result = step(result, store, report)
+        if stage == until:
+            break
+    return result
+
+
+def _require_supported(spec: DeploymentSpec) -> None:
+    if (spec.parallel.tensor, spec.parallel.pipeline) != (1, 1):
+        raise UnsupportedError(
+            "parallel",
+            got=f"tensor={spec.parallel.tensor}, pipeline={spec.parallel.pipeline}",
+            expected="1 and 1",
+            fix="tensor and pipeline parallelism are not built yet; use serving.instances or replicas",
+        )
+
+
+def _wanted_precisions(built: Build) -> tuple[str, ...]:
+    """fp32 is always there, as the reference. INT8 starts from fp16, so that both worlds share one small graph."""
+    wanted = built.spec.precision.cpu if built.platform == "cpu" else built.spec.precision.gpu
+    return ("fp32",) if wanted in ("fp32", "bf16") else ("fp32", "fp16")
+
+
+def _export(built: Build, store: Store, report: Report) -> Build:
+    checkpoint, texts_file = built.checkpoint, built.spec.precision.calibration_texts
+    graphs = []
+    for precision in _wanted_precisions(built):
+        report("export", f"{precision}")
+        item, hit = store.get_or_build(
+            "export",
+            {
+                "checkpoint": checkpoint.model_dump(mode="json", exclude={"source"}),
+                "precision": precision,
+                "texts": corpus.corpus_key(texts_file),
+                "tools": tool_versions("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime"),
+                "code": source_digest(encoder, graph, quality),
+            },
+            OnnxGraph,
+            lambda out, precision=precision: encoder.export_encoder(  # type: ignore[misc]
+                checkpoint, precision, corpus.texts(texts_file, HELD_OUT_TEXTS), out
+            ),
+        )
+        graphs.append(item)
+        report("export", _done(f"{precision}, {item.bytes / 1e6:.1f} MB", hit))
+    return replace(built, graphs=tuple(graphs))
+
+
+def _quantize(built: Build, store: Store, report: Report) -> Build:
+    wanted = built.spec.precision.cpu if built.platform == "cpu" else built.spec.precision.gpu
+    if wanted != "int8":
+        return built
+    budget, checkpoint = built.spec.precision, built.checkpoint
+    source, reference = built.graph("fp16"), built.graph("fp32")
+
+    def run(out: Path) -> OnnxGraph:
+        found = corpus.texts(budget.calibration_texts, budget.calibration_samples + HELD_OUT_TEXTS)
+        calibration, held_out = found[: budget.calibration_samples], found[budget.calibration_samples :]
+        return int8.quantize_int8(
+            source, reference, checkpoint, budget, calibration, held_out, out, lambda text: report("quantize", text)
+        )
+
+    report("quantize", "int8")
+    item, hit = store.get_or_build(
+        "quantize",
+        {
+            "graph": source.digest,
+            "reference": reference.digest,
+            "budget": budget.model_dump(mode="json", exclude={"cpu", "gpu", "calibration_texts"}),
+            "texts": corpus.corpus_key(budget.calibration_texts),
+            "tools": tool_versions("onnx", "onnx-ir", "onnxruntime", "tokenizers"),
+            "code": source_digest(int8, smoothquant, graph, quality, corpus),
+        },
+        OnnxGraph,
+        run,
+    )
+    report("quantize", _done(f"int8, {item.bytes / 1e6:.1f} MB, mean cosine {item.quality.mean_cosine:.5f}", hit))
+    return replace(built, graphs=(*built.graphs, item))
+
+
+def _qualify(built: Build, store: Store, report: Report) -> Build:
+    """Runs the graph with the executor and the arithmetic that will serve it, on this CPU, against fp32."""
+    if built.platform != "cpu":
+        return built
+    budget, checkpoint, served = built.spec.precision, built.checkpoint, built.served_graph
+    settings = layout.encoder_settings(built.spec, "cpu", [served])
+
+    def run(out: Path) -> ServedQuality:
+        found = corpus.texts(budget.calibration_texts, budget.calibration_samples + HELD_OUT_TEXTS)
+        requests = quality.sample_requests(checkpoint, found[budget.calibration_samples :])
+        outputs = quality.served_outputs(settings, {"cpu": served.file_path}, requests)
+        reference = quality.graph_outputs(built.graph("fp32").file_path, requests)
+        measured = quality.measure(reference, outputs.values, checkpoint.task, outputs.executor)
+        quality.require_budget(measured, budget, f"{budget.cpu} service of {checkpoint.source}")
+        return ServedQuality(directory=out, files=(), quality=measured)
+
+    report("qualify", f"{budget.cpu} on {built.spec.serving.executor}")
+    item, hit = store.get_or_build(
+        "qualify",
+        {
+            "graph": served.digest,
+            "reference": built.graph("fp32").digest,
+            "budget": budget.model_dump(mode="json", exclude={"gpu", "calibration_texts"}),
+            "settings": settings.model_dump(mode="json"),
+            "texts": corpus.corpus_key(budget.calibration_texts),
+            "tools": tool_versions("openvino", "onnxruntime", "tokenizers"),
+            "code": source_digest(quality, corpus),
+        },
+        ServedQuality,
+        run,
+    )
+    report("qualify", _done(f"{item.quality.executor}, mean cosine {item.quality.mean_cosine:.5f}", hit))
+    return replace(built, served=item.quality)
+
+
+def _engines(built: Build, store: Store, report: Report) -> Build:
+    if built.platform != "gpu":
+        return built
+    engine, source = built.spec.engine, built.served_graph
+    engines = []
+    for target in engine.targets:
+        report("engine", f"{engine.flavour} {target} {source.precision}")
+        item, hit = store.get_or_build(
+            "engine",
+            {
+                "graph": source.digest,
+                "flavour": engine.flavour,
+                "target": target,
+                "profiles": [profile.model_dump() for profile in engine.profiles],
+                "tools": tool_versions(engine.flavour, "polygraphy"),
+                "code": source_digest(tensorrt),
+            },
+            Engine,
+            lambda out, target=target: tensorrt.build_engine(  # type: ignore[misc]
+                source, engine.flavour, target, engine.profiles, out
+            ),
+        )
+        engines.append(item)
+        report("engine", _done(f"{target} {item.precision}, {item.bytes / 1e6:.1f} MB", hit))
+    return replace(built, engines=tuple(engines))
+
+
+def _repository(built: Build, root: Path, report: Report) -> Build:
+    parts = built.engines or (built.served_graph,)
+    folder = repository_path(root, built.spec, built.platform)
+    report("repository", str(folder))
+    entry, unchanged = layout.publish(built.spec, built.platform, built.checkpoint, parts, folder)
+    report("repository", _done(f"{entry.ensemble} version {entry.version}", unchanged))
+    return replace(built, entry=entry)
+
+
+def repository_path(root: Path, spec: DeploymentSpec, platform: Platform) -> Path:
+    return root / spec.name / platform / "model_repository"
+
+
+def _done(text: str, hit: bool) -> str:
+    return f"{text} (unchanged)" if hit else text

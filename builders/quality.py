@@ -1,0 +1,99 @@
+"""How far a model's outputs lie from the reference, and whether that is within the budget."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from builders.artifacts import Checkpoint, Quality
+from builders.errors import QualityError
+from builders.spec import PrecisionSlice, Task
+from runtime.encoder import Encoder, open_encoder
+from runtime.executor import Tensors
+from runtime.executor.onnxruntime import OnnxRuntimeExecutor
+from runtime.settings import EncoderModelSettings, TokenizerSettings
+from runtime.tokenizer import Tokenizer
+
+HELD_OUT_TEXTS = 128
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """[texts, width], and what computed them."""
+
+    values: NDArray[np.float32]
+    executor: str
+
+
+def measure(reference: NDArray[Any], candidate: NDArray[Any], task: Task, executor: str) -> Quality:
+    """Compares two outputs of shape [texts, width]; see `Quality` for what is compared.
+
+    A NaN or infinity anywhere gives cosine 0: it must never pass a budget.
+    """
+    a, b = reference.astype(np.float64), candidate.astype(np.float64)
+    if task != "embedding":
+        a, b = (a - a.mean(axis=0)).T, (b - b.mean(axis=0)).T
+    cosines = _cosines(a, b)
+    cosines = np.where(np.isfinite(b).all(), cosines, 0.0)
+    return Quality(
+        mean_cosine=float(cosines.mean()),
+        worst_cosine=float(cosines.min()),
+        max_abs_difference=float(np.nan_to_num(np.abs(reference - candidate), nan=np.inf).max()),
+        texts=len(reference),
+        executor=executor,
+    )
+
+
+def _cosines(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    cosines: NDArray[np.float64] = np.nan_to_num((a * b).sum(axis=1) / np.maximum(norms, 1e-30), nan=0.0)
+    return cosines
+
+
+def require_budget(quality: Quality, budget: PrecisionSlice, what: str) -> None:
+    """Raises QualityError with the figures when `quality` misses the spec's budget."""
+    if quality.mean_cosine >= budget.min_mean_cosine and quality.worst_cosine >= budget.min_worst_cosine:
+        return
+    raise QualityError(
+        f"{what} misses the quality budget on {quality.texts} held-out texts ({quality.executor}): "
+        f"mean cosine {quality.mean_cosine:.5f} (budget {budget.min_mean_cosine}), "
+        f"worst {quality.worst_cosine:.5f} (budget {budget.min_worst_cosine}). "
+        "Choose a wider precision, give calibration_texts closer to your traffic, or lower the budget knowingly"
+    )
+
+
+def sample_requests(checkpoint: Checkpoint, texts: Sequence[str]) -> list[Tensors]:
+    """Graph inputs for each text, tokenised as the service does. A reranker gets pairs of neighbouring texts."""
+    tokenizer = Tokenizer(checkpoint.path("tokenizer.json"), tokenizer_settings(checkpoint))
+    pairs = [*texts[1:], texts[0]] if checkpoint.task == "reranking" else None
+    return [tokenizer.pad([item]) for item in tokenizer.encode(texts, pairs)]
+
+
+def tokenizer_settings(checkpoint: Checkpoint) -> TokenizerSettings:
+    """The same for checks and for the service, so that what is checked is what is served."""
+    config = json.loads(checkpoint.path("config.json").read_text())
+    return TokenizerSettings(
+        max_length=checkpoint.max_length,
+        pad_id=int(config.get("pad_token_id") or 0),
+        token_type_ids=checkpoint.token_type_ids,
+        pair=checkpoint.task == "reranking",
+    )
+
+
+def served_outputs(settings: EncoderModelSettings, files: Mapping[str, Path], requests: Sequence[Tensors]) -> Outputs:
+    """The outputs as the service computes them, by the very settings that it is given."""
+    encoder = open_encoder(settings, files)
+    return Outputs(np.concatenate(encoder.run(requests)), encoder.executor.description)
+
+
+def graph_outputs(file: Path, requests: Sequence[Tensors]) -> NDArray[np.float32]:
+    """The graph's outputs by ONNX Runtime, the reference executor: [texts, width]."""
+    executor = OnnxRuntimeExecutor(file, threads=os.cpu_count() or 1)
+    return np.concatenate(Encoder(executor, tokens_per_batch=1024).run(requests))

@@ -1,0 +1,1 @@
+"""OnnxGraph -> quantised OnnxGraph, one file a scheme."""

@@ -1,0 +1,1 @@
+"""Graphs and engines -> a Triton model repository."""

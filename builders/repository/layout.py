@@ -1,0 +1,222 @@
+"""A model repository on disk: versions are directories, written beside and renamed in place.
+
+    <repository>/
+      settings.json                  ServerSettings, replaced last: the commit point of a publication
+      <name>/config.pbtxt            1/ is empty: an ensemble has no files
+      <name>-tokenizer/config.pbtxt  <version>/model.py, tokenizer.json, settings.json
+      <name>-encoder/config.pbtxt    <version>/model.py, graph.onnx or model.<sm>.plan, settings.json
+
+A running Triton keeps serving the old version until it is told to load the new one. The previous version stays for a
+roll-back; older ones go.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from builders.artifacts import Checkpoint, Engine, OnnxGraph, RepositoryEntry, file_digest
+from builders.quality import tokenizer_settings
+from builders.repository.config import Interface, model_configs, to_pbtxt, uses_tensorrt_backend
+from builders.repository.ensemble import check_ensemble
+from builders.spec import DeploymentSpec, Platform
+from builders.store import atomic_directory
+from runtime.errors import BadEnvironment
+from runtime.settings import (
+    FILE_NAME,
+    EncoderModelSettings,
+    ServedModel,
+    ServerSettings,
+    Settings,
+    TokenizerModelSettings,
+)
+
+ADAPTERS = Path(__file__).parents[2] / "model_repository" / "adapters"
+
+
+@dataclass(frozen=True)
+class ModelDirectory:
+    """One model to publish: its configuration, and for each version its files and settings."""
+
+    config: str
+    files: dict[str, Path]
+    settings: Settings | None
+
+
+def publish(
+    spec: DeploymentSpec,
+    platform: Platform,
+    checkpoint: Checkpoint,
+    parts: Sequence[OnnxGraph | Engine],
+    repository: Path,
+) -> tuple[RepositoryEntry, bool]:
+    """Writes the service as a new version, unless the newest version is the same; says which.
+
+    `parts` is the one graph that the CPU serves, or the engines of the GPU targets. Raises CheckError for an ensemble
+    whose edges do not fit.
+    """
+    precision = spec.precision.cpu if platform == "cpu" else spec.precision.gpu
+    digest = hashlib.sha256("".join(sorted(part.digest for part in parts)).encode()).hexdigest()
+    current = _current(repository)
+    version = _newest_version(repository) + 1
+
+    def models(number: int) -> dict[str, ModelDirectory]:
+        served = ServedModel(
+            ensemble=spec.name, version=number, precision=precision, model_digest=digest, spec_digest=spec.digest
+        )
+        return _models(spec, platform, checkpoint, parts, served)
+
+    content = _content_digest(models(0))
+    unchanged = current is not None and current.content_digest == content
+    if current is not None and unchanged:
+        version = current.version
+    else:
+        _write(repository, models(version), version)
+        _commit(repository, spec, version, content, tuple(models(version)))
+        _prune(repository, version)
+    entry = RepositoryEntry(
+        repository=repository,
+        ensemble=spec.name,
+        models=tuple(models(version)),
+        version=version,
+        platform=platform,
+        precision=precision,
+        model_digest=digest,
+        spec_digest=spec.digest,
+    )
+    return entry, unchanged
+
+
+def _models(
+    spec: DeploymentSpec,
+    platform: Platform,
+    checkpoint: Checkpoint,
+    parts: Sequence[OnnxGraph | Engine],
+    served: ServedModel,
+) -> dict[str, ModelDirectory]:
+    configs = model_configs(spec, platform, Interface.of(checkpoint))
+    check_ensemble(configs[spec.name], configs)
+    buckets = spec.serving.length_buckets if platform == "gpu" else ()
+    tokenizer = TokenizerModelSettings(
+        tokenizer=tokenizer_settings(checkpoint).model_copy(update={"length_buckets": buckets}), served=served
+    )
+    tokenizer_files = {
+        "model.py": ADAPTERS / "tokenizer" / "1" / "model.py",
+        "tokenizer.json": checkpoint.path("tokenizer.json"),
+    }
+    weights = {file.name: part.path(file.name) for part in parts for file in part.files}
+    by_python = platform == "cpu" or not uses_tensorrt_backend(spec)
+    encoder_files = {**weights, "model.py": ADAPTERS / "encoder" / "1" / "model.py"} if by_python else weights
+    return {
+        f"{spec.name}-tokenizer": ModelDirectory(
+            to_pbtxt(configs[f"{spec.name}-tokenizer"]), tokenizer_files, tokenizer
+        ),
+        f"{spec.name}-encoder": ModelDirectory(
+            to_pbtxt(configs[f"{spec.name}-encoder"]),
+            encoder_files,
+            encoder_settings(spec, platform, parts) if by_python else None,
+        ),
+        spec.name: ModelDirectory(to_pbtxt(configs[spec.name]), {}, None),
+    }
+
+
+def encoder_settings(
+    spec: DeploymentSpec, platform: Platform, parts: Sequence[OnnxGraph | Engine]
+) -> EncoderModelSettings:
+    """What the Python backend's encoder is told; checks use the same, so that what is checked is what is served."""
+    return EncoderModelSettings(
+        executor=spec.serving.executor if platform == "cpu" else "tensorrt-rtx",
+        files={part.target if isinstance(part, Engine) else "cpu": part.file for part in parts},
+        threads=spec.serving.threads,
+        instances=spec.serving.instances,
+        bfloat16=spec.precision.cpu in ("bf16", "int8"),
+        # A GPU takes whole batches; the profile bounds them.
+        tokens_per_batch=spec.serving.tokens_per_batch
+        if platform == "cpu"
+        else spec.serving.max_batch_size * spec.model.max_length,
+        warmup_lengths=spec.serving.length_buckets if spec.serving.warmup else (),
+    )
+
+
+def _content_digest(models: dict[str, ModelDirectory]) -> str:
+    def lines() -> Iterator[str]:
+        for name, model in sorted(models.items()):
+            yield f"{name} {model.config} {model.settings.model_dump_json() if model.settings else ''}"
+            for file, source in sorted(model.files.items()):
+                yield f"{name}/{file} {file_digest(source)}"
+
+    return hashlib.sha256("\n".join(lines()).encode()).hexdigest()
+
+
+def _write(repository: Path, models: dict[str, ModelDirectory], version: int) -> None:
+    for name, model in models.items():
+        target = repository / name / str(version)
+        shutil.rmtree(target, ignore_errors=True)  # left by a publication that was cut off before its commit
+        with atomic_directory(target) as work:
+            for file, source in model.files.items():
+                _link_or_copy(source, work / file)
+            if model.settings is not None:
+                model.settings.save(work)
+        _replace_text(repository / name / "config.pbtxt", model.config)
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    """Weights are shared with the store where the file system allows it; adapters are copied, to be edited freely."""
+    if source.suffix != ".py":
+        try:
+            os.link(source, target)
+            return
+        except OSError:
+            pass  # another file system, or one without links
+    shutil.copyfile(source, target)
+
+
+def _commit(repository: Path, spec: DeploymentSpec, version: int, content: str, models: tuple[str, ...]) -> None:
+    settings = ServerSettings(
+        ensemble=spec.name,
+        models=models,
+        version=version,
+        response_cache_bytes=spec.serving.response_cache_bytes,
+        rate_limited=spec.serving.rate_limit is not None,
+        content_digest=content,
+    )
+    _replace_text(repository / FILE_NAME, json.dumps(settings.model_dump(mode="json"), indent=2) + "\n")
+
+
+def _replace_text(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def _current(repository: Path) -> ServerSettings | None:
+    """The last publication, unless one of its directories is gone."""
+    try:
+        settings = ServerSettings.load(repository)
+    except BadEnvironment:
+        return None
+    whole = all((repository / name / str(settings.version)).is_dir() for name in settings.models)
+    return settings if whole else None
+
+
+def _versions(model: Path) -> list[int]:
+    return sorted(int(path.name) for path in model.iterdir() if path.name.isdigit()) if model.is_dir() else []
+
+
+def _newest_version(repository: Path) -> int:
+    current = _current(repository)
+    return current.version if current else 0
+
+
+def _prune(repository: Path, version: int) -> None:
+    """Keeps this version and the one before it. A higher number is the rest of a broken publication."""
+    settings = ServerSettings.load(repository)
+    for name in settings.models:
+        for number in _versions(repository / name):
+            if number not in (version, version - 1):
+                shutil.rmtree(repository / name / str(number), ignore_errors=True)

@@ -1,0 +1,123 @@
+"""One stage on one file: `trireme export`, `quantize` and `engine`, without a spec.
+
+`export` and `quantize` write `OUTPUT.json` beside the graph: the record of the graph and of its checkpoint, which the
+next command reads.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from builders import corpus
+from builders.artifacts import Checkpoint, FileRecord, OnnxGraph
+from builders.checkpoint import load_checkpoint
+from builders.errors import InputError
+from builders.quality import HELD_OUT_TEXTS
+from builders.spec import Flavour, ModelSlice, PrecisionSlice, ProfileSlice, Range
+
+
+class Sidecar(BaseModel):
+    """What `graph.onnx.json` holds."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: ModelSlice
+    graph: OnnxGraph
+
+
+def export(model: ModelSlice, precision: Literal["fp32", "fp16"], output: Path) -> OnnxGraph:
+    from builders.export.encoder import export_encoder
+
+    checkpoint = load_checkpoint(model)
+    with _beside(output) as work:
+        graph = export_encoder(checkpoint, precision, corpus.texts(None, HELD_OUT_TEXTS), work)
+        return _publish(graph, model, output)
+
+
+def quantize(source: Path, budget: PrecisionSlice, output: Path) -> OnnxGraph:
+    """The given graph is source and reference at once. Raises QualityError with the figures."""
+    from builders.quantize.int8 import quantize_int8
+
+    graph, model, checkpoint = _read(source)
+    found = corpus.texts(budget.calibration_texts, budget.calibration_samples + HELD_OUT_TEXTS)
+    calibration, held_out = found[: budget.calibration_samples], found[budget.calibration_samples :]
+    with _beside(output) as work:
+        result = quantize_int8(graph, graph, checkpoint, budget, calibration, held_out, work)
+        return _publish(result, model, output)
+
+
+def engine(source: Path, flavour: Flavour, target: str, batch: str, length: str, output: Path) -> tuple[int, float]:
+    """Bytes and seconds of the engine written to `output`."""
+    from builders.engine.tensorrt import build_engine_from_file
+
+    _require_file(source)
+    profile = ProfileSlice(batch=_range("--batch", batch), length=_range("--length", length))
+    return build_engine_from_file(source, flavour, target, (profile,), output)
+
+
+def _range(option: str, text: str) -> Range:
+    try:
+        low, usual, high = (int(part) for part in text.split(":"))
+        return Range(min=low, opt=usual, max=high)
+    except ValueError as error:
+        raise InputError(option, got=text, expected="min:opt:max, rising", fix=f"{option} 1:8:32") from error
+
+
+def _read(source: Path) -> tuple[OnnxGraph, ModelSlice, Checkpoint]:
+    _require_file(source)
+    sidecar = source.with_name(f"{source.name}.json")
+    try:
+        data = json.loads(sidecar.read_text())
+        data["graph"]["directory"] = source.parent
+        found = Sidecar.model_validate(data)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{sidecar}",
+            got="no record of the checkpoint",
+            expected="the record that `trireme export` writes; calibration needs the checkpoint's tokenizer",
+            fix="export the graph again with this release",
+        ) from error
+    return found.graph, found.model, load_checkpoint(found.model)
+
+
+def _require_file(source: Path) -> None:
+    if not source.is_file():
+        raise InputError(f"graph {source}", got="no such file", expected="an ONNX file", fix="check the path")
+
+
+@contextmanager
+def _beside(output: Path) -> Iterator[Path]:
+    """A scratch folder on the same disk as `output`."""
+    if not output.parent.is_dir():
+        raise InputError(f"output {output}", got="no such folder", expected="a folder that exists", fix="create it")
+    work = Path(tempfile.mkdtemp(prefix=".trireme-", dir=output.parent))
+    try:
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _publish(graph: OnnxGraph, model: ModelSlice, output: Path) -> OnnxGraph:
+    """Moves the graph to its place; its record last."""
+    if len(graph.files) > 1:
+        raise InputError(
+            f"model {model.source}",
+            got=f"{graph.bytes / 1e9:.1f} GB of weights, in a file of their own",
+            expected="at most 1 GiB for a single output file",
+            fix="use `trireme build`, whose store keeps both files together",
+        )
+    graph.file_path.replace(output)
+    moved = graph.model_copy(
+        update={"directory": output.parent, "file": output.name, "files": (FileRecord.of(output),)}
+    )
+    record = Sidecar(model=model, graph=moved)
+    output.with_name(f"{output.name}.json").write_text(record.model_dump_json(indent=2) + "\n")
+    return moved

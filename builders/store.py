@@ -1,0 +1,134 @@
+"""Content-addressed results of stages.
+
+`<root>/<stage>/<key>/` holds the files of one artifact and its `record.json`. The key is the SHA-256 of everything
+that the result depends on: input digests, the spec slice, tool versions, and the source of the stage itself. A
+directory appears by a rename, so it is whole or absent. Two processes may build the same key: the first rename wins.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
+
+from builders.artifacts import Artifact, file_digest
+from builders.errors import MachineError
+
+A = TypeVar("A", bound=Artifact)
+_RECORD = "record.json"
+
+
+def tool_versions(*distributions: str) -> dict[str, str]:
+    """Installed versions by distribution name, without importing anything; `absent` where there is none."""
+    versions = {}
+    for name in distributions:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "absent"
+    return versions
+
+
+def source_digest(*modules: ModuleType) -> str:
+    """Digest of the modules' own source, so that a changed stage never meets an old result."""
+    return hashlib.sha256("".join(file_digest(Path(str(m.__file__))) for m in modules).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def atomic_directory(target: Path) -> Iterator[Path]:
+    """A directory to write in, renamed to `target` on success and removed on any failure.
+
+    If `target` has appeared meanwhile, the new one is dropped. Raises MachineError when the disk is full.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _sweep_dead(target.parent)
+        work = Path(tempfile.mkdtemp(prefix=f".tmp-{os.getpid()}-", dir=target.parent))
+        try:
+            yield work
+            work.chmod(0o755)  # mkdtemp makes 0700, and a server may run as another user
+            with contextlib.suppress(OSError):
+                work.rename(target)
+            if not target.is_dir():
+                raise OSError(errno.EIO, f"cannot rename {work.name} to {target.name}")
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise disk_full(target.parent) from error
+        raise
+
+
+def disk_full(folder: Path) -> MachineError:
+    free_mb = shutil.disk_usage(folder).free >> 20
+    return MachineError(
+        f"writing to {folder}",
+        got=f"no space left ({free_mb} MiB free)",
+        expected="room for the result",
+        fix="free space or choose another --build-dir; nothing half-written was left behind",
+    )
+
+
+def _sweep_dead(parent: Path) -> None:
+    """Removes work directories whose process was killed before it could tidy up."""
+    for leftover in parent.glob(".tmp-*-*"):
+        pid = leftover.name.split("-")[1]
+        if not Path("/proc", pid).exists():
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+class Store:
+    """Artifacts under one root."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def get_or_build(
+        self, stage: str, inputs: dict[str, Any], kind: type[A], build: Callable[[Path], A]
+    ) -> tuple[A, bool]:
+        """The artifact of `stage` for these inputs, and whether it was there already.
+
+        `build(directory)` writes files into an empty directory and returns the record. A stored artifact whose files
+        no longer have their digests is dropped and built again.
+        """
+        key = hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        target = self.root / stage / key
+        found = _load(target, kind)
+        if found is not None:
+            return found, True
+        shutil.rmtree(target, ignore_errors=True)
+        with atomic_directory(target) as work:
+            record = build(work)
+            (work / _RECORD).write_text(record.model_dump_json(indent=2) + "\n")
+        built = _load(target, kind)
+        if built is None:
+            raise MachineError(
+                f"{stage} result in {target}",
+                got="files that changed while they were written",
+                expected="the files of the record",
+                fix="check the disk, then run the command again",
+            )
+        return built, False
+
+
+def _load(directory: Path, kind: type[A]) -> A | None:
+    try:
+        data = json.loads((directory / _RECORD).read_text())
+        artifact = kind.model_validate({**data, "directory": directory})
+        intact = all(
+            artifact.path(file.name).stat().st_size == file.bytes
+            and file_digest(artifact.path(file.name)) == file.sha256
+            for file in artifact.files
+        )
+    except (OSError, ValueError):
+        return None
+    return artifact if intact else None

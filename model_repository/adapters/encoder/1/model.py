@@ -1,0 +1,40 @@
+"""Triton adapter: token ids -> vectors or scores. Thin on purpose: the work is in `runtime.encoder`."""
+
+from __future__ import annotations
+
+import json
+import traceback
+from pathlib import Path
+from typing import Any
+
+import triton_python_backend_utils as pb_utils
+
+from runtime.encoder import open_encoder, require_numpy_1
+from runtime.settings import EncoderModelSettings
+
+
+class TritonPythonModel:
+    def initialize(self, args: dict[str, str]) -> None:
+        require_numpy_1()
+        directory = Path(args["model_repository"]) / args["model_version"]
+        settings = EncoderModelSettings.load(directory)
+        config = json.loads(args["model_config"])
+        self.inputs = [item["name"] for item in config["input"]]
+        self.output = config["output"][0]["name"]
+        self.encoder = open_encoder(settings, {key: directory / name for key, name in settings.files.items()})
+        self.encoder.warm_up(self.inputs, settings.warmup_lengths)
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        """Rows of all requests are sorted by length and run together."""
+        feeds = [
+            {name: pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in self.inputs}
+            for request in requests
+        ]
+        try:
+            vectors = self.encoder.run(feeds)
+        except Exception:  # noqa: BLE001 - Triton would send the stack, with paths, to the caller
+            traceback.print_exc()
+            message = "the encoder failed; the server log has the cause"
+            error = pb_utils.TritonError(message, pb_utils.TritonError.INTERNAL)
+            return [pb_utils.InferenceResponse(error=error) for _ in requests]
+        return [pb_utils.InferenceResponse([pb_utils.Tensor(self.output, rows)]) for rows in vectors]

@@ -1,0 +1,1 @@
+"""Online work: what runs inside the serving image. Never imports `builders`."""

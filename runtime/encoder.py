@@ -1,0 +1,87 @@
+"""Encoders: many sequences in, one vector each out, with little padding."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.batching import padded_length, split_by_length
+from runtime.errors import BadEnvironment
+from runtime.executor import Executor, Tensors
+from runtime.executor.onnxruntime import OnnxRuntimeExecutor
+from runtime.executor.openvino import OpenVinoExecutor
+from runtime.settings import EncoderModelSettings
+
+
+class Encoder:
+    """An executor behind the length-sorted split. Used by the Triton model, the checks and the benchmarks alike."""
+
+    def __init__(self, executor: Executor, tokens_per_batch: int) -> None:
+        self.executor = executor
+        self._tokens_per_batch = tokens_per_batch
+
+    def run(self, requests: Sequence[Tensors]) -> list[NDArray[np.float32]]:
+        """Vectors for each request, [rows, width].
+
+        `requests[i]` holds `input_ids` and `attention_mask` (and `token_type_ids`), each [rows, length]; rows and
+        lengths differ from request to request. Rows are regrouped across requests.
+        """
+        owner = [(index, row) for index, feeds in enumerate(requests) for row in range(len(feeds["input_ids"]))]
+        lengths = [int(n) for feeds in requests for n in np.count_nonzero(feeds["attention_mask"], axis=1)]
+        parts = split_by_length(lengths, self._tokens_per_batch)
+        batches = [_gather(requests, [owner[i] for i in part], max(lengths[i] for i in part)) for part in parts]
+        outputs: list[NDArray[np.float32] | None] = [None] * len(owner)
+        for part, vectors in zip(parts, self.executor.run_all(batches), strict=True):
+            for position, vector in zip(part, vectors, strict=True):
+                outputs[position] = vector
+        ends = np.cumsum([len(feeds["input_ids"]) for feeds in requests])
+        rows = np.stack([vector for vector in outputs if vector is not None])
+        return np.split(rows, ends[:-1])
+
+    def warm_up(self, inputs: Sequence[str], lengths: Sequence[int]) -> None:
+        """One sequence of each length: kernels are made for shapes when these are first seen."""
+        for length in lengths:
+            self.run([{name: np.full((1, length), int(name == "attention_mask"), np.int64) for name in inputs}])
+
+
+def _gather(requests: Sequence[Tensors], rows: Sequence[tuple[int, int]], length: int) -> dict[str, NDArray[Any]]:
+    """Rows of several requests in one batch of `length` tokens. The padding that falls away is masked out anyway."""
+    length = padded_length(max(length, 1))  # a warm-up request of Triton's is all padding
+    batch = {}
+    for name in requests[rows[0][0]]:
+        first = requests[rows[0][0]][name]
+        stacked = np.zeros((len(rows), length), first.dtype)
+        for target, (index, row) in enumerate(rows):
+            source = requests[index][name][row, :length]
+            stacked[target, : len(source)] = source
+        batch[name] = stacked
+    return batch
+
+
+def open_encoder(settings: EncoderModelSettings, files: Mapping[str, Path]) -> Encoder:
+    """The encoder that the settings name. Raises BadEnvironment where this machine cannot run it."""
+    threads = settings.threads or max(1, (os.cpu_count() or 1) // settings.instances)
+    executor: Executor
+    if settings.executor == "openvino":
+        executor = OpenVinoExecutor(files["cpu"], threads=threads, bfloat16=settings.bfloat16)
+    elif settings.executor == "onnxruntime":
+        executor = OnnxRuntimeExecutor(files["cpu"], threads=threads)
+    else:
+        from runtime.executor.tensorrt import TensorRtRtxExecutor
+
+        executor = TensorRtRtxExecutor(files)
+    return Encoder(executor, settings.tokens_per_batch)
+
+
+def require_numpy_1() -> None:
+    """Triton 2.51's Python backend reads tensors as garbage under numpy 2, without an error."""
+    if int(np.__version__.split(".")[0]) >= 2:
+        raise BadEnvironment(
+            f"numpy {np.__version__} corrupts tensors in Triton's Python backend without an error; "
+            "install numpy<2 (pip install 'numpy<2')"
+        )

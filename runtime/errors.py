@@ -1,0 +1,33 @@
+"""Errors of the serving side.
+
+    ServingError
+     |-- BadRequest      the caller's input is wrong: INVALID_ARGUMENT, HTTP 400
+     |-- BadEnvironment  this machine or its packages cannot serve: exit 2
+     `-- ServerFault     a server did not start, answer or stop as promised: exit 1
+
+The tree is apart from `builders.errors` because the serving image holds no `builders`.
+"""
+
+from __future__ import annotations
+
+
+class ServingError(Exception):
+    """Base of the tree. `exit_code` is what a command returns."""
+
+    exit_code = 1
+
+
+class BadRequest(ServingError):
+    """The caller's input is wrong. The message may be shown to the caller: it holds no path and no stack."""
+
+    exit_code = 2
+
+
+class BadEnvironment(ServingError):
+    """A package, port or setting that serving cannot work with. The message says what to do."""
+
+    exit_code = 2
+
+
+class ServerFault(ServingError):
+    """A server did not start, answer or stop as promised."""

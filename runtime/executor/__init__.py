@@ -1,0 +1,22 @@
+"""Executors: what runs an ONNX graph on the device at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Tensors = Mapping[str, NDArray[Any]]
+
+
+class Executor(Protocol):
+    """Runs one graph. Thread-safe: several batches may be under way at once."""
+
+    @property
+    def description(self) -> str:
+        """Name, version and arithmetic, as reports print it: `OpenVINO 2026.4.1 bf16`."""
+
+    def run_all(self, batches: Sequence[Tensors]) -> list[NDArray[np.float32]]:
+        """The first output of the graph for each batch, in the order given."""

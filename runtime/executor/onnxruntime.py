@@ -1,0 +1,32 @@
+"""ONNX Runtime on CPU: the reference of every check, and an executor by choice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.executor import Tensors
+
+
+class OnnxRuntimeExecutor:
+    """One session; batches run one after the other on all threads."""
+
+    def __init__(self, graph: Path, *, threads: int) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        self._session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+        self._outputs = [self._session.get_outputs()[0].name]
+        self._description = f"ONNX Runtime {onnxruntime.__version__}"
+
+    @property
+    def description(self) -> str:
+        return self._description
+
+    def run_all(self, batches: Sequence[Tensors]) -> list[NDArray[np.float32]]:
+        return [self._session.run(self._outputs, dict(batch))[0] for batch in batches]

@@ -1,0 +1,49 @@
+"""TensorRT for RTX inside the Python backend, through Polygraphy's runner.
+
+Triton's own `tensorrt` backend loads engines of full TensorRT only. This executor needs a GPU; see the README for what
+was exercised where.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.errors import BadEnvironment
+from runtime.executor import Tensors
+from runtime.gpu import visible_targets
+
+
+class TensorRtRtxExecutor:
+    """The engine for the GPU at hand, out of one engine a target (`{"sm89": path, ...}`)."""
+
+    def __init__(self, engines: Mapping[str, Path]) -> None:
+        target = next(iter(visible_targets()), None)
+        if target is None or target not in engines:
+            raise BadEnvironment(
+                f"GPU of this machine: {target or 'none'}; engines were built for {', '.join(sorted(engines))}; "
+                "add the target to engine.targets and build again"
+            )
+        os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1"
+        import tensorrt_rtx
+        from polygraphy.backend.common import bytes_from_path
+        from polygraphy.backend.trt import TrtRunner, engine_from_bytes
+
+        self._runner = TrtRunner(engine_from_bytes(bytes_from_path(str(engines[target]))))
+        self._runner.activate()
+        self._lock = threading.Lock()  # one execution context
+        self._description = f"TensorRT for RTX {tensorrt_rtx.__version__} {target}"
+
+    @property
+    def description(self) -> str:
+        return self._description
+
+    def run_all(self, batches: Sequence[Tensors]) -> list[NDArray[np.float32]]:
+        with self._lock:
+            outputs = [self._runner.infer(dict(batch), check_inputs=False) for batch in batches]
+            return [next(iter(output.values())).copy() for output in outputs]

@@ -1,0 +1,63 @@
+"""Tidies up after a Triton server, whatever its launcher died of.
+
+    python -I -S guardian.py <server pid> <shared memory prefix> <scratch folder> <grace seconds>
+
+Standard input is a pipe that only the launcher holds. Its end means that the launcher is gone, by `stop` or by
+`kill -9`: the server is asked to leave, its process group is ended, its shared memory and scratch files are removed.
+Only the standard library, and started with -I -S, so that it costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import os
+import shutil
+import signal
+import sys
+import time
+
+
+def main() -> None:
+    pid, prefix, work, grace_s = int(sys.argv[1]), sys.argv[2], sys.argv[3], float(sys.argv[4])
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(name, signal.SIG_IGN)  # a Ctrl-C for the launcher is not for us
+    while os.read(0, 1024):
+        pass
+    end_group(pid, grace_s)
+    sweep(prefix)
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def end_group(group: int, grace_s: float) -> None:
+    """SIGTERM, then SIGKILL for what is left. The group outlives its leader: stubs of a killed server are in it."""
+    with contextlib.suppress(ProcessLookupError):
+        if _alive(group):
+            os.kill(group, signal.SIGTERM)
+        deadline = time.monotonic() + grace_s
+        while _alive(group) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.killpg(group, signal.SIGKILL)
+        deadline = time.monotonic() + 5
+        while time.monotonic() < deadline:
+            os.killpg(group, 0)  # raises once the last member is gone
+            time.sleep(0.02)
+
+
+def _alive(pid: int) -> bool:
+    """Running, and not a zombie that waits for its parent."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as stream:
+            return stream.read().rpartition(b")")[2].split()[0] != b"Z"
+    except OSError:
+        return False
+
+
+def sweep(prefix: str) -> None:
+    for path in glob.glob(f"/dev/shm/{glob.escape(prefix)}*"):
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Serves one model repository in the foreground: the whole life of a server, from start to drain."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+from runtime.supervisor import Supervisor
+from runtime.triton import Ports, TritonServer
+
+
+def serve_repository(repository: Path, ports: Ports, ready_timeout_s: float, as_json: bool) -> None:
+    """Returns after SIGTERM or SIGINT, with everything drained and swept.
+
+    Raises BadEnvironment before the start, ServerFault when the server does not come up or dies.
+    """
+    asked_to_stop = threading.Event()
+    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    for number in previous:
+        signal.signal(number, lambda *_: asked_to_stop.set())
+    started = time.monotonic()
+    try:
+        with TritonServer(repository, ports) as server:
+            supervisor = Supervisor(server)
+            try:
+                supervisor.wait_ready(ready_timeout_s, asked_to_stop)
+                if not asked_to_stop.is_set():
+                    _announce(server, time.monotonic() - started, as_json)
+                supervisor.watch(asked_to_stop.wait, _log)
+            finally:
+                supervisor.close()
+            _log("draining")
+        _log("stopped")
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _announce(server: TritonServer, seconds: float, as_json: bool) -> None:
+    settings = server.settings
+    facts = {
+        "model": settings.ensemble,
+        "version": settings.version,
+        "grpc": server.grpc_address,
+        "http": server.http_address,
+        "metrics": server.metrics_address,
+        "pid": server.pid,
+        "ready_s": round(seconds, 2),
+    }
+    if as_json:
+        print(json.dumps(facts), flush=True)
+        return
+    print(f"{settings.ensemble} version {settings.version} is ready after {seconds:.1f} s", flush=True)
+    for name in ("grpc", "http", "metrics"):
+        print(f"  {name:<8} {facts[name]}", flush=True)
+    print(f"  log      {server.log}\nCtrl-C drains and stops.", flush=True)
+
+
+def _log(message: str) -> None:
+    print(f"trireme: {message}", file=sys.stderr, flush=True)

@@ -1,0 +1,85 @@
+"""What a built model directory tells the runtime: `settings.json` in each version directory.
+
+Typed JSON instead of string parameters in `config.pbtxt`: one reader, unknown keys refused.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+from runtime.errors import BadEnvironment
+
+S = TypeVar("S", bound="Settings")
+FILE_NAME = "settings.json"
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @classmethod
+    def load(cls: type[S], version_directory: Path) -> S:
+        """Raises BadEnvironment when the file is missing or of another release."""
+        path = version_directory / FILE_NAME
+        try:
+            return cls.model_validate_json(path.read_text())
+        except (OSError, ValueError) as error:
+            raise BadEnvironment(
+                f"{path}: missing, or not of this release; run `trireme build` again ({error})"
+            ) from error
+
+    def save(self, version_directory: Path) -> None:
+        (version_directory / FILE_NAME).write_text(self.model_dump_json(indent=2) + "\n")
+
+
+class TokenizerSettings(Settings):
+    """`length_buckets` empty: pad to the longest text of the request, and leave ragged batches to the encoder."""
+
+    max_length: int
+    pad_id: int
+    token_type_ids: bool
+    pair: bool
+    length_buckets: tuple[int, ...] = ()
+
+
+class ServedModel(Settings):
+    """The identity that the service reports as the metric `trireme_model_info`."""
+
+    ensemble: str
+    version: int
+    precision: str
+    model_digest: str
+    spec_digest: str
+
+
+class TokenizerModelSettings(Settings):
+    tokenizer: TokenizerSettings
+    served: ServedModel
+
+
+class EncoderModelSettings(Settings):
+    executor: Literal["openvino", "onnxruntime", "tensorrt-rtx"]
+    files: dict[str, str]  # target -> file; the key is "cpu", or an SM such as "sm89"
+    threads: int | None  # none: the cores of the machine, shared out over the instances
+    instances: int
+    bfloat16: bool
+    tokens_per_batch: int
+    warmup_lengths: tuple[int, ...]
+
+
+class ServerSettings(Settings):
+    """What the launcher needs to know of a model repository. Lies beside the models, not inside one."""
+
+    ensemble: str
+    models: tuple[str, ...]
+    version: int
+    response_cache_bytes: int
+    rate_limited: bool
+    content_digest: str
+
+    @property
+    def load_order(self) -> tuple[str, ...]:
+        """The ensemble last: it needs its parts."""
+        return (*(name for name in self.models if name != self.ensemble), self.ensemble)

@@ -1,0 +1,106 @@
+"""Readiness by a true inference, and repair of a dead Python stub.
+
+Triton's own health checks stay green when a stub has crashed: every request then fails, and nothing restarts it. So
+readiness here is one real request through the ensemble, and the repair is a reload of the models that fail.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from runtime.errors import ServerFault
+from runtime.triton import TritonServer
+
+PROBE_TEXT = "trireme readiness probe"
+PROBE_INTERVAL_S = 2.0
+PROBE_TIMEOUT_S = 5.0
+FAILURES_BEFORE_REPAIR = 2
+
+
+class Supervisor:
+    """Watches one server through its gRPC port."""
+
+    def __init__(self, server: TritonServer) -> None:
+        from tritonclient.grpc import InferenceServerClient
+
+        self._server = server
+        self._client = InferenceServerClient(server.grpc_address)
+
+    def close(self) -> None:
+        self._client.close()
+
+    def wait_ready(self, timeout_s: float, asked_to_stop: threading.Event) -> None:
+        """Returns after the first successful inference, or when asked to stop.
+
+        Raises ServerFault when the server exits or is not ready in time.
+        """
+        end = time.monotonic() + timeout_s
+        reason = "no probe was made"
+        while time.monotonic() < end and not asked_to_stop.is_set():
+            self._server.require_alive()
+            failure = self.probe()
+            if failure is None:
+                return
+            reason = failure
+            asked_to_stop.wait(0.1)
+        if asked_to_stop.is_set():
+            return
+        raise ServerFault(f"Triton is not ready after {timeout_s:.0f} s ({reason}). Log:\n{self._server.log_tail()}")
+
+    def probe(self) -> str | None:
+        """One real inference through the ensemble; None when it is sound, else what went wrong."""
+        from tritonclient.grpc import InferInput
+        from tritonclient.utils import InferenceServerException
+
+        name = self._server.settings.ensemble
+        try:
+            metadata = self._client.get_model_metadata(name, client_timeout=PROBE_TIMEOUT_S)
+            inputs = []
+            for tensor in metadata.inputs:
+                item = InferInput(tensor.name, [1, 1], tensor.datatype)
+                item.set_data_from_numpy(np.array([[PROBE_TEXT.encode()]], dtype=np.object_))
+                inputs.append(item)
+            result = self._client.infer(name, inputs, client_timeout=PROBE_TIMEOUT_S)
+            values = result.as_numpy(metadata.outputs[0].name)
+        except InferenceServerException as error:
+            return str(error.message())
+        if values is None or values.size == 0 or not np.isfinite(values).all():
+            return f"{name} answered with {'nothing' if values is None else 'values that are not finite'}"
+        return None
+
+    def watch(self, stopped: Callable[[float], bool], report: Callable[[str], None]) -> None:
+        """Probes until `stopped(seconds)` returns true; it is also the wait between probes.
+
+        A server that exits raises ServerFault. A probe that fails twice running reloads the models.
+        """
+        failures = 0
+        while not stopped(PROBE_INTERVAL_S):
+            self._server.require_alive()
+            failure = self.probe()
+            if failure is None:
+                if failures >= FAILURES_BEFORE_REPAIR:
+                    report("serving again")
+                failures = 0
+                continue
+            failures += 1
+            if failures >= FAILURES_BEFORE_REPAIR:
+                report(f"probe failed ({failure}); loading the models again")
+                self._repair()
+
+    def _repair(self) -> None:
+        """Loads every model again. Triton skips an unchanged model, so its files are touched first."""
+        from tritonclient.utils import InferenceServerException
+
+        settings = self._server.settings
+        for name in settings.load_order:
+            adapter = self._server.repository / name / str(settings.version) / "model.py"
+            if adapter.is_file():
+                adapter.touch()
+            try:
+                self._client.load_model(name, headers=self._server.control_headers, client_timeout=60)
+            except InferenceServerException:
+                continue  # the next probe says whether it matters, and the repair is tried again

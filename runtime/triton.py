@@ -1,0 +1,254 @@
+"""Starts and stops one Triton server on loopback, and leaves nothing behind.
+
+The server is the one inside the nvidia-pytriton wheel. It runs in a process group of its own with a guardian beside it
+(see `runtime.guardian`), so that processes, shared memory and scratch files go away whatever this process dies of.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from runtime.encoder import require_numpy_1
+from runtime.errors import BadEnvironment, ServerFault
+from runtime.settings import ServerSettings
+
+LOOPBACK = "127.0.0.1"
+EXIT_TIMEOUT_S = 15  # Triton finishes what is in flight within this, then leaves
+_STUB_TIMEOUT_S = 300
+_SHM_BYTES = 1 << 20
+_SECRET_HEADER = "trireme-admin"
+
+
+@dataclass(frozen=True)
+class Ports:
+    http: int
+    grpc: int
+    metrics: int
+
+    @staticmethod
+    def free() -> Ports:
+        """Three ports that were free a moment ago."""
+        sockets = [socket.socket() for _ in range(3)]
+        try:
+            for item in sockets:
+                item.bind((LOOPBACK, 0))
+            return Ports(*(item.getsockname()[1] for item in sockets))
+        finally:
+            for item in sockets:
+                item.close()
+
+    def require_free(self) -> None:
+        """Raises BadEnvironment that names the busy port and the option that moves it."""
+        for name, port in (("http", self.http), ("grpc", self.grpc), ("metrics", self.metrics)):
+            with socket.socket() as item:
+                item.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                try:
+                    item.bind((LOOPBACK, port))
+                except OSError as error:
+                    raise BadEnvironment(
+                        f"{name} port {port} on {LOOPBACK} cannot be used ({error.strerror}); "
+                        f"stop what listens there, or choose another with --{name}-port"
+                    ) from error
+
+
+@dataclass(frozen=True)
+class Installation:
+    """Where the pieces of the bundled Triton lie."""
+
+    server: Path
+    backend: Path
+    stub: Path
+    caches: Path
+    libraries: Path
+
+    @staticmethod
+    def find() -> Installation:
+        """Raises BadEnvironment without the wheel, or without a stub for this Python."""
+        spec = importlib.util.find_spec("pytriton")
+        if spec is None or not spec.submodule_search_locations:
+            raise BadEnvironment("no embedded Triton: pip install nvidia-pytriton (Linux, Python 3.10 to 3.12)")
+        package = Path(next(iter(spec.submodule_search_locations)))
+        root = package / "tritonserver"
+        version = f"{sys.version_info.major}.{sys.version_info.minor}"
+        stub = root / "python_backend_stubs" / version / "triton_python_backend_stub"
+        if not stub.is_file():
+            raise BadEnvironment(f"the embedded Triton has no Python {version} stub; use Python 3.10, 3.11 or 3.12")
+        return Installation(
+            server=root / "bin" / "tritonserver",
+            backend=root / "backends" / "python",
+            stub=stub,
+            caches=root / "caches",
+            libraries=package.parent / "nvidia_pytriton.libs",
+        )
+
+
+class TritonServer:
+    """One server over one repository. Use as a context manager, or call `stop`.
+
+    `secret` must be sent to reach repository control and shared memory; every other call is open on loopback.
+    """
+
+    def __init__(self, repository: Path, ports: Ports, log: Path | None = None) -> None:
+        require_numpy_1()
+        self.repository, self.ports = repository.resolve(), ports
+        self.settings = load_server_settings(self.repository)
+        self.secret = secrets.token_hex(16)
+        ports.require_free()
+        installation = Installation.find()
+        self._work = Path(tempfile.mkdtemp(prefix="trireme-triton-"))
+        self.log = log or self._work / "triton.log"
+        self.shm_prefix = f"trireme_{os.getpid()}_{secrets.token_hex(4)}_"
+        _lay_out_backend(installation, self._work / "backends" / "python")
+        command = self._command(installation)
+        with self.log.open("wb") as stream:
+            self._process = subprocess.Popen(
+                command,
+                env=_environment(installation),
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C reaches us alone, and stubs share one group to end
+            )
+        self._guardian = _start_guardian(self._process.pid, self.shm_prefix, self._work)
+
+    def _command(self, installation: Installation) -> list[str]:
+        restricted = f"{_SECRET_HEADER}={self.secret}"
+        command = [
+            str(installation.server),
+            f"--model-repository={self.repository}",
+            "--model-control-mode=explicit",
+            *(f"--load-model={name}" for name in self.settings.load_order),
+            "--disable-auto-complete-config",  # else every Python model is imported twice
+            f"--backend-directory={self._work / 'backends'}",
+            f"--cache-directory={installation.caches}",
+            *(f"--{kind}-address={LOOPBACK}" for kind in ("http", "grpc", "metrics")),
+            f"--http-port={self.ports.http}",
+            f"--grpc-port={self.ports.grpc}",
+            f"--metrics-port={self.ports.metrics}",
+            f"--http-restricted-api=model-repository,shared-memory:{restricted}",
+            f"--grpc-restricted-protocol=model-repository,shared-memory:{restricted}",
+            f"--exit-timeout-secs={EXIT_TIMEOUT_S}",
+            "--pinned-memory-pool-byte-size=0",
+            "--log-format=ISO8601",
+            f"--backend-config=python,shm-region-prefix-name={self.shm_prefix}",
+            f"--backend-config=python,shm-default-byte-size={_SHM_BYTES}",
+            f"--backend-config=python,shm-growth-byte-size={_SHM_BYTES}",
+            f"--backend-config=python,stub-timeout-seconds={_STUB_TIMEOUT_S}",
+        ]
+        if self.settings.response_cache_bytes:
+            command.append(f"--cache-config=local,size={self.settings.response_cache_bytes}")
+        if self.settings.rate_limited:
+            command.append("--rate-limit=execution_count")
+        return command
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def grpc_address(self) -> str:
+        return f"{LOOPBACK}:{self.ports.grpc}"
+
+    @property
+    def http_address(self) -> str:
+        return f"{LOOPBACK}:{self.ports.http}"
+
+    @property
+    def metrics_address(self) -> str:
+        return f"{LOOPBACK}:{self.ports.metrics}"
+
+    @property
+    def control_headers(self) -> dict[str, str]:
+        """gRPC metadata that opens repository control."""
+        return {f"triton-grpc-protocol-{_SECRET_HEADER}": self.secret}
+
+    def require_alive(self) -> None:
+        """Raises ServerFault with the end of the log when the server has exited."""
+        code = self._process.poll()
+        if code is not None:
+            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
+            raise ServerFault(f"Triton {how}. Last of its log:\n{self.log_tail()}")
+
+    def log_tail(self, lines: int = 15) -> str:
+        text = self.log.read_text(errors="replace") if self.log.exists() else ""
+        kept = [line for line in text.splitlines() if line.strip()]
+        return "\n".join(kept[-lines:])
+
+    def stop(self) -> None:
+        """Drains and ends the server. What is in flight gets EXIT_TIMEOUT_S; new connections are refused at once."""
+        if self._process.poll() is None:
+            self._process.terminate()
+            try:
+                self._process.wait(EXIT_TIMEOUT_S + 10)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait(10)
+        # The guardian sees its pipe close, ends stubs that are left, and sweeps.
+        assert self._guardian.stdin is not None
+        self._guardian.stdin.close()
+        try:
+            self._guardian.wait(30)
+        except subprocess.TimeoutExpired:
+            self._guardian.kill()
+            self._guardian.wait(5)
+
+    def __enter__(self) -> TritonServer:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+
+def load_server_settings(repository: Path) -> ServerSettings:
+    """Raises BadEnvironment for a folder that is no repository of ours, or one whose publication was cut off."""
+    settings = ServerSettings.load(repository)
+    for name in settings.models:
+        versions = [int(path.name) for path in (repository / name).glob("[0-9]*") if path.name.isdigit()]
+        if max(versions, default=0) != settings.version:
+            raise BadEnvironment(
+                f"{repository}: {name} has versions {sorted(versions)}, but version {settings.version} was published; "
+                "a build was cut off: run `trireme build` again"
+            )
+    return settings
+
+
+def _lay_out_backend(installation: Installation, target: Path) -> None:
+    """The backend directory wants the stub of this Python beside the library."""
+    target.mkdir(parents=True)
+    for source in (
+        installation.backend / "libtriton_python.so",
+        installation.backend / "triton_python_backend_utils.py",
+        installation.stub,
+    ):
+        shutil.copy(source, target / source.name)
+    (target / installation.stub.name).chmod(0o755)
+
+
+def _environment(installation: Installation) -> dict[str, str]:
+    libraries = [str(installation.libraries), str(sysconfig.get_config_var("LIBDIR"))]
+    libraries += filter(None, [os.environ.get("LD_LIBRARY_PATH")])
+    return {
+        **os.environ,
+        "LD_LIBRARY_PATH": ":".join(libraries),
+        "PATH": f"{sys.exec_prefix}/bin:{os.environ.get('PATH', '')}",  # the stub finds its prefix by `python3`
+        "PYTHONDONTWRITEBYTECODE": "1",  # a new __pycache__ looks like a changed model
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_WAIT_POLICY": "PASSIVE",  # idle threads must not take the cores from the other processes
+    }
+
+
+def _start_guardian(pid: int, shm_prefix: str, work: Path) -> subprocess.Popen[bytes]:
+    guardian = Path(__file__).with_name("guardian.py")
+    command = [sys.executable, "-I", "-S", str(guardian), str(pid), shm_prefix, str(work), str(EXIT_TIMEOUT_S)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
