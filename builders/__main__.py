@@ -137,6 +137,55 @@ def serve(
     serve_repository(built.entry.repository, ports, ready_timeout_s, as_json)
 
 
+@app.command()
+def loadtest(
+    spec: SpecArgument,
+    output: Annotated[Path, typer.Option("-o", "--output", help="report to write: FILE.json, and FILE.html beside it")],
+    grpc: Annotated[str, typer.Option(help="host:port")] = "127.0.0.1:8001",
+    http: Annotated[str, typer.Option(help="host:port")] = "127.0.0.1:8000",
+    metrics: Annotated[str, typer.Option(help="host:port")] = "127.0.0.1:8002",
+    protocol: Annotated[Literal["grpc", "http", "both"], typer.Option()] = "grpc",
+    users: Annotated[int, typer.Option(min=1)] = 16,
+    duration_s: Annotated[int, typer.Option(min=3)] = 30,
+    shape: Annotated[Literal["constant", "steps"], typer.Option(help="steps: a ramp that finds the knee")] = "constant",
+    texts: Annotated[Path | None, typer.Option(help="UTF-8, one text a line; default: docstrings")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Measures a running service with Locust. Exit 1 when the spec's SLO is missed."""
+    from builders import present
+    from builders.load import LoadRequest, measure
+    from builders.spec import load_spec
+    from loadtest.report import check_slo, render_text
+
+    found = load_spec(spec)
+    request = LoadRequest(grpc, http, metrics, protocol, shape, users, duration_s, texts)
+    with present.load_progress(quiet=as_json) as progress:
+        report = measure(found, request, output, progress)
+    if as_json:
+        print(report.model_dump_json(indent=2))
+    else:
+        print(f"{render_text(report)}\nreport: {output.with_suffix('.html')}")
+    missed = check_slo(report, found.slo)
+    if missed:
+        _fail("the SLO is missed. " + " ".join(missed), 1)
+
+
+@app.command()
+def report(
+    current: Annotated[Path, typer.Argument(help="report A.json")],
+    baseline: Annotated[Path | None, typer.Argument(help="report B.json to compare with")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="HTML file to write")] = None,
+) -> None:
+    """Draws a load report, or compares two."""
+    from loadtest.report import read_report, render_html, render_text
+
+    found = read_report(current)
+    other = read_report(baseline) if baseline else None
+    target = output or current.with_suffix(".html")
+    target.write_text(render_html(found, other), encoding="utf-8")
+    print(f"{render_text(found)}\nreport: {target}")
+
+
 def _status(message: str, quiet: bool):  # type: ignore[no-untyped-def]  # rich is imported late
     from rich.console import Console
 

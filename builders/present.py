@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from builders.artifacts import Quality
 from builders.pipeline import Build, Report
+from loadtest.run import Progress
 
 
 @contextmanager
@@ -41,41 +43,68 @@ def build_progress(quiet: bool) -> Iterator[Report]:
             progress.update(task, total=1, completed=1)
 
 
+@contextmanager
+def load_progress(quiet: bool) -> Iterator[Callable[[Progress], None]]:
+    """A bar over the seconds of a load test; nothing where standard error is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn
+    from rich.progress import Progress as Bars
+
+    console = Console(stderr=True, quiet=quiet)
+    if not console.is_terminal:
+        yield lambda progress: None
+        return
+    with Bars(TextColumn("load test"), BarColumn(24), TextColumn("{task.fields[detail]}"), console=console) as bars:
+        task = bars.add_task("load", total=None, detail="starting Locust")
+
+        def show(progress: Progress) -> None:
+            detail = f"{progress.users} users, {progress.answered} answered, {progress.errors} errors"
+            bars.update(task, total=progress.end_s, completed=progress.elapsed_s, detail=detail)
+
+        yield show
+
+
 def print_build(built: Build) -> None:
-    """One table of the artifacts, and what to type next."""
+    """One table of the artifacts, and where they are served from."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title=f"{built.spec.name} on {built.platform}", title_justify="left")
-    for heading in ("artifact", "size", "mean cosine", "worst cosine", "checked with"):
-        table.add_column(heading, justify="right" if heading not in ("artifact", "checked with") else "left")
-    for row in _rows(built):
-        table.add_row(*row)
+    for heading in ("artifact", "figures"):
+        table.add_column(heading)
+    for name, value in build_rows(built):
+        table.add_row(name, value)
     console = Console()
     console.print(table)
     if built.entry is not None:
-        console.print(
-            f"model repository: {built.entry.repository} (version {built.entry.version})", highlight=False, soft_wrap=True
-        )
+        where = f"model repository: {built.entry.repository} (version {built.entry.version})"
+        console.print(where, highlight=False, soft_wrap=True)
 
 
-def _rows(built: Build) -> Iterator[tuple[str, str, str, str, str]]:
+def build_rows(*builds: Build) -> Iterator[tuple[str, str]]:
+    """Name and figures of every artifact; one that two builds share comes once."""
+    seen = set()
+    for built in builds:
+        for row in _rows(built):
+            if row[0] not in seen:
+                seen.add(row[0])
+                yield row
+
+
+def _rows(built: Build) -> Iterator[tuple[str, str]]:
     for item in built.graphs:
-        seen = item.quality
-        yield (
-            f"graph {item.precision}",
-            f"{item.bytes / 1e6:.1f} MB",
-            f"{seen.mean_cosine:.5f}",
-            f"{seen.worst_cosine:.5f}",
-            seen.executor,
-        )
+        yield f"graph {item.precision}", f"{item.bytes / 1e6:.1f} MB, {_quality(item.quality)}"
     if built.served is not None:
-        seen = built.served
-        name = f"service {built.spec.precision.cpu}"
-        yield name, "", f"{seen.mean_cosine:.5f}", f"{seen.worst_cosine:.5f}", seen.executor
+        yield f"service {built.spec.precision.cpu}", _quality(built.served)
     for engine in built.engines:
-        made = f"{engine.flavour} {engine.version}, built in {engine.build_seconds} s"
-        yield f"engine {engine.target} {engine.precision}", f"{engine.bytes / 1e6:.1f} MB", "", "", made
+        yield (
+            f"engine {engine.target} {engine.precision}",
+            f"{engine.bytes / 1e6:.1f} MB, {engine.flavour} {engine.version}, built in {engine.build_seconds} s",
+        )
+
+
+def _quality(seen: Quality) -> str:
+    return f"cosine to fp32 mean {seen.mean_cosine:.5f}, worst {seen.worst_cosine:.5f} ({seen.executor})"
 
 
 def build_json(built: Build) -> dict[str, Any]:

@@ -131,7 +131,7 @@ class ServingSlice(Slice):
         512, description="CPU: a ragged batch is sorted and split so that a part holds at most this many padded tokens"
     )
     instances: Positive = 1
-    threads: Positive | None = Field(None, description="CPU threads of one instance; default: the cores shared out")
+    threads: Positive | None = Field(None, description="CPU threads of one instance; default: every core")
     queue_size: Positive = 256
     queue_delay_us: NotNegative = 1000
     queue_timeout_us: NotNegative = Field(2_000_000, description="0: wait without limit")

@@ -65,7 +65,7 @@ def _gather(requests: Sequence[Tensors], rows: Sequence[tuple[int, int]], length
 
 def open_encoder(settings: EncoderModelSettings, files: Mapping[str, Path]) -> Encoder:
     """The encoder that the settings name. Raises BadEnvironment where this machine cannot run it."""
-    threads = settings.threads or max(1, (os.cpu_count() or 1) // settings.instances)
+    threads = settings.threads or os.cpu_count() or 1
     executor: Executor
     if settings.executor == "openvino":
         executor = OpenVinoExecutor(files["cpu"], threads=threads, bfloat16=settings.bfloat16)

@@ -62,8 +62,7 @@ class TokenizerModelSettings(Settings):
 class EncoderModelSettings(Settings):
     executor: Literal["openvino", "onnxruntime", "tensorrt-rtx"]
     files: dict[str, str]  # target -> file; the key is "cpu", or an SM such as "sm89"
-    threads: int | None  # none: the cores of the machine, shared out over the instances
-    instances: int
+    threads: int | None  # none: every core of the machine
     bfloat16: bool
     tokens_per_batch: int
     warmup_lengths: tuple[int, ...]

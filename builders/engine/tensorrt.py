@@ -96,13 +96,13 @@ def compile_plan(
 
     started = time.perf_counter()
     configuration = _configuration(trt, flavour, target, [_profile(Profile(), item, inputs) for item in profiles])
-    G_LOGGER.module_severity = G_LOGGER.CRITICAL  # its errors come back as exceptions
+    G_LOGGER.colors, G_LOGGER.module_severity = False, G_LOGGER.CRITICAL  # its errors come back as exceptions
     try:
         builder, network, parser = network_from_onnx_path(
             str(graph), strongly_typed=hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
         )
         _require_inputs(graph, network, inputs)
-        _decompose_fp32_attention(trt, network)
+        _allow_decomposition(trt, network)
         plan = bytes(engine_bytes_from_network((builder, network, parser), config=configuration))
     except PolygraphyException as error:
         raise EngineError(
@@ -182,10 +182,13 @@ def _require_inputs(graph: Path, network: Any, inputs: tuple[TensorSpec, ...]) -
         )
 
 
-def _decompose_fp32_attention(trt: Any, network: Any) -> None:
-    """TensorRT has fused attention kernels for 16-bit types only; fp32 builds once it may be taken apart."""
+def _allow_decomposition(trt: Any, network: Any) -> None:
+    """Attention may fall apart into several kernels where TensorRT has no fused one: fp32, or an unusual head size.
+
+    Without this such a network does not build at all. Where a fused kernel exists it is still taken.
+    """
     for index in range(network.num_layers):
         layer = network.get_layer(index)
-        if layer.type == trt.LayerType.ATTENTION_INPUT and layer.get_input(0).dtype == trt.float32:
-            layer.__class__ = trt.IAttentionInputLayer
+        if layer.type == trt.LayerType.ATTENTION_INPUT:
+            layer.__class__ = trt.IAttentionInputLayer  # the bindings hand it out as its base class
             layer.attention.decomposable = True

@@ -139,7 +139,8 @@ class _Search:
     def good_enough(self, groups: Sequence[Group], total: int, progress: Callable[[str], None]) -> bool:
         quality = self._quality(groups, len(self._requests))
         progress(
-            f"{len(groups)} of {total} groups in INT8: cosine {quality.mean_cosine:.5f}, worst {quality.worst_cosine:.5f}"
+            f"{len(groups)} of {total} groups in INT8: "
+            f"cosine {quality.mean_cosine:.5f}, worst {quality.worst_cosine:.5f}"
         )
         return (
             1 - quality.mean_cosine <= _MEAN_MARGIN * (1 - self._budget.min_mean_cosine)

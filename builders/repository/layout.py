@@ -133,7 +133,6 @@ def encoder_settings(
         executor=spec.serving.executor if platform == "cpu" else "tensorrt-rtx",
         files={part.target if isinstance(part, Engine) else "cpu": part.file for part in parts},
         threads=spec.serving.threads,
-        instances=spec.serving.instances,
         bfloat16=spec.precision.cpu in ("bf16", "int8"),
         # A GPU takes whole batches; the profile bounds them.
         tokens_per_batch=spec.serving.tokens_per_batch

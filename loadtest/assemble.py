@@ -1,0 +1,134 @@
+"""From what a run left behind to its report."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loadtest.counters import statistics_between
+from loadtest.errors import LoadRunError
+from loadtest.figures import figures_of, measured_keys, points_of, steps_of
+from loadtest.interface import TOKEN_COUNT, TRUNCATED
+from loadtest.report import Load, LoadReport, Machine, Processor
+from loadtest.server import Identity, Snapshot
+from loadtest.texts import digest_texts
+
+if TYPE_CHECKING:
+    from loadtest.run import Evidence, LoadPlan
+
+BUSY = 0.9  # of the cores that the generator can use: above it, the figures are partly its own
+
+
+def report_from_evidence(evidence: Evidence, spec_name: str) -> LoadReport:
+    """Raises LoadRunError when no request at all was started in the measured window."""
+    plan, trace = evidence.plan, evidence.trace
+    keys = measured_keys(trace, plan.schedule)
+    measured = {
+        protocol: [cell for key, cell in cells.items() if key in keys]
+        for protocol, cells in sorted(trace.cells.items())
+    }
+    counts = evidence.target.interface.counts
+    counted = {"counts_tokens": TOKEN_COUNT in counts, "counts_truncated": TRUNCATED in counts}
+    seconds = len(keys) * trace.interval_s
+    whole = figures_of((cell for cells in measured.values() for cell in cells), seconds, **counted)
+    if whole.requests + whole.failed == 0:
+        raise LoadRunError(
+            f"no request ended in {seconds} measured seconds; use a longer duration or a shorter timeout"
+        )
+    processor = _processor(evidence.before, evidence.after)
+    return LoadReport(
+        started_at=datetime.fromtimestamp(trace.started_at, timezone.utc).isoformat(timespec="seconds"),
+        spec_name=spec_name,
+        identity=evidence.after.identity or evidence.before.identity or Identity(model=plan.model),
+        load=_load(plan, evidence.texts),
+        figures=whole,
+        by_protocol={protocol: figures_of(cells, seconds, **counted) for protocol, cells in measured.items()},
+        steps=steps_of(trace, plan.schedule, **counted),
+        points=points_of(trace, keys),
+        interval_s=trace.interval_s,
+        error_examples={kind: text for kind, text in sorted(trace.examples.items()) if kind in whole.errors},
+        models=statistics_between(evidence.before.statistics, evidence.after.statistics),
+        processor=processor,
+        machine=this_machine(),
+        tools={"triton": evidence.target.triton_version, **_tools()},
+        notes=tuple(_notes(evidence, processor)),
+    )
+
+
+def _load(plan: LoadPlan, texts: tuple[str, ...]) -> Load:
+    return Load(
+        texts_file=plan.texts_file.name,
+        texts_digest=digest_texts(texts),
+        texts_lines=len(texts),
+        **plan.model_dump(include=set(Load.model_fields) - {"texts_file"}),
+    )
+
+
+def _notes(evidence: Evidence, processor: Processor) -> list[str]:
+    before, after = evidence.before, evidence.after
+    notes = list(dict.fromkeys([*before.faults, *after.faults]))
+    if before.identity is None and after.identity is None:
+        notes.append("the service does not name its weights (metric trireme_model_info is missing)")
+    elif before.identity is None or after.identity is None:
+        when = "end" if after.identity is None else "start"
+        notes.append(f"the service did not name its weights at the {when} of the window")
+    elif before.identity != after.identity:
+        old, new = before.identity, after.identity
+        notes.append(
+            "the service named other weights at the end than at the start, so the figures belong to no single version: "
+            f"version {old.version} {old.digest[:16]}, then version {new.version} {new.digest[:16]}"
+        )
+    if processor.client_cores > BUSY * min(evidence.plan.processes, os.cpu_count() or 1):
+        notes.append(
+            f"the load generator kept {processor.client_cores:.2f} cores busy with {evidence.plan.processes} "
+            "process(es), so latency and throughput are partly its own; use more processes, or another machine"
+        )
+    lost = sum(
+        point.users is None
+        for point in points_of(evidence.trace, measured_keys(evidence.trace, evidence.plan.schedule))
+    )
+    if lost:
+        notes.append(f"{lost} interval(s) have no sample of the number of users: the load generator was late")
+    return notes
+
+
+def _processor(before: Snapshot, after: Snapshot) -> Processor:
+    seconds = max(after.at - before.at, math.ulp(1.0))
+    client_s = max(0.0, after.client_cpu_s - before.client_cpu_s)
+    server_s = None
+    if before.server_cpu_s is not None and after.server_cpu_s is not None:
+        server_s = max(0.0, after.server_cpu_s - before.server_cpu_s)
+    return Processor(
+        client_seconds=client_s,
+        client_cores=client_s / seconds,
+        server_seconds=server_s,
+        server_share=None if server_s is None else server_s / seconds / (os.cpu_count() or 1),
+    )
+
+
+def this_machine() -> Machine:
+    import psutil
+
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return Machine(
+        cpu_model=names[0] if names else platform.processor() or platform.machine(),
+        cores=os.cpu_count() or 1,
+        memory_gib=round(psutil.virtual_memory().total / 2**30, 1),
+        system=platform.platform(terse=True),
+    )
+
+
+def _tools() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in ("trireme", "locust", "tritonclient", "grpcio"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "unknown"
+    return found

@@ -1,0 +1,197 @@
+"""`locust -f loadtest/locustfile.py --model minilm --texts texts.txt …`: alone, as a master, or as a worker.
+
+Workers send what they recorded to the master with Locust's own reports; the master (or the only process) writes the
+trace of the whole run to `--trace-out`, from which `loadtest.run` makes the report.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import gevent
+from locust import LoadTestShape, events
+from locust.runners import MasterRunner, WorkerRunner
+
+from loadtest.interface import RequestError
+from loadtest.recording import PROGRESS_PREFIX, Trace, interval_for
+from loadtest.shapes import DRAIN_SLACK_S, Schedule
+from loadtest.texts import read_texts
+from loadtest.users import Orders, TritonUser
+
+__all__ = ["ScheduledShape", "TritonUser"]
+
+REPORT_KEY = "trireme_trace"
+
+
+def add_options(parser: Any) -> None:
+    parser.add_argument("--model", default="", help="Name of the ensemble in Triton")
+    parser.add_argument("--texts", default="", help="UTF-8 file, one text a line")
+    parser.add_argument("--protocol", choices=["grpc", "http", "both"], default="grpc")
+    parser.add_argument("--grpc-address", default="127.0.0.1:8001")
+    parser.add_argument("--http-address", default="127.0.0.1:8000")
+    parser.add_argument("--texts-per-request", type=int, default=1)
+    parser.add_argument("--load-shape", choices=["constant", "steps"], default="constant")
+    parser.add_argument("--load-steps", type=int, default=5, help="Plateaux of the shape `steps`, up to --users")
+    parser.add_argument("--duration-s", type=int, default=60, help="Measured seconds, after the warm-up")
+    parser.add_argument("--warm-up-s", type=int, default=5, help="Seconds that do not count")
+    parser.add_argument("--request-timeout-s", type=float, default=10.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--trace-out", default="", help="Write the trace here", include_in_web_ui=False)
+    parser.add_argument("--progress", action="store_true", help="A line a second on stdout", include_in_web_ui=False)
+
+
+def schedule(options: Any) -> Schedule:
+    return Schedule(
+        shape=options.load_shape,
+        users=options.num_users or 1,
+        warm_up_s=options.warm_up_s,
+        duration_s=options.duration_s,
+        steps=options.load_steps,
+    )
+
+
+class ScheduledShape(LoadTestShape):  # type: ignore[misc]  # locust is untyped here
+    """Locust asks `tick` once a second. After the schedule's end users drain, so that hanging requests are counted."""
+
+    use_common_options = True
+    over = False
+
+    def end(self) -> None:
+        """The next tick is the last."""
+        self.over = True
+
+    def tick(self) -> tuple[int, float] | None:
+        options = self.runner.environment.parsed_options
+        plan, elapsed_s = schedule(options), self.get_run_time()
+        users = plan.users_at(elapsed_s)
+        drained = (
+            self.get_current_user_count() == 0 or elapsed_s > plan.end_s + options.request_timeout_s + DRAIN_SLACK_S
+        )
+        if self.over or (users == 0 and drained):
+            return None
+        return users, float(plan.users)
+
+
+def prepare(environment: Any, **_: Any) -> None:
+    """`init` comes after Locust forked its `--processes`; gRPC must not be touched before a fork."""
+    import grpc.experimental.gevent
+
+    options, runner = environment.parsed_options, environment.runner
+    trace = Trace(interval_s=interval_for(options.duration_s))
+    stop_on_signals(environment)
+    environment.stop_timeout = options.request_timeout_s + DRAIN_SLACK_S  # users may finish, or answers are lost
+    if not isinstance(runner, MasterRunner):
+        grpc.experimental.gevent.init_gevent()
+        environment.orders = orders(options)
+        record_requests(environment, trace)
+    if isinstance(runner, WorkerRunner):
+        events.report_to_master.add_listener(lambda client_id, data: data.update({REPORT_KEY: trace.take().to_json()}))
+        return
+    events.worker_report.add_listener(lambda client_id, data: trace.merge(Trace.from_json(data[REPORT_KEY])))
+    keep_trace(environment, trace)
+
+
+def stop_on_signals(environment: Any) -> None:
+    """An orderly end. Locust heeds SIGTERM only after a headless shape has ended, so a deleted pod would lose its
+    trace, and a KeyboardInterrupt strikes any greenlet, so users would not be asked to finish.
+    """
+    if isinstance(environment.runner, WorkerRunner):
+        gevent.signal_handler(signal.SIGINT, environment.runner.quit)
+    elif environment.parsed_options.headless:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            gevent.signal_handler(number, environment.shape_class.end)
+
+
+def orders(options: Any) -> Orders:
+    addresses = {"grpc": options.grpc_address, "http": options.http_address}
+    return Orders(
+        model=options.model,
+        addresses={name: at for name, at in addresses.items() if options.protocol in (name, "both")},  # type: ignore[misc]
+        texts=read_texts(Path(options.texts)),
+        texts_per_request=options.texts_per_request,
+        seed=options.seed,
+        request_timeout_s=options.request_timeout_s,
+    )
+
+
+def record_requests(environment: Any, trace: Trace) -> None:
+    def on_request(
+        request_type: str, start_time: float, response_time: float, exception: Exception | None, context: Any, **_: Any
+    ) -> None:
+        if isinstance(exception, RequestError):
+            trace.failed(request_type, start_time, exception.kind, exception.message)
+        else:
+            trace.answered(request_type, start_time, response_time, **context)
+
+    def on_user_error(user_instance: Any, exception: BaseException, **_: Any) -> None:
+        """A fault in our own code: Locust lets the user go on, so it must show as an error."""
+        trace.failed(user_instance.protocol, time.time(), "CLIENT_ERROR", repr(exception))
+
+    def sample_users() -> None:
+        while True:  # until Locust ends this process
+            now = time.time()
+            gevent.sleep(trace.key(now) + 1.5 * trace.interval_s - now)  # until the middle of the next interval
+            trace.sample_users(time.time(), environment.runner.user_count)
+
+    events.request.add_listener(on_request)
+    events.user_error.add_listener(on_user_error)
+    gevent.spawn(sample_users)
+
+
+def keep_trace(environment: Any, trace: Trace) -> None:
+    """On the process that sees everything: note the start, tell how it goes, write the trace at the end."""
+    options = environment.parsed_options
+
+    def on_test_start(**_: Any) -> None:
+        trace.take()
+        trace.started_at = time.time()
+        if options.progress:
+            gevent.spawn(tell_progress, environment, trace)
+
+    def on_quitting(**_: Any) -> None:
+        if options.trace_out:
+            Path(options.trace_out).write_text(trace.to_json())
+
+    events.test_start.add_listener(on_test_start)
+    events.quitting.add_listener(on_quitting)
+
+
+def tell_progress(environment: Any, trace: Trace) -> None:
+    started_at = trace.started_at
+    while trace.started_at == started_at:  # until Locust ends this process, or starts another test
+        gevent.sleep(1)
+        answered = sum(cell.answered for cells in trace.cells.values() for cell in cells.values())
+        errors = sum(sum(cell.errors.values()) for cells in trace.cells.values() for cell in cells.values())
+        state = {
+            "elapsed_s": round(time.time() - started_at, 3),
+            "users": environment.runner.user_count,
+            "answered": answered,
+            "errors": errors,
+        }
+        print(PROGRESS_PREFIX + json.dumps(state), flush=True)
+
+
+def leave_at_once() -> None:
+    """Registered before Locust's own exit functions, so it runs after them. Nothing may be taken apart afterwards:
+    a gRPC channel that the interpreter finds last waits for ever for gevent's hub, which no longer runs.
+    """
+    if exit_codes:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_codes[-1])
+
+
+exit_codes: list[int] = []
+atexit.register(leave_at_once)
+events.quit.add_listener(lambda exit_code, **_: exit_codes.append(exit_code))
+events.init_command_line_parser.add_listener(add_options)
+events.init.add_listener(prepare)

@@ -1,0 +1,217 @@
+"""The server under test, seen from outside: can it be measured, which weights does it serve, what did it count."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import time
+import urllib.request
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from loadtest.connection import Connection, Protocol
+from loadtest.counters import Counters
+from loadtest.errors import LoadInputError
+from loadtest.figures import Record
+from loadtest.interface import Interface, RequestError
+
+UNKNOWN = "unknown"
+CONTROL_TIMEOUT_S = 5.0
+MAX_METRICS_BYTES = 8 << 20
+
+
+class Identity(Record):
+    """The weights that were measured, as the service itself names them; `unknown` where it does not."""
+
+    model: str
+    version: str = UNKNOWN
+    precision: str = UNKNOWN
+    digest: str = UNKNOWN  # of the model's artifact
+    spec_digest: str = UNKNOWN
+
+
+@dataclass(frozen=True)
+class Target:
+    """A server that answered a trial request over every protocol of the plan."""
+
+    interface: Interface
+    triton_version: str
+    models: tuple[str, ...]  # the model itself and, of an ensemble, its parts
+
+    @property
+    def ensemble(self) -> str | None:
+        return self.models[0] if len(self.models) > 1 else None
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Counters at one moment. Differences of two are what happened in between."""
+
+    at: float  # time.monotonic()
+    statistics: Counters
+    client_cpu_s: float
+    server_cpu_s: float | None
+    identity: Identity | None
+    faults: tuple[str, ...] = field(default=())  # what could not be read, and why
+
+
+def _client(address: str) -> Any:
+    import tritonclient.grpc
+
+    return tritonclient.grpc.InferenceServerClient(address, channel_args=[("grpc.enable_http_proxy", 0)])
+
+
+def probe(model: str, addresses: Mapping[Protocol, str], grpc_address: str, rows: Sequence[str]) -> Target:
+    """Asks everything that a run needs once, so that a wrong plan fails in a second and not after an hour.
+
+    Raises LoadInputError: nobody listens, no such model, not ready, not text to vectors, or the trial request fails.
+    """
+    from tritonclient.utils import InferenceServerException
+
+    client = _client(grpc_address)
+    try:
+        triton_version = client.get_server_metadata(as_json=True, client_timeout=CONTROL_TIMEOUT_S)["version"]
+        if not client.is_model_ready(model, client_timeout=CONTROL_TIMEOUT_S):
+            raise _not_ready(client, model)
+        config = client.get_model_config(model, as_json=True, client_timeout=CONTROL_TIMEOUT_S)["config"]
+    except InferenceServerException as error:
+        raise LoadInputError(
+            f"gRPC address {grpc_address}",
+            got=" ".join((error.message() or str(error)).split()),
+            expected="a Triton server that answers",
+            fix="start the server (`trireme serve SPEC`), or give the address of its gRPC port",
+        ) from error
+    finally:
+        client.close()
+    steps = config.get("ensemble_scheduling", {}).get("step", [])
+    models = tuple(dict.fromkeys([model, *(step["model_name"] for step in steps)]))
+    interfaces = [_try_once(protocol, address, model, rows) for protocol, address in addresses.items()]
+    return Target(interface=interfaces[0], triton_version=triton_version, models=models)
+
+
+def _not_ready(client: Any, model: str) -> LoadInputError:
+    from tritonclient.utils import InferenceServerException
+
+    try:
+        index = client.get_model_repository_index(as_json=True, client_timeout=CONTROL_TIMEOUT_S).get("models", [])
+    except InferenceServerException:  # control of the repository may be closed to us
+        index = []
+    states = {entry["name"]: f"{entry.get('state', 'not loaded')} {entry.get('reason', '')}".strip() for entry in index}
+    if model in states:
+        fix = "load the model, or read the server's log for the reason"
+        return LoadInputError(f"model {model!r}", got=f"state {states[model]}", expected="state READY", fix=fix)
+    near = difflib.get_close_matches(model, states, n=1)
+    known = ", ".join(sorted(states)) or "the models that the server has loaded"
+    fix = f"did you mean {near[0]!r}?" if near else f"use one of: {known}"
+    return LoadInputError(f"model {model!r}", got="a name that the server does not have", expected="its model", fix=fix)
+
+
+def _try_once(protocol: Protocol, address: str, model: str, rows: Sequence[str]) -> Interface:
+    connection = Connection(protocol, address, CONTROL_TIMEOUT_S * 6)  # the first request may pay for lazy loading
+    try:
+        interface = connection.interface(model)
+        connection.ask(model, interface, [[row] * len(interface.inputs) for row in rows])
+    except RequestError as error:
+        raise LoadInputError(
+            f"a trial request of {len(rows)} text(s) to model {model!r} over {protocol} at {address}",
+            got=f"{error.kind}: {error.message}",
+            expected="a finite vector for each text",
+            fix=f"check the {protocol} address, the texts, and texts_per_request against the model's batch size",
+        ) from error
+    finally:
+        connection.close()
+    return interface
+
+
+def snapshot(model: str, target: Target, grpc_address: str, metrics_address: str | None, client_pid: int) -> Snapshot:
+    """Never raises for what a server may lack: what could not be read is named in `faults`."""
+    from tritonclient.utils import InferenceServerException
+
+    statistics: dict[tuple[str, str], Mapping[str, Any]] = {}
+    faults: list[str] = []
+    client = _client(grpc_address)
+    try:
+        for name in target.models:
+            answer = client.get_inference_statistics(name, as_json=True, client_timeout=CONTROL_TIMEOUT_S)
+            for entry in answer.get("model_stats", []):
+                if name == target.ensemble:
+                    entry.pop("batch_stats", None)  # an ensemble forms no batches; Triton repeats the requests' sizes
+                statistics[name, entry["version"]] = entry
+    except InferenceServerException as error:
+        faults.append(f"Triton's statistics could not be read: {error.message()}")
+    finally:
+        client.close()
+    identity = None
+    if metrics_address is not None:
+        try:
+            identity = identity_from_metrics(_fetch(f"http://{metrics_address}/metrics"), model)
+        except OSError as error:
+            faults.append(f"the metrics at {metrics_address} could not be read: {error}")
+    return Snapshot(
+        at=time.monotonic(),
+        statistics=statistics,
+        client_cpu_s=cpu_seconds(client_pid) or 0.0,
+        server_cpu_s=cpu_seconds(listening_process(grpc_address)),
+        identity=identity,
+        faults=tuple(faults),
+    )
+
+
+def _fetch(url: str) -> str:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy between us and loopback
+    with opener.open(url, timeout=CONTROL_TIMEOUT_S) as response:
+        return str(response.read(MAX_METRICS_BYTES).decode("utf-8", errors="replace"))
+
+
+def identity_from_metrics(text: str, model: str) -> Identity | None:
+    """The gauge `trireme_model_info{model=…} 1` in Prometheus text. Of several versions that are served, the highest.
+
+    None: the service does not say what it serves.
+    """
+    found = []
+    for line in text.splitlines():
+        match = re.fullmatch(r"trireme_model_info\{(.*)\}\s+1(\.0*)?(\s+\d+)?", line.strip())
+        if match is None:
+            continue
+        pairs = re.findall(r'(\w+)="((?:[^"\\]|\\.)*)"', match[1])
+        labels = {key: re.sub(r"\\(.)", lambda m: "\n" if m[1] == "n" else m[1], value) for key, value in pairs}
+        if labels.get("model") == model:
+            found.append(Identity(**{key: labels.get(key) or UNKNOWN for key in Identity.model_fields}))
+    return max(found, key=lambda one: (int(one.version) if one.version.isdigit() else -1, one.version), default=None)
+
+
+def listening_process(address: str) -> int | None:
+    """Id of the process of this machine that listens at `address`; None when it is elsewhere, or not ours to see."""
+    import psutil
+
+    host, _, port = address.rpartition(":")
+    if host not in ("127.0.0.1", "localhost"):
+        return None
+    try:
+        sockets = psutil.net_connections(kind="tcp")
+    except psutil.AccessDenied:
+        return None
+    wanted = (one.pid for one in sockets if one.status == psutil.CONN_LISTEN and one.laddr.port == int(port))
+    return next(wanted, None)
+
+
+def cpu_seconds(pid: int | None) -> float | None:
+    """User and system time of a process and its living descendants; None when there is no such process."""
+    import psutil
+
+    if pid is None:
+        return None
+    try:
+        process = psutil.Process(pid)
+        family = [process, *process.children(recursive=True)]
+    except psutil.Error:
+        return None
+    total = 0.0
+    for member in family:
+        try:
+            times = member.cpu_times()
+        except psutil.Error:  # ended between the two calls
+            continue
+        total += times.user + times.system
+    return total

@@ -1,0 +1,112 @@
+"""Fixtures that more than one file needs: tiny random checkpoints, and the real MiniLM built once a session."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from builders import corpus, pipeline
+from builders.pipeline import Build
+from builders.spec import DeploymentSpec, load_spec
+from runtime.supervisor import Supervisor
+from runtime.triton import Ports, TritonServer
+
+HIDDEN = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+
+
+def save_tiny(folder: Path, model_type: str, task: str = "embedding", labels: int = 3, seed: int = 0) -> Path:
+    """A random model of two layers with a trained tokenizer, as `save_pretrained` would leave it."""
+    import torch
+    import transformers
+
+    torch.manual_seed(seed)
+    sizes = {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64} if model_type == "distilbert" else dict(HIDDEN)
+    if model_type == "electra":
+        sizes["embedding_size"] = 16
+    config = transformers.AutoConfig.for_model(
+        model_type, **sizes, vocab_size=400, max_position_embeddings=80, pad_token_id=1, num_labels=labels
+    )
+    maker = transformers.AutoModel if task == "embedding" else transformers.AutoModelForSequenceClassification
+    model = maker.from_config(config)
+    with torch.no_grad():  # the usual 0.02 would make every output alike
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(6)
+    model.save_pretrained(folder)
+    _save_tokenizer(folder, types=getattr(config, "type_vocab_size", 0) > 1)
+    return folder
+
+
+def _save_tokenizer(folder: Path, types: bool) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = ["[UNK]", "[PAD]", "[CLS]", "[SEP]"]
+    tokenizer.train_from_iterator(corpus.texts(None, 200), trainers.BpeTrainer(vocab_size=400, special_tokens=special))
+    second = 1 if types else 0
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair=f"[CLS] $A [SEP] $B:{second} [SEP]:{second}",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def tiny_spec(source: Path, task: str = "embedding", **changes: dict[str, object]) -> DeploymentSpec:
+    """A spec for a tiny model; `changes` are laid over its slices."""
+    pooling = {"pooling": "mean", "normalize": True} if task == "embedding" else {}
+    data: dict[str, dict[str, object]] = {
+        "model": {"source": str(source), "task": task, "max_length": 64, **pooling},
+        "precision": {"calibration_samples": 32},
+        "engine": {"profiles": [{"batch": {"min": 1, "opt": 4, "max": 8}, "length": {"min": 1, "opt": 32, "max": 64}}]},
+        "serving": {"max_batch_size": 8, "length_buckets": [16, 64]},
+    }
+    for name, values in changes.items():
+        data[name] = {**data.get(name, {}), **values}
+    return DeploymentSpec.model_validate({"name": "tiny", **data})
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("checkpoints") / "bert", "bert")
+
+
+@pytest.fixture
+def bert_copy(tiny_bert: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    import shutil
+
+    return Path(shutil.copytree(tiny_bert, tmp_path / "bert"))
+
+
+@pytest.fixture(scope="session")
+def minilm(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    """The preset with real weights; bf16, because the INT8 search takes half a minute and has its own test."""
+    spec = load_spec("minilm")
+    spec = spec.model_copy(update={"precision": spec.precision.model_copy(update={"cpu": "bf16"})})
+    return pipeline.build(spec, "cpu", tmp_path_factory.mktemp("minilm"), "repository")
+
+
+@pytest.fixture(scope="session")
+def server(minilm: Build) -> Iterator[TritonServer]:
+    """The real MiniLM behind a real Triton. Tests that end or damage a server start their own."""
+    import threading
+
+    assert minilm.entry is not None
+    with TritonServer(minilm.entry.repository, Ports.free()) as running:
+        supervisor = Supervisor(running)
+        supervisor.wait_ready(120, threading.Event())
+        supervisor.close()
+        yield running
+
+
+@pytest.fixture
+def edit_json() -> Callable[[Path, dict[str, object]], None]:
+    def edit(path: Path, changes: dict[str, object]) -> None:
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return edit

@@ -1,0 +1,56 @@
+"""Regrouping rows across requests never mixes up whose vector is whose."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runtime.encoder import Encoder
+from runtime.executor import Tensors
+
+
+class SumExecutor:
+    """Each row's vector is the sum of its real tokens: enough to recognise it."""
+
+    description = "sum"
+
+    def __init__(self) -> None:
+        self.tokens = 0
+
+    def run_all(self, batches: Sequence[Tensors]) -> list[np.ndarray]:  # type: ignore[type-arg]
+        self.tokens = max([self.tokens, *(batch["input_ids"].size for batch in batches if len(batch["input_ids"]) > 1)])
+        return [
+            (batch["input_ids"] * batch["attention_mask"]).sum(axis=1, keepdims=True).astype(np.float32)
+            for batch in batches
+        ]
+
+
+@given(st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=5), min_size=1, max_size=8), st.integers(16, 256))
+def test_every_request_gets_its_own_rows(requests: list[list[int]], tokens_per_batch: int) -> None:
+    generator = np.random.default_rng(len(requests))
+    feeds, expected = [], []
+    for sizes in requests:
+        longest = max(sizes)
+        mask = (np.arange(longest) < np.array(sizes)[:, None]).astype(np.int64)
+        ids = generator.integers(1, 1000, mask.shape)
+        feeds.append({"input_ids": ids, "attention_mask": mask})
+        expected.append((ids * mask).sum(axis=1, keepdims=True).astype(np.float32))
+    executor = SumExecutor()
+    for got, want in zip(Encoder(executor, tokens_per_batch).run(feeds), expected, strict=True):
+        assert np.array_equal(got, want)
+    assert executor.tokens <= tokens_per_batch
+
+
+def test_warm_up_runs_each_length() -> None:
+    seen = []
+
+    class Recorder(SumExecutor):
+        def run_all(self, batches: Sequence[Tensors]) -> list[np.ndarray]:  # type: ignore[type-arg]
+            seen.extend(batch["input_ids"].shape for batch in batches)
+            return super().run_all(batches)
+
+    Encoder(Recorder(), 512).warm_up(["input_ids", "attention_mask"], [16, 64])
+    assert seen == [(1, 16), (1, 64)]

@@ -1,0 +1,267 @@
+"""The real MiniLM behind a real Triton: answers, bad input, and every way to end it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import yaml
+from tritonclient import grpc as triton_grpc
+from tritonclient.utils import InferenceServerException
+
+from builders import corpus
+from builders.pipeline import Build
+from builders.quality import graph_outputs, sample_requests
+from builders.spec import DeploymentSpec
+from runtime.errors import BadEnvironment
+from runtime.supervisor import Supervisor
+from runtime.triton import Ports, TritonServer
+from tests.conftest import tiny_spec
+
+pytestmark = pytest.mark.triton
+ROOT = Path(__file__).parents[1]
+
+
+def _infer(address: str, texts: list[bytes], name: str = "minilm") -> Any:
+    with triton_grpc.InferenceServerClient(address) as client:
+        item = triton_grpc.InferInput("text", [len(texts), 1], "BYTES")
+        item.set_data_from_numpy(np.array([[text] for text in texts], dtype=np.object_))
+        return client.infer(name, [item], client_timeout=30)
+
+
+def _wait(condition: Callable[[], bool], limit_s: float) -> bool:
+    end = time.monotonic() + limit_s
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_served_vectors_are_the_models(server: TritonServer, minilm: Build) -> None:
+    texts = corpus.texts(None, 40)
+    got = _infer(server.grpc_address, [text.encode() for text in texts])
+    want = graph_outputs(minilm.graph("fp32").file_path, sample_requests(minilm.checkpoint, texts))
+    assert (got.as_numpy("embedding") * want).sum(axis=1).min() > 0.999
+    assert got.as_numpy("token_count").shape == (40, 1)
+
+
+def test_concurrent_requests_of_mixed_size_keep_their_answers(server: TritonServer) -> None:
+    texts = [text.encode() for text in corpus.texts(None, 48)]
+    alone = _infer(server.grpc_address, texts).as_numpy("embedding")
+    failures: list[object] = []
+
+    def ask(start: int, count: int) -> None:
+        got = _infer(server.grpc_address, texts[start : start + count]).as_numpy("embedding")
+        if not np.allclose(got, alone[start : start + count], atol=0.02):
+            failures.append(start)
+
+    threads = [threading.Thread(target=ask, args=(start, 1 + start % 5)) for start in range(0, 40, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not failures
+
+
+def test_truncation_is_said(server: TritonServer) -> None:
+    got = _infer(server.grpc_address, [b"short", b"long " * 400])
+    assert got.as_numpy("truncated").ravel().tolist() == [False, True]
+    assert got.as_numpy("token_count").ravel().tolist() == [3, 256]
+
+
+@pytest.mark.parametrize(
+    ("texts", "said"),
+    [
+        ([b"fine", b""], r"text\[1\] is empty"),
+        ([b" \n"], r"text\[0\] is empty"),
+        ([b"\xff\xfe"], r"text\[0\]: byte 0 is not valid UTF-8"),
+        ([b"x"] * 65, "batch-size must be <= 64"),
+    ],
+)
+def test_bad_text_is_the_callers_fault_and_hurts_nobody(server: TritonServer, texts: list[bytes], said: str) -> None:
+    with pytest.raises(InferenceServerException, match=said) as caught:
+        _infer(server.grpc_address, texts)
+    assert "INVALID_ARGUMENT" in str(caught.value.status())
+    assert str(ROOT) not in str(caught.value)
+    assert _infer(server.grpc_address, [b"still here"]).as_numpy("embedding").shape == (1, 384)
+
+
+@pytest.mark.parametrize(("dtype", "shape"), [("INT32", [1, 1]), ("BYTES", [1, 2]), ("BYTES", [1])])
+def test_a_wrong_tensor_is_refused(server: TritonServer, dtype: str, shape: list[int]) -> None:
+    item = triton_grpc.InferInput("text", shape, dtype)
+    item.set_data_from_numpy(np.full(shape, b"x", np.object_) if dtype == "BYTES" else np.ones(shape, np.int32))
+    with (
+        triton_grpc.InferenceServerClient(server.grpc_address) as client,
+        pytest.raises(InferenceServerException) as caught,
+    ):
+        client.infer("minilm", [item], client_timeout=10)
+    assert "INVALID_ARGUMENT" in str(caught.value.status())
+
+
+def test_repository_control_wants_the_secret(server: TritonServer) -> None:
+    with triton_grpc.InferenceServerClient(server.grpc_address) as client:
+        with pytest.raises(InferenceServerException, match="restricted"):
+            client.load_model("minilm")
+        with pytest.raises(InferenceServerException, match="restricted"):
+            client.get_system_shared_memory_status()
+        client.load_model("minilm", headers=server.control_headers)
+
+
+def test_metrics_name_what_is_served(server: TritonServer, minilm: Build) -> None:
+    import urllib.request
+
+    assert minilm.entry is not None
+    text = urllib.request.urlopen(f"http://{server.metrics_address}/metrics", timeout=10).read().decode()
+    line = next(line for line in text.splitlines() if line.startswith("trireme_model_info{"))
+    assert f'digest="{minilm.entry.model_digest}"' in line
+    assert f'spec_digest="{minilm.spec.digest}"' in line
+
+
+@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S))
+def test_the_clients_of_the_readme_run(server: TritonServer, block: str) -> None:
+    code = block.replace("127.0.0.1:8001", server.grpc_address).replace("127.0.0.1:8000", server.http_address)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_a_busy_port_is_named_before_anything_starts(minilm: Build) -> None:
+    assert minilm.entry is not None
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        free = Ports.free()
+        ports = Ports(taken.getsockname()[1], free.grpc, free.metrics)
+        with pytest.raises(BadEnvironment, match="choose another with --http-port"):
+            TritonServer(minilm.entry.repository, ports)
+
+
+class _Serving:
+    """`trireme serve` as a user starts it."""
+
+    def __init__(self, spec: Path, build_dir: Path) -> None:
+        ports = [f"--{name}-port=0" for name in ("http", "grpc", "metrics")]
+        command = [
+            sys.executable,
+            "-m",
+            "builders",
+            "serve",
+            str(spec),
+            "--json",
+            "--build-dir",
+            str(build_dir),
+            *ports,
+        ]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise AssertionError(self.process.communicate(timeout=30)[1])
+        self.facts = json.loads(line)
+        self.triton = psutil.Process(self.facts["pid"])
+        self.stubs = self.triton.children(recursive=True)
+
+    def leftovers(self) -> list[str]:
+        """Processes, shared memory and scratch folders that this server has left."""
+        alive = [p for p in (self.triton, *self.stubs) if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+        prefix = f"trireme_{self.process.pid}_"
+        memory = [path.name for path in Path("/dev/shm").glob(f"{prefix}*")]
+        return [str(p) for p in alive] + memory
+
+
+@contextmanager
+def _serve(spec: DeploymentSpec, folder: Path, build_dir: Path) -> Iterator[_Serving]:
+    """A server that the test may end as it likes; whatever it does, nothing may be left."""
+    file = folder / "spec.yaml"
+    file.write_text(yaml.safe_dump(spec.model_dump(mode="json")))
+    running = _Serving(file, build_dir)
+    yield running
+    if running.process.poll() is None:
+        running.process.kill()
+        running.process.wait(10)
+    assert _wait(lambda: not running.leftovers(), 40), running.leftovers()
+
+
+@pytest.fixture
+def serving(tmp_path: Path, tiny_bert: Path) -> Iterator[_Serving]:
+    with _serve(tiny_spec(tiny_bert), tmp_path, tmp_path / "build") as running:
+        yield running
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_drains_what_is_in_flight(minilm: Build, tmp_path: Path, number: signal.Signals) -> None:
+    assert minilm.entry is not None
+    answers: list[object] = []
+    texts = [b"long " * 400] * 64  # a second or more of work
+    with _serve(minilm.spec, tmp_path, minilm.entry.repository.parents[2]) as serving:
+        address = serving.facts["grpc"]
+        thread = threading.Thread(target=lambda: answers.append(_infer(address, texts).as_numpy("embedding").shape))
+        with triton_grpc.InferenceServerClient(address) as client:
+
+            def tokenised() -> bool:
+                statistics = client.get_inference_statistics("minilm-tokenizer").model_stats[0]
+                return int(statistics.inference_count) >= 64
+
+            thread.start()
+            assert _wait(tokenised, 20)  # so the encoder has it, or will within a moment
+        serving.process.send_signal(number)
+        thread.join(30)
+        assert serving.process.wait(40) == 0
+    assert answers == [(64, 384)]
+
+
+def test_killing_the_launcher_leaves_nothing(serving: _Serving) -> None:
+    serving.process.kill()
+    assert _wait(lambda: not serving.leftovers(), 40), serving.leftovers()
+
+
+def test_killing_triton_ends_the_launcher_with_the_reason(serving: _Serving) -> None:
+    serving.triton.kill()
+    assert serving.process.wait(40) == 1
+    assert serving.process.stderr is not None
+    assert "Triton was killed by SIGKILL" in serving.process.stderr.read()
+
+
+def test_a_killed_stub_comes_back(serving: _Serving) -> None:
+    serving.stubs[0].send_signal(signal.SIGKILL)
+
+    def answers() -> bool:
+        try:
+            return _infer(serving.facts["grpc"], [b"hello"], "tiny").as_numpy("embedding").shape == (1, 32)
+        except InferenceServerException:
+            return False
+
+    assert _wait(lambda: not answers(), 10) or answers()
+    assert _wait(answers, 60)
+
+
+def test_a_stub_that_cannot_start_says_why(minilm: Build, tmp_path: Path) -> None:
+    """A damaged version directory: not ready, with Triton's own reason, and nothing left running."""
+    import shutil
+
+    from runtime.errors import ServerFault
+
+    assert minilm.entry is not None
+    repository = Path(shutil.copytree(minilm.entry.repository, tmp_path / "repository"))
+    (repository / "minilm-tokenizer" / "1" / "tokenizer.json").write_text("{}")
+    with TritonServer(repository, Ports.free()) as server:
+        prefix = server.shm_prefix
+        with pytest.raises(ServerFault, match="tokenizer"):
+            Supervisor(server).wait_ready(60, threading.Event())
+    assert not list(Path("/dev/shm").glob(f"{prefix}*"))
+    assert not psutil.pid_exists(server.pid) or os.getpid() == server.pid

@@ -1,0 +1,97 @@
+"""What a user may write in a spec, and what they are told when it is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from builders.errors import SpecError
+from builders.spec import PRESETS, load_spec
+
+
+def _minilm() -> dict[str, dict[str, object]]:
+    return yaml.safe_load((PRESETS / "minilm.yaml").read_text())
+
+
+def _load(tmp_path: Path, data: object) -> object:
+    file = tmp_path / "spec.yaml"
+    file.write_text(data if isinstance(data, str) else yaml.safe_dump(data))
+    return load_spec(file)
+
+
+def test_presets_load_by_name_and_are_frozen() -> None:
+    spec = load_spec("minilm")
+    assert spec.model.max_length == 256
+    with pytest.raises(ValidationError):
+        spec.name = "other"
+
+
+def test_the_digest_follows_the_content(tmp_path: Path) -> None:
+    data = _minilm()
+    same = _load(tmp_path, data)
+    data["serving"]["queue_delay_us"] = 7
+    other = _load(tmp_path, data)
+    assert load_spec("minilm").digest == same.digest != other.digest  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"serving": {"max_batch": 8}}, "did you mean 'max_batch_size'?"),
+        ({"kubernetes": {"replicas": 2}}, "no key here yet"),
+        ({"serving": {"max_batch_size": "many"}}, "serving.max_batch_size"),
+        ({"serving": {"max_batch_size": 65}}, "fits no engine.profiles entry"),
+        ({"serving": {"length_buckets": [16, 128]}}, "must end with model.max_length=256"),
+        ({"serving": {"length_buckets": [64, 16, 256]}}, "must rise strictly"),
+        ({"serving": {"response_cache_bytes": 10}}, "1048576"),
+        ({"serving": {"executor": "onnxruntime"}, "precision": {"cpu": "bf16"}}, "needs serving.executor=openvino"),
+        ({"engine": {"targets": ["8.9"]}}, "engine.targets.0"),
+        ({"model": {"task": "translation"}}, "model.task"),
+        ({"model": {"task": "classification", "pooling": "mean"}}, "apply to task embedding"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_cure(tmp_path: Path, change: dict[str, dict[str, object]], said: str) -> None:
+    data = _minilm()
+    for name, values in change.items():
+        data.setdefault(name, {}).update(values)
+    with pytest.raises(SpecError) as caught:
+        _load(tmp_path, data)
+    assert said in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_profile_range_must_rise(tmp_path: Path) -> None:
+    data = _minilm()
+    data["engine"]["profiles"] = [
+        {"batch": {"min": 4, "opt": 2, "max": 64}, "length": {"min": 1, "opt": 8, "max": 256}}
+    ]
+    with pytest.raises(SpecError, match=r"min <= opt <= max does not hold for 4, 2, 64"):
+        _load(tmp_path, data)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("name: a\nname: b\n", "line 2"),
+        ("- a\n", "got list"),
+        ("a: [1\n", "valid YAML"),
+        ("", "got NoneType"),
+    ],
+)
+def test_a_file_that_is_no_spec(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(SpecError, match=said):
+        _load(tmp_path, text)
+
+
+def test_a_missing_file_names_the_presets() -> None:
+    with pytest.raises(SpecError, match="minilm"):
+        load_spec("no-such-spec.yaml")
+
+
+def test_relative_paths_start_at_the_spec(tmp_path: Path) -> None:
+    data = _minilm()
+    data["precision"]["calibration_texts"] = "texts.txt"
+    assert _load(tmp_path, data).precision.calibration_texts == tmp_path.resolve() / "texts.txt"  # type: ignore[attr-defined]
