@@ -2,9 +2,9 @@
 
 VENV ?= .venv
 BUILD ?= build
-# The first interpreter that works here and has a numpy 1.26 wheel (3.10 to 3.12).
-PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.10; do \
-	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && { echo $$p; break; }; done)
+# The first interpreter that works here and that every dependency supports (3.11 or 3.12).
+PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && { echo $$p; break; }; done)
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 BIN := $(VENV)/bin
 
@@ -18,7 +18,7 @@ install: $(VENV)/.installed ## virtual environment with pinned dependencies, and
 
 # torch first and by its version: without one, pip would choose the newest CUDA build.
 $(VENV)/.installed: pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" || { echo "error: no Python 3.10, 3.11 or 3.12 found; install one, or make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or 3.12 found; install one, or make PYTHON=/path/to/python3.11" >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet torch==2.13.0 --constraint constraints.txt
 	$(PIP) install --quiet --editable '.[build,embedded,loadtest,dev]' --constraint constraints.txt

@@ -6,7 +6,9 @@ Exit codes: 0 done; 1 a check failed, with the figures; 2 the user's input is wr
 from __future__ import annotations
 
 import json
+import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
@@ -58,6 +60,7 @@ def export(
     output: Annotated[Path, typer.Option("-o", "--output", help="ONNX file to write")],
     task: Annotated[Literal["embedding", "classification", "reranking"], typer.Option()] = "embedding",
     precision: Annotated[Literal["fp32", "fp16"], typer.Option()] = "fp32",
+    pooling: Annotated[Literal["mean", "cls"] | None, typer.Option(help="default: the checkpoint's own")] = None,
     max_length: Annotated[int, typer.Option(min=8, help="tokens")] = 256,
     as_json: JsonFlag = False,
 ) -> None:
@@ -66,8 +69,9 @@ def export(
     from builders.spec import ModelSlice
 
     with _status(f"export {model} to {precision}", as_json):
-        graph = single.export(ModelSlice(source=model, task=task, max_length=max_length), precision, output)
-    _print_graph(output, graph.quality.worst_cosine, graph.bytes, as_json)
+        found = ModelSlice(source=model, task=task, pooling=pooling, max_length=max_length)
+        graph = single.export(found, precision, output)
+    _print_graph(output, graph.quality.worst_cosine, graph.bytes, "the checkpoint", as_json)
 
 
 @app.command()
@@ -89,7 +93,7 @@ def quantize(
     )
     with _status(f"quantize {graph} to {scheme}", as_json):
         result = single.quantize(graph, budget, output)
-    _print_graph(output, result.quality.worst_cosine, result.bytes, as_json)
+    _print_graph(output, result.quality.worst_cosine, result.bytes, str(graph), as_json)
 
 
 @app.command()
@@ -114,12 +118,44 @@ def engine(
 
 
 @app.command()
+def shard(
+    graph: Annotated[Path, typer.Argument(help="ONNX file of a transformer, from any exporter")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="new folder for stage{s}.rank{r}.onnx")],
+    tensor_parallel: Annotated[int, typer.Option(min=1, help="ranks that share each layer")] = 1,
+    pipeline_parallel: Annotated[int, typer.Option(min=1, help="stages that follow each other")] = 1,
+    as_json: JsonFlag = False,
+) -> None:
+    """Shares a graph out to ranks. `trireme verify` then proves the ranks equal to the whole."""
+    from builders import present
+    from builders.partition.shard import partition_graph
+
+    with _status(f"shard {graph} for {tensor_parallel} x {pipeline_parallel} ranks", as_json):
+        partition = partition_graph(graph, tensor_parallel, pipeline_parallel, output)
+    print(partition.model_dump_json(indent=2) if as_json else present.partition_text(partition))
+
+
+@app.command()
+def verify(
+    directory: Annotated[Path, typer.Argument(help="folder that `trireme shard` wrote")],
+    against: Annotated[Path, typer.Option(help="the graph that was sharded")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Runs every rank as a process on this CPU and compares with the whole graph. Exit 1 on any doubt."""
+    from builders import present
+    from builders.partition.verify import verify_partition
+
+    with _status(f"run the ranks of {directory}", as_json):
+        found = verify_partition(directory, against)
+    print(found.model_dump_json(indent=2) if as_json else present.verify_text(found))
+
+
+@app.command()
 def serve(
     spec: SpecArgument,
     build_dir: BuildDir = DEFAULT_BUILD,
-    http_port: Annotated[int, typer.Option(help="0: any free port")] = 8000,
-    grpc_port: Annotated[int, typer.Option(help="0: any free port")] = 8001,
-    metrics_port: Annotated[int, typer.Option(help="0: any free port")] = 8002,
+    http_port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port")] = 8000,
+    grpc_port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port")] = 8001,
+    metrics_port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port")] = 8002,
     ready_timeout_s: Annotated[float, typer.Option(min=1)] = 120,
     as_json: JsonFlag = False,
 ) -> None:
@@ -153,11 +189,12 @@ def loadtest(
 ) -> None:
     """Measures a running service with Locust. Exit 1 when the spec's SLO is missed."""
     from builders import present
-    from builders.load import LoadRequest, measure
+    from builders.load import LoadRequest, measure, require_json_name
     from builders.spec import load_spec
     from loadtest.report import check_slo, render_text
 
     found = load_spec(spec)
+    require_json_name(output)
     request = LoadRequest(grpc, http, metrics, protocol, shape, users, duration_s, texts)
     with present.load_progress(quiet=as_json) as progress:
         report = measure(found, request, output, progress)
@@ -182,6 +219,8 @@ def report(
     found = read_report(current)
     other = read_report(baseline) if baseline else None
     target = output or current.with_suffix(".html")
+    if target.suffix != ".html":
+        raise InputError("--output", got=target, expected="a file that ends in .html", fix="choose such a name")
     target.write_text(render_html(found, other), encoding="utf-8")
     print(f"{render_text(found)}\nreport: {target}")
 
@@ -192,11 +231,11 @@ def _status(message: str, quiet: bool):  # type: ignore[no-untyped-def]  # rich 
     return Console(stderr=True, quiet=quiet).status(message)
 
 
-def _print_graph(output: Path, worst_cosine: float, size: int, as_json: bool) -> None:
+def _print_graph(output: Path, worst_cosine: float, size: int, reference: str, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"file": str(output), "bytes": size, "worst_cosine": worst_cosine}))
     else:
-        print(f"{output}: {size / 1e6:.1f} MB, worst cosine to fp32 {worst_cosine:.6f}")
+        print(f"{output}: {size / 1e6:.1f} MB, worst cosine to {reference} {worst_cosine:.6f}")
 
 
 def _fail(message: str, code: int) -> NoReturn:
@@ -204,19 +243,25 @@ def _fail(message: str, code: int) -> NoReturn:
     raise SystemExit(code)
 
 
-def main() -> None:
-    """Entry point. Anything but the errors handled here is a fault of ours, and shows its stack."""
+def run(command: Callable[[], object]) -> None:
+    """Runs a command and turns errors into exit codes. Anything else is a fault of ours, and shows its stack.
+
+    SIGTERM ends a command as Ctrl-C does, so that whatever it started is stopped; `serve` drains instead.
+    """
     from loadtest.errors import LoadTestError
     from runtime.errors import ServingError
 
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
-        app()
+        command()
     except (TriremeError, ServingError, LoadTestError) as error:
         _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        _fail("interrupted; nothing half-written was left behind", 130)
     except OSError as error:  # a path of the user's that cannot be read or written
         _fail(f"{error.filename or 'input/output'}: {error.strerror or error}", InputError.exit_code)
+
+
+def main() -> None:
+    run(app)
 
 
 if __name__ == "__main__":

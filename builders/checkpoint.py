@@ -35,7 +35,7 @@ def load_checkpoint(model: ModelSlice) -> Checkpoint:
     model_type = _check_architecture(folder, config)
     weights = _weights(folder, model.allow_pickle)
     _require(folder, "tokenizer.json", "save one: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)")
-    _check_length(model, config, model_type)
+    _check_length(model, folder, config, model_type)
     files = [folder / name for name in _FILES if (folder / name).is_file()] + weights
     return Checkpoint(
         directory=folder,
@@ -48,7 +48,7 @@ def load_checkpoint(model: ModelSlice) -> Checkpoint:
         task=model.task,
         pooling=_pooling(model, folder),
         normalize=_normalize(model, folder),
-        hidden_size=config.get("hidden_size") or config["dim"],
+        hidden_size=_size(folder, config, "hidden_size", "dim"),
         labels=_labels(model, config),
         parameters=sum(_count_parameters(path) for path in weights),
         max_length=model.max_length,
@@ -95,7 +95,7 @@ def _download(model: ModelSlice) -> Path:
 
     patterns = [*_FILES, "*.safetensors", "*.safetensors.index.json"]
     if model.allow_pickle:
-        patterns += ["pytorch_model*.bin"]
+        patterns += ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
     try:
         return Path(snapshot_download(model.source, revision=model.revision, allow_patterns=patterns))
     except Exception as error:  # the hub client raises many unrelated types for "not there" and "no network"
@@ -109,11 +109,28 @@ def _download(model: ModelSlice) -> Path:
 
 def _read_json(path: Path) -> dict[str, Any]:
     _require(path.parent, path.name, "give the folder that transformers' save_pretrained wrote")
+    data = _parse(path)
+    return data if isinstance(data, dict) else {}
+
+
+def _parse(path: Path) -> Any:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(str(path), got=str(error), expected="valid JSON", fix="copy the file again") from error
-    return data if isinstance(data, dict) else {}
+
+
+def _size(folder: Path, config: dict[str, Any], *names: str) -> int:
+    """The first of these keys of config.json that holds a positive number."""
+    found = next((config[name] for name in names if isinstance(config.get(name), int) and config[name] > 0), None)
+    if found is None:
+        raise CheckpointError(
+            f"{folder / 'config.json'}: {names[0]}",
+            got=repr(config.get(names[0])),
+            expected="a positive number",
+            fix="copy config.json of the model again",
+        )
+    return int(found)
 
 
 def _require(folder: Path, name: str, fix: str) -> None:
@@ -144,7 +161,7 @@ def _check_architecture(folder: Path, config: dict[str, Any]) -> str:
 def _weights(folder: Path, allow_pickle: bool) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        names = sorted({str(name) for name in _read_json(index).get("weight_map", {}).values()})
         for name in names:
             _require(folder, name, f"copy the missing part that {index.name} lists")
         return [index, *(folder / name for name in names)]
@@ -165,7 +182,12 @@ def _weights(folder: Path, allow_pickle: bool) -> list[Path]:
 
 
 def _count_parameters(path: Path) -> int:
-    """Elements in a safetensors file, from its header; opening it fails when the file is truncated."""
+    """Elements in a safetensors file, from its header; opening it fails when the file is truncated.
+
+    A pickle is not opened for this: its size in fp32 has to do.
+    """
+    if path.suffix == ".bin":
+        return path.stat().st_size // 4
     if path.suffix != ".safetensors":
         return 0
     from safetensors import SafetensorError, safe_open
@@ -187,8 +209,8 @@ def position_offset(model_type: str, config: dict[str, Any]) -> int:
     return 2 if model_type == "mpnet" else 0
 
 
-def _check_length(model: ModelSlice, config: dict[str, Any], model_type: str) -> None:
-    longest = int(config.get("max_position_embeddings", 512)) - position_offset(model_type, config)
+def _check_length(model: ModelSlice, folder: Path, config: dict[str, Any], model_type: str) -> None:
+    longest = _size(folder, config, "max_position_embeddings") - position_offset(model_type, config)
     if model.max_length > longest:
         raise CheckpointError(
             f"model.max_length of {model.source}",
@@ -235,6 +257,6 @@ def _normalize(model: ModelSlice, folder: Path) -> bool:
     if model.normalize is not None:
         return model.normalize
     modules = folder / "modules.json"
-    return modules.is_file() and any(
-        str(m.get("type", "")).endswith("Normalize") for m in json.loads(modules.read_text())
-    )
+    if not modules.is_file():
+        return False
+    return any(str(module.get("type", "")).endswith("Normalize") for module in _parse(modules))

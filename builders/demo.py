@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from builders import corpus, pipeline, present
+from builders.__main__ import run
 from builders.load import LoadRequest, measure
 from builders.pipeline import Build
 from builders.spec import load_spec
@@ -122,4 +123,4 @@ def _figures(report: LoadReport) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

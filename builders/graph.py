@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 from builders.artifacts import TensorSpec
-from builders.errors import ParityError
+from builders.errors import InputError, ParityError
 
 OPSET = 24
 ALLOWED_DOMAINS = ("", "ai.onnx")
@@ -32,10 +32,17 @@ def require_standard(file: Path) -> None:
 
 
 def describe(file: Path) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...], dict[str, int]]:
-    """Inputs, outputs and the count of each operator."""
+    """Inputs, outputs and the count of each operator. Raises InputError for a file that is no ONNX model."""
     import onnx
+    from google.protobuf.message import DecodeError
 
-    graph = onnx.load(str(file), load_external_data=False).graph
+    try:
+        graph = onnx.load(str(file), load_external_data=False).graph
+    except DecodeError as error:
+        raise InputError(
+            f"graph {file}", got="a file that is no ONNX model, or a truncated one", expected="an ONNX model",
+            fix="export it again",
+        ) from error  # fmt: skip
     counts = Counter(node.op_type for node in graph.node)
     return tuple(map(_spec, graph.input)), tuple(map(_spec, graph.output)), dict(sorted(counts.items()))
 

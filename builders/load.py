@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from pydantic import ValidationError
+
 from builders import corpus
 from builders.errors import InputError
 from builders.spec import DeploymentSpec
@@ -35,11 +37,29 @@ def measure(
     spec: DeploymentSpec, request: LoadRequest, output: Path, on_progress: Callable[[Progress], None]
 ) -> LoadReport:
     """Runs the load and writes `output` (JSON) and the page beside it."""
-    if not output.parent.is_dir():
-        raise InputError(f"output {output}", got="no such folder", expected="a folder that exists", fix="create it")
+    require_json_name(output)
     with tempfile.TemporaryDirectory(prefix="trireme-texts-") as folder:
         texts = request.texts or _docstrings(Path(folder))
-        plan = LoadPlan(
+        report = run_load(_plan(spec, request, texts), spec_name=spec.name, on_progress=on_progress)
+    report.save(output)
+    output.with_suffix(".html").write_text(render_html(report), encoding="utf-8")
+    return report
+
+
+def require_json_name(output: Path) -> None:
+    """Before the run, because it would be a pity to find out after it."""
+    if output.suffix != ".json" or not output.parent.is_dir():
+        raise InputError(
+            f"output {output}",
+            got="no such folder" if output.suffix == ".json" else f"the ending {output.suffix!r}",
+            expected="FILE.json in a folder that exists; FILE.html is written beside it",
+            fix="choose such a name",
+        )
+
+
+def _plan(spec: DeploymentSpec, request: LoadRequest, texts: Path) -> LoadPlan:
+    try:
+        return LoadPlan(
             model=spec.name,
             texts_file=texts,
             grpc_address=request.grpc,
@@ -50,10 +70,11 @@ def measure(
             users=request.users,
             duration_s=request.duration_s,
         )
-        report = run_load(plan, spec_name=spec.name, on_progress=on_progress)
-    output.write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    output.with_suffix(".html").write_text(render_html(report), encoding="utf-8")
-    return report
+    except ValidationError as error:
+        fault = error.errors()[0]
+        raise InputError(
+            f"load test: {fault['loc'][0]}", got=repr(fault["input"]), expected=fault["msg"], fix="correct the option"
+        ) from error
 
 
 def _docstrings(folder: Path) -> Path:

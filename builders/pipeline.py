@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from platform import machine
 from typing import Literal
 
 from builders import corpus, graph, quality
@@ -18,9 +19,13 @@ from builders.quantize import int8, smoothquant
 from builders.repository import layout
 from builders.spec import DeploymentSpec, Platform
 from builders.store import Store, source_digest, tool_versions
+from runtime import batching, tokenizer
+from runtime import encoder as serving_encoder
+from runtime.executor import onnxruntime, openvino
 
 Stage = Literal["checkpoint", "export", "quantize", "qualify", "engine", "repository"]
 Report = Callable[[Stage, str], None]
+_RUNTIME = (batching, tokenizer, serving_encoder, onnxruntime, openvino)  # what computes the checked figures
 
 
 @dataclass(frozen=True)
@@ -134,10 +139,11 @@ def _quantize(built: Build, store: Store, report: Report) -> Build:
         {
             "graph": source.digest,
             "reference": reference.digest,
+            "checkpoint": checkpoint.digest,
             "budget": budget.model_dump(mode="json", exclude={"cpu", "gpu", "calibration_texts"}),
             "texts": corpus.corpus_key(budget.calibration_texts),
             "tools": tool_versions("onnx", "onnx-ir", "onnxruntime", "tokenizers"),
-            "code": source_digest(int8, smoothquant, graph, quality, corpus),
+            "code": source_digest(int8, smoothquant, graph, quality, corpus, *_RUNTIME),
         },
         OnnxGraph,
         run,
@@ -157,7 +163,7 @@ def _qualify(built: Build, store: Store, report: Report) -> Build:
         found = corpus.texts(budget.calibration_texts, budget.calibration_samples + HELD_OUT_TEXTS)
         requests = quality.sample_requests(checkpoint, found[budget.calibration_samples :])
         outputs = quality.served_outputs(settings, {"cpu": served.file_path}, requests)
-        reference = quality.graph_outputs(built.graph("fp32").file_path, requests)
+        reference = quality.graph_outputs(built.graph("fp32").file_path, requests, checkpoint)
         measured = quality.measure(reference, outputs.values, checkpoint.task, outputs.executor)
         quality.require_budget(measured, budget, f"{budget.cpu} service of {checkpoint.source}")
         return ServedQuality(directory=out, files=(), quality=measured)
@@ -168,17 +174,27 @@ def _qualify(built: Build, store: Store, report: Report) -> Build:
         {
             "graph": served.digest,
             "reference": built.graph("fp32").digest,
+            "checkpoint": checkpoint.digest,
+            "processor": _processor(),
             "budget": budget.model_dump(mode="json", exclude={"gpu", "calibration_texts"}),
             "settings": settings.model_dump(mode="json"),
             "texts": corpus.corpus_key(budget.calibration_texts),
             "tools": tool_versions("openvino", "onnxruntime", "tokenizers"),
-            "code": source_digest(quality, corpus),
+            "code": source_digest(quality, corpus, *_RUNTIME),
         },
         ServedQuality,
         run,
     )
     report("qualify", _done(f"{item.quality.executor}, mean cosine {item.quality.mean_cosine:.5f}", hit))
     return replace(built, served=item.quality)
+
+
+def _processor() -> str:
+    """What the arithmetic of the CPU executor depends on: a build folder may move to another machine."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    wide = sorted(flag for flag in flags.split() if flag.startswith(("avx", "amx")))
+    return " ".join([machine(), *wide])
 
 
 def _engines(built: Build, store: Store, report: Report) -> Build:
@@ -209,7 +225,7 @@ def _engines(built: Build, store: Store, report: Report) -> Build:
 
 
 def _repository(built: Build, root: Path, report: Report) -> Build:
-    parts = built.engines or (built.served_graph,)
+    parts = built.engines if built.platform == "gpu" else (built.served_graph,)
     folder = repository_path(root, built.spec, built.platform)
     report("repository", str(folder))
     entry, unchanged = layout.publish(built.spec, built.platform, built.checkpoint, parts, folder)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from builders.artifacts import Quality
+from builders.artifacts import Partition, Quality
 from builders.pipeline import Build, Report
 from loadtest.run import Progress
+
+if TYPE_CHECKING:
+    from builders.partition.verify import VerifyReport
 
 
 @contextmanager
@@ -118,3 +122,24 @@ def build_json(built: Build) -> dict[str, Any]:
         "engines": [{**item.model_dump(mode="json"), "digest": item.digest} for item in built.engines],
         "repository": built.entry.model_dump(mode="json") if built.entry else None,
     }
+
+
+def partition_text(partition: Partition) -> str:
+    """What each rank holds, what the ranks say to each other, and what could not be split."""
+    megabytes, ideal = partition.rank_bytes / 1e6, partition.ideal_bytes / 1e6
+    lines = [f"{partition.directory}: {partition.tensor} x {partition.pipeline} ranks, {megabytes:.1f} MB at most each"]
+    lines.append(f"  ideal {ideal:.1f} MB (1/{partition.tensor * partition.pipeline} of the weights)")
+    for number, stage in enumerate(partition.stages):
+        kinds = Counter(item.operation for item in stage.collectives)
+        said = ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "no collectives"
+        moved = sum(item.bytes_per_token for item in stage.collectives)
+        lines.append(f"  stage {number}: {stage.rank_bytes / 1e6:.1f} MB a rank, {said}, {moved} bytes a token")
+    lines += [f"  kept whole: {name}: {reason}" for name, reason in partition.kept_whole.items()]
+    return "\n".join([*lines, "not proven yet: run `trireme verify`"])
+
+
+def verify_text(found: VerifyReport) -> str:
+    return (
+        f"equal: {found.processes} rank processes, {len(found.checks)} comparisons, largest relative difference "
+        f"{found.max_relative:.1e}, cosine at least {found.min_cosine:.6f}, {found.seconds:.1f} s"
+    )

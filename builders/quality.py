@@ -93,7 +93,7 @@ def served_outputs(settings: EncoderModelSettings, files: Mapping[str, Path], re
     return Outputs(np.concatenate(encoder.run(requests)), encoder.executor.description)
 
 
-def graph_outputs(file: Path, requests: Sequence[Tensors]) -> NDArray[np.float32]:
+def graph_outputs(file: Path, requests: Sequence[Tensors], checkpoint: Checkpoint) -> NDArray[np.float32]:
     """The graph's outputs by ONNX Runtime, the reference executor: [texts, width]."""
     executor = OnnxRuntimeExecutor(file, threads=os.cpu_count() or 1)
-    return np.concatenate(Encoder(executor, tokens_per_batch=1024).run(requests))
+    return np.concatenate(Encoder(executor, 1024, checkpoint.max_length).run(requests))

@@ -17,7 +17,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from builders import corpus
-from builders.artifacts import Checkpoint, FileRecord, OnnxGraph
+from builders.artifacts import Checkpoint, FileRecord, OnnxGraph, file_digest
 from builders.checkpoint import load_checkpoint
 from builders.errors import InputError
 from builders.quality import HELD_OUT_TEXTS
@@ -47,6 +47,10 @@ def quantize(source: Path, budget: PrecisionSlice, output: Path) -> OnnxGraph:
     from builders.quantize.int8 import quantize_int8
 
     graph, model, checkpoint = _read(source)
+    if graph.precision == "int8":
+        raise InputError(
+            f"graph {source}", got="an INT8 graph", expected="fp32 or fp16", fix="give the graph it was made of"
+        )
     found = corpus.texts(budget.calibration_texts, budget.calibration_samples + HELD_OUT_TEXTS)
     calibration, held_out = found[: budget.calibration_samples], found[budget.calibration_samples :]
     with _beside(output) as work:
@@ -85,6 +89,13 @@ def _read(source: Path) -> tuple[OnnxGraph, ModelSlice, Checkpoint]:
             expected="the record that `trireme export` writes; calibration needs the checkpoint's tokenizer",
             fix="export the graph again with this release",
         ) from error
+    if file_digest(source) != found.graph.files[0].sha256:
+        raise InputError(
+            f"graph {source}",
+            got="another file than its record describes",
+            expected=f"the graph that was exported with {sidecar.name}",
+            fix="export the graph again",
+        )
     return found.graph, found.model, load_checkpoint(found.model)
 
 

@@ -105,7 +105,7 @@ class EngineSlice(Slice):
     """What TensorRT builds. `targets` are streaming-multiprocessor versions: sm89 is an L4 or an RTX 4090."""
 
     flavour: Flavour = "tensorrt-rtx"
-    targets: tuple[SmTarget, ...] = ("sm89",)
+    targets: Annotated[tuple[SmTarget, ...], Field(min_length=1)] = ("sm89",)
     profiles: Annotated[tuple[ProfileSlice, ...], Field(min_length=1)] = (
         ProfileSlice(batch=Range(min=1, opt=8, max=32), length=Range(min=1, opt=64, max=256)),
     )
@@ -177,6 +177,8 @@ class DeploymentSpec(Slice):
             )
         for length in buckets:
             self._require_profile(length)
+        if self.engine.flavour == "tensorrt-rtx" and len(self.engine.profiles) > 1:
+            raise ValueError("engine.profiles: engines of flavour tensorrt-rtx are served with one profile; give one")
         if self.model.task != "embedding" and (self.model.pooling or self.model.normalize is not None):
             raise ValueError(f"model.pooling and model.normalize apply to task embedding, not {self.model.task}")
         if self.precision.cpu == "bf16" and self.serving.executor == "onnxruntime":
@@ -212,6 +214,8 @@ class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
             if key.value in seen:
                 raise SpecError(
                     f"{self.name}, line {key.start_mark.line + 1}",
@@ -249,7 +253,7 @@ def load_spec(argument: str | Path) -> DeploymentSpec:
             expected="a readable YAML file",
             fix=f"check the path, or use: {presets}",
         ) from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
         raise SpecError(
             f"spec {path}", got=" ".join(str(error).split()), expected="valid YAML", fix="mend the line named above"
         ) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import platform
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,7 +42,7 @@ def report_from_evidence(evidence: Evidence, spec_name: str) -> LoadReport:
         )
     processor = _processor(evidence.before, evidence.after)
     return LoadReport(
-        started_at=datetime.fromtimestamp(trace.started_at, timezone.utc).isoformat(timespec="seconds"),
+        started_at=datetime.fromtimestamp(trace.started_at, UTC).isoformat(timespec="seconds"),
         spec_name=spec_name,
         identity=evidence.after.identity or evidence.before.identity or Identity(model=plan.model),
         load=_load(plan, evidence.texts),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import http.client
 import re
 import time
 import urllib.request
@@ -146,7 +147,7 @@ def snapshot(model: str, target: Target, grpc_address: str, metrics_address: str
     if metrics_address is not None:
         try:
             identity = identity_from_metrics(_fetch(f"http://{metrics_address}/metrics"), model)
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             faults.append(f"the metrics at {metrics_address} could not be read: {error}")
     return Snapshot(
         at=time.monotonic(),

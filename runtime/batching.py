@@ -17,13 +17,16 @@ QUADRATIC_LENGTH = 2000
 COUNTS = (1, 2, 4, 8, 16, 32, 64)
 
 
-def padded_length(length: int) -> int:
-    """The next length with five significant bits: at most 1/16 of it is padding, and lengths up to 32 are exact."""
+def padded_length(length: int, longest: int) -> int:
+    """The next length with five significant bits, at most `longest`, which the model's position table ends with.
+
+    At most 1/16 of it is padding, and lengths up to 32 are exact.
+    """
     step = 1 << max(0, length.bit_length() - 5)
-    return -(-length // step) * step
+    return max(length, min(-(-length // step) * step, longest))
 
 
-def split_by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+def split_by_length(lengths: Sequence[int], max_tokens: int, longest: int) -> list[list[int]]:
     """Indices into `lengths`, cut into parts, the longest sequences first.
 
     A part holds a number of sequences from COUNTS, padded to `padded_length` of its longest, and at most `max_tokens`
@@ -38,7 +41,7 @@ def split_by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
         for count in COUNTS:
             if count > end:
                 break
-            padded = padded_length(max(lengths[order[end - count]], 1))
+            padded = padded_length(max(lengths[order[end - count]], 1), longest)
             if count == 1 or count * padded <= max_tokens:
                 choices.append((best[end - count] + _cost(count, padded), count))
         cost, count = min(choices)

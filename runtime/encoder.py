@@ -21,9 +21,9 @@ from runtime.settings import EncoderModelSettings
 class Encoder:
     """An executor behind the length-sorted split. Used by the Triton model, the checks and the benchmarks alike."""
 
-    def __init__(self, executor: Executor, tokens_per_batch: int) -> None:
+    def __init__(self, executor: Executor, tokens_per_batch: int, max_length: int) -> None:
         self.executor = executor
-        self._tokens_per_batch = tokens_per_batch
+        self._tokens_per_batch, self._max_length = tokens_per_batch, max_length
 
     def run(self, requests: Sequence[Tensors]) -> list[NDArray[np.float32]]:
         """Vectors for each request, [rows, width].
@@ -33,8 +33,10 @@ class Encoder:
         """
         owner = [(index, row) for index, feeds in enumerate(requests) for row in range(len(feeds["input_ids"]))]
         lengths = [int(n) for feeds in requests for n in np.count_nonzero(feeds["attention_mask"], axis=1)]
-        parts = split_by_length(lengths, self._tokens_per_batch)
-        batches = [_gather(requests, [owner[i] for i in part], max(lengths[i] for i in part)) for part in parts]
+        parts = split_by_length(lengths, self._tokens_per_batch, self._max_length)
+        batches = [
+            _gather(requests, [owner[i] for i in part], self._padded(max(lengths[i] for i in part))) for part in parts
+        ]
         outputs: list[NDArray[np.float32] | None] = [None] * len(owner)
         for part, vectors in zip(parts, self.executor.run_all(batches), strict=True):
             for position, vector in zip(part, vectors, strict=True):
@@ -42,6 +44,9 @@ class Encoder:
         ends = np.cumsum([len(feeds["input_ids"]) for feeds in requests])
         rows = np.stack([vector for vector in outputs if vector is not None])
         return np.split(rows, ends[:-1])
+
+    def _padded(self, length: int) -> int:
+        return padded_length(max(length, 1), self._max_length)  # a warm-up request of Triton's is all padding
 
     def warm_up(self, inputs: Sequence[str], lengths: Sequence[int]) -> None:
         """One sequence of each length: kernels are made for shapes when these are first seen."""
@@ -51,7 +56,6 @@ class Encoder:
 
 def _gather(requests: Sequence[Tensors], rows: Sequence[tuple[int, int]], length: int) -> dict[str, NDArray[Any]]:
     """Rows of several requests in one batch of `length` tokens. The padding that falls away is masked out anyway."""
-    length = padded_length(max(length, 1))  # a warm-up request of Triton's is all padding
     batch = {}
     for name in requests[rows[0][0]]:
         first = requests[rows[0][0]][name]
@@ -63,7 +67,7 @@ def _gather(requests: Sequence[Tensors], rows: Sequence[tuple[int, int]], length
     return batch
 
 
-def open_encoder(settings: EncoderModelSettings, files: Mapping[str, Path]) -> Encoder:
+def open_encoder(settings: EncoderModelSettings, files: Mapping[str, Path], device: int = 0) -> Encoder:
     """The encoder that the settings name. Raises BadEnvironment where this machine cannot run it."""
     threads = settings.threads or os.cpu_count() or 1
     executor: Executor
@@ -74,8 +78,8 @@ def open_encoder(settings: EncoderModelSettings, files: Mapping[str, Path]) -> E
     else:
         from runtime.executor.tensorrt import TensorRtRtxExecutor
 
-        executor = TensorRtRtxExecutor(files)
-    return Encoder(executor, settings.tokens_per_batch)
+        executor = TensorRtRtxExecutor(files, device)
+    return Encoder(executor, settings.tokens_per_batch, settings.max_length)
 
 
 def require_numpy_1() -> None:

@@ -1,9 +1,10 @@
 """Tidies up after a Triton server, whatever its launcher died of.
 
-    python -I -S guardian.py <server pid> <shared memory prefix> <scratch folder> <grace seconds>
+    python -I -S guardian.py <shared memory prefix> <scratch folder> <grace seconds>
 
-Standard input is a pipe that only the launcher holds. Its end means that the launcher is gone, by `stop` or by
-`kill -9`: the server is asked to leave, its process group is ended, its shared memory and scratch files are removed.
+Standard input is a pipe that only the launcher holds; through it comes the server's process id. Its end means that the
+launcher is gone, by `stop` or by `kill -9`: the server is asked to leave, its process group is ended, its shared memory
+and scratch files are removed.
 Only the standard library, and started with -I -S, so that it costs next to nothing.
 """
 
@@ -19,12 +20,12 @@ import time
 
 
 def main() -> None:
-    pid, prefix, work, grace_s = int(sys.argv[1]), sys.argv[2], sys.argv[3], float(sys.argv[4])
+    prefix, work, grace_s = sys.argv[1], sys.argv[2], float(sys.argv[3])
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(name, signal.SIG_IGN)  # a Ctrl-C for the launcher is not for us
-    while os.read(0, 1024):
-        pass
-    end_group(pid, grace_s)
+    said = sys.stdin.buffer.read()  # returns at the end of the pipe
+    if said:
+        end_group(int(said), grace_s)
     sweep(prefix)
     shutil.rmtree(work, ignore_errors=True)
 

@@ -65,6 +65,7 @@ class EncoderModelSettings(Settings):
     threads: int | None  # none: every core of the machine
     bfloat16: bool
     tokens_per_batch: int
+    max_length: int
     warmup_lengths: tuple[int, ...]
 
 

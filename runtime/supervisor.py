@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -19,6 +20,14 @@ PROBE_TEXT = "trireme readiness probe"
 PROBE_INTERVAL_S = 2.0
 PROBE_TIMEOUT_S = 5.0
 FAILURES_BEFORE_REPAIR = 2
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a probe failed. `busy`: the server refused or was slow, as a full queue does; nothing is broken."""
+
+    reason: str
+    busy: bool = False
 
 
 class Supervisor:
@@ -45,51 +54,56 @@ class Supervisor:
             failure = self.probe()
             if failure is None:
                 return
-            reason = failure
+            reason = failure.reason
             asked_to_stop.wait(0.1)
         if asked_to_stop.is_set():
             return
         raise ServerFault(f"Triton is not ready after {timeout_s:.0f} s ({reason}). Log:\n{self._server.log_tail()}")
 
-    def probe(self) -> str | None:
-        """One real inference through the ensemble; None when it is sound, else what went wrong."""
+    def probe(self) -> Failure | None:
+        """One real inference through the ensemble; None when it is sound."""
         from tritonclient.grpc import InferInput
         from tritonclient.utils import InferenceServerException
 
         name = self._server.settings.ensemble
+        text = f"{PROBE_TEXT} {time.time_ns()}"  # never twice the same, or a response cache would answer
         try:
             metadata = self._client.get_model_metadata(name, client_timeout=PROBE_TIMEOUT_S)
             inputs = []
             for tensor in metadata.inputs:
                 item = InferInput(tensor.name, [1, 1], tensor.datatype)
-                item.set_data_from_numpy(np.array([[PROBE_TEXT.encode()]], dtype=np.object_))
+                item.set_data_from_numpy(np.array([[text.encode()]], dtype=np.object_))
                 inputs.append(item)
             result = self._client.infer(name, inputs, client_timeout=PROBE_TIMEOUT_S)
             values = result.as_numpy(metadata.outputs[0].name)
         except InferenceServerException as error:
-            return str(error.message())
+            reason = str(error.message())
+            overloaded = any(code in str(error.status()) for code in ("UNAVAILABLE", "DEADLINE_EXCEEDED"))
+            return Failure(reason, busy=overloaded and "is not healthy" not in reason)
         if values is None or values.size == 0 or not np.isfinite(values).all():
-            return f"{name} answered with {'nothing' if values is None else 'values that are not finite'}"
+            return Failure(f"{name} answered with {'nothing' if values is None else 'values that are not finite'}")
         return None
 
     def watch(self, stopped: Callable[[float], bool], report: Callable[[str], None]) -> None:
         """Probes until `stopped(seconds)` returns true; it is also the wait between probes.
 
-        A server that exits raises ServerFault. A probe that fails twice running reloads the models.
+        A server that exits raises ServerFault. A probe that fails twice running reloads the models; a server that is
+        merely too busy to answer is left alone, because a reload would make it busier.
         """
-        failures = 0
+        failures, repaired = 0, False
         while not stopped(PROBE_INTERVAL_S):
             self._server.require_alive()
             failure = self.probe()
             if failure is None:
-                if failures >= FAILURES_BEFORE_REPAIR:
+                if repaired:
                     report("serving again")
-                failures = 0
-                continue
-            failures += 1
-            if failures >= FAILURES_BEFORE_REPAIR:
-                report(f"probe failed ({failure}); loading the models again")
-                self._repair()
+                failures, repaired = 0, False
+            elif not failure.busy:
+                failures += 1
+                if failures >= FAILURES_BEFORE_REPAIR:
+                    report(f"probe failed ({failure.reason}); loading the models again")
+                    self._repair()
+                    failures, repaired = 0, True
 
     def _repair(self) -> None:
         """Loads every model again. Triton skips an unchanged model, so its files are touched first."""

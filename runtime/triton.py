@@ -77,13 +77,13 @@ class Installation:
         """Raises BadEnvironment without the wheel, or without a stub for this Python."""
         spec = importlib.util.find_spec("pytriton")
         if spec is None or not spec.submodule_search_locations:
-            raise BadEnvironment("no embedded Triton: pip install nvidia-pytriton (Linux, Python 3.10 to 3.12)")
+            raise BadEnvironment("no embedded Triton: pip install nvidia-pytriton (Linux, Python 3.11 or 3.12)")
         package = Path(next(iter(spec.submodule_search_locations)))
         root = package / "tritonserver"
         version = f"{sys.version_info.major}.{sys.version_info.minor}"
         stub = root / "python_backend_stubs" / version / "triton_python_backend_stub"
         if not stub.is_file():
-            raise BadEnvironment(f"the embedded Triton has no Python {version} stub; use Python 3.10, 3.11 or 3.12")
+            raise BadEnvironment(f"the embedded Triton has no Python {version} stub; use Python 3.11 or 3.12")
         return Installation(
             server=root / "bin" / "tritonserver",
             backend=root / "backends" / "python",
@@ -109,18 +109,28 @@ class TritonServer:
         self._work = Path(tempfile.mkdtemp(prefix="trireme-triton-"))
         self.log = log or self._work / "triton.log"
         self.shm_prefix = f"trireme_{os.getpid()}_{secrets.token_hex(4)}_"
-        _lay_out_backend(installation, self._work / "backends" / "python")
-        command = self._command(installation)
+        self._guardian = _start_guardian(self.shm_prefix, self._work)
+        try:
+            _lay_out_backend(installation, self._work / "backends" / "python")
+            self._process = self._start(installation)
+        except BaseException:
+            self._dismiss_guardian()
+            raise
+
+    def _start(self, installation: Installation) -> subprocess.Popen[bytes]:
         with self.log.open("wb") as stream:
-            self._process = subprocess.Popen(
-                command,
+            process = subprocess.Popen(
+                self._command(installation),
                 env=_environment(installation),
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C reaches us alone, and stubs share one group to end
             )
-        self._guardian = _start_guardian(self._process.pid, self.shm_prefix, self._work)
+        assert self._guardian.stdin is not None
+        self._guardian.stdin.write(str(process.pid).encode())
+        self._guardian.stdin.flush()
+        return process
 
     def _command(self, installation: Installation) -> list[str]:
         restricted = f"{_SECRET_HEADER}={self.secret}"
@@ -194,11 +204,14 @@ class TritonServer:
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait(10)
-        # The guardian sees its pipe close, ends stubs that are left, and sweeps.
+        self._dismiss_guardian()
+
+    def _dismiss_guardian(self) -> None:
+        """It sees its pipe close, ends stubs that are left, and sweeps."""
         assert self._guardian.stdin is not None
         self._guardian.stdin.close()
         try:
-            self._guardian.wait(30)
+            self._guardian.wait(EXIT_TIMEOUT_S + 15)
         except subprocess.TimeoutExpired:
             self._guardian.kill()
             self._guardian.wait(5)
@@ -248,7 +261,7 @@ def _environment(installation: Installation) -> dict[str, str]:
     }
 
 
-def _start_guardian(pid: int, shm_prefix: str, work: Path) -> subprocess.Popen[bytes]:
+def _start_guardian(shm_prefix: str, work: Path) -> subprocess.Popen[bytes]:
     guardian = Path(__file__).with_name("guardian.py")
-    command = [sys.executable, "-I", "-S", str(guardian), str(pid), shm_prefix, str(work), str(EXIT_TIMEOUT_S)]
+    command = [sys.executable, "-I", "-S", str(guardian), shm_prefix, str(work), str(EXIT_TIMEOUT_S)]
     return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)

@@ -23,7 +23,7 @@ def _model(source: Path | str, **more: object) -> ModelSlice:
 def test_the_packaged_minilm_says_how_it_pools() -> None:
     found = load_checkpoint(ModelSlice(source="packaged:all-MiniLM-L6-v2", task="embedding"))
     assert (found.pooling, found.normalize, found.hidden_size) == ("mean", True, 384)
-    assert found.parameters == 22_713_728 - 0
+    assert found.parameters == 22_713_728
     assert found.digest == load_checkpoint(ModelSlice(source="packaged:all-MiniLM-L6-v2", task="embedding")).digest
 
 
@@ -101,3 +101,13 @@ def test_unknown_pooling_is_asked_for(bert_copy: Path) -> None:
 def test_a_source_that_is_nothing(source: str) -> None:
     with pytest.raises(CheckpointError):
         load_checkpoint(_model(source))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("config.json", "{"), ("modules.json", "[{"), ("config.json", '{"model_type": "bert"}')],
+)
+def test_a_damaged_description_is_named(bert_copy: Path, name: str, text: str) -> None:
+    (bert_copy / name).write_text(text)
+    with pytest.raises(CheckpointError, match=name):
+        load_checkpoint(_model(bert_copy))

@@ -58,6 +58,9 @@ def test_single_stages_chain(tiny_bert: Path, tmp_path: Path) -> None:
     quantised = _run("quantize", graph, "-o", small, "--json")
     assert quantised.returncode == 0, quantised.stderr
     assert json.loads(quantised.stdout)["worst_cosine"] >= 0.98
+    again = _run("quantize", small, "-o", tmp_path / "smaller.onnx")
+    assert again.returncode == 2
+    assert "expected fp32 or fp16" in again.stderr
     built = _run("engine", small, "-o", plan, "--target", "sm89", "--batch", "1:2:4", "--length", "1:16:64")
     assert built.returncode == 0, built.stderr
     assert plan.stat().st_size > 10_000
@@ -75,6 +78,9 @@ def test_single_stages_chain(tiny_bert: Path, tmp_path: Path) -> None:
         (["quantize", "no-such.onnx", "-o", "x.onnx"], "no such file"),
         (["engine", "no-such.onnx", "-o", "x.plan", "--target", "sm89"], "no such file"),
         (["report", "no-such.json"], "no-such.json"),
+        (["engine", "README.md", "-o", "x.plan", "--target", "sm89"], "no ONNX model"),
+        (["loadtest", "minilm", "-o", "x.html"], "FILE.json"),
+        (["serve", "minilm", "--http-port", "99999"], "less than or equal to 65535"),
     ],
 )
 def test_wrong_input_exits_2_with_a_cure(arguments: list[str], said: str, tmp_path: Path) -> None:

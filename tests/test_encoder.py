@@ -39,7 +39,7 @@ def test_every_request_gets_its_own_rows(requests: list[list[int]], tokens_per_b
         feeds.append({"input_ids": ids, "attention_mask": mask})
         expected.append((ids * mask).sum(axis=1, keepdims=True).astype(np.float32))
     executor = SumExecutor()
-    for got, want in zip(Encoder(executor, tokens_per_batch).run(feeds), expected, strict=True):
+    for got, want in zip(Encoder(executor, tokens_per_batch, 40).run(feeds), expected, strict=True):
         assert np.array_equal(got, want)
     assert executor.tokens <= tokens_per_batch
 
@@ -52,5 +52,5 @@ def test_warm_up_runs_each_length() -> None:
             seen.extend(batch["input_ids"].shape for batch in batches)
             return super().run_all(batches)
 
-    Encoder(Recorder(), 512).warm_up(["input_ids", "attention_mask"], [16, 64])
+    Encoder(Recorder(), 512, 64).warm_up(["input_ids", "attention_mask"], [16, 64])
     assert seen == [(1, 16), (1, 64)]

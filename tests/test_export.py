@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from builders.errors import CheckpointError, ParityError, QualityError
 from builders.export.encoder import export_encoder
 from builders.graph import require_standard
 from builders.quality import measure, require_budget
-from builders.spec import PrecisionSlice
+from builders.spec import ModelSlice, PrecisionSlice
 from tests.conftest import save_tiny, tiny_spec
 
 MODELS = ("bert", "roberta", "distilbert", "mpnet", "xlm-roberta", "electra")
@@ -88,3 +89,19 @@ def test_nan_and_noise_never_pass_a_budget() -> None:
                 require_budget(measure(reference, candidate, task, "test"), budget, "candidate")  # type: ignore[arg-type]
     fine: Quality = measure(reference, reference + 1e-6, "embedding", "test")
     require_budget(fine, budget, "candidate")
+
+
+def test_weights_of_another_shape_are_refused(bert_copy: Path, edit_json: Any, tmp_path: Path) -> None:
+    edit_json(bert_copy / "config.json", {"intermediate_size": 48})
+    checkpoint = load_checkpoint(tiny_spec(bert_copy).model)
+    with pytest.raises(CheckpointError, match="of another shape"):
+        export_encoder(checkpoint, "fp32", corpus.texts(None, 8), tmp_path)
+
+
+def test_texts_at_the_end_of_the_position_table(tmp_path: Path) -> None:
+    """RoBERTa: 80 positions, the first two for padding; 77 tokens padded to a round 80 would run off the table."""
+    source = save_tiny(tmp_path / "checkpoint", "roberta")
+    model = ModelSlice(source=str(source), task="embedding", pooling="cls", max_length=77)
+    (tmp_path / "graph").mkdir()
+    graph = export_encoder(load_checkpoint(model), "fp32", ["long text " * 90, "short"], tmp_path / "graph")
+    assert graph.quality.max_abs_difference < 1e-5

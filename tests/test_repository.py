@@ -182,3 +182,29 @@ def test_rerankers_take_pairs(tmp_path: Path) -> None:
     text = (built.entry.repository / "tiny" / "config.pbtxt").read_text()
     assert 'name: "text_pair"' in text
     assert 'name: "logits"' in text
+
+
+def test_a_checkpoint_of_links_is_published_as_files(tiny_bert: Path, tmp_path: Path) -> None:
+    """The Hugging Face cache holds relative links, which mean nothing elsewhere."""
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "main"
+    shutil.copytree(tiny_bert, blobs)
+    snapshot.mkdir(parents=True)
+    for file in blobs.iterdir():
+        (snapshot / file.name).symlink_to(Path("..") / ".." / "blobs" / file.name)
+    built = pipeline.build(tiny_spec(snapshot), "cpu", tmp_path / "build", "repository")
+    assert built.entry is not None
+    published = built.entry.repository / "tiny-tokenizer" / "1" / "tokenizer.json"
+    assert published.is_file()
+    assert not published.is_symlink()
+    assert not published.samefile(blobs / "tokenizer.json")
+
+
+def test_a_failed_publication_leaves_what_was_served(built: Build) -> None:
+    assert built.entry is not None
+    repository = built.entry.repository
+    before = sorted(path.relative_to(repository) for path in repository.rglob("*"))
+    (built.served_graph.file_path).unlink()
+    with pytest.raises(FileNotFoundError):
+        _publish(built, queue_delay_us=5)
+    assert sorted(path.relative_to(repository) for path in repository.rglob("*")) == before
+    assert load_server_settings(repository).version == 1

@@ -23,9 +23,10 @@ import yaml
 from tritonclient import grpc as triton_grpc
 from tritonclient.utils import InferenceServerException
 
-from builders import corpus
+from builders import corpus, pipeline
 from builders.pipeline import Build
 from builders.quality import graph_outputs, sample_requests
+from builders.repository import layout
 from builders.spec import DeploymentSpec
 from runtime.errors import BadEnvironment
 from runtime.supervisor import Supervisor
@@ -55,7 +56,7 @@ def _wait(condition: Callable[[], bool], limit_s: float) -> bool:
 def test_served_vectors_are_the_models(server: TritonServer, minilm: Build) -> None:
     texts = corpus.texts(None, 40)
     got = _infer(server.grpc_address, [text.encode() for text in texts])
-    want = graph_outputs(minilm.graph("fp32").file_path, sample_requests(minilm.checkpoint, texts))
+    want = graph_outputs(minilm.graph("fp32").file_path, sample_requests(minilm.checkpoint, texts), minilm.checkpoint)
     assert (got.as_numpy("embedding") * want).sum(axis=1).min() > 0.999
     assert got.as_numpy("token_count").shape == (40, 1)
 
@@ -248,6 +249,41 @@ def test_a_killed_stub_comes_back(serving: _Serving) -> None:
 
     assert _wait(lambda: not answers(), 10) or answers()
     assert _wait(answers, 60)
+
+
+def test_a_busy_server_is_not_repaired(tiny_bert: Path, tmp_path: Path) -> None:
+    """A full queue refuses the probe as it refuses anyone; a reload would only make it busier."""
+    spec = tiny_spec(tiny_bert, serving={"max_batch_size": 8, "length_buckets": [16, 64], "queue_timeout_us": 1})
+    built = pipeline.build(spec, "cpu", tmp_path, "repository")
+    assert built.entry is not None
+    with TritonServer(built.entry.repository, Ports.free()) as server:
+        supervisor = Supervisor(server)
+        refusals = 0
+        end = time.monotonic() + 60
+        while time.monotonic() < end and refusals < 3:
+            failure = supervisor.probe()
+            if failure is not None and "timeout" in failure.reason.lower():
+                assert failure.busy
+                refusals += 1
+        supervisor.close()
+    assert refusals == 3
+
+
+def test_a_response_cache_answers_again(minilm: Build, tmp_path: Path) -> None:
+    import urllib.request
+
+    serving = {**minilm.spec.serving.model_dump(), "response_cache_bytes": 1 << 20}
+    spec = DeploymentSpec.model_validate({**minilm.spec.model_dump(), "serving": serving})
+    assert minilm.entry is not None
+    layout.publish(spec, "cpu", minilm.checkpoint, [minilm.served_graph], tmp_path / "repository")
+    with TritonServer(tmp_path / "repository", Ports.free()) as server:
+        supervisor = Supervisor(server)
+        supervisor.wait_ready(120, threading.Event())
+        supervisor.close()
+        for _ in range(3):
+            _infer(server.grpc_address, [b"the same text"])
+        text = urllib.request.urlopen(f"http://{server.metrics_address}/metrics", timeout=10).read().decode()
+    assert 'nv_cache_num_hits_per_model{model="minilm",version="1"} 2' in text
 
 
 def test_a_stub_that_cannot_start_says_why(minilm: Build, tmp_path: Path) -> None:

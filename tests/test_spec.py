@@ -49,6 +49,7 @@ def test_the_digest_follows_the_content(tmp_path: Path) -> None:
         ({"serving": {"response_cache_bytes": 10}}, "1048576"),
         ({"serving": {"executor": "onnxruntime"}, "precision": {"cpu": "bf16"}}, "needs serving.executor=openvino"),
         ({"engine": {"targets": ["8.9"]}}, "engine.targets.0"),
+        ({"engine": {"targets": []}}, "engine.targets"),
         ({"model": {"task": "translation"}}, "model.task"),
         ({"model": {"task": "classification", "pooling": "mean"}}, "apply to task embedding"),
     ],
@@ -79,6 +80,8 @@ def test_profile_range_must_rise(tmp_path: Path) -> None:
         ("- a\n", "got list"),
         ("a: [1\n", "valid YAML"),
         ("", "got NoneType"),
+        ("name: {{ name }}\n", "valid YAML"),
+        ("name: 2026-13-45\n", "valid YAML"),
     ],
 )
 def test_a_file_that_is_no_spec(tmp_path: Path, text: str, said: str) -> None:
@@ -95,3 +98,13 @@ def test_relative_paths_start_at_the_spec(tmp_path: Path) -> None:
     data = _minilm()
     data["precision"]["calibration_texts"] = "texts.txt"
     assert _load(tmp_path, data).precision.calibration_texts == tmp_path.resolve() / "texts.txt"  # type: ignore[attr-defined]
+
+
+def test_engines_for_rtx_have_one_profile(tmp_path: Path) -> None:
+    data = _minilm()
+    profiles = data["engine"]["profiles"]
+    data["engine"]["profiles"] = [*profiles, *profiles]  # type: ignore[misc]
+    with pytest.raises(SpecError, match="served with one profile"):
+        _load(tmp_path, data)
+    data["engine"]["flavour"] = "tensorrt"
+    assert _load(tmp_path, data)

@@ -36,7 +36,7 @@ class Peer:
 
 def reference(built: Build, texts: Sequence[str]) -> Vectors:
     """The fp32 graph by ONNX Runtime."""
-    return graph_outputs(built.graph("fp32").file_path, sample_requests(built.checkpoint, texts))
+    return graph_outputs(built.graph("fp32").file_path, sample_requests(built.checkpoint, texts), built.checkpoint)
 
 
 def absent() -> list[str]:

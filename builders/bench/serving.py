@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from builders import corpus, pipeline
+from builders.__main__ import run
 from builders.artifacts import Checkpoint
 from builders.bench import peers
 from builders.quality import HELD_OUT_TEXTS, measure, tokenizer_settings
@@ -210,4 +211,4 @@ def _print_peers(console: Any, served: list[tuple[str, float, float, float]], ot
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

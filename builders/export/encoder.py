@@ -48,11 +48,11 @@ def export_encoder(
     """
     model = _load_model(checkpoint)
     requests = sample_requests(checkpoint, texts[:_PARITY_TEXTS])
-    reference = np.concatenate(Encoder(_EagerExecutor(model, checkpoint), tokens_per_batch=1024).run(requests))
+    reference = np.concatenate(Encoder(_EagerExecutor(model, checkpoint), 1024, checkpoint.max_length).run(requests))
     file = out / GRAPH_FILE
     _write_graph(model, checkpoint, precision, file)
     require_standard(file)
-    quality = measure(reference, graph_outputs(file, requests), checkpoint.task, "ONNX Runtime")
+    quality = measure(reference, graph_outputs(file, requests, checkpoint), checkpoint.task, "ONNX Runtime")
     scale = max(1.0, float(np.abs(reference).max()))
     if precision == "fp32" and not quality.max_abs_difference <= _MAX_FP32_DIFFERENCE * scale:
         raise ParityError(
@@ -88,16 +88,22 @@ def _load_model(checkpoint: Checkpoint) -> torch.nn.Module:
     embedding = checkpoint.task == "embedding"
     loader = transformers.AutoModel if embedding else transformers.AutoModelForSequenceClassification
     model, info = loader.from_pretrained(
-        checkpoint.directory, dtype=torch.float32, output_loading_info=True, local_files_only=True
+        checkpoint.directory,
+        dtype=torch.float32,
+        output_loading_info=True,
+        local_files_only=True,
+        ignore_mismatched_sizes=True,  # reported below, in our words
     )
     # An embedding never uses the pooler. Anything else that is absent would be random numbers.
     missing = [key for key in info["missing_keys"] if not (embedding and key.startswith("pooler."))]
-    if missing or info["mismatched_keys"]:
+    mismatched = [str(key[0]) for key in info["mismatched_keys"]]
+    if missing or mismatched:
         raise CheckpointError(
             f"weights of {checkpoint.source} for task {checkpoint.task}",
-            got=f"{len(missing)} missing ({', '.join(sorted(missing)[:4])})",
-            expected=f"every weight of {type(model).__name__}",
-            fix="choose the task that the checkpoint was trained for",
+            got=f"{len(missing)} missing, {len(mismatched)} of another shape "
+            f"({', '.join([*sorted(missing), *sorted(mismatched)][:4])})",
+            expected=f"every weight of {type(model).__name__}, as config.json describes it",
+            fix="choose the task that the checkpoint was trained for, and its own config.json",
         )
     return model.eval()  # type: ignore[no-any-return]
 

@@ -92,7 +92,10 @@ def quantize_int8(
     progress("checking on held-out texts")
     held_out = sample_requests(checkpoint, held_out_texts)
     quality = measure(
-        graph_outputs(reference.file_path, held_out), graph_outputs(file, held_out), checkpoint.task, "ONNX Runtime"
+        graph_outputs(reference.file_path, held_out, checkpoint),
+        graph_outputs(file, held_out, checkpoint),
+        checkpoint.task,
+        "ONNX Runtime",
     )
     require_budget(quality, budget, f"INT8 graph of {checkpoint.source}")
     inputs, outputs, operators = describe(file)
@@ -122,9 +125,9 @@ class _Search:
         file: Path,
         rewrite: Callable[[OnnxGraph, Sequence[Group]], None],
     ) -> None:
-        self._reference, self._task, self._budget = reference, checkpoint.task, budget
+        self._reference, self._checkpoint, self._budget = reference, checkpoint, budget
         self._requests, self._file, self._rewrite = requests, file, rewrite
-        self._expected = graph_outputs(reference.file_path, requests)
+        self._expected = graph_outputs(reference.file_path, requests, checkpoint)
 
     def order(self, progress: Callable[[str], None]) -> list[Group]:
         """Every group, the smallest loss per weight first."""
@@ -149,8 +152,8 @@ class _Search:
 
     def _quality(self, groups: Sequence[Group], texts: int) -> Quality:
         self._rewrite(self._reference, groups)
-        outputs = graph_outputs(self._file, self._requests[:texts])
-        return measure(self._expected[:texts], outputs, self._task, "ONNX Runtime")
+        outputs = graph_outputs(self._file, self._requests[:texts], self._checkpoint)
+        return measure(self._expected[:texts], outputs, self._checkpoint.task, "ONNX Runtime")
 
 
 def _largest(total: int, good_enough: Callable[[int], bool]) -> int:

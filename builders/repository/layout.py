@@ -12,6 +12,8 @@ roll-back; older ones go.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -57,13 +59,11 @@ def publish(
 ) -> tuple[RepositoryEntry, bool]:
     """Writes the service as a new version, unless the newest version is the same; says which.
 
-    `parts` is the one graph that the CPU serves, or the engines of the GPU targets. Raises CheckError for an ensemble
-    whose edges do not fit.
+    `parts` is the one graph that the CPU serves, or the engines of the GPU targets. One publication at a time. Raises
+    CheckError for an ensemble whose edges do not fit. On any failure the version that was served stays as it was.
     """
     precision = spec.precision.cpu if platform == "cpu" else spec.precision.gpu
     digest = hashlib.sha256("".join(sorted(part.digest for part in parts)).encode()).hexdigest()
-    current = _current(repository)
-    version = _newest_version(repository) + 1
 
     def models(number: int) -> dict[str, ModelDirectory]:
         served = ServedModel(
@@ -72,13 +72,16 @@ def publish(
         return _models(spec, platform, checkpoint, parts, served)
 
     content = _content_digest(models(0))
-    unchanged = current is not None and current.content_digest == content
-    if current is not None and unchanged:
-        version = current.version
-    else:
-        _write(repository, models(version), version)
-        _commit(repository, spec, version, content, tuple(models(version)))
-        _prune(repository, version)
+    with _locked(repository):
+        current = _current(repository)
+        unchanged = current is not None and current.content_digest == content
+        if current is not None and unchanged:
+            version = current.version
+        else:
+            version = 1 + max((number for name in models(0) for number in _versions(repository / name)), default=0)
+            _write(repository, models(version), version)
+            _commit(repository, spec, version, content, tuple(models(version)))
+            _prune(repository, keep=(version, current.version if current else version))
     entry = RepositoryEntry(
         repository=repository,
         ensemble=spec.name,
@@ -90,6 +93,15 @@ def publish(
         spec_digest=spec.digest,
     )
     return entry, unchanged
+
+
+@contextlib.contextmanager
+def _locked(repository: Path) -> Iterator[None]:
+    """Two builds of one name would otherwise choose the same version number."""
+    repository.mkdir(parents=True, exist_ok=True)
+    with (repository / ".lock").open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
 
 
 def _models(
@@ -110,6 +122,8 @@ def _models(
         "tokenizer.json": checkpoint.path("tokenizer.json"),
     }
     weights = {file.name: part.path(file.name) for part in parts for file in part.files}
+    # The record of an engine lies beside it: flavour, version, target, profiles, seconds, digests.
+    weights |= {f"{part.file}.json": part.path("record.json") for part in parts if isinstance(part, Engine)}
     by_python = platform == "cpu" or not uses_tensorrt_backend(spec)
     encoder_files = {**weights, "model.py": ADAPTERS / "encoder" / "1" / "model.py"} if by_python else weights
     return {
@@ -138,6 +152,7 @@ def encoder_settings(
         tokens_per_batch=spec.serving.tokens_per_batch
         if platform == "cpu"
         else spec.serving.max_batch_size * spec.model.max_length,
+        max_length=spec.model.max_length,
         warmup_lengths=spec.serving.length_buckets if spec.serving.warmup else (),
     )
 
@@ -153,20 +168,25 @@ def _content_digest(models: dict[str, ModelDirectory]) -> str:
 
 
 def _write(repository: Path, models: dict[str, ModelDirectory], version: int) -> None:
-    for name, model in models.items():
-        target = repository / name / str(version)
-        shutil.rmtree(target, ignore_errors=True)  # left by a publication that was cut off before its commit
-        with atomic_directory(target) as work:
-            for file, source in model.files.items():
-                _link_or_copy(source, work / file)
-            if model.settings is not None:
-                model.settings.save(work)
-        _replace_text(repository / name / "config.pbtxt", model.config)
+    """Every version directory first, then every config.pbtxt; a failure takes the new directories away again."""
+    try:
+        for name, model in models.items():
+            with atomic_directory(repository / name / str(version)) as work:
+                for file, source in model.files.items():
+                    _link_or_copy(source, work / file)
+                if model.settings is not None:
+                    model.settings.save(work)
+        for name, model in models.items():
+            _replace_text(repository / name / "config.pbtxt", model.config)
+    except BaseException:
+        for name in models:
+            shutil.rmtree(repository / name / str(version), ignore_errors=True)
+        raise
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
-    """Weights are shared with the store where the file system allows it; adapters are copied, to be edited freely."""
-    if source.suffix != ".py":
+    """Weights are shared with the store where the file system allows it; what others own is copied."""
+    if source.suffix in (".onnx", ".data", ".plan"):
         try:
             os.link(source, target)
             return
@@ -189,8 +209,11 @@ def _commit(repository: Path, spec: DeploymentSpec, version: int, content: str, 
 
 def _replace_text(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    partial.replace(path)
+    try:
+        partial.write_text(text)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _current(repository: Path) -> ServerSettings | None:
@@ -207,15 +230,9 @@ def _versions(model: Path) -> list[int]:
     return sorted(int(path.name) for path in model.iterdir() if path.name.isdigit()) if model.is_dir() else []
 
 
-def _newest_version(repository: Path) -> int:
-    current = _current(repository)
-    return current.version if current else 0
-
-
-def _prune(repository: Path, version: int) -> None:
-    """Keeps this version and the one before it. A higher number is the rest of a broken publication."""
-    settings = ServerSettings.load(repository)
-    for name in settings.models:
+def _prune(repository: Path, keep: tuple[int, int]) -> None:
+    """What is served now and what was served before stay; the rest is older, or left by a publication cut off."""
+    for name in ServerSettings.load(repository).models:
         for number in _versions(repository / name):
-            if number not in (version, version - 1):
+            if number not in keep:
                 shutil.rmtree(repository / name / str(number), ignore_errors=True)

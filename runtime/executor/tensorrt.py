@@ -22,14 +22,16 @@ from runtime.gpu import visible_targets
 class TensorRtRtxExecutor:
     """The engine for the GPU at hand, out of one engine a target (`{"sm89": path, ...}`)."""
 
-    def __init__(self, engines: Mapping[str, Path]) -> None:
-        target = next(iter(visible_targets()), None)
+    def __init__(self, engines: Mapping[str, Path], device: int) -> None:
+        target = dict(enumerate(visible_targets())).get(device)
         if target is None or target not in engines:
             raise BadEnvironment(
-                f"GPU of this machine: {target or 'none'}; engines were built for {', '.join(sorted(engines))}; "
+                f"GPU {device} of this machine: {target or 'none'}; engines exist for {', '.join(sorted(engines))}; "
                 "add the target to engine.targets and build again"
             )
         os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1"
+        # Each instance is a process of its own, so this pins it; it must come before CUDA wakes up.
+        os.environ["CUDA_DEVICE_ORDER"], os.environ["CUDA_VISIBLE_DEVICES"] = "PCI_BUS_ID", str(device)
         import tensorrt_rtx
         from polygraphy.backend.common import bytes_from_path
         from polygraphy.backend.trt import TrtRunner, engine_from_bytes

@@ -28,7 +28,8 @@ class TritonPythonModel:
         config = json.loads(args["model_config"])
         self.inputs = [item["name"] for item in config["input"]]
         self.output = config["output"][0]["name"]
-        self.encoder = open_encoder(settings, {key: directory / name for key, name in settings.files.items()})
+        files = {key: directory / name for key, name in settings.files.items()}
+        self.encoder = open_encoder(settings, files, int(args["model_instance_device_id"]))
         self.encoder.warm_up(self.inputs, settings.warmup_lengths)
 
     def execute(self, requests: list[Any]) -> list[Any]:
