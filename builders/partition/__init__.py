@@ -1,0 +1,17 @@
+"""OnnxGraph -> Partition: tensor and pipeline parallelism for any standard ONNX transformer.
+
+source      reads a graph: shapes, constants, use-def chains            file -> Source
+shapes      sizes that ONNX's own inference leaves open
+placement   Replicate | Shard | Partial, and the arithmetic of slices
+rules*      one small pure function an operator: how placements pass
+solve       seeds a split, lets it spread, keeps what is legal and pays  Source -> Solution
+tensor      one rank's graph: local sizes, collectives                   Source, Solution -> LocalGraph
+pipeline    where stages are cut                                         LocalGraph -> Stages
+weights     slices of weights, streamed from file to files
+shard       the whole: partition_graph                                   file -> directory
+segments    one rank's graph in pieces between collectives
+feeds       inputs for a graph that nobody described
+contents    a partition's plan and weights against the graph it came from
+verify      runs every rank, compares with the whole: verify_partition   directory, file -> VerifyReport
+plan        how many GPUs, and how they share a model: arithmetic only
+"""

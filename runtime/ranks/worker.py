@@ -1,0 +1,165 @@
+"""One rank: `python -m runtime.ranks.worker RANK RANKS STORE FD PARENT`.
+
+Commands arrive on a socket as (name, arguments); each is answered with ("done", result) or ("failed", text).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.ranks.program import Communicate, Layout, RankProgram, RunGraph
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+_PR_SET_PDEATHSIG = 1
+_TIMEOUT = timedelta(seconds=120)  # of one collective; the group itself gives up far earlier
+_DTYPES = ("float32", "float16", "int64", "int32", "bool", "float64", "int8", "uint8")
+_HEADER = 10  # dtype, rank, up to eight sizes
+
+Arrays = dict[str, NDArray[Any]]
+
+
+def die_with_parent(parent: int) -> None:
+    """Before anything slow: a group whose owner was killed must not live on."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit(0)
+
+
+class Worker:
+    """Runs one rank's program, step by step."""
+
+    def __init__(self, rank: int, ranks: int, store: Path) -> None:
+        import torch
+        import torch.distributed as dist
+
+        torch.set_num_threads(1)
+        self._rank, self._dist = rank, dist
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=_TIMEOUT)
+        self._group: Any = None
+        self._program: RankProgram | None = None
+        self._sessions: dict[int, onnxruntime.InferenceSession] = {}
+        self._states: Arrays = {}
+
+    def load(self, program: RankProgram | None, layout: Layout) -> None:
+        """Every process takes part, idle ones too: groups of ranks are made by all of them together."""
+        groups = [self._dist.new_group(list(layout.stage(stage))) for stage in range(layout.pipeline)]
+        self._layout, self._program, self._states, self._sessions = layout, program, {}, {}
+        if program is None:
+            return
+        self._stage = self._rank // layout.tensor
+        self._group = groups[self._stage]
+        for index, step in enumerate(program.steps):
+            if isinstance(step, RunGraph):
+                self._sessions[index] = _open(step, program)
+
+    def forget(self) -> None:
+        """Drops the states: the next step begins new sequences."""
+        self._states = {}
+
+    def run(self, feeds: Arrays, fetch: tuple[str, ...]) -> Arrays:
+        """One step. `feeds` may leave out states once there are any."""
+        program = self._program
+        assert program is not None
+        values = {**self._states, **feeds}
+        for transfer in program.received:
+            values[transfer.value] = self._receive(self._peer(transfer.stage))
+        for index, step in enumerate(program.steps):
+            if isinstance(step, RunGraph):
+                results = self._sessions[index].run(list(step.outputs), {name: values[name] for name in step.inputs})
+                values.update(zip(step.outputs, results, strict=True))
+            else:
+                values[step.target] = self._communicate(step, values[step.source])
+        for transfer in program.sent:
+            self._send(values[transfer.value], self._peer(transfer.stage))
+        self._states = {given: values[made] for made, given in program.states}
+        return {name: values[name] for name in fetch if name in program.outputs}
+
+    def _communicate(self, step: Communicate, array: NDArray[Any]) -> NDArray[Any]:
+        import torch
+
+        present = self._dist.get_world_size(self._group)
+        if step.ranks != present:
+            raise ValueError(f"{step.operation} of {step.source} is for {step.ranks} ranks, the stage has {present}")
+        tensor = torch.from_numpy(np.array(array, order="C"))  # a copy: the piece may still use its own
+        if step.operation == "all_reduce":
+            self._dist.all_reduce(tensor, group=self._group)
+            return tensor.numpy()
+        if step.operation == "all_gather":
+            parts = [torch.empty_like(tensor) for _ in range(present)]
+            self._dist.all_gather(parts, tensor, group=self._group)
+            return torch.cat(parts).numpy()
+        raise ValueError(f"unknown collective {step.operation}")
+
+    def _peer(self, stage: int) -> int:
+        return stage * self._layout.tensor + self._rank % self._layout.tensor
+
+    def _send(self, array: NDArray[Any], peer: int) -> None:
+        import torch
+
+        header = np.zeros(_HEADER, np.int64)
+        header[:2] = _DTYPES.index(array.dtype.name), array.ndim
+        header[2 : 2 + array.ndim] = array.shape
+        self._dist.send(torch.from_numpy(header), peer)
+        payload = np.frombuffer(np.ascontiguousarray(array).tobytes(), np.uint8).copy()
+        self._dist.send(torch.from_numpy(payload), peer)
+
+    def _receive(self, peer: int) -> NDArray[Any]:
+        import torch
+
+        header = torch.zeros(_HEADER, dtype=torch.int64)
+        self._dist.recv(header, peer)
+        kind, rank, *sizes = header.tolist()
+        dtype, shape = np.dtype(_DTYPES[kind]), sizes[:rank]
+        payload = torch.empty(int(np.prod(shape, dtype=np.int64)) * dtype.itemsize, dtype=torch.uint8)
+        self._dist.recv(payload, peer)
+        return payload.numpy().view(dtype).reshape(shape)
+
+
+def _open(step: RunGraph, program: RankProgram) -> onnxruntime.InferenceSession:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1  # ranks share the machine's cores
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", program.folder)
+    for key, setting in program.session:
+        options.add_session_config_entry(key, setting)
+    return onnxruntime.InferenceSession(step.model, options, providers=["CPUExecutionProvider"])
+
+
+def serve(worker: Worker, connection: Connection) -> None:
+    """Answers commands until the other end closes."""
+    connection.send(("done", None))
+    while True:
+        try:
+            name, arguments = connection.recv()
+        except EOFError:
+            return
+        try:
+            answer = ("done", getattr(worker, name)(*arguments))
+        except Exception as error:  # noqa: BLE001 - whatever went wrong, the group must hear of it and end
+            answer = ("failed", f"{type(error).__name__}: {error}")
+        connection.send(answer)
+
+
+def main() -> None:
+    rank, ranks, store, descriptor, parent = sys.argv[1:6]
+    die_with_parent(int(parent))
+    serve(Worker(int(rank), int(ranks), Path(store)), Connection(int(descriptor)))
+    os._exit(0)  # gloo's threads may wait for ranks that have gone already
+
+
+if __name__ == "__main__":
+    main()
