@@ -106,15 +106,15 @@ def engine(
     length: Annotated[str, typer.Option(help="min:opt:max tokens")] = "1:64:256",
     as_json: JsonFlag = False,
 ) -> None:
-    """One ONNX file to one TensorRT engine."""
+    """One ONNX file to one TensorRT engine; OUTPUT.json beside it says what it is."""
     from builders import single
 
     with _status(f"build {target} with {flavour}", as_json):
-        size, seconds = single.engine(graph, flavour, target, batch, length, output)
+        record = single.engine(graph, flavour, target, batch, length, output)
     if as_json:
-        print(json.dumps({"file": str(output), "bytes": size, "build_seconds": round(seconds, 2)}))
+        print(record.model_dump_json(indent=2))
     else:
-        print(f"{output}: {size / 1e6:.1f} MB, {seconds:.1f} s")
+        print(f"{output}: {record.file.bytes / 1e6:.1f} MB, {record.build_seconds} s")
 
 
 @app.command()

@@ -1,7 +1,6 @@
 """One stage on one file: `trireme export`, `quantize` and `engine`, without a spec.
 
-`export` and `quantize` write `OUTPUT.json` beside the graph: the record of the graph and of its checkpoint, which the
-next command reads.
+Each writes `OUTPUT.json` beside its output. That of a graph names the checkpoint too, and the next command reads it.
 """
 
 from __future__ import annotations
@@ -14,20 +13,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
-
 from builders import corpus
-from builders.artifacts import Checkpoint, FileRecord, OnnxGraph, file_digest
+from builders.artifacts import Checkpoint, FileRecord, OnnxGraph, Record, file_digest
 from builders.checkpoint import load_checkpoint
 from builders.errors import InputError
 from builders.quality import HELD_OUT_TEXTS
 from builders.spec import Flavour, ModelSlice, PrecisionSlice, ProfileSlice, Range
 
 
-class Sidecar(BaseModel):
+class Sidecar(Record):
     """What `graph.onnx.json` holds."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: ModelSlice
     graph: OnnxGraph
@@ -58,13 +53,42 @@ def quantize(source: Path, budget: PrecisionSlice, output: Path) -> OnnxGraph:
         return _publish(result, model, output)
 
 
-def engine(source: Path, flavour: Flavour, target: str, batch: str, length: str, output: Path) -> tuple[int, float]:
-    """Bytes and seconds of the engine written to `output`."""
-    from builders.engine.tensorrt import build_engine_from_file
+class EngineRecord(Record):
+    """What `model.plan.json` holds."""
+
+    file: FileRecord
+    flavour: Flavour
+    version: str
+    target: str
+    profile: ProfileSlice
+    layers: int
+    build_seconds: float
+    source: FileRecord
+
+
+def engine(source: Path, flavour: Flavour, target: str, batch: str, length: str, output: Path) -> EngineRecord:
+    """Any ONNX file to one plan file, with its record beside it."""
+    from builders.engine.tensorrt import compile_plan
+    from builders.graph import describe
 
     _require_file(source)
     profile = ProfileSlice(batch=_range("--batch", batch), length=_range("--length", length))
-    return build_engine_from_file(source, flavour, target, (profile,), output)
+    plan, layers, version, seconds = compile_plan(source, flavour, target, (profile,), describe(source)[0])
+    with _beside(output) as work:
+        (work / output.name).write_bytes(plan)
+        record = EngineRecord(
+            file=FileRecord.of(work / output.name),
+            flavour=flavour,
+            version=version,
+            target=target,
+            profile=profile,
+            layers=layers,
+            build_seconds=round(seconds, 2),
+            source=FileRecord.of(source),
+        )
+        (work / output.name).replace(output)
+    output.with_name(f"{output.name}.json").write_text(record.model_dump_json(indent=2) + "\n")
+    return record
 
 
 def _range(option: str, text: str) -> Range:

@@ -82,10 +82,10 @@ def open_encoder(settings: EncoderModelSettings, files: Mapping[str, Path], devi
     return Encoder(executor, settings.tokens_per_batch, settings.max_length)
 
 
-def require_numpy_1() -> None:
+def require_numpy_1(version: str = np.__version__) -> None:
     """Triton 2.51's Python backend reads tensors as garbage under numpy 2, without an error."""
-    if int(np.__version__.split(".")[0]) >= 2:
+    if int(version.split(".")[0]) >= 2:
         raise BadEnvironment(
-            f"numpy {np.__version__} corrupts tensors in Triton's Python backend without an error; "
+            f"numpy {version} corrupts tensors in Triton's Python backend without an error; "
             "install numpy<2 (pip install 'numpy<2')"
         )

@@ -65,7 +65,7 @@ def test_single_stages_chain(tiny_bert: Path, tmp_path: Path) -> None:
     assert built.returncode == 0, built.stderr
     assert plan.stat().st_size > 10_000
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == [
-        "graph.onnx", "graph.onnx.json", "model.plan", "small.onnx", "small.onnx.json",
+        "graph.onnx", "graph.onnx.json", "model.plan", "model.plan.json", "small.onnx", "small.onnx.json",
     ]  # fmt: skip
 
 

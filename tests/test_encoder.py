@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.encoder import Encoder
+from runtime.encoder import Encoder, require_numpy_1
+from runtime.errors import BadEnvironment
 from runtime.executor import Tensors
 
 
@@ -54,3 +56,9 @@ def test_warm_up_runs_each_length() -> None:
 
     Encoder(Recorder(), 512, 64).warm_up(["input_ids", "attention_mask"], [16, 64])
     assert seen == [(1, 16), (1, 64)]
+
+
+def test_numpy_2_is_refused_before_it_corrupts_anything() -> None:
+    require_numpy_1()
+    with pytest.raises(BadEnvironment, match="install numpy<2"):
+        require_numpy_1("2.1.0")

@@ -17,7 +17,6 @@ from typing import Any
 
 from builders.artifacts import Engine, FileRecord, OnnxGraph, TensorSpec
 from builders.errors import EngineError, MachineError, SpecError
-from builders.graph import describe
 from builders.spec import Flavour, ProfileSlice
 from runtime.gpu import visible_targets
 
@@ -68,21 +67,6 @@ def build_engine(
         build_seconds=round(seconds, 2),
         source_digest=graph.digest,
     )
-
-
-def build_engine_from_file(
-    graph: Path, flavour: Flavour, target: str, profiles: tuple[ProfileSlice, ...], out: Path
-) -> tuple[int, float]:
-    """`trireme engine`: any ONNX file to one plan file, written beside and renamed. Returns bytes and seconds."""
-    inputs, _, _ = describe(graph)
-    plan, _, _, seconds = compile_plan(graph, flavour, target, profiles, inputs)
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        partial.write_bytes(plan)
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
-    return len(plan), seconds
 
 
 def compile_plan(
