@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from builders.artifacts import TensorSpec
+from builders.artifacts import FileRecord, OnnxGraph, Quality, TensorSpec
 from builders.errors import InputError, ParityError
+from builders.spec import GraphPrecision
 
 OPSET = 24
+GRAPH_FILE = "graph.onnx"  # in the directory of every graph that a stage writes
 ALLOWED_DOMAINS = ("", "ai.onnx")
 
 
@@ -29,6 +31,23 @@ def require_standard(file: Path) -> None:
             f"{file.name}: domains {sorted(used)}, opset {versions.get('')}, {len(model.functions)} local functions; "
             f"expected standard operators of opset {OPSET} only"
         )
+
+
+def record_graph(out: Path, precision: GraphPrecision, quality: Quality, source_digest: str) -> OnnxGraph:
+    """The record of `graph.onnx` in `out`, which must have passed `require_standard`."""
+    inputs, outputs, operators = describe(out / GRAPH_FILE)
+    return OnnxGraph(
+        directory=out,
+        files=tuple(FileRecord.of(path) for path in sorted(out.iterdir())),
+        file=GRAPH_FILE,
+        precision=precision,
+        opset=OPSET,
+        inputs=inputs,
+        outputs=outputs,
+        operators=operators,
+        quality=quality,
+        source_digest=source_digest,
+    )
 
 
 def describe(file: Path) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...], dict[str, int]]:

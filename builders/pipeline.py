@@ -46,7 +46,7 @@ class Build:
     @property
     def served_graph(self) -> OnnxGraph:
         """The graph that the platform runs or builds from."""
-        wanted = self.spec.precision.cpu if self.platform == "cpu" else self.spec.precision.gpu
+        wanted = self.spec.precision_on(self.platform)
         return self.graph("fp32" if wanted == "bf16" else wanted)
 
 
@@ -91,7 +91,7 @@ def _require_supported(spec: DeploymentSpec) -> None:
 
 def _wanted_precisions(built: Build) -> tuple[str, ...]:
     """fp32 is always there, as the reference. INT8 starts from fp16, so that both worlds share one small graph."""
-    wanted = built.spec.precision.cpu if built.platform == "cpu" else built.spec.precision.gpu
+    wanted = built.spec.precision_on(built.platform)
     return ("fp32",) if wanted in ("fp32", "bf16") else ("fp32", "fp16")
 
 
@@ -120,15 +120,13 @@ def _export(built: Build, store: Store, report: Report) -> Build:
 
 
 def _quantize(built: Build, store: Store, report: Report) -> Build:
-    wanted = built.spec.precision.cpu if built.platform == "cpu" else built.spec.precision.gpu
-    if wanted != "int8":
+    if built.spec.precision_on(built.platform) != "int8":
         return built
     budget, checkpoint = built.spec.precision, built.checkpoint
     source, reference = built.graph("fp16"), built.graph("fp32")
 
     def run(out: Path) -> OnnxGraph:
-        found = corpus.texts(budget.calibration_texts, budget.calibration_samples + HELD_OUT_TEXTS)
-        calibration, held_out = found[: budget.calibration_samples], found[budget.calibration_samples :]
+        calibration, held_out = quality.calibration_and_held_out(budget)
         return int8.quantize_int8(
             source, reference, checkpoint, budget, calibration, held_out, out, lambda text: report("quantize", text)
         )
@@ -160,8 +158,8 @@ def _qualify(built: Build, store: Store, report: Report) -> Build:
     settings = layout.encoder_settings(built.spec, "cpu", [served])
 
     def run(out: Path) -> ServedQuality:
-        found = corpus.texts(budget.calibration_texts, budget.calibration_samples + HELD_OUT_TEXTS)
-        requests = quality.sample_requests(checkpoint, found[budget.calibration_samples :])
+        _, held_out = quality.calibration_and_held_out(budget)
+        requests = quality.sample_requests(checkpoint, held_out)
         outputs = quality.served_outputs(settings, {"cpu": served.file_path}, requests)
         reference = quality.graph_outputs(built.graph("fp32").file_path, requests, checkpoint)
         measured = quality.measure(reference, outputs.values, checkpoint.task, outputs.executor)

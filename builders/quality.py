@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from builders import corpus
 from builders.artifacts import Checkpoint, Quality
 from builders.errors import QualityError
 from builders.spec import PrecisionSlice, Task
@@ -67,6 +68,12 @@ def require_budget(quality: Quality, budget: PrecisionSlice, what: str) -> None:
         f"worst {quality.worst_cosine:.5f} (budget {budget.min_worst_cosine}). "
         "Choose a wider precision, give calibration_texts closer to your traffic, or lower the budget knowingly"
     )
+
+
+def calibration_and_held_out(budget: PrecisionSlice) -> tuple[list[str], list[str]]:
+    """Texts to calibrate with, and texts to judge with; no text is in both."""
+    found = corpus.texts(budget.calibration_texts, budget.calibration_samples + HELD_OUT_TEXTS)
+    return found[: budget.calibration_samples], found[budget.calibration_samples :]
 
 
 def sample_requests(checkpoint: Checkpoint, texts: Sequence[str]) -> list[Tensors]:

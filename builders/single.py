@@ -17,7 +17,7 @@ from builders import corpus
 from builders.artifacts import Checkpoint, FileRecord, OnnxGraph, Record, file_digest
 from builders.checkpoint import load_checkpoint
 from builders.errors import InputError
-from builders.quality import HELD_OUT_TEXTS
+from builders.quality import HELD_OUT_TEXTS, calibration_and_held_out
 from builders.spec import Flavour, ModelSlice, PrecisionSlice, ProfileSlice, Range
 
 
@@ -46,8 +46,7 @@ def quantize(source: Path, budget: PrecisionSlice, output: Path) -> OnnxGraph:
         raise InputError(
             f"graph {source}", got="an INT8 graph", expected="fp32 or fp16", fix="give the graph it was made of"
         )
-    found = corpus.texts(budget.calibration_texts, budget.calibration_samples + HELD_OUT_TEXTS)
-    calibration, held_out = found[: budget.calibration_samples], found[budget.calibration_samples :]
+    calibration, held_out = calibration_and_held_out(budget)
     with _beside(output) as work:
         result = quantize_int8(graph, graph, checkpoint, budget, calibration, held_out, work)
         return _publish(result, model, output)

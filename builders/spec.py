@@ -202,6 +202,10 @@ class DeploymentSpec(Slice):
             "widen a profile, or lower max_batch_size or model.max_length"
         )
 
+    def precision_on(self, platform: Platform) -> Literal["fp32", "bf16", "fp16", "int8"]:
+        """What the platform serves."""
+        return self.precision.cpu if platform == "cpu" else self.precision.gpu
+
     @property
     def digest(self) -> str:
         """SHA-256 of the canonical JSON of the whole spec."""

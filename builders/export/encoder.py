@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from builders.artifacts import Checkpoint, FileRecord, OnnxGraph
+from builders.artifacts import Checkpoint, OnnxGraph
 from builders.checkpoint import position_offset
 from builders.errors import CheckpointError, ParityError
-from builders.graph import OPSET, describe, require_standard
+from builders.graph import GRAPH_FILE, OPSET, record_graph, require_standard
 from builders.quality import graph_outputs, measure, sample_requests
 from runtime.encoder import Encoder
 from runtime.executor import Tensors
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     import onnx_ir
     import torch
 
-GRAPH_FILE = "graph.onnx"
 _PARITY_TEXTS = 64
 _MAX_FP32_DIFFERENCE = 1e-5  # relative to the largest output, or absolute where that is under 1
 _MIN_FP16_COSINE = 0.9999
@@ -64,19 +63,7 @@ def export_encoder(
             f"fp16 graph of {checkpoint.source}: worst cosine to eager fp32 {quality.worst_cosine:.6f} "
             f"over {quality.texts} texts, limit {_MIN_FP16_COSINE}; the model overflows fp16, use fp32 or int8"
         )
-    inputs, outputs, operators = describe(file)
-    return OnnxGraph(
-        directory=out,
-        files=tuple(FileRecord.of(path) for path in sorted(out.iterdir())),
-        file=GRAPH_FILE,
-        precision=precision,
-        opset=OPSET,
-        inputs=inputs,
-        outputs=outputs,
-        operators=operators,
-        quality=quality,
-        source_digest=checkpoint.digest,
-    )
+    return record_graph(out, precision, quality, checkpoint.digest)
 
 
 def _load_model(checkpoint: Checkpoint) -> torch.nn.Module:

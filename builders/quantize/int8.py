@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from builders.artifacts import Checkpoint, FileRecord, OnnxGraph, Quality
+from builders.artifacts import Checkpoint, OnnxGraph, Quality
 from builders.errors import ParityError, QualityError, UnsupportedError
-from builders.graph import describe, require_standard
+from builders.graph import GRAPH_FILE, record_graph, require_standard
 from builders.quality import graph_outputs, measure, require_budget, sample_requests
 from builders.quantize.smoothquant import (
     Calibration,
@@ -32,7 +32,6 @@ from builders.quantize.smoothquant import (
 from builders.spec import PrecisionSlice
 from runtime.executor import Tensors
 
-GRAPH_FILE = "graph.onnx"
 _SENSITIVITY_TEXTS = 32
 _ROWS_KEPT = 1024
 _BATCH = 16
@@ -98,19 +97,7 @@ def quantize_int8(
         "ONNX Runtime",
     )
     require_budget(quality, budget, f"INT8 graph of {checkpoint.source}")
-    inputs, outputs, operators = describe(file)
-    return OnnxGraph(
-        directory=out,
-        files=tuple(FileRecord.of(path) for path in sorted(out.iterdir())),
-        file=GRAPH_FILE,
-        precision="int8",
-        opset=graph.opset,
-        inputs=inputs,
-        outputs=outputs,
-        operators=operators,
-        quality=quality,
-        source_digest=graph.digest,
-    )
+    return record_graph(out, "int8", quality, graph.digest)
 
 
 class _Search:

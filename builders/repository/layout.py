@@ -62,7 +62,7 @@ def publish(
     `parts` is the one graph that the CPU serves, or the engines of the GPU targets. One publication at a time. Raises
     CheckError for an ensemble whose edges do not fit. On any failure the version that was served stays as it was.
     """
-    precision = spec.precision.cpu if platform == "cpu" else spec.precision.gpu
+    precision = spec.precision_on(platform)
     digest = hashlib.sha256("".join(sorted(part.digest for part in parts)).encode()).hexdigest()
 
     def models(number: int) -> dict[str, ModelDirectory]:
