@@ -18,6 +18,7 @@ SOURCES = [
 STAGES = {"compress", "export", "quantize", "partition", "engine", "repository", "checkpoint"}
 FRONT_ENDS = (
     "builders/__main__.py",
+    "builders/commands/",
     "builders/demo.py",
     "builders/present.py",
     "builders/single.py",

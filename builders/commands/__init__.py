@@ -1,0 +1,1 @@
+"""The commands of `trireme`, by subject. Each parses, calls and prints; the work is elsewhere."""

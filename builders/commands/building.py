@@ -1,0 +1,100 @@
+"""Commands that end in files: the whole way, and each stage alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from builders.commands.options import DEFAULT_BUILD, BuildDir, JsonFlag, PlatformOption, SpecArgument, status
+
+
+def build(
+    spec: SpecArgument,
+    platform: PlatformOption = "cpu",
+    until: Annotated[
+        Literal["checkpoint", "export", "quantize", "qualify", "engine", "repository"],
+        typer.Option(help="stop after this stage"),
+    ] = "repository",
+    build_dir: BuildDir = DEFAULT_BUILD,
+    as_json: JsonFlag = False,
+) -> None:
+    """The whole way to a Triton model repository. What has not changed is not built again."""
+    from builders import pipeline, present
+    from builders.spec import load_spec
+
+    with present.build_progress(quiet=as_json) as report:
+        built = pipeline.build(load_spec(spec), platform, build_dir, until, report)
+    if as_json:
+        print(json.dumps(present.build_json(built), indent=2))
+    else:
+        present.print_build(built)
+
+
+def export(
+    model: Annotated[str, typer.Argument(help="packaged:all-MiniLM-L6-v2, a folder, or a Hugging Face id")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="ONNX file to write")],
+    task: Annotated[Literal["embedding", "classification", "reranking"], typer.Option()] = "embedding",
+    precision: Annotated[Literal["fp32", "fp16"], typer.Option()] = "fp32",
+    pooling: Annotated[Literal["mean", "cls"] | None, typer.Option(help="default: the checkpoint's own")] = None,
+    max_length: Annotated[int, typer.Option(min=8, help="tokens")] = 256,
+    as_json: JsonFlag = False,
+) -> None:
+    """One checkpoint to one checked ONNX graph; OUTPUT.json beside it says what it is."""
+    from builders import single
+    from builders.spec import ModelSlice
+
+    with status(f"export {model} to {precision}", as_json):
+        found = ModelSlice(source=model, task=task, pooling=pooling, max_length=max_length)
+        graph = single.export(found, precision, output)
+    _print_graph(output, graph.quality.worst_cosine, graph.bytes, "the checkpoint", as_json)
+
+
+def quantize(
+    graph: Annotated[Path, typer.Argument(help="ONNX file written by `trireme export`, fp32 or fp16")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="ONNX file to write")],
+    scheme: Annotated[Literal["int8"], typer.Option()] = "int8",
+    calibration: Annotated[Path | None, typer.Option(help="UTF-8 file, one text a line")] = None,
+    min_mean_cosine: Annotated[float, typer.Option(min=0, max=1)] = 0.998,
+    min_worst_cosine: Annotated[float, typer.Option(min=0, max=1)] = 0.98,
+    as_json: JsonFlag = False,
+) -> None:
+    """One graph to INT8 with explicit QDQ, refused when it misses the quality budget."""
+    from builders import single
+    from builders.spec import PrecisionSlice
+
+    budget = PrecisionSlice(
+        min_mean_cosine=min_mean_cosine, min_worst_cosine=min_worst_cosine, calibration_texts=calibration
+    )
+    with status(f"quantize {graph} to {scheme}", as_json):
+        result = single.quantize(graph, budget, output)
+    _print_graph(output, result.quality.worst_cosine, result.bytes, str(graph), as_json)
+
+
+def engine(
+    graph: Annotated[Path, typer.Argument(help="ONNX file")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="plan file to write")],
+    target: Annotated[str, typer.Option(help="streaming-multiprocessor version, such as sm89")],
+    flavour: Annotated[Literal["tensorrt", "tensorrt-rtx"], typer.Option()] = "tensorrt-rtx",
+    batch: Annotated[str, typer.Option(help="min:opt:max sequences")] = "1:8:32",
+    length: Annotated[str, typer.Option(help="min:opt:max tokens")] = "1:64:256",
+    as_json: JsonFlag = False,
+) -> None:
+    """One ONNX file to one TensorRT engine; OUTPUT.json beside it says what it is."""
+    from builders import single
+
+    with status(f"build {target} with {flavour}", as_json):
+        record = single.engine(graph, flavour, target, batch, length, output)
+    if as_json:
+        print(record.model_dump_json(indent=2))
+    else:
+        print(f"{output}: {record.file.bytes / 1e6:.1f} MB, {record.build_seconds} s")
+
+
+def _print_graph(output: Path, worst_cosine: float, size: int, reference: str, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"file": str(output), "bytes": size, "worst_cosine": worst_cosine}))
+    else:
+        print(f"{output}: {size / 1e6:.1f} MB, worst cosine to {reference} {worst_cosine:.6f}")

@@ -1,0 +1,40 @@
+"""Commands about ranks: sharing a graph out, and proving the shares."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from builders.commands.options import JsonFlag, status
+
+
+def shard(
+    graph: Annotated[Path, typer.Argument(help="ONNX file of a transformer, from any exporter")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="new folder for stage{s}.rank{r}.onnx")],
+    tensor_parallel: Annotated[int, typer.Option(min=1, help="ranks that share each layer")] = 1,
+    pipeline_parallel: Annotated[int, typer.Option(min=1, help="stages that follow each other")] = 1,
+    as_json: JsonFlag = False,
+) -> None:
+    """Shares a graph out to ranks. `trireme verify` then proves the ranks equal to the whole."""
+    from builders import present
+    from builders.partition.shard import partition_graph
+
+    with status(f"shard {graph} for {tensor_parallel} x {pipeline_parallel} ranks", as_json):
+        partition = partition_graph(graph, tensor_parallel, pipeline_parallel, output)
+    print(partition.model_dump_json(indent=2) if as_json else present.partition_text(partition))
+
+
+def verify(
+    directory: Annotated[Path, typer.Argument(help="folder that `trireme shard` wrote")],
+    against: Annotated[Path, typer.Option(help="the graph that was sharded")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Runs every rank as a process on this CPU and compares with the whole graph. Exit 1 on any doubt."""
+    from builders import present
+    from builders.partition.verify import verify_partition
+
+    with status(f"run the ranks of {directory}", as_json):
+        found = verify_partition(directory, against)
+    print(found.model_dump_json(indent=2) if as_json else present.verify_text(found))

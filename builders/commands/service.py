@@ -1,0 +1,84 @@
+"""Commands about a running service: start it, measure it, draw what was measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from builders.commands.options import DEFAULT_BUILD, BuildDir, JsonFlag, SpecArgument, fail
+from builders.errors import InputError
+
+
+def serve(
+    spec: SpecArgument,
+    build_dir: BuildDir = DEFAULT_BUILD,
+    http_port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port")] = 8000,
+    grpc_port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port")] = 8001,
+    metrics_port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port")] = 8002,
+    ready_timeout_s: Annotated[float, typer.Option(min=1)] = 120,
+    as_json: JsonFlag = False,
+) -> None:
+    """Builds what is missing and serves it on loopback. Ctrl-C or SIGTERM drains."""
+    from builders import pipeline, present
+    from builders.spec import load_spec
+    from runtime.serve import serve_repository
+    from runtime.triton import Ports
+
+    with present.build_progress(quiet=as_json) as report:
+        built = pipeline.build(load_spec(spec), "cpu", build_dir, "repository", report)
+    assert built.entry is not None
+    free = Ports.free()
+    ports = Ports(http_port or free.http, grpc_port or free.grpc, metrics_port or free.metrics)
+    serve_repository(built.entry.repository, ports, ready_timeout_s, as_json)
+
+
+def loadtest(
+    spec: SpecArgument,
+    output: Annotated[Path, typer.Option("-o", "--output", help="report to write: FILE.json, and FILE.html beside it")],
+    grpc: Annotated[str, typer.Option(help="host:port")] = "127.0.0.1:8001",
+    http: Annotated[str, typer.Option(help="host:port")] = "127.0.0.1:8000",
+    metrics: Annotated[str, typer.Option(help="host:port")] = "127.0.0.1:8002",
+    protocol: Annotated[Literal["grpc", "http", "both"], typer.Option()] = "grpc",
+    users: Annotated[int, typer.Option(min=1)] = 16,
+    duration_s: Annotated[int, typer.Option(min=3)] = 30,
+    shape: Annotated[Literal["constant", "steps"], typer.Option(help="steps: a ramp that finds the knee")] = "constant",
+    texts: Annotated[Path | None, typer.Option(help="UTF-8, one text a line; default: docstrings")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Measures a running service with Locust. Exit 1 when the spec's SLO is missed."""
+    from builders import present
+    from builders.load import LoadRequest, measure, require_json_name
+    from builders.spec import load_spec
+    from loadtest.report import check_slo, render_text
+
+    found = load_spec(spec)
+    require_json_name(output)
+    request = LoadRequest(grpc, http, metrics, protocol, shape, users, duration_s, texts)
+    with present.load_progress(quiet=as_json) as progress:
+        report = measure(found, request, output, progress)
+    if as_json:
+        print(report.model_dump_json(indent=2))
+    else:
+        print(f"{render_text(report)}\nreport: {output.with_suffix('.html')}")
+    missed = check_slo(report, found.slo)
+    if missed:
+        fail("the SLO is missed. " + " ".join(missed), 1)
+
+
+def report(
+    current: Annotated[Path, typer.Argument(help="report A.json")],
+    baseline: Annotated[Path | None, typer.Argument(help="report B.json to compare with")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="HTML file to write")] = None,
+) -> None:
+    """Draws a load report, or compares two."""
+    from loadtest.report import read_report, render_html, render_text
+
+    found = read_report(current)
+    other = read_report(baseline) if baseline else None
+    target = output or current.with_suffix(".html")
+    if target.suffix != ".html":
+        raise InputError("--output", got=target, expected="a file that ends in .html", fix="choose such a name")
+    target.write_text(render_html(found, other), encoding="utf-8")
+    print(f"{render_text(found)}\nreport: {target}")

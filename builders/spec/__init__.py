@@ -1,0 +1,50 @@
+"""The spec: one YAML file that says everything a user decides about one deployment.
+
+slices      its parts           kubernetes   the part for the cluster
+deployment  the whole, and what must agree among its parts
+reading     from YAML, with errors that name the key, the value and the mending
+"""
+
+from builders.spec.deployment import DeploymentSpec
+from builders.spec.kubernetes import KubernetesSlice
+from builders.spec.reading import PRESETS, load_spec, resolve_spec_path
+from builders.spec.slices import (
+    CompressSlice,
+    EngineSlice,
+    Flavour,
+    GraphPrecision,
+    ModelSlice,
+    ParallelSlice,
+    Platform,
+    PrecisionSlice,
+    ProfileSlice,
+    Range,
+    RateLimitSlice,
+    ServingSlice,
+    Slice,
+    SloSlice,
+    Task,
+)
+
+__all__ = [
+    "PRESETS",
+    "CompressSlice",
+    "DeploymentSpec",
+    "EngineSlice",
+    "Flavour",
+    "GraphPrecision",
+    "KubernetesSlice",
+    "ModelSlice",
+    "ParallelSlice",
+    "Platform",
+    "PrecisionSlice",
+    "ProfileSlice",
+    "Range",
+    "RateLimitSlice",
+    "ServingSlice",
+    "Slice",
+    "SloSlice",
+    "Task",
+    "load_spec",
+    "resolve_spec_path",
+]

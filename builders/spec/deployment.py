@@ -1,0 +1,83 @@
+"""`DeploymentSpec`: everything a user decides about one deployment, and what must agree among its slices."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Literal
+
+from pydantic import model_validator
+
+from builders.spec.kubernetes import KubernetesSlice
+from builders.spec.slices import (
+    CompressSlice,
+    EngineSlice,
+    ModelSlice,
+    Name,
+    ParallelSlice,
+    Platform,
+    PrecisionSlice,
+    ServingSlice,
+    Slice,
+    SloSlice,
+)
+
+
+class DeploymentSpec(Slice):
+    """One deployment, from checkpoint to service."""
+
+    name: Name
+    model: ModelSlice
+    compress: CompressSlice = CompressSlice()
+    precision: PrecisionSlice = PrecisionSlice()
+    parallel: ParallelSlice = ParallelSlice()
+    engine: EngineSlice = EngineSlice()
+    serving: ServingSlice = ServingSlice()
+    kubernetes: KubernetesSlice = KubernetesSlice()
+    slo: SloSlice = SloSlice()
+
+    @model_validator(mode="after")
+    def _coherent(self) -> DeploymentSpec:
+        buckets, longest = self.serving.length_buckets, self.model.max_length
+        if list(buckets) != sorted(set(buckets)):
+            raise ValueError(f"serving.length_buckets={list(buckets)} must rise strictly")
+        if not buckets or buckets[-1] != longest:
+            raise ValueError(
+                f"serving.length_buckets={list(buckets)} must end with model.max_length={longest}, "
+                "or the longest texts fit no bucket"
+            )
+        for length in buckets:
+            self._require_profile(length)
+        if self.engine.flavour == "tensorrt-rtx" and len(self.engine.profiles) > 1:
+            raise ValueError("engine.profiles: engines of flavour tensorrt-rtx are served with one profile; give one")
+        if self.model.task != "embedding" and (self.model.pooling or self.model.normalize is not None):
+            raise ValueError(f"model.pooling and model.normalize apply to task embedding, not {self.model.task}")
+        if self.precision.cpu == "bf16" and self.serving.executor == "onnxruntime":
+            raise ValueError("precision.cpu=bf16 needs serving.executor=openvino; ONNX Runtime computes in fp32 on CPU")
+        if 0 < self.serving.response_cache_bytes < 1 << 20:
+            raise ValueError(
+                f"serving.response_cache_bytes={self.serving.response_cache_bytes} is under Triton's minimum of 1048576"
+            )
+        return self
+
+    def _require_profile(self, length: int) -> None:
+        """Every batch that Triton may form must lie inside one optimisation profile."""
+        batch = self.serving.max_batch_size
+        if any(p.batch.holds(1, batch) and p.length.holds(length, length) for p in self.engine.profiles):
+            return
+        allowed = "; ".join(
+            f"batch {p.batch.min}..{p.batch.max} x length {p.length.min}..{p.length.max}" for p in self.engine.profiles
+        )
+        raise ValueError(
+            f"serving.max_batch_size={batch} x length {length} fits no engine.profiles entry ({allowed}); "
+            "widen a profile, or lower max_batch_size or model.max_length"
+        )
+
+    def precision_on(self, platform: Platform) -> Literal["fp32", "bf16", "fp16", "int8"]:
+        """What the platform serves."""
+        return self.precision.cpu if platform == "cpu" else self.precision.gpu
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON of the whole spec."""
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,139 @@
+"""The slices of the spec. A stage is handed its own slice only, so its cache key holds nothing else.
+
+Unknown keys are refused, values are frozen, and units stand in the names.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Platform = Literal["cpu", "gpu"]
+Task = Literal["embedding", "classification", "reranking", "generation", "seq2seq"]
+GraphPrecision = Literal["fp32", "fp16", "int8", "w8", "w4"]
+Flavour = Literal["tensorrt", "tensorrt-rtx"]
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,40}[a-z0-9])?$")]
+SmTarget = Annotated[str, Field(pattern=r"^sm[0-9]{2,3}$")]
+Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Slice(BaseModel):
+    """A part of the spec: frozen, and closed to keys that it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSlice(Slice):
+    """What is served."""
+
+    source: str = Field(description="`packaged:all-MiniLM-L6-v2`, a local folder, or a Hugging Face id (`org/model`)")
+    revision: str | None = Field(None, description="branch, tag or commit of a Hugging Face id")
+    task: Task
+    max_length: Annotated[int, Field(ge=8)] = Field(
+        256, description="tokens, special ones included; longer text is truncated and reported as such"
+    )
+    pooling: Literal["mean", "cls"] | None = Field(None, description="embedding only; default: the checkpoint's own")
+    normalize: bool | None = Field(None, description="embedding only, L2; default: the checkpoint's own")
+    allow_pickle: bool = Field(False, description="load *.bin weights, which can run code on this machine")
+
+
+class CompressSlice(Slice):
+    """Techniques that change the weights before export. None exists yet, so no key is accepted."""
+
+
+class PrecisionSlice(Slice):
+    """Numbers that the graph computes in, and the quality that must remain."""
+
+    cpu: Literal["fp32", "bf16", "int8"] = Field(
+        "fp32", description="bf16: the fp32 graph, computed in bfloat16 by OpenVINO where the CPU has it"
+    )
+    gpu: Literal["fp16", "int8"] = "fp16"
+    min_mean_cosine: Fraction = Field(0.998, description="against the fp32 model, mean over held-out texts")
+    min_worst_cosine: Fraction = Field(0.98, description="against the fp32 model, the worst held-out text")
+    calibration_texts: Path | None = Field(
+        None, description="UTF-8 file, one text a line; default: docstrings of Python's standard library"
+    )
+    calibration_samples: Annotated[int, Field(ge=8, le=4096)] = 128
+
+
+class ParallelSlice(Slice):
+    """Ranks per replica."""
+
+    tensor: Positive = 1
+    pipeline: Positive = 1
+
+
+class Range(Slice):
+    """Smallest, most usual and largest size of one dynamic dimension."""
+
+    min: Positive
+    opt: Positive
+    max: Positive
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Range:
+        if not self.min <= self.opt <= self.max:
+            raise ValueError(f"min <= opt <= max does not hold for {self.min}, {self.opt}, {self.max}")
+        return self
+
+    def holds(self, low: int, high: int) -> bool:
+        return self.min <= low and high <= self.max
+
+
+class ProfileSlice(Slice):
+    """One TensorRT optimisation profile: sequences per batch, tokens per sequence."""
+
+    batch: Range
+    length: Range
+
+
+class EngineSlice(Slice):
+    """What TensorRT builds. `targets` are streaming-multiprocessor versions: sm89 is an L4 or an RTX 4090."""
+
+    flavour: Flavour = "tensorrt-rtx"
+    targets: Annotated[tuple[SmTarget, ...], Field(min_length=1)] = ("sm89",)
+    profiles: Annotated[tuple[ProfileSlice, ...], Field(min_length=1)] = (
+        ProfileSlice(batch=Range(min=1, opt=8, max=32), length=Range(min=1, opt=64, max=256)),
+    )
+
+
+class RateLimitSlice(Slice):
+    """Triton rate limiter: an execution holds `count` units of `resource` while it runs."""
+
+    resource: str
+    count: Positive = 1
+    priority: Positive = 1
+
+
+class ServingSlice(Slice):
+    """How Triton schedules and runs the model."""
+
+    executor: Literal["openvino", "onnxruntime"] = Field("openvino", description="CPU only")
+    max_batch_size: Positive = Field(32, description="sequences in one execution, and texts in one request")
+    length_buckets: tuple[Positive, ...] = Field(
+        (16, 32, 64, 128, 256), description="GPU: sequences are padded to the next of these token counts"
+    )
+    tokens_per_batch: Positive = Field(
+        512, description="CPU: a ragged batch is sorted and split so that a part holds at most this many padded tokens"
+    )
+    instances: Positive = 1
+    threads: Positive | None = Field(None, description="CPU threads of one instance; default: every core")
+    queue_size: Positive = 256
+    queue_delay_us: NotNegative = 1000
+    queue_timeout_us: NotNegative = Field(2_000_000, description="0: wait without limit")
+    response_cache_bytes: NotNegative = Field(0, description="0: off; Triton wants at least 1 MiB")
+    warmup: bool = True
+    rate_limit: RateLimitSlice | None = None
+
+
+class SloSlice(Slice):
+    """What a load test must show. A missed value makes `trireme loadtest` exit 1."""
+
+    p95_latency_ms: Annotated[float, Field(gt=0)] | None = None
+    min_throughput_per_s: Annotated[float, Field(gt=0)] | None = None
+    max_error_rate: Fraction = 0.0
