@@ -59,6 +59,25 @@ class Artifact(Record):
         return self.directory / name
 
 
+class Generation(Record):
+    """What generation must know of a checkpoint. `head_dim` and `kv_heads` are those of the decoder's own caches.
+
+    `start_id` begins the decoder's side of an encoder-decoder. `max_positions` is None where positions are relative.
+    """
+
+    bos_id: int | None
+    eos_ids: tuple[int, ...]
+    pad_id: int
+    start_id: int | None
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    max_positions: int | None
+    vocabulary: int
+    tied: bool
+
+
 class Checkpoint(Artifact):
     """Weights, configuration and tokenizer of one model, in a folder that transformers loads."""
 
@@ -73,6 +92,7 @@ class Checkpoint(Artifact):
     parameters: int
     max_length: int
     token_type_ids: bool
+    generation: Generation | None = None
 
 
 class TensorSpec(Record):
@@ -96,6 +116,33 @@ class Quality(Record):
     texts: int
     executor: str
 
+    @property
+    def summary(self) -> str:
+        return f"cosine to fp32 mean {self.mean_cosine:.5f}, worst {self.worst_cosine:.5f} ({self.executor})"
+
+
+class GenerationQuality(Record):
+    """A language model against its fp32 checkpoint on held-out text, token by token through the caches.
+
+    `max_relative_difference` is that of the logits, over the largest of them, along the steps of the parity check; it
+    is None where the graph is meant to differ.
+    """
+
+    perplexity: float
+    reference_perplexity: float
+    tokens: int
+    executor: str
+    max_relative_difference: float | None = None
+
+    @property
+    def ratio(self) -> float:
+        """1.01: the graph is a hundredth more perplexed than the checkpoint."""
+        return self.perplexity / self.reference_perplexity
+
+    @property
+    def summary(self) -> str:
+        return f"perplexity {self.perplexity:.3f}, {self.ratio:.4f} of the fp32 checkpoint's ({self.executor})"
+
 
 class OnnxGraph(Artifact):
     """One ONNX file with its weights inside or beside it."""
@@ -106,7 +153,7 @@ class OnnxGraph(Artifact):
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     operators: dict[str, int]
-    quality: Quality
+    quality: Quality | GenerationQuality
     source_digest: str
 
     @property
@@ -121,7 +168,10 @@ class ServedQuality(Artifact):
 
 
 class Engine(Artifact):
-    """One TensorRT engine for one target."""
+    """One TensorRT engine for one target: of a whole graph, or of one rank of a partition.
+
+    `collectives` is the number of DIST_COLLECTIVE layers in the network that was built.
+    """
 
     file: str
     flavour: Flavour
@@ -130,6 +180,9 @@ class Engine(Artifact):
     precision: GraphPrecision
     profiles: tuple[ProfileSlice, ...]
     layers: int
+    stage: int = 0
+    rank: int = 0
+    collectives: int = 0
     build_seconds: float
     source_digest: str
 
@@ -149,6 +202,14 @@ class RepositoryEntry(Record):
     precision: str
     model_digest: str
     spec_digest: str
+
+
+class RankFiles(Artifact):
+    """What the CPU service of a partition runs: the ranks' programs (`ranks.json`), their pieces and their weights."""
+
+    tensor: int
+    pipeline: int
+    partition_digest: str
 
 
 class Cut(Record):

@@ -2,30 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from platform import machine
 from typing import Literal
 
 from builders import corpus, graph, quality
-from builders.artifacts import Checkpoint, Engine, OnnxGraph, Quality, RepositoryEntry, ServedQuality
+from builders.artifacts import (
+    Checkpoint,
+    Engine,
+    OnnxGraph,
+    Partition,
+    Quality,
+    RankFiles,
+    RepositoryEntry,
+    ServedQuality,
+)
 from builders.checkpoint import load_checkpoint
 from builders.engine import tensorrt
-from builders.errors import UnsupportedError
 from builders.export import encoder
+from builders.partition import served as served_ranks
+from builders.partition.shard import partition_graph
+from builders.partition.verify import verify_partition
 from builders.quality import HELD_OUT_TEXTS
 from builders.quantize import int8, smoothquant
-from builders.repository import layout
+from builders.repository import config, layout
 from builders.spec import DeploymentSpec, Platform
-from builders.store import Store, source_digest, tool_versions
+from builders.store import Store, folder_digest, source_digest, tool_versions
 from runtime import batching, tokenizer
 from runtime import encoder as serving_encoder
-from runtime.executor import onnxruntime, openvino
+from runtime.executor import onnxruntime, openvino, ranks
 
-Stage = Literal["checkpoint", "export", "quantize", "qualify", "engine", "repository"]
+Stage = Literal["checkpoint", "export", "quantize", "partition", "qualify", "engine", "repository"]
 Report = Callable[[Stage, str], None]
-_RUNTIME = (batching, tokenizer, serving_encoder, onnxruntime, openvino)  # what computes the checked figures
+_RUNTIME = (batching, tokenizer, serving_encoder, onnxruntime, openvino, ranks)  # what computes the checked figures
+_PARTITION_SAMPLES = 4  # real texts that a partition is proven with, beside random inputs
 
 
 @dataclass(frozen=True)
@@ -36,6 +49,8 @@ class Build:
     platform: Platform
     checkpoint: Checkpoint
     graphs: tuple[OnnxGraph, ...] = ()
+    partition: Partition | None = None
+    ranks: RankFiles | None = None
     served: Quality | None = None
     engines: tuple[Engine, ...] = ()
     entry: RepositoryEntry | None = None
@@ -53,19 +68,23 @@ class Build:
 def build(
     spec: DeploymentSpec, platform: Platform, root: Path, until: Stage, report: Report = lambda stage, message: None
 ) -> Build:
-    """Checkpoint -> export -> quantise -> qualify (CPU) or engine (GPU) -> repository, each from the store if there.
+    """Checkpoint -> export -> quantise -> partition (several ranks) -> qualify (CPU) or engine (GPU) -> repository.
+
+    Each comes from the store if it is there.
 
     Raises the errors of `builders.errors`; whatever happens, no stage leaves anything half-written.
     """
-    _require_supported(spec)
     if platform == "gpu":
         tensorrt.require_tensorrt(spec.engine.flavour)
+        if spec.parallel.ranks > 1 and until == "repository":
+            config.require_rank_backend(spec)
     store = Store(root / "store")
     result = Build(spec, platform, load_checkpoint(spec.model))
     report("checkpoint", f"{result.checkpoint.architecture}, {result.checkpoint.parameters / 1e6:.1f} M parameters")
     steps: dict[Stage, Callable[[Build, Store, Report], Build]] = {
         "export": _export,
         "quantize": _quantize,
+        "partition": _partition,
         "qualify": _qualify,
         "engine": _engines,
         "repository": lambda built, _, report: _repository(built, root, report),
@@ -77,16 +96,6 @@ def build(
         if stage == until:
             break
     return result
-
-
-def _require_supported(spec: DeploymentSpec) -> None:
-    if (spec.parallel.tensor, spec.parallel.pipeline) != (1, 1):
-        raise UnsupportedError(
-            "parallel",
-            got=f"tensor={spec.parallel.tensor}, pipeline={spec.parallel.pipeline}",
-            expected="1 and 1",
-            fix="tensor and pipeline parallelism are not built yet; use serving.instances or replicas",
-        )
 
 
 def _wanted_precisions(built: Build) -> tuple[str, ...]:
@@ -146,8 +155,47 @@ def _quantize(built: Build, store: Store, report: Report) -> Build:
         OnnxGraph,
         run,
     )
-    report("quantize", _done(f"int8, {item.bytes / 1e6:.1f} MB, mean cosine {item.quality.mean_cosine:.5f}", hit))
+    report("quantize", _done(f"int8, {item.bytes / 1e6:.1f} MB, {item.quality.summary}", hit))
     return replace(built, graphs=(*built.graphs, item))
+
+
+def _partition(built: Build, store: Store, report: Report) -> Build:
+    """Shares the graph out, and keeps the result only when rank processes have computed what the whole graph does."""
+    parallel, source, checkpoint = built.spec.parallel, built.served_graph, built.checkpoint
+    if parallel.ranks == 1:
+        return built
+    texts_file = built.spec.precision.calibration_texts
+
+    def run(out: Path) -> Partition:
+        found = partition_graph(source.file_path, parallel.tensor, parallel.pipeline, out)
+        report("partition", f"{parallel.ranks} rank processes against the whole graph")
+        samples = quality.sample_requests(checkpoint, corpus.texts(texts_file, _PARTITION_SAMPLES))
+        verify_partition(out, source.file_path, samples=samples)
+        return found
+
+    report("partition", f"{parallel.tensor} x {parallel.pipeline} ranks")
+    code = {"code": folder_digest("builders/partition", "runtime/ranks")}
+    item, hit = store.get_or_build(
+        "partition",
+        {
+            "graph": source.digest,
+            "parallel": parallel.model_dump(),
+            "checkpoint": checkpoint.digest,
+            "texts": corpus.corpus_key(texts_file),
+            "tools": tool_versions("onnx", "onnx-ir", "onnxruntime"),
+            **code,
+        },
+        Partition,
+        run,
+    )
+    rank_files = None
+    if built.platform == "cpu":
+        rank_files, _ = store.get_or_build(
+            "ranks", {"partition": item.digest, **code}, RankFiles, lambda out: served_ranks.write_rank_files(item, out)
+        )
+    megabytes, ideal = item.rank_bytes / 1e6, item.ideal_bytes / 1e6
+    report("partition", _done(f"proven equal; {megabytes:.1f} MB a rank at most, ideal {ideal:.1f}", hit))
+    return replace(built, partition=item, ranks=rank_files)
 
 
 def _qualify(built: Build, store: Store, report: Report) -> Build:
@@ -155,12 +203,14 @@ def _qualify(built: Build, store: Store, report: Report) -> Build:
     if built.platform != "cpu":
         return built
     budget, checkpoint, served = built.spec.precision, built.checkpoint, built.served_graph
-    settings = layout.encoder_settings(built.spec, "cpu", [served])
+    part = built.ranks or served
+    settings = layout.encoder_settings(built.spec, "cpu", [part])
+    files = {target: part.path(name) for target, name in settings.files.items()}
 
     def run(out: Path) -> ServedQuality:
         _, held_out = quality.calibration_and_held_out(budget)
         requests = quality.sample_requests(checkpoint, held_out)
-        outputs = quality.served_outputs(settings, {"cpu": served.file_path}, requests)
+        outputs = quality.served_outputs(settings, files, requests)
         reference = quality.graph_outputs(built.graph("fp32").file_path, requests, checkpoint)
         measured = quality.measure(reference, outputs.values, checkpoint.task, outputs.executor)
         quality.require_budget(measured, budget, f"{budget.cpu} service of {checkpoint.source}")
@@ -170,7 +220,7 @@ def _qualify(built: Build, store: Store, report: Report) -> Build:
     item, hit = store.get_or_build(
         "qualify",
         {
-            "graph": served.digest,
+            "served": part.digest,
             "reference": built.graph("fp32").digest,
             "checkpoint": checkpoint.digest,
             "processor": _processor(),
@@ -183,7 +233,7 @@ def _qualify(built: Build, store: Store, report: Report) -> Build:
         ServedQuality,
         run,
     )
-    report("qualify", _done(f"{item.quality.executor}, mean cosine {item.quality.mean_cosine:.5f}", hit))
+    report("qualify", _done(item.quality.summary, hit))
     return replace(built, served=item.quality)
 
 
@@ -196,16 +246,29 @@ def _processor() -> str:
 
 
 def _engines(built: Build, store: Store, report: Report) -> Build:
+    """One engine for each target, and of a partition for each rank."""
     if built.platform != "gpu":
         return built
-    engine, source = built.spec.engine, built.served_graph
+    engine, source, partition = built.spec.engine, built.served_graph, built.partition
+    ranks: Sequence[tuple[int, int]] = [(0, 0)]
+    if partition is not None:
+        ranks = [(stage, rank) for stage in range(partition.pipeline) for rank in range(partition.tensor)]
     engines = []
-    for target in engine.targets:
-        report("engine", f"{engine.flavour} {target} {source.precision}")
+    for target, (stage, rank) in itertools.product(engine.targets, ranks):
+        name = target if partition is None else f"{target} stage {stage} rank {rank}"
+        report("engine", f"{engine.flavour} {name} {source.precision}")
+
+        def run(out: Path, target: str = target, stage: int = stage, rank: int = rank) -> Engine:
+            options = (engine.flavour, target, engine.profiles, out)
+            if partition is None:
+                return tensorrt.build_engine(source, *options)
+            return tensorrt.build_rank_engine(partition, stage, rank, source.precision, *options)
+
         item, hit = store.get_or_build(
             "engine",
             {
-                "graph": source.digest,
+                "graph": source.digest if partition is None else partition.digest,
+                "rank": (stage, rank),
                 "flavour": engine.flavour,
                 "target": target,
                 "profiles": [profile.model_dump() for profile in engine.profiles],
@@ -213,20 +276,19 @@ def _engines(built: Build, store: Store, report: Report) -> Build:
                 "code": source_digest(tensorrt),
             },
             Engine,
-            lambda out, target=target: tensorrt.build_engine(  # type: ignore[misc]
-                source, engine.flavour, target, engine.profiles, out
-            ),
+            run,
         )
         engines.append(item)
-        report("engine", _done(f"{target} {item.precision}, {item.bytes / 1e6:.1f} MB", hit))
+        report("engine", _done(f"{name} {item.precision}, {item.bytes / 1e6:.1f} MB", hit))
     return replace(built, engines=tuple(engines))
 
 
 def _repository(built: Build, root: Path, report: Report) -> Build:
-    parts = built.engines if built.platform == "gpu" else (built.served_graph,)
+    parts = built.engines if built.platform == "gpu" else (built.ranks or built.served_graph,)
     folder = repository_path(root, built.spec, built.platform)
     report("repository", str(folder))
-    entry, unchanged = layout.publish(built.spec, built.platform, built.checkpoint, parts, folder)
+    stages = built.partition.stages if built.partition is not None else ()
+    entry, unchanged = layout.publish(built.spec, built.platform, built.checkpoint, parts, folder, stages)
     report("repository", _done(f"{entry.ensemble} version {entry.version}", unchanged))
     return replace(built, entry=entry)
 

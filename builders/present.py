@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from builders.artifacts import Partition, Quality
+from builders.artifacts import Partition
 from builders.pipeline import Build, Report
 from loadtest.run import Progress
 
@@ -97,18 +97,21 @@ def build_rows(*builds: Build) -> Iterator[tuple[str, str]]:
 
 def _rows(built: Build) -> Iterator[tuple[str, str]]:
     for item in built.graphs:
-        yield f"graph {item.precision}", f"{item.bytes / 1e6:.1f} MB, {_quality(item.quality)}"
+        yield f"graph {item.precision}", f"{item.bytes / 1e6:.1f} MB, {item.quality.summary}"
     if built.served is not None:
-        yield f"service {built.spec.precision.cpu}", _quality(built.served)
-    for engine in built.engines:
+        yield f"service {built.spec.precision.cpu}", built.served.summary
+    if built.partition is not None:
+        shared = built.partition
         yield (
-            f"engine {engine.target} {engine.precision}",
+            f"partition {shared.tensor} x {shared.pipeline}",
+            f"{shared.rank_bytes / 1e6:.1f} MB a rank at most (ideal {shared.ideal_bytes / 1e6:.1f}), proven equal",
+        )
+    for engine in built.engines:
+        rank = f" stage {engine.stage} rank {engine.rank}" if built.partition is not None else ""
+        yield (
+            f"engine {engine.target} {engine.precision}{rank}",
             f"{engine.bytes / 1e6:.1f} MB, {engine.flavour} {engine.version}, built in {engine.build_seconds} s",
         )
-
-
-def _quality(seen: Quality) -> str:
-    return f"cosine to fp32 mean {seen.mean_cosine:.5f}, worst {seen.worst_cosine:.5f} ({seen.executor})"
 
 
 def build_json(built: Build) -> dict[str, Any]:
@@ -119,6 +122,7 @@ def build_json(built: Build) -> dict[str, Any]:
         "checkpoint": {**built.checkpoint.model_dump(mode="json"), "digest": built.checkpoint.digest},
         "graphs": [{**item.model_dump(mode="json"), "digest": item.digest} for item in built.graphs],
         "served_quality": built.served.model_dump(mode="json") if built.served else None,
+        "partition": built.partition.model_dump(mode="json") if built.partition else None,
         "engines": [{**item.model_dump(mode="json"), "digest": item.digest} for item in built.engines],
         "repository": built.entry.model_dump(mode="json") if built.entry else None,
     }

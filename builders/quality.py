@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -96,8 +97,8 @@ def tokenizer_settings(checkpoint: Checkpoint) -> TokenizerSettings:
 
 def served_outputs(settings: EncoderModelSettings, files: Mapping[str, Path], requests: Sequence[Tensors]) -> Outputs:
     """The outputs as the service computes them, by the very settings that it is given."""
-    encoder = open_encoder(settings, files)
-    return Outputs(np.concatenate(encoder.run(requests)), encoder.executor.description)
+    with contextlib.closing(open_encoder(settings, files)) as encoder:
+        return Outputs(np.concatenate(encoder.run(requests)), encoder.executor.description)
 
 
 def graph_outputs(file: Path, requests: Sequence[Tensors], checkpoint: Checkpoint) -> NDArray[np.float32]:

@@ -72,17 +72,17 @@ def engine(source: Path, flavour: Flavour, target: str, batch: str, length: str,
 
     _require_file(source)
     profile = ProfileSlice(batch=_range("--batch", batch), length=_range("--length", length))
-    plan, layers, version, seconds = compile_plan(source, flavour, target, (profile,), describe(source)[0])
+    compiled = compile_plan(source, flavour, target, (profile,), describe(source)[0])
     with _beside(output) as work:
-        (work / output.name).write_bytes(plan)
+        (work / output.name).write_bytes(compiled.plan)
         record = EngineRecord(
             file=FileRecord.of(work / output.name),
             flavour=flavour,
-            version=version,
+            version=compiled.version,
             target=target,
             profile=profile,
-            layers=layers,
-            build_seconds=round(seconds, 2),
+            layers=compiled.layers,
+            build_seconds=round(compiled.seconds, 2),
             source=FileRecord.of(source),
         )
         (work / output.name).replace(output)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,19 @@ from runtime.errors import BadEnvironment
 from runtime.executor import Executor, Tensors
 from runtime.executor.onnxruntime import OnnxRuntimeExecutor
 from runtime.executor.openvino import OpenVinoExecutor
+from runtime.executor.ranks import RankExecutor
 from runtime.settings import EncoderModelSettings
 
 
 class Encoder:
     """An executor behind the length-sorted split. Used by the Triton model, the checks and the benchmarks alike."""
 
-    def __init__(self, executor: Executor, tokens_per_batch: int, max_length: int) -> None:
+    def __init__(
+        self, executor: Executor, tokens_per_batch: int, max_length: int, close: Callable[[], None] | None = None
+    ) -> None:
+        """`close` ends what the executor has started; without it there is nothing to end."""
         self.executor = executor
+        self.close = close or (lambda: None)
         self._tokens_per_batch, self._max_length = tokens_per_batch, max_length
 
     def run(self, requests: Sequence[Tensors]) -> list[NDArray[np.float32]]:
@@ -68,18 +73,19 @@ def _gather(requests: Sequence[Tensors], rows: Sequence[tuple[int, int]], length
 
 
 def open_encoder(settings: EncoderModelSettings, files: Mapping[str, Path], device: int = 0) -> Encoder:
-    """The encoder that the settings name. Raises BadEnvironment where this machine cannot run it."""
+    """The encoder that the settings name; `close` it. Raises BadEnvironment where this machine cannot run it."""
     threads = settings.threads or os.cpu_count() or 1
-    executor: Executor
+    shape = (settings.tokens_per_batch, settings.max_length)
     if settings.executor == "openvino":
-        executor = OpenVinoExecutor(files["cpu"], threads=threads, bfloat16=settings.bfloat16)
-    elif settings.executor == "onnxruntime":
-        executor = OnnxRuntimeExecutor(files["cpu"], threads=threads)
-    else:
-        from runtime.executor.tensorrt import TensorRtRtxExecutor
+        return Encoder(OpenVinoExecutor(files["cpu"], threads=threads, bfloat16=settings.bfloat16), *shape)
+    if settings.executor == "onnxruntime":
+        return Encoder(OnnxRuntimeExecutor(files["cpu"], threads=threads), *shape)
+    if settings.executor == "ranks":
+        ranks = RankExecutor(files["cpu"], threads=threads)
+        return Encoder(ranks, *shape, close=ranks.close)
+    from runtime.executor.tensorrt import TensorRtRtxExecutor
 
-        executor = TensorRtRtxExecutor(files, device)
-    return Encoder(executor, settings.tokens_per_batch, settings.max_length)
+    return Encoder(TensorRtRtxExecutor(files, device), *shape)
 
 
 def require_numpy_1(version: str = np.__version__) -> None:

@@ -3,6 +3,7 @@
     ServingError
      |-- BadRequest      the caller's input is wrong: INVALID_ARGUMENT, HTTP 400
      |-- BadEnvironment  this machine or its packages cannot serve: exit 2
+     |-- Unavailable     cannot answer now, though the request is sound: UNAVAILABLE, HTTP 503
      `-- ServerFault     a server did not start, answer or stop as promised: exit 1
 
 The tree is apart from `builders.errors` because the serving image holds no `builders`.
@@ -27,6 +28,10 @@ class BadEnvironment(ServingError):
     """A package, port or setting that serving cannot work with. The message says what to do."""
 
     exit_code = 2
+
+
+class Unavailable(ServingError):
+    """The service cannot answer now; the same request may succeed later. The message may be shown to the caller."""
 
 
 class ServerFault(ServingError):

@@ -60,13 +60,45 @@ class TokenizerModelSettings(Settings):
 
 
 class EncoderModelSettings(Settings):
-    executor: Literal["openvino", "onnxruntime", "tensorrt-rtx"]
+    executor: Literal["openvino", "onnxruntime", "ranks", "tensorrt-rtx"]
     files: dict[str, str]  # target -> file; the key is "cpu", or an SM such as "sm89"
     threads: int | None  # none: every core of the machine
     bfloat16: bool
     tokens_per_batch: int
     max_length: int
     warmup_lengths: tuple[int, ...]
+
+
+class RankCacheSettings(Settings):
+    """Of every cache tensor on one rank, and of the whole model's logits: pieces of graphs do not tell."""
+
+    heads: int
+    head_dim: int
+    dtype: Literal["float32", "float16"]
+    vocabulary: int
+
+
+class GeneratorModelSettings(Settings):
+    """`files`: "decoder" (and "encoder") for ONNX Runtime, "ranks" for the manifest of rank programs, and one engine
+    for each target and capacity for TensorRT ("sm89.512"). `capacities` are those of the cache's pools, in tokens.
+    """
+
+    executor: Literal["onnxruntime", "ranks", "tensorrt", "tensorrt-rtx"]
+    files: dict[str, str]
+    threads: int | None  # none: every core of the machine
+    spinning: bool = False  # idle threads take the cores from the server and its clients on the same machine
+    capacities: tuple[int, ...]
+    slots: int  # sequences that run at once
+    kept: int = 8  # rows more in each pool, for prefixes of sequences that have ended
+    chunk_tokens: int = 128  # work of a step: what a long prompt may hold up running streams
+    queue_size: int = 256
+    timeout_s: float | None = None  # of a request as a whole, unless it brings its own
+    max_length: int  # prompt and output together
+    default_max_tokens: int = 128
+    end_ids: tuple[int, ...]
+    decoder_start_id: int | None = None  # encoder-decoders
+    rank_cache: RankCacheSettings | None = None  # set for ranks
+    served: ServedModel
 
 
 class ServerSettings(Settings):

@@ -57,7 +57,7 @@ def test_single_stages_chain(tiny_bert: Path, tmp_path: Path) -> None:
     assert exported.returncode == 0, exported.stderr
     quantised = _run("quantize", graph, "-o", small, "--json")
     assert quantised.returncode == 0, quantised.stderr
-    assert json.loads(quantised.stdout)["worst_cosine"] >= 0.98
+    assert json.loads(quantised.stdout)["quality"]["worst_cosine"] >= 0.98
     again = _run("quantize", small, "-o", tmp_path / "smaller.onnx")
     assert again.returncode == 2
     assert "expected fp32 or fp16" in again.stderr
@@ -91,11 +91,11 @@ def test_wrong_input_exits_2_with_a_cure(arguments: list[str], said: str, tmp_pa
     assert not Path("x.onnx").exists()
 
 
-def test_parallel_ranks_are_refused_clearly(spec_file: Path, tmp_path: Path) -> None:
+def test_ranks_without_their_executor_are_refused_clearly(spec_file: Path, tmp_path: Path) -> None:
     spec_file.write_text(spec_file.read_text().replace("tensor: 1", "tensor: 2"))
     done = _run("build", spec_file, "--build-dir", tmp_path / "build")
     assert done.returncode == 2
-    assert "not built yet" in done.stderr
+    assert "needs serving.executor=onnxruntime" in done.stderr
     assert not (tmp_path / "build").exists()
 
 

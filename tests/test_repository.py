@@ -24,8 +24,9 @@ from tests import golden_configs
 from tests.conftest import tiny_spec
 
 
-def test_committed_configs_are_what_is_generated() -> None:
-    expected = golden_configs.expected()
+def test_committed_configs_are_what_is_generated(minilm: Build) -> None:
+    assert minilm.entry is not None
+    expected = golden_configs.expected(minilm.entry.repository.parents[2])
     committed = {path: path.read_text() for path in golden_configs.ROOT.rglob("config.pbtxt")}
     assert committed.keys() == expected.keys(), "run `make golden`"
     for path, text in expected.items():

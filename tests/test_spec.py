@@ -41,7 +41,8 @@ def test_the_digest_follows_the_content(tmp_path: Path) -> None:
     ("change", "said"),
     [
         ({"serving": {"max_batch": 8}}, "did you mean 'max_batch_size'?"),
-        ({"kubernetes": {"replicas": 2}}, "no key here yet"),
+        ({"compress": {"prune": 0.5}}, "no key here yet"),
+        ({"parallel": {"tensor": 2}}, "needs serving.executor=onnxruntime"),
         ({"serving": {"max_batch_size": "many"}}, "serving.max_batch_size"),
         ({"serving": {"max_batch_size": 65}}, "fits no engine.profiles entry"),
         ({"serving": {"length_buckets": [16, 128]}}, "must end with model.max_length=256"),

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from builders.commands.options import DEFAULT_BUILD, BuildDir, JsonFlag, PlatformOption, SpecArgument, status
+
+if TYPE_CHECKING:
+    from builders.artifacts import OnnxGraph
 
 
 def build(
     spec: SpecArgument,
     platform: PlatformOption = "cpu",
     until: Annotated[
-        Literal["checkpoint", "export", "quantize", "qualify", "engine", "repository"],
+        Literal["checkpoint", "export", "quantize", "partition", "qualify", "engine", "repository"],
         typer.Option(help="stop after this stage"),
     ] = "repository",
     build_dir: BuildDir = DEFAULT_BUILD,
@@ -49,7 +52,7 @@ def export(
     with status(f"export {model} to {precision}", as_json):
         found = ModelSlice(source=model, task=task, pooling=pooling, max_length=max_length)
         graph = single.export(found, precision, output)
-    _print_graph(output, graph.quality.worst_cosine, graph.bytes, "the checkpoint", as_json)
+    _print_graph(output, graph, as_json)
 
 
 def quantize(
@@ -70,7 +73,7 @@ def quantize(
     )
     with status(f"quantize {graph} to {scheme}", as_json):
         result = single.quantize(graph, budget, output)
-    _print_graph(output, result.quality.worst_cosine, result.bytes, str(graph), as_json)
+    _print_graph(output, result, as_json)
 
 
 def engine(
@@ -93,8 +96,8 @@ def engine(
         print(f"{output}: {record.file.bytes / 1e6:.1f} MB, {record.build_seconds} s")
 
 
-def _print_graph(output: Path, worst_cosine: float, size: int, reference: str, as_json: bool) -> None:
+def _print_graph(output: Path, graph: OnnxGraph, as_json: bool) -> None:
     if as_json:
-        print(json.dumps({"file": str(output), "bytes": size, "worst_cosine": worst_cosine}))
+        print(json.dumps({"file": str(output), "bytes": graph.bytes, "quality": graph.quality.model_dump()}))
     else:
-        print(f"{output}: {size / 1e6:.1f} MB, worst cosine to {reference} {worst_cosine:.6f}")
+        print(f"{output}: {graph.bytes / 1e6:.1f} MB, {graph.quality.summary}")

@@ -11,13 +11,15 @@ import importlib.util
 import os
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from builders.artifacts import Engine, FileRecord, OnnxGraph, TensorSpec
+from builders.artifacts import Engine, FileRecord, OnnxGraph, Partition, TensorSpec
 from builders.errors import EngineError, MachineError, SpecError
-from builders.spec import Flavour, ProfileSlice
+from builders.spec import Flavour, GraphPrecision, ProfileSlice
 from runtime.gpu import visible_targets
 
 _MODULES: dict[Flavour, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
@@ -30,6 +32,21 @@ _INSTALL: dict[Flavour, str] = {
 
 def engine_file(target: str) -> str:
     return f"model.{target}.plan"
+
+
+def rank_engine_file(stage: int, rank: int, target: str) -> str:
+    return f"stage{stage}.rank{rank}.{target}.plan"
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A serialised engine, and the network that it was built from. `collectives` are the rank counts of each."""
+
+    plan: bytes
+    layers: int
+    collectives: tuple[int, ...]
+    version: str
+    seconds: float
 
 
 def require_tensorrt(flavour: Flavour) -> None:
@@ -51,28 +68,70 @@ def build_engine(
     Raises MachineError: no TensorRT, or no GPU where the flavour needs one. SpecError: a target that this TensorRT
     does not know. EngineError: the graph does not parse, an input ends up unused, or the build fails.
     """
-    plan, layers, version, seconds = compile_plan(graph.file_path, flavour, target, profiles, graph.inputs)
-    file = out / engine_file(target)
-    file.write_bytes(plan)
+    compiled = compile_plan(graph.file_path, flavour, target, profiles, graph.inputs)
+    return _record(compiled, out / engine_file(target), flavour, target, graph.precision, profiles, graph.digest)
+
+
+def build_rank_engine(
+    partition: Partition,
+    stage: int,
+    rank: int,
+    precision: GraphPrecision,
+    flavour: Flavour,
+    target: str,
+    profiles: tuple[ProfileSlice, ...],
+    out: Path,
+) -> Engine:
+    """Writes `stage{s}.rank{r}.<target>.plan` into `out`.
+
+    Raises as `build_engine` does, and EngineError when the network has other collectives than the partition says.
+    """
+    part = partition.stages[stage]
+    compiled = compile_plan(partition.path(part.files[rank]), flavour, target, profiles, part.inputs)
+    if compiled.collectives != (partition.tensor,) * len(part.collectives):
+        raise EngineError(
+            f"{part.files[rank]}: its network has collectives over {list(compiled.collectives)} ranks, the partition "
+            f"{len(part.collectives)} over {partition.tensor}; shard the graph again"
+        )
+    file = out / rank_engine_file(stage, rank, target)
+    engine = _record(compiled, file, flavour, target, precision, profiles, partition.digest)
+    return engine.model_copy(update={"stage": stage, "rank": rank})
+
+
+def _record(
+    compiled: Compiled,
+    file: Path,
+    flavour: Flavour,
+    target: str,
+    precision: GraphPrecision,
+    profiles: tuple[ProfileSlice, ...],
+    source_digest: str,
+) -> Engine:
+    file.write_bytes(compiled.plan)
     return Engine(
-        directory=out,
+        directory=file.parent,
         files=(FileRecord.of(file),),
         file=file.name,
         flavour=flavour,
-        version=version,
+        version=compiled.version,
         target=target,
-        precision=graph.precision,
+        precision=precision,
         profiles=profiles,
-        layers=layers,
-        build_seconds=round(seconds, 2),
-        source_digest=graph.digest,
+        layers=compiled.layers,
+        collectives=len(compiled.collectives),
+        build_seconds=round(compiled.seconds, 2),
+        source_digest=source_digest,
     )
 
 
 def compile_plan(
-    graph: Path, flavour: Flavour, target: str, profiles: tuple[ProfileSlice, ...], inputs: tuple[TensorSpec, ...]
-) -> tuple[bytes, int, str, float]:
-    """The serialised engine, the number of network layers, the TensorRT version and the seconds it took."""
+    graph: Path,
+    flavour: Flavour,
+    target: str,
+    profiles: tuple[ProfileSlice, ...],
+    inputs: Sequence[TensorSpec],
+) -> Compiled:
+    """Parses, checks that nothing was lost on the way, and builds. Raises as `build_engine` does."""
     trt = _tensorrt(flavour)
     from polygraphy.backend.trt import Profile, engine_bytes_from_network, network_from_onnx_path
     from polygraphy.exception import PolygraphyException
@@ -86,6 +145,7 @@ def compile_plan(
             str(graph), strongly_typed=hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
         )
         _require_inputs(graph, network, inputs)
+        collectives = _require_collectives(trt, graph, network)
         _allow_decomposition(trt, network)
         plan = bytes(engine_bytes_from_network((builder, network, parser), config=configuration))
     except PolygraphyException as error:
@@ -93,7 +153,8 @@ def compile_plan(
             f"{flavour} {trt.__version__} cannot build {graph.name} for {target}: {error}. "
             "Check that the graph uses operators that TensorRT's ONNX parser knows, and that shapes fit the profiles"
         ) from error
-    return plan, int(network.num_layers), str(trt.__version__), time.perf_counter() - started
+    seconds = time.perf_counter() - started
+    return Compiled(plan, int(network.num_layers), collectives, str(trt.__version__), seconds)
 
 
 def _tensorrt(flavour: Flavour) -> ModuleType:
@@ -130,10 +191,12 @@ def _configuration(trt: Any, flavour: Flavour, target: str, profiles: list[Any])
             expected=f"a GPU of {target}, because TensorRT builds for the GPU it runs on",
             fix="build on such a GPU, or set engine.flavour: tensorrt-rtx",
         )
-    return CreateConfig(profiles=profiles)
+    # TensorRT 10.16 hides collectives behind a switch; 11 has them without.
+    switch = getattr(trt.PreviewFeature, "MULTIDEVICE_RUNTIME_10_16", None)
+    return CreateConfig(profiles=profiles, preview_features=[switch] if switch is not None else None)
 
 
-def _profile(profile: Any, item: ProfileSlice, inputs: tuple[TensorSpec, ...]) -> Any:
+def _profile(profile: Any, item: ProfileSlice, inputs: Sequence[TensorSpec]) -> Any:
     """Shapes of every input. Dynamic dimensions are known by the names that our exports give them."""
     ranges = {"batch": item.batch, "length": item.length}
 
@@ -152,7 +215,7 @@ def _profile(profile: Any, item: ProfileSlice, inputs: tuple[TensorSpec, ...]) -
     return profile
 
 
-def _require_inputs(graph: Path, network: Any, inputs: tuple[TensorSpec, ...]) -> None:
+def _require_inputs(graph: Path, network: Any, inputs: Sequence[TensorSpec]) -> None:
     """The parser drops inputs of operators that it half supports; the engine would then ignore them in silence."""
     used = set()
     for index in range(network.num_layers):
@@ -164,6 +227,30 @@ def _require_inputs(graph: Path, network: Any, inputs: tuple[TensorSpec, ...]) -
             f"{graph.name}: TensorRT's parser leaves the input {', '.join(unused)} unused, so the engine would compute "
             "something else; compute what depends on it with plain operators in the graph"
         )
+
+
+def _require_collectives(trt: Any, graph: Path, network: Any) -> tuple[int, ...]:
+    """Ranks of each collective. One that the parser drops, or takes for one rank, leaves an engine that is wrong."""
+    import onnx
+
+    nodes = [
+        node for node in onnx.load(str(graph), load_external_data=False).graph.node if node.op_type == "DistCollective"
+    ]
+    expected = [attribute.i for node in nodes for attribute in node.attribute if attribute.name == "nb_rank"]
+    kind = getattr(trt.LayerType, "DIST_COLLECTIVE", None)
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    found = []
+    for layer in layers:
+        if kind is not None and layer.type == kind:
+            layer.__class__ = trt.IDistCollectiveLayer  # the bindings hand it out as its base class
+            found.append(int(layer.num_ranks))
+    if sorted(found) != sorted(expected):
+        raise EngineError(
+            f"{graph.name}: the parsed network of TensorRT {trt.__version__} has {len(found)} collectives with ranks "
+            f"{sorted(set(found))}, the graph {len(expected)} with {sorted(set(expected))}; "
+            "a TensorRT with multi-device support is needed (11 or newer)"
+        )
+    return tuple(found)
 
 
 def _allow_decomposition(trt: Any, network: Any) -> None:

@@ -25,12 +25,12 @@ class Edge:
 def check_ensemble(ensemble: Any, models: dict[str, Any]) -> None:
     """Raises CheckError for a step or tensor that does not exist, an end that differs in dtype or dims, a tensor that
     is produced twice or never, a required input that is not fed, or a part that takes smaller batches."""
-    available = {tensor.name: _edge(f"ensemble input {tensor.name}", tensor) for tensor in ensemble.input}
+    available = {tensor.name: _edge(f"ensemble input {tensor.name}", tensor, ensemble) for tensor in ensemble.input}
     for step in ensemble.ensemble_scheduling.step:
         part = models.get(step.model_name)
         if part is None:
             _refuse(ensemble, f"step {step.model_name} is not one of the models {sorted(models)}")
-        if part.max_batch_size < ensemble.max_batch_size:
+        if part.max_batch_size < ensemble.max_batch_size:  # 0: an ensemble of whole requests, whatever its parts take
             _refuse(
                 ensemble,
                 f"takes batches of {ensemble.max_batch_size}, but its step {part.name} only {part.max_batch_size}",
@@ -42,11 +42,11 @@ def check_ensemble(ensemble: Any, models: dict[str, Any]) -> None:
                 _refuse(ensemble, f"step {part.name} has no output {name}; it has {sorted(produced)}")
             if tensor_name in available:
                 _refuse(ensemble, f"tensor {tensor_name} is produced twice")
-            available[tensor_name] = _edge(f"{part.name}.{name}", produced[name])
+            available[tensor_name] = _edge(f"{part.name}.{name}", produced[name], part)
     for tensor in ensemble.output:
         if tensor.name not in available:
             _refuse(ensemble, f"no step produces the output {tensor.name}")
-        _compare(ensemble, available[tensor.name], _edge(f"ensemble output {tensor.name}", tensor))
+        _compare(ensemble, available[tensor.name], _edge(f"ensemble output {tensor.name}", tensor, ensemble))
 
 
 def _check_inputs(ensemble: Any, step: Any, part: Any, available: dict[str, Edge]) -> None:
@@ -59,15 +59,17 @@ def _check_inputs(ensemble: Any, step: Any, part: Any, available: dict[str, Edge
             _refuse(ensemble, f"step {part.name} has no input {name}; it has {sorted(wanted)}")
         if tensor_name not in available:
             _refuse(ensemble, f"tensor {tensor_name} is used by {part.name} before any step produces it")
-        _compare(ensemble, available[tensor_name], _edge(f"{part.name}.{name}", wanted[name]))
+        _compare(ensemble, available[tensor_name], _edge(f"{part.name}.{name}", wanted[name], part))
 
 
 def _by_name(tensors: Iterable[Any]) -> dict[str, Any]:
     return {tensor.name: tensor for tensor in tensors}
 
 
-def _edge(place: str, tensor: Any) -> Edge:
-    return Edge(place, tensor.data_type, tuple(tensor.dims))
+def _edge(place: str, tensor: Any, model: Any) -> Edge:
+    """With the batch dimension, which the dims of a batching model leave out."""
+    batch = (-1,) if model.max_batch_size else ()
+    return Edge(place, tensor.data_type, (*batch, *tensor.dims))
 
 
 def _compare(ensemble: Any, source: Edge, target: Edge) -> None:

@@ -54,11 +54,27 @@ class DeploymentSpec(Slice):
             raise ValueError(f"model.pooling and model.normalize apply to task embedding, not {self.model.task}")
         if self.precision.cpu == "bf16" and self.serving.executor == "onnxruntime":
             raise ValueError("precision.cpu=bf16 needs serving.executor=openvino; ONNX Runtime computes in fp32 on CPU")
+        self._require_rank_choices()
         if 0 < self.serving.response_cache_bytes < 1 << 20:
             raise ValueError(
                 f"serving.response_cache_bytes={self.serving.response_cache_bytes} is under Triton's minimum of 1048576"
             )
         return self
+
+    def _require_rank_choices(self) -> None:
+        """What ranks cannot do: the CPU's run pieces of the graph on ONNX Runtime, the GPU's have one engine each."""
+        if self.parallel.ranks == 1:
+            return
+        if self.serving.executor != "onnxruntime":
+            raise ValueError(
+                f"parallel={self.parallel.tensor} x {self.parallel.pipeline} needs serving.executor=onnxruntime: "
+                "it runs the pieces of a rank's graph on CPU"
+            )
+        if self.parallel.tensor > 1 and (len(self.engine.profiles) > 1 or len(self.engine.targets) > 1):
+            raise ValueError(
+                f"parallel.tensor={self.parallel.tensor}: Triton's tensorrt backend takes engines of several ranks for "
+                "one GPU type and with one profile; give one of engine.targets and one of engine.profiles"
+            )
 
     def _require_profile(self, length: int) -> None:
         """Every batch that Triton may form must lie inside one optimisation profile."""

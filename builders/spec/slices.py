@@ -62,10 +62,14 @@ class PrecisionSlice(Slice):
 
 
 class ParallelSlice(Slice):
-    """Ranks per replica."""
+    """Ranks per replica: `tensor` of them share each layer, `pipeline` stages follow each other."""
 
     tensor: Positive = 1
     pipeline: Positive = 1
+
+    @property
+    def ranks(self) -> int:
+        return self.tensor * self.pipeline
 
 
 class Range(Slice):

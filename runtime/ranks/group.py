@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import select
 import shutil
 import socket
 import subprocess
-import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
@@ -18,10 +20,17 @@ from typing import Any
 from numpy.typing import NDArray
 
 from runtime.errors import ServerFault
+from runtime.generation.executor import Copy
+from runtime.generation.pools import CacheShape
+from runtime.ranks.hosts import Gathering
+from runtime.ranks.process import end_processes, start_rank
 from runtime.ranks.program import Layout, RankProgram
 
+# What one rank is fed, and which of the values that it makes it returns.
+RankStep = tuple[Mapping[str, NDArray[Any]], Sequence[str]]
+_Command = tuple[str, tuple[Any, ...]]
+
 _START_SECONDS = 120.0
-_ROOT = Path(__file__).resolve().parents[2]
 _PREFIX = "trireme-ranks-"
 
 
@@ -31,15 +40,22 @@ class RankGroup:
     Start it from a thread that lives as long as the group: the kernel ends the ranks with that thread.
     """
 
-    def __init__(self, count: int, *, start_seconds: float = _START_SECONDS) -> None:
-        self.count = count
+    def __init__(
+        self, count: int, *, start_seconds: float = _START_SECONDS, gathering: Gathering | None = None
+    ) -> None:
+        """With a `gathering`, `count` is over all its hosts; this one runs the first ranks, agents the others."""
+        self.count, self._gathering = count, gathering
         _sweep_dead()
         self._folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
         self._processes: list[subprocess.Popen[bytes]] = []
         self._connections: list[Connection] = []
         try:
-            for rank in range(count):
-                self._start(rank)
+            if gathering is None:
+                self._start(range(count), f"file://{self._folder / 'store'}", "lo")
+            else:
+                meeting = f"tcp://{gathering.hosts.leader}:{_free_port()}"
+                self._start(gathering.hosts.local(0), meeting, gathering.hosts.interface)
+                self._connections += gathering.begin(meeting, start_seconds)
             self._collect(range(count), start_seconds)
         except BaseException:
             self.close()
@@ -72,14 +88,72 @@ class RankGroup:
             self._send(rank, "run", dict(arrays), tuple(fetch))
         return self._collect(range(len(feeds)), seconds)
 
+    def run_steps(self, steps: Sequence[Sequence[RankStep]], *, seconds: float) -> list[list[dict[str, NDArray[Any]]]]:
+        """Steps that do not depend on each other, so that the stages work on different ones at the same time.
+
+        `steps[i][rank]`; the same for the results. `seconds` is the limit of each step.
+        """
+        return self._stream(
+            [[("run", (dict(arrays), tuple(fetch))) for arrays, fetch in step] for step in steps], seconds
+        )
+
+    def reserve(self, shape: CacheShape, capacities: Sequence[int], rows: int, *, seconds: float = 60.0) -> None:
+        """Every rank takes memory for the states of `rows` sequences in each pool; see `run_rows`."""
+        self._stream([[("reserve", (shape, tuple(capacities), rows))] * self.count], seconds)
+
+    def run_rows(
+        self, steps: Sequence[Sequence[RankStep]], rows: Sequence[tuple[int, int, int]], *, seconds: float
+    ) -> list[list[dict[str, NDArray[Any]]]]:
+        """`run_steps` on reserved states: step i works on `rows[i]`, (pool, first row, number of rows)."""
+        commands = [
+            [("run_rows", (dict(arrays), tuple(fetch), *where)) for arrays, fetch in step]
+            for step, where in zip(steps, rows, strict=True)
+        ]
+        return self._stream(commands, seconds)
+
+    def copy_rows(self, copies: Sequence[Copy], *, seconds: float) -> None:
+        """Every rank copies states between reserved rows, in order."""
+        self._stream([[("copy_rows", (list(copies),))] * self.count], seconds)
+
+    def _stream(self, commands: Sequence[Sequence[_Command]], seconds: float) -> list[list[Any]]:
+        """`commands[i][rank]`, one after the other on each rank; the answers in the same order."""
+        if not self._connections:
+            raise ServerFault("the rank group has ended")
+        ranks = range(len(commands[0])) if commands else range(0)
+        # Sent beside the collecting: if both waited in turn, full pipes in both directions would stop everything.
+        writer = threading.Thread(target=self._send_all, args=(commands,), daemon=True)
+        writer.start()
+        try:
+            return [self._collect(ranks, seconds) for _ in commands]
+        finally:
+            writer.join()  # ends at once where the group has ended: its pipes are broken
+
+    def _send_all(self, commands: Sequence[Sequence[_Command]]) -> None:
+        connections = list(self._connections)
+        with contextlib.suppress(OSError):  # the collecting side learns of it from the same pipes, and ends the group
+            for step in commands:
+                for command, connection in zip(step, connections, strict=False):
+                    connection.send(command)
+
+    def wait_for_death(self, seconds: float) -> bool:
+        """Whether a rank has ended within `seconds`. Reaps nothing and may run beside `run`."""
+        with contextlib.ExitStack() as stack:
+            descriptors = []
+            for process in list(self._processes):
+                try:
+                    descriptors.append(os.pidfd_open(process.pid))
+                except ProcessLookupError:  # ended and reaped meanwhile
+                    return True
+                stack.callback(os.close, descriptors[-1])
+            return bool(select.select(descriptors, [], [], seconds)[0])
+
     def close(self) -> None:
         """Ends every process. May be called twice."""
         for connection in self._connections:
             connection.close()
-        for process in self._processes:
-            process.kill()
-        for process in self._processes:
-            process.wait()
+        if self._gathering is not None:
+            self._gathering.dismiss()
+        end_processes(self._processes)
         self._processes, self._connections = [], []
         shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -91,27 +165,13 @@ class RankGroup:
     ) -> None:
         self.close()
 
-    def _start(self, rank: int) -> None:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            arguments = [
-                str(rank),
-                str(self.count),
-                str(self._folder / "store"),
-                str(theirs.fileno()),
-                str(os.getpid()),
-            ]
-            environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-            with self._log(rank).open("wb") as log:
-                process = subprocess.Popen(
-                    [sys.executable, "-m", "runtime.ranks.worker", *arguments],
-                    pass_fds=[theirs.fileno()],
-                    stdin=subprocess.DEVNULL,
-                    stderr=log,
-                    env={**environment, "PYTHONPATH": os.pathsep.join([str(_ROOT), environment.get("PYTHONPATH", "")])},
-                )
-        self._processes.append(process)
-        self._connections.append(Connection(ours.detach()))
+    def _start(self, ranks: range, meeting: str, interface: str) -> None:
+        for rank in ranks:
+            ours, theirs = socket.socketpair()
+            with theirs:
+                process = start_rank(rank, self.count, meeting, interface, theirs.fileno(), self._log(rank))
+            self._processes.append(process)
+            self._connections.append(Connection(ours.detach()))
 
     def _send(self, rank: int, name: str, *arguments: object) -> None:
         if not self._connections:
@@ -148,13 +208,23 @@ class RankGroup:
         return self._folder / f"rank{rank}.log"
 
     def _obituary(self, rank: int) -> str:
-        """That the rank has died, and its last words."""
-        words = self._log(rank).read_text(errors="replace").strip().splitlines()[-1:]
+        """That the rank has died, and its last words; those of a rank on another host stay there."""
+        log = self._log(rank)
+        if not log.exists():
+            return f"rank {rank} has died, or the link to its host"
+        words = log.read_text(errors="replace").strip().splitlines()[-1:]
         return f"rank {rank} has died{f' ({words[0][:200]})' if words else ''}"
 
     def _end(self, reason: str) -> ServerFault:
         self.close()
         return ServerFault(f"{reason}; all {self.count} ranks were ended")
+
+
+def _free_port() -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
 
 
 def _sweep_dead() -> None:

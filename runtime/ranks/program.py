@@ -36,7 +36,7 @@ class Transfer:
 class RankProgram:
     """`states` are (output, input) pairs that stay with the rank from one step to the next.
 
-    `session` are settings of ONNX Runtime.
+    `session` are settings of ONNX Runtime, `threads` those of one piece.
     """
 
     folder: str
@@ -47,6 +47,7 @@ class RankProgram:
     sent: tuple[Transfer, ...] = ()
     states: tuple[tuple[str, str], ...] = ()
     session: tuple[tuple[str, str], ...] = ()
+    threads: int = 1
 
 
 @dataclass(frozen=True)

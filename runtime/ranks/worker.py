@@ -1,4 +1,4 @@
-"""One rank: `python -m runtime.ranks.worker RANK RANKS STORE FD PARENT`.
+"""One rank: `python -m runtime.ranks.worker RANK RANKS MEETING FD PARENT`.
 
 Commands arrive on a socket as (name, arguments); each is answered with ("done", result) or ("failed", text).
 """
@@ -11,16 +11,18 @@ import signal
 import sys
 from datetime import timedelta
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.generation.pools import CacheShape, Pools
 from runtime.ranks.program import Communicate, Layout, RankProgram, RunGraph
 
 if TYPE_CHECKING:
     import onnxruntime
+
+    from runtime.generation.executor import Copy
 
 _PR_SET_PDEATHSIG = 1
 _TIMEOUT = timedelta(seconds=120)  # of one collective; the group itself gives up far earlier
@@ -40,13 +42,13 @@ def die_with_parent(parent: int) -> None:
 class Worker:
     """Runs one rank's program, step by step."""
 
-    def __init__(self, rank: int, ranks: int, store: Path) -> None:
+    def __init__(self, rank: int, ranks: int, meeting: str) -> None:
         import torch
         import torch.distributed as dist
 
         torch.set_num_threads(1)
         self._rank, self._dist = rank, dist
-        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=_TIMEOUT)
+        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=ranks, timeout=_TIMEOUT)
         self._group: Any = None
         self._program: RankProgram | None = None
         self._sessions: dict[int, onnxruntime.InferenceSession] = {}
@@ -72,19 +74,38 @@ class Worker:
         """One step. `feeds` may leave out states once there are any."""
         program = self._program
         assert program is not None
-        values = {**self._states, **feeds}
+        values = self._step(program, {**self._states, **feeds}, {})
+        self._states = {given: values[made] for made, given in program.states}
+        return {name: values[name] for name in fetch if name in program.outputs}
+
+    def reserve(self, shape: CacheShape, capacities: tuple[int, ...], rows: int) -> None:
+        """Memory for the states of `rows` sequences in each pool. All states of a program have the same shape."""
+        assert self._program is not None
+        self._pools = Pools({given: shape for _, given in self._program.states}, capacities, rows)
+
+    def copy_rows(self, copies: list[Copy]) -> None:
+        self._pools.copy(copies)
+
+    def run_rows(self, feeds: Arrays, fetch: tuple[str, ...], pool: int, first: int, rows: int) -> Arrays:
+        """One step of the sequences in these rows. Their states are changed where they lie."""
+        program = self._program
+        assert program is not None
+        states = self._pools.view(pool, first, rows)
+        values = self._step(program, {**states, **feeds}, {made: states[given] for made, given in program.states})
+        return {name: values[name] for name in fetch if name in program.outputs}
+
+    def _step(self, program: RankProgram, values: Arrays, places: Arrays) -> Arrays:
+        """All values of a step, from those given; what `places` names is written there."""
         for transfer in program.received:
             values[transfer.value] = self._receive(self._peer(transfer.stage))
         for index, step in enumerate(program.steps):
             if isinstance(step, RunGraph):
-                results = self._sessions[index].run(list(step.outputs), {name: values[name] for name in step.inputs})
-                values.update(zip(step.outputs, results, strict=True))
+                values.update(_run(self._sessions[index], step, values, places))
             else:
                 values[step.target] = self._communicate(step, values[step.source])
         for transfer in program.sent:
             self._send(values[transfer.value], self._peer(transfer.stage))
-        self._states = {given: values[made] for made, given in program.states}
-        return {name: values[name] for name in fetch if name in program.outputs}
+        return values
 
     def _communicate(self, step: Communicate, array: NDArray[Any]) -> NDArray[Any]:
         import torch
@@ -131,12 +152,32 @@ def _open(step: RunGraph, program: RankProgram) -> onnxruntime.InferenceSession:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1  # ranks share the machine's cores
+    options.intra_op_num_threads = program.threads
     options.log_severity_level = 3
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", program.folder)
     for key, setting in program.session:
         options.add_session_config_entry(key, setting)
     return onnxruntime.InferenceSession(step.model, options, providers=["CPUExecutionProvider"])
+
+
+def _run(session: onnxruntime.InferenceSession, step: RunGraph, values: Arrays, places: Arrays) -> Arrays:
+    """Outputs of one piece."""
+    feeds = {name: values[name] for name in step.inputs}
+    placed = [name for name in step.outputs if name in places]
+    if not placed:
+        return dict(zip(step.outputs, session.run(list(step.outputs), feeds), strict=True))
+    binding = session.io_binding()
+    for name, array in feeds.items():
+        binding.bind_cpu_input(name, np.ascontiguousarray(array))
+    for name in step.outputs:
+        if name in places:
+            array = places[name]
+            binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+        else:
+            binding.bind_output(name, "cpu")
+    session.run_with_iobinding(binding)
+    made = dict(zip(step.outputs, binding.get_outputs(), strict=True))
+    return {name: places[name] if name in places else made[name].numpy() for name in step.outputs}
 
 
 def serve(worker: Worker, connection: Connection) -> None:
@@ -155,9 +196,9 @@ def serve(worker: Worker, connection: Connection) -> None:
 
 
 def main() -> None:
-    rank, ranks, store, descriptor, parent = sys.argv[1:6]
+    rank, ranks, meeting, descriptor, parent = sys.argv[1:6]
     die_with_parent(int(parent))
-    serve(Worker(int(rank), int(ranks), Path(store)), Connection(int(descriptor)))
+    serve(Worker(int(rank), int(ranks), meeting), Connection(int(descriptor)))
     os._exit(0)  # gloo's threads may wait for ranks that have gone already
 
 

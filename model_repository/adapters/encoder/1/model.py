@@ -11,6 +11,7 @@ from typing import Any
 import triton_python_backend_utils as pb_utils
 
 from runtime.encoder import open_encoder, require_numpy_1
+from runtime.errors import Unavailable
 from runtime.settings import EncoderModelSettings
 
 NICENESS = 10
@@ -40,9 +41,18 @@ class TritonPythonModel:
         ]
         try:
             vectors = self.encoder.run(feeds)
+        except Unavailable as error:
+            return _refusals(str(error), pb_utils.TritonError.UNAVAILABLE, len(requests))
         except Exception:  # noqa: BLE001 - Triton would send the stack, with paths, to the caller
             traceback.print_exc()
             message = "the encoder failed; the server log has the cause"
-            error = pb_utils.TritonError(message, pb_utils.TritonError.INTERNAL)
-            return [pb_utils.InferenceResponse(error=error) for _ in requests]
+            return _refusals(message, pb_utils.TritonError.INTERNAL, len(requests))
         return [pb_utils.InferenceResponse([pb_utils.Tensor(self.output, rows)]) for rows in vectors]
+
+    def finalize(self) -> None:
+        self.encoder.close()
+
+
+def _refusals(message: str, code: Any, count: int) -> list[Any]:
+    """An error object for each response: Triton 2.51 crashes as a whole when two responses share one."""
+    return [pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code)) for _ in range(count)]
