@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -37,13 +37,10 @@ class Shape:
 
 
 class _Builder:
-    """With `data`, weights go to that file as they are made: a graph larger than memory."""
-
-    def __init__(self, seed: int, data: BinaryIO | None) -> None:
+    def __init__(self, seed: int) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self.weights: list[onnx.TensorProto] = []
         self.random = np.random.default_rng(seed)
-        self.data = data
 
     def add(self, operator: str, *inputs: str, outputs: int = 1, **attributes: Any) -> Any:
         names = [f"{operator.lower()}_{len(self.nodes)}_{index}" for index in range(outputs)]
@@ -51,22 +48,7 @@ class _Builder:
         return names[0] if outputs == 1 else names
 
     def weight(self, *shape: int) -> str:
-        if self.data is not None:
-            return self._external(shape)
         return self.constant((self.random.standard_normal(shape) * 0.4).astype(np.float32))
-
-    def _external(self, shape: tuple[int, ...]) -> str:
-        assert self.data is not None
-        rows = (self.random.standard_normal((1 << 20) + 7) * 0.02).astype(np.float32)  # repeats, at another phase each
-        count, offset = int(np.prod(shape)), self.data.tell()
-        for at in range(0, count, len(rows)):
-            self.data.write(rows[: count - at].data)
-        tensor = onnx.TensorProto(name=f"w{len(self.weights)}", dims=shape, data_type=TensorProto.FLOAT)
-        tensor.data_location = TensorProto.EXTERNAL
-        for key, value in (("location", Path(self.data.name).name), ("offset", offset), ("length", 4 * count)):
-            tensor.external_data.add(key=key, value=str(value))
-        self.weights.append(tensor)
-        return tensor.name
 
     def constant(self, array: Any) -> str:
         array = np.asarray(array)
@@ -75,15 +57,9 @@ class _Builder:
         return name
 
 
-def transformer(shape: Shape, file: Path, seed: int = 0, *, external: bool = False) -> Path:
+def transformer(shape: Shape, file: Path, seed: int = 0) -> Path:
     """`input_ids` (and `attention_mask`) -> `hidden`, or `logits` with a head."""
-    if external:
-        with file.with_name(f"{file.name}.data").open("wb") as data:
-            return _write(_Builder(seed, data), shape, file)
-    return _write(_Builder(seed, None), shape, file)
-
-
-def _write(b: _Builder, shape: Shape, file: Path) -> Path:
+    b = _Builder(seed)
     inputs = [helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "length"])]
     mask = ""
     if shape.mask:

@@ -33,6 +33,27 @@ def weight_only(source: Path, file: Path, bits: int, block: int = 32) -> Path:
     return file
 
 
+def words(source: Path, file: Path, axis: int, block: int = 0) -> Path:
+    """INT8: the first table that is looked up in, a scale for each index of `axis`, or for `block` columns of a row."""
+    model = onnx.load(str(source))
+    graph = model.graph
+    node = next(each for each in graph.node if each.op_type == "Gather")
+    table = next(tensor for tensor in graph.initializer if tensor.name == node.input[0])
+    values = numpy_helper.to_array(table)
+    sizes = (len(values), values.shape[1] // block) if block else (values.shape[axis],)
+    scales = np.random.default_rng(0).uniform(0.01, 0.03, sizes).astype(np.float32)
+    graph.initializer.remove(table)
+    graph.initializer.extend([
+        numpy_helper.from_array(np.clip(np.rint(values / 0.02), -127, 127).astype(np.int8), "words"),
+        numpy_helper.from_array(scales, "words_scale"),
+    ])  # fmt: skip
+    options = {"axis": axis} | ({"block_size": block} if block else {})
+    graph.node.insert(0, helper.make_node("DequantizeLinear", ["words", "words_scale"], ["words_wide"], **options))
+    node.input[0] = "words_wide"
+    onnx.save(model, str(file))
+    return file
+
+
 def qdq(source: Path, file: Path) -> Path:
     """INT8: weights one scale a column, the inputs of products one scale a tensor."""
     model = onnx.load(str(source))

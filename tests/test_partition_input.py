@@ -107,8 +107,8 @@ def test_no_file_and_no_graph(tmp_path: Path) -> None:
 
 
 def test_external_data_that_is_missing_or_short(tmp_path: Path) -> None:
-    file = transformer(Shape(), tmp_path / "m.onnx", external=True)
-    data = tmp_path / "m.onnx.data"
+    file, data = transformer(Shape(), tmp_path / "m.onnx"), tmp_path / "m.onnx.data"
+    onnx.save(onnx.load(str(file)), str(file), save_as_external_data=True, location=data.name, size_threshold=0)
     content = data.read_bytes()
     data.write_bytes(content[:-1])
     assert "bytes of external data" in str(refused(file))
@@ -149,7 +149,7 @@ def test_operator_without_a_rule_is_kept_whole_and_said_so(tmp_path: Path) -> No
     gelu = next(node for node in model.graph.node if node.op_type == "Gelu")
     gelu.op_type = "Hardmax"  # mixes its last dimension, and has no rule
     onnx.save(model, str(file))
-    solution = solve(read(file), 2)
+    solution = solve(read(file), 2, "whole")
     assert any("operator Hardmax has no rule" in reason for reason in solution.kept_whole.values())
     assert solution.regions == 1
 
@@ -169,6 +169,6 @@ def test_pooler_and_classifier_stay_whole(tmp_path: Path) -> None:
     del model.graph.output[:]
     model.graph.output.append(helper.make_tensor_value_info("labels", TensorProto.FLOAT, ["batch", "length", 2]))
     onnx.save(model, str(file))
-    partition = partition_graph(file, 2, 1, tmp_path / "out")
+    partition = partition_graph(file, 2, 1, tmp_path / "out", "whole")
     assert [item.operation for item in partition.stages[0].collectives] == ["all_reduce"] * 4
     assert any("beside the residual stream" in reason for reason in partition.kept_whole.values())

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import subprocess
-import sys
+import resource
+import signal
 from pathlib import Path
 
 import ml_dtypes
@@ -14,10 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from builders.bench.decoder import DecoderShape, write_decoder
+from builders.bench.shard import shard_once
 from builders.partition import weights
 from builders.partition.placement import REPLICATE, Block, Placement, Shard, spans
-from builders.partition.weights import data_files, slices, write_slices
-from tests.partition_plain import Shape, transformer
+from builders.partition.shard import partition_graph
+from builders.partition.verify import verify_partition
+from builders.partition.weights import RankFile, lay_out, slices, write_files
 
 
 def expected(array: np.ndarray, placement: Placement, rank: int, ranks: int) -> np.ndarray:  # type: ignore[type-arg]
@@ -50,10 +53,7 @@ def test_slices_are_those_of_numpy(
     placement = Shard(dim, blocks)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(weights, "BUFFER_BYTES", buffer)
-        found = [
-            b"".join(piece.tobytes() for owner, piece in slices(tensor, placement, 4) if owner == rank)
-            for rank in range(4)
-        ]
+        found = [b"".join(piece.tobytes() for piece in slices(tensor, placement, rank, 4)) for rank in range(4)]
     for rank in range(4):
         piece = expected(array, placement, rank, 4)
         assert found[rank] == ir.Tensor(piece, dtype=tensor.dtype).tobytes()
@@ -66,41 +66,58 @@ def test_external_tensors_stream_to_aligned_files(tmp_path: Path, monkeypatch: p
     tensor = ir.ExternalTensor(
         "source", 100, array.nbytes, ir.DataType.FLOAT, shape=ir.Shape(array.shape), name="w", base_dir=tmp_path
     )
-    placements = [Shard(1, (Block(32, 2), Block(64, 2))), Shard(0, (Block(64, 2),)), REPLICATE]
-    with data_files([tmp_path / "r0", tmp_path / "r1"]) as files:
-        extents = [write_slices(tensor, placement, files) for placement in placements]
-        records = [file.record() for file in files]
-    for rank in range(2):
-        content = (tmp_path / f"r{rank}").read_bytes()
-        assert hashlib.sha256(content).hexdigest() == records[rank].sha256
-        for extent, placement in zip(extents, placements, strict=True):
-            assert extent.offset % 4096 == 0
-            assert (
-                content[extent.offset : extent.offset + extent.bytes] == expected(array, placement, rank, 2).tobytes()
-            )
+    placements: list[Placement] = [Shard(1, (Block(32, 2), Block(64, 2))), Shard(0, (Block(64, 2),)), REPLICATE]
+    content = lay_out([(tensor, placement) for placement in placements])
+    records = write_files([RankFile(tmp_path / f"r{rank}", rank, 2, content) for rank in range(2)])
+    for rank, record in enumerate(records):
+        written = (tmp_path / record.name).read_bytes()
+        assert (record.name, record.bytes) == (f"r{rank}", len(written))
+        assert hashlib.sha256(written).hexdigest() == record.sha256
+        for placed in content:
+            assert placed.offset % 4096 == 0
+            assert written[placed.offset : placed.end] == expected(array, placed.placement, rank, 2).tobytes()
 
 
 def test_source_that_shrinks_is_noticed(tmp_path: Path) -> None:
     (tmp_path / "source").write_bytes(b"x" * 60)
     tensor = ir.ExternalTensor("source", 0, 64, ir.DataType.FLOAT, shape=ir.Shape([16]), name="w", base_dir=tmp_path)
     with pytest.raises(EOFError, match="4 bytes early"):
-        list(slices(tensor, REPLICATE, 1))
+        list(slices(tensor, REPLICATE, 0, 1))
+
+
+def test_full_disk_shows_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One page more than the limit of this process's files stands for a full disk."""
+    array = np.ones((64, 96), np.float32)
+    (tmp_path / "source").write_bytes(array.tobytes())
+    tensor = ir.ExternalTensor(
+        "source", 0, array.nbytes, ir.DataType.FLOAT, shape=ir.Shape(array.shape), name="w", base_dir=tmp_path
+    )
+    files = [RankFile(tmp_path / "r0", 0, 1, lay_out([(tensor, REPLICATE)]))]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (array.nbytes - 4096, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write_files(files)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert (tmp_path / "r0").stat().st_size == 0
 
 
 @pytest.mark.slow
 def test_memory_stays_far_under_the_weights(tmp_path: Path) -> None:
-    """A fresh process, because the peak of this one is what other tests left."""
-    shape = Shape(heads=16, kv_heads=4, head_dim=64, hidden=1024, ffn=8192, layers=10, vocabulary=32000,
-                  attention="operator", gate="separate", norm="rms", head=True, bias=False, qkv="split")  # fmt: skip
-    graph = transformer(shape, tmp_path / "big.onnx", external=True)
-    weight_bytes = graph.with_name("big.onnx.data").stat().st_size
+    graph = tmp_path / "big.onnx"
+    weight_bytes = write_decoder(DecoderShape(layers=4), graph)
     assert weight_bytes > 1 << 30
-    script = (
-        "import sys; from pathlib import Path; from builders.partition.shard import partition_graph; "
-        "partition_graph(Path(sys.argv[1]), 2, 2, Path(sys.argv[2])); "
-        "print(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])"  # ru_maxrss counts the parent too
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", script, str(graph), str(tmp_path / "out")], capture_output=True, text=True, check=True
-    )
-    assert int(result.stdout) * 1024 < weight_bytes / 4
+    run = shard_once(graph, 2, 2, tmp_path / "out")
+    assert run.peak_bytes < weight_bytes / 4
+
+
+def test_big_model_of_the_benchmark_is_a_sound_decoder(tmp_path: Path) -> None:
+    shape = DecoderShape(layers=1, hidden=32, heads=4, kv_heads=2, ffn=64, vocabulary=96)
+    graph = tmp_path / "small.onnx"
+    size = write_decoder(shape, graph)
+    assert size == 4 * (2 * 96 * 32 + 32 * 32 * 3 + 3 * 32 * 64 + 3 * 32)
+    partition_graph(graph, 2, 1, tmp_path / "out")
+    assert verify_partition(tmp_path / "out", graph).collectives == {"all_gather": 1, "all_reduce": 3}

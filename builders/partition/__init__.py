@@ -13,5 +13,11 @@ segments    one rank's graph in pieces between collectives
 feeds       inputs for a graph that nobody described
 contents    a partition's plan and weights against the graph it came from
 verify      runs every rank, compares with the whole: verify_partition   directory, file -> VerifyReport
-plan        how many GPUs, and how they share a model: arithmetic only
+tables      what the solver looks for: products with weights, the table of words
+served      a partition as the files that the CPU service runs
+
+model gpus  a transformer by its sizes, GPU types by their peaks
+plan        how many GPUs, and how they share a model: arithmetic only   Model, Gpu, Load -> Candidates
+report      the same for several GPU types: records, rows, a page
+picture     the partition map as SVG    page   plans and partitions as maps, and as HTML
 """

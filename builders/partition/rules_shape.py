@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from builders.partition.placement import REPLICATE, Block, Copies, Placement, Replicate, Shard, scaled
+from builders.partition.placement import PARTIAL, REPLICATE, Block, Copies, Placement, Replicate, Shard, scaled
 from builders.partition.rules import OUT, Assignment, Op, Rule, out
 from builders.partition.source import constant_array
 
@@ -205,7 +205,11 @@ def _cut(op: Op, joined: Shard, axis: int, slots: list[int]) -> dict[int, Placem
 
 
 def gather(op: Op, slot: int, shard: Shard) -> Assignment | None:
-    """Rows of a table by computed indices; any dimension but the indexed one may be cut."""
+    """Rows of a table by computed indices; any dimension but the indexed one may be cut.
+
+    A table of weights may be cut by rows too: `tensor` lets each rank give zeros for the rows of others, so the sum
+    over the ranks is the lookup (a vocabulary-parallel embedding).
+    """
     op.plain(shard)
     data, indices = op.shape(0), op.shape(1)
     axis = int(op.attribute("axis", 0)) % len(data)
@@ -216,6 +220,8 @@ def gather(op: Op, slot: int, shard: Shard) -> Assignment | None:
         dim = shard.dim if shard.dim < axis else shard.dim - added
     else:
         raise op.illegal("is indexed by a cut dimension")
+    if dim == axis and 0 in op.constant and 1 not in op.constant and axis == 0:
+        return {0: shard, 1: REPLICATE, OUT: PARTIAL}
     if dim == axis:
         raise op.illegal("looks rows up along the cut dimension")
     return {0: shard.at(dim), 1: REPLICATE, OUT: shard.at(dim if dim < axis else dim + added)}

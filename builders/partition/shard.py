@@ -23,19 +23,22 @@ from builders.artifacts import (
 from builders.errors import InputError
 from builders.partition.pipeline import Stage, cut_stages
 from builders.partition.placement import Placement, Shard, local_shape
-from builders.partition.solve import solve
+from builders.partition.solve import Embeddings, solve
 from builders.partition.source import Source, read, shape_of
 from builders.partition.tensor import LocalGraph, localise
-from builders.partition.weights import data_files, slice_bytes, slices, write_slices
+from builders.partition.weights import Placed, RankFile, lay_out, slice_bytes, slices, write_files
 from builders.store import atomic_directory
 
 MANIFEST = "partition.json"
 _INLINE_BYTES = 1024  # smaller weights stay in the graph file, where shape inference can read them
 
 
-def partition_graph(graph_file: Path, tensor: int, pipeline: int, out: Path) -> Partition:
+def partition_graph(
+    graph_file: Path, tensor: int, pipeline: int, out: Path, embeddings: Embeddings = "auto"
+) -> Partition:
     """Shares a graph out to `tensor` ranks in each of `pipeline` stages, into the new directory `out`.
 
+    `embeddings` says whether the table of words is split too; see `solve`.
     Nothing of it is trusted before `verify_partition` has run it. Raises InputError: a graph that cannot be read,
     ranks that do not divide heads or widths, more stages than blocks, `out` that holds files; UnsupportedError:
     vendor operators, control flow, nothing to split. Nothing half-written is left behind.
@@ -49,13 +52,12 @@ def partition_graph(graph_file: Path, tensor: int, pipeline: int, out: Path) -> 
         raise InputError(f"output {out}", got="files in it", expected="a new or empty directory", fix="choose another")
     source = read(graph_file)
     inputs, outputs = ports(source)
-    source_bytes = sum(value.const_value.nbytes for value in source.graph.initializers.values()
-                       if value.const_value is not None and source.origin.get(value) == value.name)  # fmt: skip
-    solution = solve(source, tensor)
+    source_bytes = source.weight_bytes
+    solution = solve(source, tensor, embeddings)
     local = localise(source, solution)
     stages = cut_stages(local, pipeline, graph_file.name)
     with atomic_directory(out) as work:
-        written = [_write_stage(stage, local, work) for stage in stages]
+        written = _write_stages(stages, local, work)
         partition = Partition(
             directory=work,
             files=tuple(record for _, records in written for record in records),
@@ -75,10 +77,12 @@ def partition_graph(graph_file: Path, tensor: int, pipeline: int, out: Path) -> 
     return partition.model_copy(update={"directory": out})
 
 
-def plan_graph(graph_file: Path, tensor: int, pipeline: int) -> tuple[PipelineStage, ...]:
+def plan_graph(
+    graph_file: Path, tensor: int, pipeline: int, embeddings: Embeddings = "auto"
+) -> tuple[PipelineStage, ...]:
     """What `partition_graph` would write, without writing it."""
     source = read(graph_file)
-    local = localise(source, solve(source, tensor))
+    local = localise(source, solve(source, tensor, embeddings))
     planned = []
     for stage in cut_stages(local, pipeline, graph_file.name):
         names, held = _names(stage, local), _held(stage, local)
@@ -112,29 +116,55 @@ def load_partition(directory: Path) -> Partition:
         ) from error
 
 
-def _write_stage(stage: Stage, local: LocalGraph, work: Path) -> tuple[PipelineStage, list[FileRecord]]:
-    names, held = _names(stage, local), _held(stage, local)
+def _write_stages(
+    stages: Sequence[Stage], local: LocalGraph, work: Path
+) -> list[tuple[PipelineStage, list[FileRecord]]]:
+    """Weights of all ranks side by side, then the graphs, which say where in the files the weights lie."""
+    placed = [_place(stage, local) for stage in stages]
+    files = [
+        RankFile(work / f"{name}.data", rank, local.ranks, content)
+        for stage, (content, _) in zip(stages, placed, strict=True)
+        for rank, name in enumerate(_names(stage, local))
+        if content
+    ]
+    data = {record.name: record for record in write_files(files)}
+    written = []
+    for stage, (_, small) in zip(stages, placed, strict=True):
+        names = _names(stage, local)
+        records = [data[f"{name}.data"] for name in names if f"{name}.data" in data]
+        records += _write_graphs(stage, names, small, work)
+        written.append((_describe_stage(stage, local, names, _held(stage, local)), records))
+    return written
+
+
+def _place(stage: Stage, local: LocalGraph) -> tuple[list[Placed], dict[str, list[bytes]]]:
+    """Where the weights lie in the files of the ranks, and the small ones themselves; the stage's graph says so too."""
     small: dict[str, list[bytes]] = {}
-    with data_files([work / f"{name}.data" for name in names]) as files:
-        for name, value in held.items():
-            tensor, (_, placement) = value.const_value, local.weights[name]
-            assert tensor is not None
-            if slice_bytes(tensor, placement) <= _INLINE_BYTES:
-                small[name] = _inline(tensor, placement, local.ranks)
-                value.const_value = _external(value, tensor, placement, 0)
-            else:
-                value.const_value = _external(value, tensor, placement, write_slices(tensor, placement, files).offset)
-        records = [file.record() for file in files if file.position]
-    for file in files:
-        if not file.position:
-            file.path.unlink()
+    large: list[tuple[ir.Value, ir.TensorProtocol, Placement]] = []
+    for name, value in _held(stage, local).items():
+        tensor, (_, placement) = value.const_value, local.weights[name]
+        assert tensor is not None
+        if slice_bytes(tensor, placement) > _INLINE_BYTES:
+            large.append((value, tensor, placement))
+            continue
+        ranks = range(local.ranks)
+        small[name] = [b"".join(map(bytes, slices(tensor, placement, rank, local.ranks))) for rank in ranks]
+        value.const_value = _external(value, tensor, placement, 0)
+    for name in {str(value.name) for value in stage.model.graph.initializers.values()} & set(local.by_rank):
+        small[name] = [local.by_rank[name][rank].tobytes() for rank in range(local.ranks)]
+    content = lay_out([(tensor, placement) for _, tensor, placement in large])
+    for (value, tensor, placement), placed in zip(large, content, strict=True):
+        value.const_value = _external(value, tensor, placement, placed.offset)
+    return content, small
+
+
+def _write_graphs(stage: Stage, names: Sequence[str], small: dict[str, list[bytes]], work: Path) -> list[FileRecord]:
     proto = ir.to_proto(stage.model)
     for rank, name in enumerate(names):
         _address(proto, rank, name, small)
         onnx.helper.set_model_props(proto, {"trireme.stage": str(stage.index), "trireme.rank": str(rank)})
         (work / name).write_bytes(proto.SerializeToString(deterministic=True))
-        records.append(FileRecord.of(work / name))
-    return _describe_stage(stage, local, names, held), records
+    return [FileRecord.of(work / name) for name in names]
 
 
 def _names(stage: Stage, local: LocalGraph) -> list[str]:
@@ -144,13 +174,6 @@ def _names(stage: Stage, local: LocalGraph) -> list[str]:
 def _held(stage: Stage, local: LocalGraph) -> dict[str, ir.Value]:
     """Weights of the stage by name; constants that the rewriting made are left out."""
     return {str(value.name): value for value in stage.model.graph.initializers.values() if value.name in local.weights}
-
-
-def _inline(tensor: ir.TensorProtocol, placement: Placement, ranks: int) -> list[bytes]:
-    found = [b""] * ranks
-    for rank, piece in slices(tensor, placement, ranks):
-        found[rank] += piece.tobytes()
-    return found
 
 
 def _external(value: ir.Value, tensor: ir.TensorProtocol, placement: Placement, offset: int) -> ir.ExternalTensor:

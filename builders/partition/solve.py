@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Literal
 
 import onnx_ir as ir
 
@@ -24,13 +25,18 @@ from builders.partition.placement import (
     even,
     local_shape,
 )
+from builders.partition.plan import TABLE_SHARE
 from builders.partition.rules import Assignment, Illegal, Op, out, rule_for
 from builders.partition.rules_compute import head_counts
 from builders.partition.rules_shape import elements_of
 from builders.partition.source import Source, shape_of
+from builders.partition.tables import depth, weight_product, word_tables
 
 _OFF_STREAM_SHARE = 0.1  # of all weights: what a pair beside the residual stream (pooler, classifier) must hold
 _LONGEST_SEARCH = 256  # ranks tried when an error names the sizes that would work
+
+
+Embeddings = Literal["auto", "whole", "split"]
 
 
 @dataclass(eq=False)
@@ -63,15 +69,17 @@ class Solution:
         return self.placements.get(value, REPLICATE)
 
 
-def solve(source: Source, ranks: int) -> Solution:
+def solve(source: Source, ranks: int, embeddings: Embeddings = "auto") -> Solution:
     """The cheapest legal assignment for `ranks` in bytes moved against weight bytes saved.
 
-    Raises InputError where the ranks do not divide heads or widths, UnsupportedError where nothing can be split.
+    `embeddings`: the table of words whole on every rank, or split by rows at one all-reduce more; `auto` splits it when
+    it is over a tenth of all weights, so large models stay at two all-reduces a block. Raises InputError where the
+    ranks do not divide heads or widths, UnsupportedError where nothing can be split.
     """
     solution = Solution(ranks)
     if ranks == 1:
         return solution
-    products = [node for node in source.graph if _weight_product(source, node)]
+    products = [node for node in source.graph if weight_product(source, node)]
     pairs, reasons = _row_regions(source, products, ranks)
     total = sum(_bytes(value) for value in source.graph.initializers.values())
     worth = [region for region in pairs if _pays(source, region, total)]
@@ -84,6 +92,9 @@ def solve(source: Source, ranks: int) -> Solution:
         _accept(solution, region)
     if not solution.regions:
         raise _nothing_to_split(source, products, reasons, ranks)
+    if embeddings != "whole":
+        for region in _table_regions(source, ranks, TABLE_SHARE * source.weight_bytes if embeddings == "auto" else 0):
+            _accept(solution, region)
     cut = {node for node in products if (weight := node.inputs[1]) and isinstance(solution.of(weight), Shard)}
     for node in products:
         if node not in cut:
@@ -144,9 +155,22 @@ def _column_regions(
             continue
         if region.faults and not _one_wide_cut(region, Block(shape[-1], solution.ranks)):
             reasons[_name(node)] = f"{solution.ranks} ranks do not divide {region.faults[0]}"
-        elif any(needs_gather(value, region.placements[value]) for value in ends) and shape[-1] <= _depth(node):
+        elif any(needs_gather(value, region.placements[value]) for value in ends) and shape[-1] <= depth(node):
             reasons[_name(node)] = "an output that is no wider than its input: a collective costs more than it saves"
         else:
+            found.append(region)
+    return found
+
+
+def _table_regions(source: Source, ranks: int, least_bytes: float) -> list[Region]:
+    """Lookups of words: rows shared out, closed by one all-reduce each."""
+    found = []
+    for table, rows in word_tables(source, least_bytes):
+        try:
+            region = _spread(source, table, even(0, rows, ranks), ranks)
+        except Illegal:
+            continue
+        if not region.faults or _one_wide_cut(region, Block(rows, ranks)):
             found.append(region)
     return found
 
@@ -301,23 +325,9 @@ def _name(node: ir.Node) -> str:
     return f"{node.op_type} {node.outputs[0].name} (weight {weight.name if weight is not None else '-'})"
 
 
-def _weight_product(source: Source, node: ir.Node) -> bool:
-    if node.op_type not in ("MatMul", "Gemm"):
-        return False
-    left, weight = node.inputs[0], node.inputs[1]
-    shape = shape_of(weight) if weight is not None else None
-    return weight in source.constant and left not in source.constant and shape is not None and len(shape) == 2
-
-
 def _weight_columns(source: Source, region: Region, node: ir.Node) -> bool:
     """Whether the region splits this product's weight by columns."""
-    return _weight_product(source, node) and isinstance(region.placements.get(node.outputs[0]), Shard)
-
-
-def _depth(node: ir.Node) -> int:
-    """Elements that the product contracts."""
-    shape = shape_of(node.inputs[0]) if node.inputs[0] is not None else None
-    return shape[-1] if shape and isinstance(shape[-1], int) else 0
+    return weight_product(source, node) and isinstance(region.placements.get(node.outputs[0]), Shard)
 
 
 def _pays(source: Source, region: Region, total_bytes: int) -> bool:
@@ -359,7 +369,7 @@ def _require_divisible(source: Source, pairs: list[Region], ranks: int) -> None:
     faults = list(dict.fromkeys(fault for region in pairs for fault in region.faults))
     if not faults:
         return
-    products = [node for node in source.graph if _weight_product(source, node)]
+    products = [node for node in source.graph if weight_product(source, node)]
     works = [1]
     for tried in range(2, _LONGEST_SEARCH + 1):
         regions, _ = _row_regions(source, products[:8], tried) if tried != ranks else (pairs, {})

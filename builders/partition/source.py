@@ -36,6 +36,12 @@ class Source:
     def graph(self) -> ir.Graph:
         return self.model.graph
 
+    @property
+    def weight_bytes(self) -> int:
+        """Of the file: a weight that is used twice counts once."""
+        found = [value.const_value for value, origin in self.origin.items() if origin == value.name]
+        return sum(tensor.nbytes for tensor in found if tensor is not None)
+
 
 def read(file: Path) -> Source:
     """Raises InputError: no such file, not ONNX, weights missing or short, vendor operators, control flow,

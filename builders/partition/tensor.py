@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from builders.partition.placement import REPLICATE, Partial, Placement, Replicate, Shard, local_shape
+from builders.partition.placement import REPLICATE, Partial, Placement, Replicate, Shard, local_shape, spans
 from builders.partition.solve import Solution, token_bytes
 from builders.partition.source import Source, constant_array, shape_of
 
@@ -34,7 +34,10 @@ class Collective:
 
 @dataclass
 class LocalGraph:
-    """`weights` maps each initializer to the tensor in the source file and to its placement; `sharded` names values."""
+    """`weights` maps each initializer to the tensor in the source file and to its placement; `sharded` names values.
+
+    `by_rank` holds small constants that differ: [rank, ...].
+    """
 
     model: ir.Model
     ranks: int
@@ -43,6 +46,7 @@ class LocalGraph:
     inputs: dict[str, Shard] = field(default_factory=dict)
     outputs: dict[str, Shard] = field(default_factory=dict)
     sharded: set[str] = field(default_factory=set)
+    by_rank: dict[str, NDArray[Any]] = field(default_factory=dict)
 
 
 def localise(source: Source, solution: Solution) -> LocalGraph:
@@ -63,7 +67,8 @@ def localise(source: Source, solution: Solution) -> LocalGraph:
     for node in list(graph):
         for value in node.outputs:
             if isinstance(solution.of(value), Partial):
-                local.collectives.append(_all_reduce(graph, node, solution.ranks))
+                last = _own_rows(local, solution, node) if node.op_type == "Gather" else node
+                local.collectives.append(_all_reduce(graph, last, solution.ranks))
     for value in solution.gathered:
         placement = solution.of(value)
         assert isinstance(placement, Shard)
@@ -129,6 +134,50 @@ def _set_local_shapes(solution: Solution) -> None:
             value.shape = ir.Shape(
                 [after if isinstance(after, int) else before for before, after in zip(value.shape, local, strict=True)]
             )
+
+
+def _own_rows(local: LocalGraph, solution: Solution, node: ir.Node) -> ir.Node:
+    """Lets a lookup in some rows of a table give zeros for the rows of other ranks. Returns the node that does.
+
+    An id beyond the whole table, which ONNX forbids, gives zeros too.
+    """
+    graph, rows, (table, ids) = local.model.graph, node.outputs[0], node.inputs[:2]
+    assert table is not None
+    assert ids is not None
+    placement, name, uses = solution.of(table), str(rows.name), list(rows.uses())
+    assert isinstance(placement, Shard)
+    kind = (ids.dtype or ir.DataType.INT64).numpy()
+    limits = [spans(placement.blocks, rank, local.ranks)[0] for rank in range(local.ranks)]
+    first = _constant(graph, f"{name}/first_row", np.array(0, kind))
+    local.by_rank[f"{name}/first_row"] = np.array([start for start, _ in limits], kind)
+    zero = _constant(graph, f"{name}/row_0", np.array(0, kind))
+    count = _constant(graph, f"{name}/row_count", np.array(placement.local, kind))
+    nothing = _constant(graph, f"{name}/zero", np.array(0, (rows.dtype or ir.DataType.FLOAT).numpy()))
+    last = _constant(graph, f"{name}/axis", np.array([-1], np.int64))
+    made: list[ir.Node] = []
+
+    def add(operator: str, *inputs: ir.Value, like: ir.Value, dtype: ir.DataType | None = None) -> ir.Value:
+        made.append(ir.Node("", operator, inputs, num_outputs=1))
+        value = made[-1].outputs[0]
+        value.name, value.shape = f"{name}/{operator.lower()}{len(made)}", like.shape
+        value.type = ir.TensorType(dtype) if dtype is not None else like.type
+        return value
+
+    shifted = add("Sub", ids, first, like=ids)
+    above = add("GreaterOrEqual", shifted, zero, like=ids, dtype=ir.DataType.BOOL)
+    below = add("Less", shifted, count, like=ids, dtype=ir.DataType.BOOL)
+    own = add("And", above, below, like=ids, dtype=ir.DataType.BOOL)
+    inside = add("Where", own, shifted, zero, like=ids)
+    graph.insert_before(node, made)
+    node.replace_input_with(1, inside)
+    before = len(made)
+    column = add("Unsqueeze", own, last, like=ids, dtype=ir.DataType.BOOL)
+    column.shape = ir.Shape([*(ids.shape or ()), 1])
+    masked = add("Where", column, rows, nothing, like=rows)
+    graph.insert_after(node, made[before:])
+    _redirect(graph, rows, masked, uses, rows.is_graph_output())
+    rows.name, masked.name = f"{name}/rows", name
+    return made[-1]
 
 
 def _all_reduce(graph: ir.Graph, node: ir.Node, ranks: int) -> Collective:
