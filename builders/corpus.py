@@ -10,6 +10,8 @@ import functools
 import hashlib
 import platform
 import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,16 @@ from builders.artifacts import file_digest
 from builders.errors import InputError
 
 MIN_CHARACTERS = 20
+# Tests hold little prose, and some distributions leave them out; what others installed is not Python's text.
+_NOT_READ = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
+
+
+@dataclass(frozen=True)
+class Document:
+    """One source file's docstrings in their order, or one topic of `help()`; lines as they were written."""
+
+    name: str
+    passages: tuple[str, ...]
 
 
 def corpus_key(file: Path | None) -> dict[str, Any]:
@@ -40,15 +52,61 @@ def texts(file: Path | None, count: int) -> list[str]:
 
 
 @functools.cache
+def documents() -> tuple[Document, ...]:
+    """Everything that Python says about itself: docstrings of the whole library, and the topics of `help()`.
+
+    In an order that is stable. A paragraph that stands in two documents is kept in the first alone (the topic `if` is
+    a section of the topic `compound`), so that a split by document parts all prose.
+    """
+    owner: dict[str, str] = {}
+    found = []
+    for name, passages in [*_library(), *_topics()]:
+        kept = (_unseen(text, name, owner) for text in dict.fromkeys(passages))
+        found.append(Document(name, tuple(text for text in kept if len(text) >= MIN_CHARACTERS)))
+    return tuple(document for document in found if document.passages)
+
+
+def _unseen(passage: str, document: str, owner: dict[str, str]) -> str:
+    """`passage` without the paragraphs that another document owns. Short ones, such as headings, belong to nobody."""
+    kept = []
+    for paragraph in passage.split("\n\n"):
+        words = " ".join(paragraph.split())
+        if len(words) < 2 * MIN_CHARACTERS or owner.setdefault(words, document) == document:
+            kept.append(paragraph)
+    return "\n\n".join(kept).strip()
+
+
+def _library() -> Iterator[tuple[str, list[str]]]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root)
+        if not _NOT_READ & set(name.parts):
+            yield name.as_posix(), list(_docstrings_of(path))
+
+
+def _topics() -> Iterator[tuple[str, list[str]]]:
+    from pydoc_data.topics import topics
+
+    for name in sorted(topics):
+        yield f"topic {name}", [topics[name]]
+
+
+def _docstrings_of(path: Path) -> Iterator[str]:
+    """Parsed and never imported. Order of the source for modules, breadth first below."""
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield ast.get_docstring(node) or ""
+
+
+@functools.cache
 def _docstrings() -> tuple[str, ...]:
-    """Docstrings of the top-level modules, parsed and never imported, in an order that is stable and mixed."""
+    """Docstrings of the top-level modules, in an order that is stable and mixed."""
     found = set()
     for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
-        for node in ast.walk(ast.parse(path.read_bytes())):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                text = " ".join((ast.get_docstring(node) or "").split())
-                if len(text) >= MIN_CHARACTERS:
-                    found.add(text)
+        for docstring in _docstrings_of(path):
+            text = " ".join(docstring.split())
+            if len(text) >= MIN_CHARACTERS:
+                found.add(text)
     return tuple(sorted(found, key=lambda text: hashlib.sha256(text.encode()).digest()))
 
 

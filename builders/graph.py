@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from builders.artifacts import FileRecord, OnnxGraph, Quality, TensorSpec
+from builders.artifacts import FileRecord, GenerationQuality, OnnxGraph, Quality, TensorSpec
 from builders.errors import InputError, ParityError
 from builders.spec import GraphPrecision
 
@@ -33,13 +33,19 @@ def require_standard(file: Path) -> None:
         )
 
 
-def record_graph(out: Path, precision: GraphPrecision, quality: Quality, source_digest: str) -> OnnxGraph:
-    """The record of `graph.onnx` in `out`, which must have passed `require_standard`."""
-    inputs, outputs, operators = describe(out / GRAPH_FILE)
+def record_graph(
+    out: Path,
+    precision: GraphPrecision,
+    quality: Quality | GenerationQuality,
+    source_digest: str,
+    file: str = GRAPH_FILE,
+) -> OnnxGraph:
+    """The record of `file` in `out`, which must have passed `require_standard`; all files of `out` belong to it."""
+    inputs, outputs, operators = describe(out / file)
     return OnnxGraph(
         directory=out,
         files=tuple(FileRecord.of(path) for path in sorted(out.iterdir())),
-        file=GRAPH_FILE,
+        file=file,
         precision=precision,
         opset=OPSET,
         inputs=inputs,
@@ -74,3 +80,25 @@ def _spec(value: object) -> TensorSpec:
     dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
     dims = tuple(dim.dim_param or dim.dim_value for dim in tensor.shape.dim)
     return TensorSpec(name=value.name, dtype=dtype, dims=dims)
+
+
+def fix_dimension(file: Path, name: str, size: int, folder: Path) -> Path:
+    """A copy of the graph in `folder` whose dynamic dimension `name` has this size. Weights of their own are linked.
+
+    Raises InputError for a graph without that dimension.
+    """
+    import onnx
+
+    model = onnx.load(str(file), load_external_data=False)
+    values = (*model.graph.input, *model.graph.output, *model.graph.value_info)
+    dims = [dim for value in values for dim in value.type.tensor_type.shape.dim if dim.dim_param == name]
+    if not dims:
+        raise InputError(f"graph {file}", got=f"no dimension {name}", expected="one", fix="export the graph again")
+    for dim in dims:
+        dim.dim_value = size
+    for data in {entry.value for tensor in model.graph.initializer for entry in tensor.external_data
+                 if entry.key == "location"}:  # fmt: skip
+        (folder / data).symlink_to((file.parent / data).resolve())
+    target = folder / file.name
+    target.write_bytes(model.SerializeToString())
+    return target
