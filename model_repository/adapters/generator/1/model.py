@@ -1,0 +1,158 @@
+"""Triton adapter: prompts -> streams of text. Thin on purpose: the work is in `runtime.generation`.
+
+`execute` only queues. One thread steps the engine, one sends: it joins what came since it last sent, so a slow client
+or a fast model costs fewer responses, not slower steps.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from runtime.encoder import require_numpy_1
+from runtime.errors import BadRequest, ServingError, Unavailable
+from runtime.generation.interface import INPUTS, read_request
+from runtime.generation.metrics import Exporter
+from runtime.generation.opening import open_engine
+from runtime.generation.request import Update, coalesce, join
+from runtime.settings import GeneratorModelSettings
+
+NICENESS = 10
+POLL_S = 0.1  # between two looks at whether a client has gone; each costs a message to the server
+FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+
+
+@dataclass
+class Stream:
+    """A client that waits. `held` is what has not been sent, because it did not ask for a stream."""
+
+    sender: Any
+    stream: bool
+    logprobs: bool
+    prompt_tokens: int
+    sent_tokens: int = 0
+    held: Update | None = None
+
+
+class TritonPythonModel:
+    def initialize(self, args: dict[str, str]) -> None:
+        require_numpy_1()
+        if args["model_instance_kind"] == "CPU":
+            os.nice(NICENESS)  # requests and responses pass through the server on the same cores
+        directory = Path(args["model_repository"]) / args["model_version"]
+        self.settings = GeneratorModelSettings.load(directory)
+        self.engine, self.tokenizer = open_engine(self.settings, directory, int(args["model_instance_device_id"]))
+        self.streams: dict[int, Stream] = {}
+        self.lock = threading.Lock()  # a request must be in `streams` before its first update is sent
+        self.stopped = threading.Event()
+        self.exporter = Exporter(pb_utils.MetricFamily, self.settings.served)
+        self.threads = [self._thread(lambda: self.engine.run(self.stopped)), self._thread(self._send)]
+
+    def _thread(self, work: Callable[[], None]) -> threading.Thread:
+        def run() -> None:
+            try:
+                work()
+            except BaseException:  # noqa: BLE001 - without this thread nobody gets an answer: the supervisor reloads
+                traceback.print_exc()
+                os._exit(1)
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        return thread
+
+    def execute(self, requests: list[Any]) -> None:
+        for request in requests:
+            sender = request.get_response_sender()
+            try:
+                self._accept(request, sender)
+            except BadRequest as error:
+                _refuse(sender, error)
+            except Exception:  # noqa: BLE001 - Triton would send the stack, with paths, to the caller
+                traceback.print_exc()
+                _refuse(sender, ServingError("the request failed; the server log has the cause"))
+
+    def _accept(self, request: Any, sender: Any) -> None:
+        tensors = {tensor.name: pb_utils.get_input_tensor_by_name(request, tensor.name) for tensor in INPUTS}
+        given = {name: tensor.as_numpy() for name, tensor in tensors.items() if tensor is not None}
+        asked = read_request(given, json.loads(request.parameters() or "{}"))
+        prompt = self.tokenizer.prompt(asked)
+        timeout_s = request.timeout() / 1e6 or self.settings.timeout_s
+        with self.lock:
+            number = self.engine.submit(prompt, asked.params, timeout_s=timeout_s)
+            self.streams[number] = Stream(sender, asked.stream, asked.params.logprobs, len(prompt))
+
+    def _send(self) -> None:
+        polled = exported = 0.0
+        while not self.stopped.is_set():
+            for number, update in coalesce(self.engine.take_updates(wait_s=POLL_S)).items():
+                self._deliver(number, update)
+            now = time.monotonic()
+            if now - polled > POLL_S:
+                polled = now
+                self._cancel()
+            if now - exported > 1.0:
+                exported = now
+                self.exporter.export(self.engine.counters, self.engine.gauges())
+
+    def _deliver(self, number: int, update: Update) -> None:
+        with self.lock:
+            stream = self.streams[number]
+            if update.finish is not None:
+                del self.streams[number]
+        if update.error is not None or update.finish == "cancelled":
+            _refuse(stream.sender, update.error)
+            return
+        update = update if stream.held is None else join(stream.held, update)
+        if update.finish is None and not (stream.stream and (update.text or update.tokens)):
+            stream.held = update
+            return
+        stream.held = None
+        stream.sent_tokens += len(update.tokens)
+        stream.sender.send(_response(stream, update), FINAL if update.finish else 0)
+
+    def _cancel(self) -> None:
+        with self.lock:
+            streams = list(self.streams.items())
+        for number, stream in streams:
+            if stream.sender.is_cancelled():
+                self.engine.cancel(number)
+
+    def finalize(self) -> None:
+        self.stopped.set()
+        for thread in self.threads:
+            thread.join(10)
+        self.engine.executor.close()
+
+
+def _response(stream: Stream, update: Update) -> Any:
+    tensors = [
+        pb_utils.Tensor("text_output", np.array([[update.text.encode()]], np.object_)),
+        pb_utils.Tensor("output_ids", np.array([update.tokens], np.int32)),
+    ]
+    if stream.logprobs:
+        tensors.append(pb_utils.Tensor("output_log_probs", np.array([update.logprobs], np.float32)))
+    if update.finish is not None:
+        tensors += [
+            pb_utils.Tensor("prompt_tokens", np.array([[stream.prompt_tokens]], np.int32)),
+            pb_utils.Tensor("completion_tokens", np.array([[stream.sent_tokens]], np.int32)),
+            pb_utils.Tensor("finish_reason", np.array([[update.finish.encode()]], np.object_)),
+        ]
+    return pb_utils.InferenceResponse(tensors)
+
+
+def _refuse(sender: Any, error: ServingError | None) -> None:
+    """Ends a stream without a result. No error: its client has gone."""
+    kinds = {BadRequest: pb_utils.TritonError.INVALID_ARG, Unavailable: pb_utils.TritonError.UNAVAILABLE}
+    kind = pb_utils.TritonError.CANCELLED if error is None else kinds.get(type(error), pb_utils.TritonError.INTERNAL)
+    message = "the request was cancelled" if error is None else str(error)
+    sender.send(pb_utils.InferenceResponse(error=pb_utils.TritonError(message, kind)), FINAL)

@@ -1,0 +1,106 @@
+"""Ranks on CPU: tensor x pipeline processes, each with its part of the graph and of the cache.
+
+The driver sends a step's tokens to every rank, stages pass activations on among themselves, and the last stage returns
+logits. The batches of a step share no row, so all of them are sent at once and the stages work on different ones at
+the same time. States never leave their rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from runtime.errors import ServerFault
+from runtime.generation.executor import Batch, Copy, Logits, Row, Tokens
+from runtime.generation.pools import CacheShape
+from runtime.ranks.group import RankGroup, RankStep
+from runtime.ranks.stored import load_programs
+
+_START_SECONDS = 120.0
+_STEP_SECONDS = 60.0  # of a rank that hangs; one that dies is noticed at once
+
+
+class RankStepExecutor:
+    """`shape` is that of every cache tensor on one rank. Raises BadEnvironment or ServerFault.
+
+    Ranks end with the thread that started them: make it, and call `reset`, in threads that live as long as it does.
+    """
+
+    def __init__(
+        self,
+        manifest: Path,
+        capacities: Sequence[int],
+        rows: int,
+        *,
+        shape: CacheShape,
+        vocabulary: int,
+        threads: int,
+    ) -> None:
+        stored = load_programs(manifest)
+        self._stored = stored.with_threads(max(1, threads // stored.layout.ranks))
+        self._capacities, self._rows, self._shape = tuple(capacities), rows, shape
+        self._maker = stored.maker("logits")
+        self.vocabulary, self.stages = vocabulary, stored.layout.pipeline
+        weights = sum(file.stat().st_size for file in manifest.parent.glob("*.data"))
+        caches = sum(len(program.states) for program in stored.programs)
+        position_bytes = caches * shape.heads * shape.head_dim * np.dtype(shape.dtype).itemsize
+        self.call_cost = weights // max(position_bytes, 1) // 2  # as of one process: all of it is shared out alike
+        self._group: RankGroup | None = None
+        self.reset()
+
+    @property
+    def processes(self) -> list[int]:
+        """Process ids, by rank."""
+        return [] if self._group is None else self._group.processes
+
+    def reset(self) -> None:
+        self.close()
+        group = RankGroup(self._stored.layout.ranks, start_seconds=_START_SECONDS)
+        try:
+            group.load(self._stored.programs, self._stored.layout, seconds=_START_SECONDS)
+            group.reserve(self._shape, self._capacities, self._rows)
+        except BaseException:
+            group.close()
+            raise
+        self._group = group
+
+    def run(self, batches: Sequence[Batch]) -> list[Logits]:
+        steps = [self._step(batch) for batch in batches]
+        rows = [(batch.pool, batch.first, len(batch.input_ids)) for batch in batches]
+        results = self._running().run_rows(steps, rows, seconds=_STEP_SECONDS)
+        logits = [np.asarray(result[self._maker]["logits"], np.float32) for result in results]
+        return [array.reshape(len(array), self.vocabulary) for array in logits]
+
+    def copy(self, copies: Sequence[Copy]) -> None:
+        if copies:
+            self._running().copy_rows(copies, seconds=_STEP_SECONDS)
+
+    def encode(self, row: Row, source: Tokens) -> None:
+        raise ServerFault("encoder-decoders do not run on ranks")
+
+    def close(self) -> None:
+        if self._group is not None:
+            self._group.close()
+        self._group = None
+
+    def _running(self) -> RankGroup:
+        if self._group is None:
+            raise ServerFault("the rank group did not start again")
+        return self._group
+
+    def _step(self, batch: Batch) -> list[RankStep]:
+        rows, length = batch.input_ids.shape
+        feeds = {
+            "input_ids": batch.input_ids,
+            "write_indices": batch.write_indices,
+            "last_index": np.full(rows, length - 1, np.int64),
+        }
+        return [
+            (
+                {name: array for name, array in feeds.items() if name in program.inputs},
+                ("logits",) if rank == self._maker else (),
+            )
+            for rank, program in enumerate(self._stored.programs)
+        ]

@@ -1,0 +1,101 @@
+"""A version directory of a model repository -> an engine that can run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from runtime.errors import BadEnvironment, BadRequest
+from runtime.generation.cache import SlotCache
+from runtime.generation.engine import Engine
+from runtime.generation.executor import StepExecutor
+from runtime.generation.executor.onnxruntime import OnnxRuntimeStepExecutor
+from runtime.generation.interface import Asked
+from runtime.generation.pools import CacheShape
+from runtime.generation.request import Limits, Tokens
+from runtime.generation.scheduler import Scheduler
+from runtime.settings import GeneratorModelSettings
+
+TOKENIZER_FILE = "tokenizer.json"
+
+
+class TextTokenizer:
+    """A `tokenizer.json` as it is: special tokens as its template says, nothing truncated, nothing padded."""
+
+    def __init__(self, file: Path, vocabulary: int) -> None:
+        """Raises BadEnvironment for a file that is none, or that knows tokens which the model does not."""
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        from tokenizers import Tokenizer
+
+        try:
+            self.fast = Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises bare Exception for an unreadable file
+            raise BadEnvironment(f"{file.name} is not a tokenizer file: {error}") from error
+        self.fast.no_padding()
+        self.fast.no_truncation()
+        largest = max(self.fast.get_vocab(with_added_tokens=True).values(), default=0)
+        if largest >= vocabulary:
+            raise BadEnvironment(
+                f"{file.name} has token {largest}, the model {vocabulary} tokens; they do not belong together"
+            )
+
+    def prompt(self, asked: Asked) -> Tokens:
+        """[length]. Raises BadRequest for a text without tokens."""
+        if asked.ids is not None:
+            return asked.ids
+        ids = np.array(self.fast.encode(asked.text).ids, np.int64)
+        if not len(ids):
+            raise BadRequest("text_input has no tokens of this model")
+        return ids
+
+
+def open_engine(settings: GeneratorModelSettings, directory: Path, device: int = 0) -> tuple[Engine, TextTokenizer]:
+    """Raises BadEnvironment where the files do not fit each other or this machine, ServerFault for ranks that fail."""
+    executor = _open_executor(settings, directory, device)
+    tokenizer = TextTokenizer(directory / TOKENIZER_FILE, executor.vocabulary)
+    scheduler = Scheduler(
+        SlotCache(settings.capacities, settings.slots, settings.kept),
+        chunk_tokens=settings.chunk_tokens,
+        queue_size=settings.queue_size,
+        call_cost=executor.call_cost,
+        stages=executor.stages,
+        encoder=settings.decoder_start_id is not None,
+    )
+    limits = Limits(
+        vocabulary=executor.vocabulary,
+        max_length=min(settings.max_length, settings.capacities[-1]),
+        default_max_tokens=settings.default_max_tokens,
+        end_ids=settings.end_ids,
+        decoder_start_id=settings.decoder_start_id,
+    )
+    return Engine(executor, scheduler, limits, tokenizer.fast), tokenizer
+
+
+def _open_executor(settings: GeneratorModelSettings, directory: Path, device: int) -> StepExecutor:
+    files = {key: directory / name for key, name in settings.files.items()}
+    threads = settings.threads or os.cpu_count() or 1
+    rows = settings.slots + settings.kept
+    if settings.executor == "onnxruntime":
+        return OnnxRuntimeStepExecutor(
+            files["decoder"],
+            settings.capacities,
+            rows,
+            encoder=files.get("encoder"),
+            threads=threads,
+            spinning=settings.spinning,
+        )
+    if settings.executor == "ranks":
+        from runtime.generation.executor.ranks import RankStepExecutor
+
+        cache = settings.rank_cache
+        if cache is None:
+            raise BadEnvironment("settings.json has no rank_cache; run `trireme build` again")
+        shape = CacheShape(cache.heads, cache.head_dim, cache.dtype)
+        return RankStepExecutor(
+            files["ranks"], settings.capacities, rows, shape=shape, vocabulary=cache.vocabulary, threads=threads
+        )
+    from runtime.generation.executor.tensorrt import TensorRtStepExecutor
+
+    return TensorRtStepExecutor(files, settings.capacities, rows, flavour=settings.executor, device=device)

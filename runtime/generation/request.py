@@ -1,0 +1,157 @@
+"""What a caller asks for, checked, and what comes back. Nothing here knows how tokens are made."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.errors import BadRequest, ServingError
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+Tokens = NDArray[np.int64]
+
+_MAX_STOP_STRINGS = 16
+_MAX_STOP_CHARACTERS = 256
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen, and when to end. Raises BadRequest for values that mean nothing.
+
+    temperature         0 is greedy
+    top_k, top_p, min_p   0, 1 and 0 turn each off; applied in this order, top_p to what top_k has left
+    repetition_penalty  divides positive and multiplies negative logits of tokens in prompt or output (CTRL, 2019)
+    presence_penalty, frequency_penalty   subtracted once, or once an occurrence, for tokens in the output (OpenAI's)
+    seed                the same seed, prompt and parameters give the same tokens, whatever else is running
+    min_tokens          no end token and no stop string counts before this many
+    stop                strings that end the output and are not part of it
+    stop_token_ids      beside the model's own end tokens; not part of the output either
+    logprobs            natural logarithm of each token's probability under the unmodified model
+    """
+
+    max_tokens: int | None = None  # none: the model's default, or what fits
+    min_tokens: int = 0
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    logprobs: bool = False
+
+    def __post_init__(self) -> None:
+        _require(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", self.max_tokens, "1 or more")
+        _require(self.min_tokens >= 0, "min_length", self.min_tokens, "0 or more")
+        if self.max_tokens is not None:
+            _require(self.min_tokens <= self.max_tokens, "min_length", self.min_tokens, "at most max_tokens")
+        _require(_within(self.temperature, 0.0, 100.0), "temperature", self.temperature, "a number from 0 to 100")
+        _require(self.top_k >= 0, "top_k", self.top_k, "0 (off) or more")
+        _require(_within(self.top_p, 0.0, 1.0) and self.top_p > 0, "top_p", self.top_p, "above 0, at most 1")
+        _require(_within(self.min_p, 0.0, 1.0), "min_p", self.min_p, "a number from 0 to 1")
+        repetition = self.repetition_penalty
+        _require(_within(repetition, 0.01, 100.0), "repetition_penalty", repetition, "a number from 0.01 to 100")
+        for name in ("presence_penalty", "frequency_penalty"):
+            _require(_within(getattr(self, name), -100.0, 100.0), name, getattr(self, name), "from -100 to 100")
+        _require(self.seed is None or 0 <= self.seed < 1 << 64, "random_seed", self.seed, "0 to 2^64 - 1")
+        _require(len(self.stop) <= _MAX_STOP_STRINGS, "stop_words", len(self.stop), f"at most {_MAX_STOP_STRINGS}")
+        for text in self.stop:
+            _require(0 < len(text) <= _MAX_STOP_CHARACTERS, "stop_words", repr(text[:20]), "1 to 256 characters each")
+
+    @property
+    def plain(self) -> bool:
+        """The token with the largest logit, and nothing else asked."""
+        penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
+        return self.temperature == 0.0 and not penalties and not self.logprobs
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """One prompt. `deadline` is a moment of the engine's clock, in seconds; after it the request is of no use."""
+
+    id: int
+    prompt: Tokens
+    params: SamplingParams = field(default_factory=SamplingParams)
+    deadline: float | None = None
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one step brought for one request. `finish` is set in the last one, `error` where it failed."""
+
+    request: int
+    tokens: tuple[int, ...] = ()
+    text: str = ""
+    logprobs: tuple[float, ...] = ()
+    finish: FinishReason | None = None
+    error: ServingError | None = None
+
+
+def coalesce(updates: Iterable[Update]) -> dict[int, Update]:
+    """One update a request, in order of first appearance: what came for it, joined."""
+    joined: dict[int, Update] = {}
+    for update in updates:
+        before = joined.get(update.request)
+        joined[update.request] = update if before is None else join(before, update)
+    return joined
+
+
+def join(before: Update, update: Update) -> Update:
+    return Update(
+        request=update.request,
+        tokens=before.tokens + update.tokens,
+        text=before.text + update.text,
+        logprobs=before.logprobs + update.logprobs,
+        finish=update.finish,
+        error=update.error,
+    )
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the model can take. `max_length` counts prompt and output together; of an encoder-decoder, each alone."""
+
+    vocabulary: int
+    max_length: int
+    default_max_tokens: int
+    end_ids: tuple[int, ...] = ()
+    decoder_start_id: int | None = None  # set for encoder-decoders: the prompt goes to the encoder
+
+    def room(self, request: Request) -> int:
+        """How many tokens the output may have. Raises BadRequest where the request does not fit the model."""
+        prompt, asked = request.prompt, request.params.max_tokens
+        if prompt.ndim != 1 or not len(prompt):
+            raise BadRequest("the prompt has no tokens; send at least one")
+        if prompt.min() < 0 or prompt.max() >= self.vocabulary:
+            wrong = int(prompt[(prompt < 0) | (prompt >= self.vocabulary)][0])
+            raise BadRequest(f"input_ids holds {wrong}; token ids of this model are 0 to {self.vocabulary - 1}")
+        for token in request.params.stop_token_ids:
+            if not 0 <= token < self.vocabulary:
+                raise BadRequest(f"stop_token_ids holds {token}; token ids are 0 to {self.vocabulary - 1}")
+        # The last token of the output is never read again, so it needs no place in the cache.
+        free = self.max_length + 1 - (len(prompt) if self.decoder_start_id is None else 1)
+        if len(prompt) > self.max_length:
+            raise BadRequest(f"the prompt has {len(prompt)} tokens; this model takes at most {self.max_length}")
+        if max(asked or 0, request.params.min_tokens) > free:
+            raise BadRequest(
+                f"max_tokens={asked} and min_length={request.params.min_tokens} after a prompt of {len(prompt)}; "
+                f"this model has room for {free} more tokens"
+            )
+        return min(self.default_max_tokens, free) if asked is None else asked
+
+
+def _within(value: float, low: float, high: float) -> bool:
+    return math.isfinite(value) and low <= value <= high
+
+
+def _require(sound: bool, name: str, got: object, expected: str) -> None:
+    if not sound:
+        raise BadRequest(f"{name} is {got}; expected {expected}")
