@@ -9,29 +9,40 @@ import threading
 import time
 from pathlib import Path
 
+from runtime.health import Health
 from runtime.supervisor import Supervisor
-from runtime.triton import Ports, TritonServer
+from runtime.triton import Exposure, Ports, TritonServer
 
 
-def serve_repository(repository: Path, ports: Ports, ready_timeout_s: float, as_json: bool) -> None:
-    """Returns after SIGTERM or SIGINT, with everything drained and swept.
+def serve_repository(
+    repository: Path,
+    ports: Ports,
+    ready_timeout_s: float,
+    as_json: bool,
+    exposure: Exposure | None = None,
+    health: Health | None = None,
+) -> None:
+    """Returns after SIGTERM or SIGINT, with everything drained and swept. `health` is told what the probes find.
 
     Raises BadEnvironment before the start, ServerFault when the server does not come up or dies.
     """
+    health = health or Health()
     asked_to_stop = threading.Event()
     previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     for number in previous:
         signal.signal(number, lambda *_: asked_to_stop.set())
     started = time.monotonic()
     try:
-        with TritonServer(repository, ports) as server:
+        with TritonServer(repository, ports, exposure=exposure) as server:
             supervisor = Supervisor(server)
             try:
                 supervisor.wait_ready(ready_timeout_s, asked_to_stop)
                 if not asked_to_stop.is_set():
+                    health.observed(None)
                     _announce(server, time.monotonic() - started, as_json)
-                supervisor.watch(asked_to_stop.wait, _log)
+                supervisor.watch(asked_to_stop.wait, _log, health.observed)
             finally:
+                health.drain()
                 supervisor.close()
             _log("draining")
         _log("stopped")

@@ -10,8 +10,10 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from runtime.errors import ServerFault
 from runtime.triton import TritonServer
@@ -20,6 +22,7 @@ PROBE_TEXT = "trireme readiness probe"
 PROBE_INTERVAL_S = 2.0
 PROBE_TIMEOUT_S = 5.0
 FAILURES_BEFORE_REPAIR = 2
+MOST_REPAIRS = 5  # without a success between; then a new process is the better repair
 
 
 @dataclass(frozen=True)
@@ -61,49 +64,75 @@ class Supervisor:
         raise ServerFault(f"Triton is not ready after {timeout_s:.0f} s ({reason}). Log:\n{self._server.log_tail()}")
 
     def probe(self) -> Failure | None:
-        """One real inference through the ensemble; None when it is sound."""
-        from tritonclient.grpc import InferInput
+        """One real inference, an ensemble's or one token of a generator's; None when it is sound."""
         from tritonclient.utils import InferenceServerException
 
         name = self._server.settings.ensemble
         text = f"{PROBE_TEXT} {time.time_ns()}"  # never twice the same, or a response cache would answer
         try:
             metadata = self._client.get_model_metadata(name, client_timeout=PROBE_TIMEOUT_S)
-            inputs = []
-            for tensor in metadata.inputs:
-                item = InferInput(tensor.name, [1, 1], tensor.datatype)
-                item.set_data_from_numpy(np.array([[text.encode()]], dtype=np.object_))
-                inputs.append(item)
+            names = [tensor.name for tensor in metadata.inputs]
+            if "text_input" in names:
+                return self._probe_generator(name, text)
+            inputs = [_tensor(item, np.array([[text.encode()]], dtype=np.object_)) for item in names]
             result = self._client.infer(name, inputs, client_timeout=PROBE_TIMEOUT_S)
             values = result.as_numpy(metadata.outputs[0].name)
         except InferenceServerException as error:
-            reason = str(error.message())
-            overloaded = any(code in str(error.status()) for code in ("UNAVAILABLE", "DEADLINE_EXCEEDED"))
-            return Failure(reason, busy=overloaded and "is not healthy" not in reason)
+            return _failure(error)
         if values is None or values.size == 0 or not np.isfinite(values).all():
             return Failure(f"{name} answered with {'nothing' if values is None else 'values that are not finite'}")
         return None
 
-    def watch(self, stopped: Callable[[float], bool], report: Callable[[str], None]) -> None:
-        """Probes until `stopped(seconds)` returns true; it is also the wait between probes.
+    def _probe_generator(self, name: str, text: str) -> Failure | None:
+        """A decoupled model answers on a stream."""
+        from queue import Empty, SimpleQueue
 
-        A server that exits raises ServerFault. A probe that fails twice running reloads the models; a server that is
-        merely too busy to answer is left alone, because a reload would make it busier.
+        answers: SimpleQueue[tuple[Any, Any]] = SimpleQueue()
+        inputs = [
+            _tensor("text_input", np.array([[text.encode()]], np.object_)),
+            _tensor("max_tokens", np.array([[1]], np.int32)),
+        ]
+        self._client.start_stream(lambda result, error: answers.put((result, error)), stream_timeout=PROBE_TIMEOUT_S)
+        try:
+            self._client.async_stream_infer(name, inputs)
+            result, error = answers.get(timeout=PROBE_TIMEOUT_S)
+        except Empty:
+            return Failure(f"{name} made no token within {PROBE_TIMEOUT_S:.0f} s", busy=True)
+        finally:
+            self._client.stop_stream(cancel_requests=True)
+        if error is not None:
+            return _failure(error)
+        return None if result.as_numpy("output_ids") is not None else Failure(f"{name} answered without a token")
+
+    def watch(
+        self,
+        stopped: Callable[[float], bool],
+        report: Callable[[str], None],
+        observe: Callable[[Failure | None], None] = lambda failure: None,
+    ) -> None:
+        """Probes until `stopped(seconds)` returns true; it is also the wait between probes. `observe` hears
+        each result.
+
+        A server that exits, or that no repair mends, raises ServerFault. A probe that fails twice running reloads the
+        models; a server that is merely too busy to answer is left alone, because a reload would make it busier.
         """
-        failures, repaired = 0, False
+        failures, repairs = 0, 0
         while not stopped(PROBE_INTERVAL_S):
             self._server.require_alive()
             failure = self.probe()
+            observe(failure)
             if failure is None:
-                if repaired:
+                if repairs:
                     report("serving again")
-                failures, repaired = 0, False
+                failures, repairs = 0, 0
             elif not failure.busy:
                 failures += 1
                 if failures >= FAILURES_BEFORE_REPAIR:
                     report(f"probe failed ({failure.reason}); loading the models again")
+                    if repairs == MOST_REPAIRS:
+                        raise ServerFault(f"{repairs} repairs did not help: {failure.reason}")
                     self._repair()
-                    failures, repaired = 0, True
+                    failures, repairs = 0, repairs + 1
 
     def _repair(self) -> None:
         """Loads every model again. Triton skips an unchanged model, so its files are touched first."""
@@ -118,3 +147,19 @@ class Supervisor:
                 self._client.load_model(name, headers=self._server.control_headers, client_timeout=60)
             except InferenceServerException:
                 continue  # the next probe says whether it matters, and the repair is tried again
+
+
+def _tensor(name: str, array: NDArray[Any]) -> Any:
+    from tritonclient.grpc import InferInput
+    from tritonclient.utils import np_to_triton_dtype
+
+    item = InferInput(name, list(array.shape), np_to_triton_dtype(array.dtype))
+    item.set_data_from_numpy(array)
+    return item
+
+
+def _failure(error: Any) -> Failure:
+    """`busy` for a server that refuses work, as a full queue does."""
+    reason = str(error.message())
+    overloaded = any(code in str(error.status()) for code in ("UNAVAILABLE", "DEADLINE_EXCEEDED"))
+    return Failure(reason, busy=overloaded and "is not healthy" not in reason)

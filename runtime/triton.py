@@ -1,7 +1,8 @@
-"""Starts and stops one Triton server on loopback, and leaves nothing behind.
+"""Starts and stops one Triton server, and leaves nothing behind.
 
-The server is the one inside the nvidia-pytriton wheel. It runs in a process group of its own with a guardian beside it
-(see `runtime.guardian`), so that processes, shared memory and scratch files go away whatever this process dies of.
+The server is the one inside the nvidia-pytriton wheel, or that of NVIDIA's container image. It runs in a process group
+of its own with a guardian beside it (see `runtime.guardian`), so that processes, shared memory and scratch files go
+away whatever this process dies of.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ EXIT_TIMEOUT_S = 15  # Triton finishes what is in flight within this, then leave
 _STUB_TIMEOUT_S = 300
 _SHM_BYTES = 1 << 20
 _SECRET_HEADER = "trireme-admin"
+# What a client must not do: load code, map memory, or name files that the server then writes (logs and traces).
+_RESTRICTED = "model-repository,shared-memory,trace,logging"
+_SYSTEM = Path("/opt/tritonserver")  # where NVIDIA's image keeps it
 
 
 @dataclass(frozen=True)
@@ -63,22 +67,48 @@ class Ports:
 
 
 @dataclass(frozen=True)
+class Exposure:
+    """Addresses that Triton binds, and how connections end. Everything on loopback unless said otherwise.
+
+    HTTP has no business on another address: one malformed request ends the server. `connection_age_s` closes
+    connections gently after a while, so that clients spread over new replicas. `log_to_stderr`: Triton's log joins
+    ours, where a container's log is read, instead of a file that grows. `control_secret` opens repository control to
+    whoever sends it; without one, a secret is made that only this process knows.
+    """
+
+    http: str = LOOPBACK
+    grpc: str = LOOPBACK
+    metrics: str = LOOPBACK
+    exit_timeout_s: int = EXIT_TIMEOUT_S
+    connection_age_s: int | None = None
+    log_to_stderr: bool = False
+    control_secret: str | None = None
+
+
+@dataclass(frozen=True)
 class Installation:
-    """Where the pieces of the bundled Triton lie."""
+    """Where the pieces of Triton lie. `stub` is to be put beside the Python backend; None where it lies there."""
 
     server: Path
-    backend: Path
-    stub: Path
+    backends: Path
+    stub: Path | None
     caches: Path
     libraries: Path
 
     @staticmethod
-    def find() -> Installation:
-        """Raises BadEnvironment without the wheel, or without a stub for this Python."""
+    def find(system: Path = _SYSTEM) -> Installation:
+        """The bundled server, else the system's. Raises BadEnvironment without either, or without a Python stub."""
         spec = importlib.util.find_spec("pytriton")
-        if spec is None or not spec.submodule_search_locations:
-            raise BadEnvironment("no embedded Triton: pip install nvidia-pytriton (Linux, Python 3.11 or 3.12)")
-        package = Path(next(iter(spec.submodule_search_locations)))
+        if spec is not None and spec.submodule_search_locations:
+            return Installation._bundled(Path(next(iter(spec.submodule_search_locations))))
+        if (system / "bin" / "tritonserver").is_file():
+            return Installation._of_the_system(system)
+        raise BadEnvironment(
+            f"no Triton: pip install nvidia-pytriton (Linux, Python 3.11 or 3.12), or use an image with {system}"
+        )
+
+    @staticmethod
+    def _bundled(package: Path) -> Installation:
         root = package / "tritonserver"
         version = f"{sys.version_info.major}.{sys.version_info.minor}"
         stub = root / "python_backend_stubs" / version / "triton_python_backend_stub"
@@ -86,10 +116,22 @@ class Installation:
             raise BadEnvironment(f"the embedded Triton has no Python {version} stub; use Python 3.11 or 3.12")
         return Installation(
             server=root / "bin" / "tritonserver",
-            backend=root / "backends" / "python",
+            backends=root / "backends",
             stub=stub,
             caches=root / "caches",
             libraries=package.parent / "nvidia_pytriton.libs",
+        )
+
+    @staticmethod
+    def _of_the_system(root: Path) -> Installation:
+        if not (root / "backends" / "python" / "triton_python_backend_stub").is_file():
+            raise BadEnvironment(f"{root} has no Python backend; use an image whose tag ends in -py3")
+        return Installation(
+            server=root / "bin" / "tritonserver",
+            backends=root / "backends",
+            stub=None,
+            caches=root / "caches",
+            libraries=root / "lib",
         )
 
 
@@ -99,26 +141,29 @@ class TritonServer:
     `secret` must be sent to reach repository control and shared memory; every other call is open on loopback.
     """
 
-    def __init__(self, repository: Path, ports: Ports, log: Path | None = None) -> None:
+    def __init__(
+        self, repository: Path, ports: Ports, log: Path | None = None, exposure: Exposure | None = None
+    ) -> None:
         require_numpy_1()
-        self.repository, self.ports = repository.resolve(), ports
+        self.repository, self.ports, self.exposure = repository.resolve(), ports, exposure or Exposure()
         self.settings = load_server_settings(self.repository)
-        self.secret = secrets.token_hex(16)
+        self.secret = self.exposure.control_secret or secrets.token_hex(16)
         ports.require_free()
         installation = Installation.find()
         self._work = Path(tempfile.mkdtemp(prefix="trireme-triton-"))
         self.log = log or self._work / "triton.log"
         self.shm_prefix = f"trireme_{os.getpid()}_{secrets.token_hex(4)}_"
-        self._guardian = _start_guardian(self.shm_prefix, self._work)
+        self._guardian = _start_guardian(self.shm_prefix, self._work, self.exposure.exit_timeout_s)
         try:
-            _lay_out_backend(installation, self._work / "backends" / "python")
+            if installation.stub is not None:
+                _lay_out_backend(installation, self._work / "backends" / "python")
             self._process = self._start(installation)
         except BaseException:
             self._dismiss_guardian()
             raise
 
     def _start(self, installation: Installation) -> subprocess.Popen[bytes]:
-        with self.log.open("wb") as stream:
+        with open(2, "wb", closefd=False) if self.exposure.log_to_stderr else self.log.open("wb") as stream:
             process = subprocess.Popen(
                 self._command(installation),
                 env=_environment(installation),
@@ -140,15 +185,15 @@ class TritonServer:
             "--model-control-mode=explicit",
             *(f"--load-model={name}" for name in self.settings.load_order),
             "--disable-auto-complete-config",  # else every Python model is imported twice
-            f"--backend-directory={self._work / 'backends'}",
+            f"--backend-directory={self._work / 'backends' if installation.stub else installation.backends}",
             f"--cache-directory={installation.caches}",
-            *(f"--{kind}-address={LOOPBACK}" for kind in ("http", "grpc", "metrics")),
+            *(f"--{kind}-address={getattr(self.exposure, kind)}" for kind in ("http", "grpc", "metrics")),
             f"--http-port={self.ports.http}",
             f"--grpc-port={self.ports.grpc}",
             f"--metrics-port={self.ports.metrics}",
-            f"--http-restricted-api=model-repository,shared-memory:{restricted}",
-            f"--grpc-restricted-protocol=model-repository,shared-memory:{restricted}",
-            f"--exit-timeout-secs={EXIT_TIMEOUT_S}",
+            f"--http-restricted-api={_RESTRICTED}:{restricted}",
+            f"--grpc-restricted-protocol={_RESTRICTED}:{restricted}",
+            f"--exit-timeout-secs={self.exposure.exit_timeout_s}",
             "--pinned-memory-pool-byte-size=0",
             "--log-format=ISO8601",
             f"--backend-config=python,shm-region-prefix-name={self.shm_prefix}",
@@ -156,6 +201,8 @@ class TritonServer:
             f"--backend-config=python,shm-growth-byte-size={_SHM_BYTES}",
             f"--backend-config=python,stub-timeout-seconds={_STUB_TIMEOUT_S}",
         ]
+        if self.exposure.connection_age_s is not None:
+            command.append(f"--grpc-max-connection-age={1000 * self.exposure.connection_age_s}")
         if self.settings.response_cache_bytes:
             command.append(f"--cache-config=local,size={self.settings.response_cache_bytes}")
         if self.settings.rate_limited:
@@ -196,11 +243,11 @@ class TritonServer:
         return "\n".join(kept[-lines:])
 
     def stop(self) -> None:
-        """Drains and ends the server. What is in flight gets EXIT_TIMEOUT_S; new connections are refused at once."""
+        """Drains and ends the server. What is in flight gets the exit timeout; new connections are refused at once."""
         if self._process.poll() is None:
             self._process.terminate()
             try:
-                self._process.wait(EXIT_TIMEOUT_S + 10)
+                self._process.wait(self.exposure.exit_timeout_s + 10)
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait(10)
@@ -211,7 +258,7 @@ class TritonServer:
         assert self._guardian.stdin is not None
         self._guardian.stdin.close()
         try:
-            self._guardian.wait(EXIT_TIMEOUT_S + 15)
+            self._guardian.wait(self.exposure.exit_timeout_s + 15)
         except subprocess.TimeoutExpired:
             self._guardian.kill()
             self._guardian.wait(5)
@@ -238,10 +285,12 @@ def load_server_settings(repository: Path) -> ServerSettings:
 
 def _lay_out_backend(installation: Installation, target: Path) -> None:
     """The backend directory wants the stub of this Python beside the library."""
+    assert installation.stub is not None
     target.mkdir(parents=True)
+    python = installation.backends / "python"
     for source in (
-        installation.backend / "libtriton_python.so",
-        installation.backend / "triton_python_backend_utils.py",
+        python / "libtriton_python.so",
+        python / "triton_python_backend_utils.py",
         installation.stub,
     ):
         shutil.copy(source, target / source.name)
@@ -261,7 +310,7 @@ def _environment(installation: Installation) -> dict[str, str]:
     }
 
 
-def _start_guardian(shm_prefix: str, work: Path) -> subprocess.Popen[bytes]:
+def _start_guardian(shm_prefix: str, work: Path, grace_s: int) -> subprocess.Popen[bytes]:
     guardian = Path(__file__).with_name("guardian.py")
-    command = [sys.executable, "-I", "-S", str(guardian), shm_prefix, str(work), str(EXIT_TIMEOUT_S)]
+    command = [sys.executable, "-I", "-S", str(guardian), shm_prefix, str(work), str(grace_s)]
     return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import model_validator
 
@@ -12,6 +12,7 @@ from builders.spec.kubernetes import KubernetesSlice
 from builders.spec.slices import (
     CompressSlice,
     EngineSlice,
+    GenerationSlice,
     ModelSlice,
     Name,
     ParallelSlice,
@@ -21,6 +22,10 @@ from builders.spec.slices import (
     Slice,
     SloSlice,
 )
+
+GENERATES = ("generation", "seq2seq")
+_ENCODER_PRECISIONS = {"cpu": ("fp32", "bf16", "int8"), "gpu": ("fp16", "int8")}
+_GENERATOR_PRECISIONS = {"cpu": ("fp32", "w8", "w4"), "gpu": ("fp16", "w8", "w4")}
 
 
 class DeploymentSpec(Slice):
@@ -33,11 +38,61 @@ class DeploymentSpec(Slice):
     parallel: ParallelSlice = ParallelSlice()
     engine: EngineSlice = EngineSlice()
     serving: ServingSlice = ServingSlice()
+    generation: GenerationSlice = GenerationSlice()
     kubernetes: KubernetesSlice = KubernetesSlice()
     slo: SloSlice = SloSlice()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_task(cls, data: Any) -> Any:
+        """A decoder reads every weight for each token, so the default there is the precision with fewer bytes."""
+        if not isinstance(data, dict) or not isinstance(data.get("model"), dict):
+            return data
+        precision = data.get("precision", {})
+        if data["model"].get("task") in GENERATES and isinstance(precision, dict):
+            return {**data, "precision": {"cpu": "w8", **precision}}
+        return data
+
     @model_validator(mode="after")
     def _coherent(self) -> DeploymentSpec:
+        precisions = _GENERATOR_PRECISIONS if self.generates else _ENCODER_PRECISIONS
+        for platform, chosen in (("cpu", self.precision.cpu), ("gpu", self.precision.gpu)):
+            if chosen not in precisions[platform]:
+                raise ValueError(
+                    f"precision.{platform}={chosen} does not go with model.task={self.model.task}; "
+                    f"use one of {', '.join(precisions[platform])}"
+                )
+        if self.generates:
+            self._require_cache_lengths()
+        else:
+            self._require_encoder_choices()
+        if self.model.task != "embedding" and (self.model.pooling or self.model.normalize is not None):
+            raise ValueError(f"model.pooling and model.normalize apply to task embedding, not {self.model.task}")
+        return self
+
+    def _require_cache_lengths(self) -> None:
+        lengths, longest = self.cache_lengths, self.model.max_length
+        if list(lengths) != sorted(set(lengths)) or lengths[-1] != longest:
+            raise ValueError(
+                f"generation.cache_lengths={list(lengths)} must rise strictly and end with model.max_length={longest}: "
+                "prompt and output together fit the longest row"
+            )
+        if self.parallel.ranks > 1 and self.model.task == "seq2seq":
+            raise ValueError("parallel: encoder-decoders are not shared out to ranks; use replicas")
+
+    @property
+    def generates(self) -> bool:
+        return self.model.task in GENERATES
+
+    @property
+    def cache_lengths(self) -> tuple[int, ...]:
+        """Of the cache's rows, in tokens. A row moves to the next length when it outgrows its own."""
+        if self.generation.cache_lengths is not None:
+            return self.generation.cache_lengths
+        doubled = [128 << step for step in range(12) if 128 << step < self.model.max_length]
+        return (*doubled, self.model.max_length)
+
+    def _require_encoder_choices(self) -> None:
         buckets, longest = self.serving.length_buckets, self.model.max_length
         if list(buckets) != sorted(set(buckets)):
             raise ValueError(f"serving.length_buckets={list(buckets)} must rise strictly")
@@ -50,8 +105,6 @@ class DeploymentSpec(Slice):
             self._require_profile(length)
         if self.engine.flavour == "tensorrt-rtx" and len(self.engine.profiles) > 1:
             raise ValueError("engine.profiles: engines of flavour tensorrt-rtx are served with one profile; give one")
-        if self.model.task != "embedding" and (self.model.pooling or self.model.normalize is not None):
-            raise ValueError(f"model.pooling and model.normalize apply to task embedding, not {self.model.task}")
         if self.precision.cpu == "bf16" and self.serving.executor == "onnxruntime":
             raise ValueError("precision.cpu=bf16 needs serving.executor=openvino; ONNX Runtime computes in fp32 on CPU")
         self._require_rank_choices()
@@ -59,7 +112,6 @@ class DeploymentSpec(Slice):
             raise ValueError(
                 f"serving.response_cache_bytes={self.serving.response_cache_bytes} is under Triton's minimum of 1048576"
             )
-        return self
 
     def _require_rank_choices(self) -> None:
         """What ranks cannot do: the CPU's run pieces of the graph on ONNX Runtime, the GPU's have one engine each."""
@@ -89,11 +141,12 @@ class DeploymentSpec(Slice):
             "widen a profile, or lower max_batch_size or model.max_length"
         )
 
-    def precision_on(self, platform: Platform) -> Literal["fp32", "bf16", "fp16", "int8"]:
+    def precision_on(self, platform: Platform) -> Literal["fp32", "bf16", "fp16", "int8", "w8", "w4"]:
         """What the platform serves."""
         return self.precision.cpu if platform == "cpu" else self.precision.gpu
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the canonical JSON of the whole spec."""
-        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+        """SHA-256 of the canonical JSON of what is served; where and how many times, and how well, is left out."""
+        content = self.model_dump(mode="json", exclude={"kubernetes", "slo"})
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,9 +1,113 @@
-"""What the spec says about the cluster."""
+"""What the spec says about the cluster. Every key has a default; the arithmetic that follows is in `deploy.sizing`."""
 
 from __future__ import annotations
 
-from builders.spec.slices import Slice
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from builders.spec.slices import Name, NotNegative, Positive, Slice
+
+Tag = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,127}$")]
+Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
+
+
+class ImageSlice(Slice):
+    """Where images come from. `trireme/serving`, `-gpu` variants and the builder share one tag."""
+
+    registry: str = Field("", description="put before every image name, such as registry.example.com/team")
+    tag: Tag = "0.1.0"
+    serving_digest: Digest | None = Field(None, description="pins the serving image harder than its tag")
+    pull_secret: Name | None = None
+
+    @model_validator(mode="after")
+    def _pinned(self) -> ImageSlice:
+        if self.tag == "latest":
+            raise ValueError("images.tag=latest names no version; give the release that is to run")
+        return self
+
+
+class ModelStoreSlice(Slice):
+    """Where built models lie. The engine-build Job writes, pods read.
+
+    `claim`: a PersistentVolumeClaim. `gcs` and `s3`: a bucket, mounted by the cloud's CSI driver under the identity of
+    the pods' service account.
+    """
+
+    kind: Literal["claim", "gcs", "s3"] = "claim"
+    size_gib: Positive = 50
+    access: Literal["ReadWriteMany", "ReadOnlyMany", "ReadWriteOnce"] = "ReadWriteMany"
+    storage_class: str | None = Field(None, description="default: the cluster's default class")
+    bucket: str | None = Field(None, description="gcs and s3")
+    identity: str | None = Field(None, description="Google service account (gcs) or IAM role ARN (s3) of the pods")
+    cache_gib: NotNegative = Field(0, description="copy the weights to the node's disk first; 0: read from the store")
+
+    @model_validator(mode="after")
+    def _whole(self) -> ModelStoreSlice:
+        if (self.kind != "claim") != (self.bucket is not None):
+            raise ValueError(f"model_store.kind={self.kind} {'needs' if self.kind != 'claim' else 'takes no'} bucket")
+        if self.kind == "claim" and self.identity is not None:
+            raise ValueError("model_store.identity is for gcs and s3")
+        return self
+
+
+class ScalingSlice(Slice):
+    """How the number of pods follows the load. `hpa` needs prometheus-adapter, `keda` needs KEDA; never both."""
+
+    by: Literal["none", "hpa", "keda"] = "hpa"
+    min_replicas: Positive = Field(2, description="also the number of pods where scaling.by is none")
+    max_replicas: Positive = 8
+    queue_share: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.25, description="share of slo.p95_latency_ms that a request may wait before pods are added"
+    )
+    scale_down_s: Positive = Field(600, description="how long the load must have been low before a pod goes")
+    prometheus: str = Field("http://prometheus-operated.monitoring.svc:9090", description="keda only")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> ScalingSlice:
+        if self.by != "none" and self.min_replicas > self.max_replicas:
+            raise ValueError(f"scaling.min_replicas={self.min_replicas} is over max_replicas={self.max_replicas}")
+        return self
+
+
+class GatewaySlice(Slice):
+    """gRPC from outside, through Gateway API."""
+
+    class_name: str
+    hostname: str
+    tls_secret: Name = "serving-tls"
 
 
 class KubernetesSlice(Slice):
     """Deployment to a cluster."""
+
+    namespace: Name | None = Field(None, description="default: the spec's name, so that each model has its own")
+    images: ImageSlice = ImageSlice()
+    model_store: ModelStoreSlice = ModelStoreSlice()
+    scaling: ScalingSlice = ScalingSlice()
+    gateway: GatewaySlice | None = Field(None, description="default: reachable inside the cluster only")
+    build_in_cluster: bool = Field(True, description="a Job builds the model on the kind of node that will serve it")
+    monitoring: bool = Field(True, description="PodMonitor, alerts and a dashboard; needs the Prometheus operator")
+
+    gpu_resource: str = "nvidia.com/gpu"
+    gpus_by: Literal["device-plugin", "dra"] = "device-plugin"
+    gpus_per_node: Positive = Field(8, description="a replica with more ranks is spread over nodes")
+    node_selector: dict[str, str] = Field({}, description="labels of the nodes; GPU nodes are found by engine.targets")
+    priority_class: str | None = None
+
+    cpus: Positive | None = Field(None, description="default: 4, or 8 for each GPU")
+    memory_gib: Positive | None = Field(None, description="without /dev/shm; default: 4, or 16 for each GPU")
+    shm_mib: Positive | None = Field(None, description="default: 256, or 2048 for each GPU where there are several")
+
+    load_s: Positive = Field(
+        300, description="fetched model to first answer, at worst; the startup probe waits as long"
+    )
+    fetch_s: Positive = Field(3600, description="how long a pod waits for its model to be built")
+    pre_stop_s: Positive = Field(10, description="pause before SIGTERM, in which endpoints are withdrawn")
+    drain_s: Positive = Field(30, description="what is in flight gets this long after SIGTERM")
+    surge: bool = Field(
+        True, description="false: an old pod leaves before a new one comes, for pools without spare GPUs"
+    )
+    graph_digest: Annotated[str, Field(pattern=r"^([0-9a-f]{64}|any)$")] = Field(
+        "any", description="digest of the graph that engines must come from, as `trireme build --json` gives it"
+    )

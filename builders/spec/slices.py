@@ -49,12 +49,17 @@ class CompressSlice(Slice):
 class PrecisionSlice(Slice):
     """Numbers that the graph computes in, and the quality that must remain."""
 
-    cpu: Literal["fp32", "bf16", "int8"] = Field(
-        "fp32", description="bf16: the fp32 graph, computed in bfloat16 by OpenVINO where the CPU has it"
+    cpu: Literal["fp32", "bf16", "int8", "w8", "w4"] = Field(
+        "fp32",
+        description="bf16: the fp32 graph, computed in bfloat16 by OpenVINO where the CPU has it. Generation: fp32, or "
+        "weights alone in 8 or 4 bits (w8 unless said otherwise)",
     )
-    gpu: Literal["fp16", "int8"] = "fp16"
+    gpu: Literal["fp16", "int8", "w8", "w4"] = "fp16"
     min_mean_cosine: Fraction = Field(0.998, description="against the fp32 model, mean over held-out texts")
     min_worst_cosine: Fraction = Field(0.98, description="against the fp32 model, the worst held-out text")
+    max_perplexity_ratio: Annotated[float, Field(ge=1)] = Field(
+        1.03, description="generation: perplexity on held-out texts over that of the fp32 model"
+    )
     calibration_texts: Path | None = Field(
         None, description="UTF-8 file, one text a line; default: docstrings of Python's standard library"
     )
@@ -133,6 +138,19 @@ class ServingSlice(Slice):
     response_cache_bytes: NotNegative = Field(0, description="0: off; Triton wants at least 1 MiB")
     warmup: bool = True
     rate_limit: RateLimitSlice | None = None
+
+
+class GenerationSlice(Slice):
+    """How a language model runs: rows of a key-value cache, and who waits for whom."""
+
+    slots: Positive = Field(16, description="sequences that run at once")
+    kept_prefixes: NotNegative = Field(8, description="ended sequences whose cache stays for others that begin alike")
+    cache_lengths: tuple[Positive, ...] | None = Field(
+        None, description="tokens of the cache's rows, rising; default: 128, 256, … up to model.max_length"
+    )
+    chunk_tokens: Positive = Field(128, description="of a long prompt in one step, so that running streams go on")
+    default_max_tokens: Positive = 128
+    request_timeout_s: Annotated[float, Field(gt=0)] | None = None
 
 
 class SloSlice(Slice):

@@ -1,0 +1,90 @@
+"""Commands about the cluster's files: manifests written and checked, models put into the store that pods read."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from builders.commands.options import DEFAULT_BUILD, BuildDir, JsonFlag, PlatformOption, SpecArgument, fail, status
+from builders.errors import SpecError
+
+if TYPE_CHECKING:
+    from builders.spec import EngineSlice
+
+
+def manifests(
+    spec: SpecArgument,
+    output: Annotated[Path, typer.Option("-o", "--output", help="folder to write, new or written before")],
+    platform: PlatformOption = "cpu",
+    as_json: JsonFlag = False,
+) -> None:
+    """A kustomize overlay from a spec, and its rendered YAML, checked offline."""
+    from builders.deploy.manifests import RENDERED, write_manifests
+    from builders.spec import load_spec
+
+    with status(f"write {output}", as_json):
+        written = write_manifests(load_spec(spec), platform, output)
+    if as_json:
+        print(written.model_dump_json(indent=2))
+        return
+    gpus = f", {written.gpus_per_pod} GPU a pod" if written.gpus_per_pod else ""
+    print(f"{output}: {written.objects} objects in namespace {written.namespace}{gpus}")
+    print(f"  rendered {output / RENDERED}\n  apply    kubectl apply --server-side -k {output}")
+
+
+def lint_manifests(
+    files: Annotated[list[Path], typer.Argument(help="YAML files, or folders of them; all together one set")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Checks anyone's manifests offline: strict schemas, then what schemas let pass. Exit 1 with findings."""
+    from builders.deploy.check import check_files
+    from builders.deploy.schemas import SUPPORTED
+
+    count, findings = check_files(files)
+    if as_json:
+        rows = [dataclasses.asdict(finding) for finding in findings]
+        print(json.dumps({"objects": count, "kubernetes": list(SUPPORTED), "findings": rows}, indent=2))
+    else:
+        for finding in findings:
+            print(finding)
+    if findings:
+        fail(f"{len(findings)} findings in {count} objects", 1)
+    if not as_json:
+        print(f"{count} objects: nothing found (Kubernetes {' and '.join(SUPPORTED)})")
+
+
+def publish(
+    spec: SpecArgument,
+    store: Annotated[Path, typer.Option(help="model store, as pods mount it")],
+    platform: PlatformOption = "cpu",
+    target: Annotated[str | None, typer.Option(help="build this one of engine.targets only, such as sm89")] = None,
+    build_dir: BuildDir = DEFAULT_BUILD,
+    as_json: JsonFlag = False,
+) -> None:
+    """Builds what is missing and publishes it to a model store, under the key that serving pods look for."""
+    from builders import pipeline, present
+    from builders.spec import load_spec
+    from runtime.model_store import publish as publish_repository
+
+    found = load_spec(spec)
+    if target is not None:
+        found = found.model_copy(update={"engine": _only(found.engine, target)})
+    with present.build_progress(quiet=as_json) as report:
+        built = pipeline.build(found, platform, build_dir, "repository", report)
+    assert built.entry is not None
+    published, unchanged = publish_repository(built.entry.repository, platform, store)
+    if as_json:
+        print(published.model_dump_json(indent=2))
+    else:
+        print(f"{store / published.model / platform / published.key}{' (unchanged)' if unchanged else ''}")
+
+
+def _only(engine: EngineSlice, target: str) -> EngineSlice:
+    if target not in engine.targets:
+        expected = f"one of engine.targets: {', '.join(engine.targets)}"
+        raise SpecError("--target", got=target, expected=expected, fix="choose one of these, or add it to the spec")
+    return engine.model_copy(update={"targets": (target,)})

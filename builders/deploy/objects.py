@@ -1,0 +1,252 @@
+"""Kubernetes objects as parsed YAML, and the few views of them that checks need."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import yaml
+
+from builders.errors import InputError
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One fault. `object` is `Kind/name`, `path` a dotted path inside it."""
+
+    rule: str
+    object: str
+    path: str
+    got: str
+    expected: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{self.object} {self.path}: {self.rule}: got {self.got}; expected {self.expected}. Fix: {self.fix}"
+
+
+class ManifestError(InputError):
+    """A file that is no Kubernetes YAML."""
+
+
+@dataclass(frozen=True)
+class KubeObject:
+    """One object. `data` is what the file says; nothing is defaulted."""
+
+    data: Mapping[str, Any]
+
+    @property
+    def kind(self) -> str:
+        return str(self.data["kind"])
+
+    @property
+    def api_version(self) -> str:
+        return str(self.data["apiVersion"])
+
+    @property
+    def name(self) -> str:
+        return str(at(self.data, "metadata.name") or at(self.data, "metadata.generateName") or "")
+
+    @property
+    def namespace(self) -> str:
+        return str(at(self.data, "metadata.namespace") or "")
+
+    @property
+    def title(self) -> str:
+        return f"{self.kind}/{self.name}"
+
+    @property
+    def labels(self) -> dict[str, str]:
+        return mapping(self.data, "metadata.labels")
+
+
+@dataclass(frozen=True)
+class Pod:
+    """A pod template. `path` is where its spec stands in the owner."""
+
+    owner: KubeObject
+    path: str
+    labels: Mapping[str, str]
+    spec: Mapping[str, Any]
+
+    def containers(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """Path and container, init containers first, as they run."""
+        for key in ("initContainers", "containers"):
+            for index, container in enumerate(rows(self.spec, key)):
+                yield f"{self.path}.{key}[{index}]", container
+
+    def volumes(self) -> dict[str, Mapping[str, Any]]:
+        return {str(item.get("name")): item for item in rows(self.spec, "volumes")}
+
+    @property
+    def port_names(self) -> set[str]:
+        return {str(port["name"]) for _, box in self.containers() for port in rows(box, "ports") if port.get("name")}
+
+    @property
+    def port_numbers(self) -> set[int]:
+        return {int(port["containerPort"]) for _, box in self.containers() for port in rows(box, "ports")}
+
+
+_POD_PATHS = {
+    "Pod": ("",),
+    "Deployment": ("spec.template",),
+    "StatefulSet": ("spec.template",),
+    "DaemonSet": ("spec.template",),
+    "ReplicaSet": ("spec.template",),
+    "Job": ("spec.template",),
+    "CronJob": ("spec.jobTemplate.spec.template",),
+    "LeaderWorkerSet": ("spec.leaderWorkerTemplate.leaderTemplate", "spec.leaderWorkerTemplate.workerTemplate"),
+}
+
+
+@dataclass(frozen=True)
+class ObjectSet:
+    """Objects that are applied together. References are resolved inside it, by namespace."""
+
+    objects: tuple[KubeObject, ...]
+
+    def of(self, *kinds: str) -> Iterator[KubeObject]:
+        return (item for item in self.objects if item.kind in kinds)
+
+    def find(self, kind: str, name: object, namespace: str) -> KubeObject | None:
+        return next((item for item in self.of(kind) if item.name == name and item.namespace == namespace), None)
+
+    def pods(self) -> Iterator[Pod]:
+        for item in self.objects:
+            yield from pods_of(item)
+
+    def selected(self, labels: Mapping[str, Any], namespace: str) -> list[Pod]:
+        """Pods in the namespace that carry all these labels."""
+        return [
+            pod
+            for pod in self.pods()
+            if pod.owner.namespace == namespace and labels.items() <= dict(pod.labels).items()
+        ]
+
+
+def pods_of(item: KubeObject) -> Iterator[Pod]:
+    for path in _POD_PATHS.get(item.kind, ()):
+        template = at(item.data, path) if path else item.data
+        if isinstance(template, Mapping):
+            where = f"{path}.spec" if path else "spec"
+            yield Pod(item, where, mapping(template, "metadata.labels"), mapping(template, "spec"))
+
+
+def matches(selector: Mapping[str, Any], labels: Mapping[str, str]) -> bool:
+    """A LabelSelector against labels. An empty one matches everything."""
+    if not mapping(selector, "matchLabels").items() <= dict(labels).items():
+        return False
+    for item in rows(selector, "matchExpressions"):
+        value, values = labels.get(str(item.get("key"))), item.get("values") or []
+        operator = item.get("operator")
+        held = {
+            "In": value in values,
+            "NotIn": value not in values,
+            "Exists": value is not None,
+            "DoesNotExist": value is None,
+        }
+        if not held.get(str(operator), False):
+            return False
+    return True
+
+
+def at(data: Any, path: str) -> Any:
+    """The value at a dotted path, or None where the way ends."""
+    for key in path.split("."):
+        if not isinstance(data, Mapping):
+            return None
+        data = data.get(key)
+    return data
+
+
+def mapping(data: Any, path: str) -> dict[str, Any]:
+    value = at(data, path)
+    return dict(value) if isinstance(value, Mapping) else {}
+
+
+def rows(data: Any, path: str) -> list[Mapping[str, Any]]:
+    """The mappings of a list, in order."""
+    value = at(data, path)
+    return [row for row in value if isinstance(row, Mapping)] if isinstance(value, Sequence) else []
+
+
+def number(data: Any, path: str, default: int) -> int:
+    """A whole number, or the API's default where there is none (schemas allow null)."""
+    value = at(data, path)
+    return value if isinstance(value, int) else default
+
+
+def words(data: Any, path: str) -> list[str]:
+    value = at(data, path)
+    return [str(word) for word in value] if isinstance(value, Sequence) and not isinstance(value, str) else []
+
+
+class _Loader(yaml.CSafeLoader):
+    """YAML as an API server reads it: dates stay text. A key given twice is noted, where kubectl takes the last."""
+
+    duplicates: list[tuple[str, int]]
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                if key.value in seen:
+                    self.duplicates.append((key.value, key.start_mark.line + 1))
+                seen.add(key.value)
+        return cast("dict[Any, Any]", super().construct_mapping(node, deep))
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in found if tag != "tag:yaml.org,2002:timestamp"]
+    for first, found in yaml.CSafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_constructor("tag:yaml.org,2002:value", lambda loader, node: str(node.value))  # a lone `=`, in many CRDs
+
+
+def read_objects(text: str, source: str) -> tuple[list[KubeObject], list[Finding]]:
+    """Every object of a YAML stream, lists opened, and a finding for each key that is given twice.
+
+    Raises ManifestError: not YAML, or a document without apiVersion and kind.
+    """
+    objects: list[KubeObject] = []
+    findings: list[Finding] = []
+    loader = _Loader(text)
+    loader.duplicates = []
+    try:
+        while loader.check_data():  # type: ignore[no-untyped-call]
+            document = loader.get_data()
+            opened = list(_open(document, source))
+            objects += opened
+            title = opened[0].title if opened else source
+            findings += [_twice(title, source, key, line) for key, line in loader.duplicates]
+            loader.duplicates.clear()
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ManifestError(
+            source, got=" ".join(str(error).split())[:300], expected="valid YAML", fix="mend the line named here"
+        ) from error
+    finally:
+        loader.dispose()
+    return objects, findings
+
+
+def _twice(title: str, source: str, key: str, line: int) -> Finding:
+    where = f"line {line} of {source}"
+    return Finding("duplicate-key", title, where, f"the key {key!r} twice", "each key once", "remove one of the two")
+
+
+def _open(document: Any, source: str) -> Iterator[KubeObject]:
+    if document is None:
+        return
+    if not isinstance(document, dict) or not all(isinstance(document.get(key), str) for key in ("apiVersion", "kind")):
+        raise ManifestError(
+            source,
+            got=f"a document that is {type(document).__name__} without apiVersion and kind",
+            expected="Kubernetes objects",
+            fix="give manifests only; Helm templates must be rendered first",
+        )
+    if document["kind"] == "List":
+        for item in document.get("items") or []:
+            yield from _open(item, source)
+        return
+    yield KubeObject(document)

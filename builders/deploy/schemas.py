@@ -1,0 +1,114 @@
+"""Schemas: built-in kinds from kubernetes-validate, strictly; custom resources from `custom_resources`.
+
+kubernetes-validate's own entry point takes the newest schema that is not newer than asked, ignores the group's domain
+and warns about kinds that it does not know. Here the version must be there, the group must match, and a kind without a
+schema is a finding.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from functools import cache
+from importlib import resources, util
+from typing import Any
+
+from builders.deploy.custom_resources import CUSTOM_RESOURCES
+from builders.deploy.objects import Finding, KubeObject
+from builders.errors import MachineError
+
+OLDEST, NEWEST = "1.35", "1.37"
+SUPPORTED = (OLDEST, NEWEST)
+_MOST_PER_OBJECT = 5
+
+
+def schema_findings(item: KubeObject, versions: Iterable[str] = SUPPORTED) -> list[Finding]:
+    """Faults of one object at each Kubernetes minor version; the same fault is named once."""
+    found: dict[tuple[str, str], Finding] = {}
+    for version in versions:
+        validator = _validator(item.api_version, item.kind, version)
+        if validator is None:
+            return [_no_schema(item, version)]
+        for error in list(validator.iter_errors(item.data))[:_MOST_PER_OBJECT]:
+            path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error.absolute_path)
+            finding = _fault(item, path.lstrip(".") or "(the object)", error, version)
+            found.setdefault((finding.path, finding.got), finding)
+    return list(found.values())
+
+
+def _fault(item: KubeObject, path: str, error: Any, version: str) -> Finding:
+    message = str(error.message)
+    got = message if len(message) <= 160 else f"{message[:157]}..."
+    return Finding(
+        "schema",
+        item.title,
+        path,
+        got,
+        f"what {item.api_version} allows ({version})",
+        "see `kubectl explain` of that path",
+    )
+
+
+def _no_schema(item: KubeObject, version: str) -> Finding:
+    return Finding(
+        "no-schema",
+        item.title,
+        "apiVersion",
+        f"{item.api_version} {item.kind}, which Kubernetes {version} does not have",
+        "a built-in kind, or one of " + ", ".join(sorted(kind for _, kind in CUSTOM_RESOURCES)),
+        "correct apiVersion and kind; other custom resources cannot be checked here",
+    )
+
+
+@cache
+def _validator(api_version: str, kind: str, version: str) -> Any:
+    """A validator, or None when there is no schema. Custom resources do not depend on the cluster's version."""
+    from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
+
+    custom = CUSTOM_RESOURCES.get((api_version, kind))
+    pods = _definitions(version)
+    if custom is not None:
+        return Draft202012Validator(custom, registry=pods)
+    group, _, number = api_version.rpartition("/")
+    short = f"{group.partition('.')[0]}-{number}" if group else number
+    file = _folder(version) / f"{kind.lower()}-{short}.json"
+    if not file.is_file():
+        return None
+    schema = json.loads(file.read_text())
+    known = schema.get("x-kubernetes-group-version-kind", [])
+    if {"group": group, "version": number, "kind": kind} not in known:
+        return None
+    return Draft202012Validator(schema, registry=pods)
+
+
+def _folder(version: str) -> Any:
+    if util.find_spec("kubernetes_validate") is None:
+        raise MachineError(
+            "Kubernetes schemas",
+            got="no module kubernetes_validate",
+            expected="the package kubernetes-validate",
+            fix="pip install 'trireme[kubernetes]'",
+        )
+    folder = resources.files("kubernetes_validate") / "kubernetes-json-schema" / f"v{version}.0-local-strict"
+    if not folder.is_dir():
+        raise MachineError(
+            f"schemas of Kubernetes {version}",
+            got="none in the installed kubernetes-validate",
+            expected="schemas of that minor version",
+            fix="pip install --upgrade kubernetes-validate",
+        )
+    return folder
+
+
+@cache
+def _definitions(version: str) -> Any:
+    """The definitions that schemas of this version refer to, read once: they are megabytes."""
+    from referencing import Registry, Resource
+
+    contents = json.loads((_folder(version) / "_definitions.json").read_text())
+    return Resource.from_contents(contents) @ Registry()
+
+
+def checked_kinds() -> Iterator[str]:
+    """Custom resources with a schema here, for messages and documents."""
+    return (f"{api_version} {kind}" for api_version, kind in sorted(CUSTOM_RESOURCES))

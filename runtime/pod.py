@@ -1,0 +1,163 @@
+"""What runs in a pod: `python -m runtime.pod fetch | serve | ranks | probe`. The serving image holds no `builders`.
+
+    fetch   init container: waits for a model that fits this node, and lays it out for Triton
+    serve   Triton under its supervisor, with health over HTTP; SIGTERM drains
+    ranks   a further pod of a replica that spans several: runs its ranks for the pod that serves
+    probe   asks `serve` whether it is ready, for container engines that run a command
+
+Exit codes as everywhere: 0 done, 1 a fault while serving, 2 an environment that cannot serve.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import signal
+import sys
+import threading
+from pathlib import Path
+
+from runtime.errors import BadEnvironment, ServerFault, ServingError
+
+HEALTH_PORT = 8003
+RANKS_PORT = 29400
+_PROBE_S = 3.0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except ServingError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except OSError as error:
+        print(f"error: {error.filename or 'input/output'}: {error.strerror or error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m runtime.pod", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True, metavar="command")
+    fetch = commands.add_parser("fetch", help="wait for a model that fits this node, and lay it out")
+    fetch.set_defaults(run=_fetch)
+    fetch.add_argument("--store", type=Path, required=True, help="where `trireme publish` writes")
+    fetch.add_argument("--model", required=True, help="the spec's name")
+    fetch.add_argument("--platform", choices=["cpu", "gpu"], required=True)
+    fetch.add_argument("--into", type=Path, required=True, help="folder that becomes the model repository")
+    fetch.add_argument("--wait-s", type=float, default=3600)
+    fetch.add_argument("--graph-digest", default="any", help="SHA-256 of the graph that engines must come from")
+    fetch.add_argument("--threads", type=int, help="CPU threads of an instance, where the model leaves them open")
+    fetch.add_argument("--copy-weights", action="store_true", help="copies instead of links into the store")
+
+    serve = commands.add_parser("serve", help="serve a model repository until SIGTERM")
+    serve.set_defaults(run=_serve)
+    serve.add_argument("repository", type=Path)
+    for name, port in (("http", 8000), ("grpc", 8001), ("metrics", 8002), ("health", HEALTH_PORT)):
+        serve.add_argument(f"--{name}-port", type=int, default=port)
+        serve.add_argument(f"--{name}-address", default="127.0.0.1")
+    serve.add_argument("--ready-timeout-s", type=float, default=300)
+    serve.add_argument("--exit-timeout-s", type=int, default=30, help="what is in flight gets this long after SIGTERM")
+    serve.add_argument("--connection-age-s", type=int, help="close gRPC connections gently after this long")
+    serve.add_argument("--control-secret-file", type=Path, help="opens repository control; where absent, nobody may")
+
+    ranks = commands.add_parser("ranks", help="run this host's ranks of a replica of several pods")
+    ranks.set_defaults(run=_ranks)
+    ranks.add_argument("--leader", required=True, help="host name of the pod that serves")
+    ranks.add_argument("--host", type=int, required=True, help="1 for the first pod after the leader")
+    ranks.add_argument("--hosts", type=int, required=True, help="pods of the replica, the leader among them")
+    ranks.add_argument("--ranks-each", type=int, required=True, help="ranks, and GPUs, of one pod")
+    ranks.add_argument("--secret-file", type=Path, required=True, help="the same on all hosts")
+    ranks.add_argument("--port", type=int, default=RANKS_PORT)
+    ranks.add_argument("--interface", default="eth0", help="network interface between the hosts")
+    ranks.add_argument("--health-address", default="127.0.0.1")
+    ranks.add_argument("--health-port", type=int, default=HEALTH_PORT)
+
+    probe = commands.add_parser("probe", help="exit 0 when `serve` is ready")
+    probe.set_defaults(run=_probe)
+    probe.add_argument("--health-port", type=int, default=HEALTH_PORT)
+    return parser
+
+
+def _fetch(options: argparse.Namespace) -> None:
+    from runtime.model_store import lay_out, wait_for
+    from runtime.node import Node
+
+    node = Node.find()
+    found = wait_for(options.store, options.model, options.platform, node, options.graph_digest, options.wait_s, _say)
+    lay_out(found, options.store, options.into, copy_weights=options.copy_weights, threads=options.threads)
+    _say(f"{found.model} version {found.version} from {found.key} is in {options.into}")
+
+
+def _serve(options: argparse.Namespace) -> None:
+    from runtime.health import Health, HealthServer
+    from runtime.serve import serve_repository
+    from runtime.triton import Exposure, Ports
+
+    exposure = Exposure(
+        http=options.http_address,
+        grpc=options.grpc_address,
+        metrics=options.metrics_address,
+        exit_timeout_s=options.exit_timeout_s,
+        connection_age_s=options.connection_age_s,
+        log_to_stderr=True,
+        control_secret=_secret(options.control_secret_file),
+    )
+    ports = Ports(options.http_port, options.grpc_port, options.metrics_port)
+    health = Health()
+    with HealthServer(health, options.health_address, options.health_port):
+        serve_repository(options.repository, ports, options.ready_timeout_s, True, exposure, health)
+
+
+def _secret(path: Path | None) -> str | None:
+    """Visible ASCII on one line, because it travels as a header and stands in Triton's arguments."""
+    if path is None or not path.exists():
+        return None
+    text = path.read_text().strip()
+    if not re.fullmatch(r"[A-Za-z0-9_-]{16,}", text):
+        raise BadEnvironment(f"{path}: a control secret has at least 16 letters, digits, - or _")
+    return text
+
+
+def _ranks(options: argparse.Namespace) -> None:
+    from runtime.health import Health, HealthServer
+    from runtime.ranks.hosts import Hosts, serve_host
+
+    secret = _secret(options.secret_file)
+    if secret is None:
+        raise BadEnvironment(f"{options.secret_file}: no such file; hosts prove a shared secret to each other")
+    hosts = Hosts(options.leader, options.port, options.hosts, options.ranks_each, options.interface, secret.encode())
+    asked_to_stop, health = threading.Event(), Health()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: asked_to_stop.set())
+
+    def stopped() -> bool:  # asked several times a second, so that the agent is seen to live
+        health.observed(None)
+        return asked_to_stop.is_set()
+
+    with HealthServer(health, options.health_address, options.health_port):
+        serve_host(hosts, options.host, stopped)
+
+
+def _probe(options: argparse.Namespace) -> None:
+    import http.client
+
+    connection = http.client.HTTPConnection("127.0.0.1", options.health_port, timeout=_PROBE_S)
+    try:
+        connection.request("GET", "/ready")
+        answer = connection.getresponse()
+        if answer.status != 200:
+            raise ServerFault(f"not ready: {answer.read(500).decode(errors='replace').strip()}")
+    except OSError as error:
+        raise ServerFault(f"not ready: no answer on port {options.health_port} ({error.strerror or error})") from error
+    finally:
+        connection.close()
+
+
+def _say(message: str) -> None:
+    print(f"trireme: {message}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,38 @@
+"""One rank's process: how it is started and ended."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+_ROOT = Path(__file__).resolve().parents[2]
+
+
+def start_rank(
+    rank: int, ranks: int, meeting: str, interface: str, descriptor: int, log: Path
+) -> subprocess.Popen[bytes]:
+    """Commands come through `descriptor`; `meeting` is where the ranks find each other (`file://` or `tcp://`).
+
+    The kernel ends the process with the thread that called this.
+    """
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": interface, "OMP_NUM_THREADS": "1"}
+    arguments = [str(rank), str(ranks), meeting, str(descriptor), str(os.getpid())]
+    with log.open("wb") as words:
+        return subprocess.Popen(
+            [sys.executable, "-m", "runtime.ranks.worker", *arguments],
+            pass_fds=[descriptor],
+            stdin=subprocess.DEVNULL,
+            stderr=words,
+            env={**environment, "PYTHONPATH": os.pathsep.join([str(_ROOT), environment.get("PYTHONPATH", "")])},
+        )
+
+
+def end_processes(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Nothing that a rank holds is worth a farewell."""
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.wait()

@@ -1,0 +1,343 @@
+"""What runs in a pod: the model store, the init step, health, and the server itself with a real Triton."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from tritonclient import grpc as triton_grpc
+from tritonclient.utils import InferenceServerException
+
+from builders import pipeline
+from builders.__main__ import run
+from builders.commands.manifests import publish as publish_spec
+from builders.pipeline import Build
+from runtime.errors import BadEnvironment
+from runtime.health import BUSY_WITHIN_S, LIVE_WITHIN_S, READY_WITHIN_S, Health, HealthServer
+from runtime.model_store import EngineKey, Publication, lay_out, misfit, publications, publish, wait_for
+from runtime.node import Node, same_release
+from runtime.settings import EncoderModelSettings
+from runtime.supervisor import Failure
+from runtime.triton import Installation, Ports
+from tests.conftest import tiny_spec
+
+L4 = Node({"tensorrt": "11.1.0.106", "tensorrt-rtx": "1.7.1.116"}, "sm89")
+NO_GPU = Node({}, None)
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Build:
+    return pipeline.build(tiny_spec(tiny_bert), "cpu", tmp_path_factory.mktemp("tiny"), "repository")
+
+
+@pytest.fixture
+def store(tiny: Build, tmp_path: Path) -> Path:
+    assert tiny.entry is not None
+    publish(tiny.entry.repository, "cpu", tmp_path / "store")
+    return tmp_path / "store"
+
+
+def _publication(target: str = "sm89", version: str = "11.1.0.106", graph: str = "a" * 64, at: int = 0) -> Publication:
+    engine = EngineKey(flavour="tensorrt", version=version, target=target, source_digest=graph)
+    return Publication(
+        model="m",
+        models=("m",),
+        platform="gpu",
+        version=1,
+        content_digest=f"{at}".ljust(64, "0"),
+        published_ns=at,
+        engines=(engine,),
+        files=(),
+    )
+
+
+def _offer(store: Path, *offered: Publication) -> None:
+    for item in offered:
+        folder = store / item.model / item.platform / item.key
+        folder.mkdir(parents=True)
+        (folder / "published.json").write_text(item.model_dump_json())
+
+
+@pytest.mark.parametrize(
+    ("publication", "wanted", "said"),
+    [
+        (_publication(), "any", None),
+        (_publication(), "a" * 64, None),
+        (_publication(version="11.1.0.9"), "any", None),
+        (_publication(version="11.2.0.106"), "any", "this image has tensorrt 11.1.0.106"),
+        (_publication(target="sm90"), "any", "this node has sm89"),
+        (_publication(), "b" * 64, "graph bbbbbbbbbbbb is wanted"),
+    ],
+)
+def test_an_engine_fits_its_own_node_alone(publication: Publication, wanted: str, said: str | None) -> None:
+    reason = misfit(publication, L4, wanted)
+    assert reason is None if said is None else said in (reason or "")
+
+
+def test_a_node_without_a_gpu_says_so() -> None:
+    assert "this node has no GPU" in (misfit(_publication(), NO_GPU, "any") or "")
+
+
+def test_of_those_that_fit_the_newest_is_taken(tmp_path: Path) -> None:
+    old, new, other = _publication(at=1), _publication(at=2), _publication("sm90", at=3)
+    _offer(tmp_path, old, new, other)
+    assert [item.published_ns for item in publications(tmp_path, "m", "gpu")] == [3, 2, 1]
+    assert wait_for(tmp_path, "m", "gpu", L4, "any", 0, lambda _: None) == new
+
+
+def test_waiting_ends_with_what_was_refused_and_why(tmp_path: Path) -> None:
+    said: list[str] = []
+    with pytest.raises(BadEnvironment, match="holds no model yet"):
+        wait_for(tmp_path, "m", "gpu", L4, "any", 0, said.append)
+    _offer(tmp_path, _publication("sm90"))
+    with pytest.raises(BadEnvironment, match=r"no engine .* fits this node .*sm89.*Refused: .*this node has sm89"):
+        wait_for(tmp_path, "m", "gpu", L4, "any", 0, said.append)
+    assert len(said) == 2
+
+
+def test_the_key_names_what_engines_were_built_for() -> None:
+    assert _publication().key.startswith(f"tensorrt-11.1.0.106-sm89-{'a' * 12}-")
+
+
+@pytest.mark.parametrize(("one", "other", "same"), [("1.2.3.4", "1.2.3.9", True), ("1.2.3", "1.2.4", False)])
+def test_releases(one: str, other: str, same: bool) -> None:
+    assert same_release(one, other) is same
+
+
+def test_a_model_is_published_once(tiny: Build, store: Path) -> None:
+    assert tiny.entry is not None
+    (first,) = publications(store, "tiny", "cpu")
+    again, unchanged = publish(tiny.entry.repository, "cpu", store)
+    assert unchanged
+    assert again == first
+
+
+def test_what_was_cut_off_is_not_offered(tiny: Build, store: Path) -> None:
+    assert tiny.entry is not None
+    (found,) = publications(store, "tiny", "cpu")
+    record = store / "tiny" / "cpu" / found.key / "published.json"
+    record.write_text(record.read_text()[:50])
+    assert publications(store, "tiny", "cpu") == []
+    publish(tiny.entry.repository, "cpu", store)
+    assert len(publications(store, "tiny", "cpu")) == 1
+
+
+def test_a_spec_is_published_by_command(tiny: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tiny.entry is not None
+    file, build_dir = tmp_path / "spec.yaml", tiny.entry.repository.parents[2]
+    file.write_text(yaml.safe_dump(tiny.spec.model_dump(mode="json")))
+    run(lambda: publish_spec(str(file), tmp_path / "store", build_dir=build_dir, as_json=True))
+    said = json.loads(capsys.readouterr().out)
+    (found,) = publications(tmp_path / "store", "tiny", "cpu")
+    assert said["content_digest"] == found.content_digest
+    with pytest.raises(SystemExit) as stopped:
+        run(lambda: publish_spec(str(file), tmp_path / "store", platform="gpu", target="sm10", build_dir=build_dir))
+    assert stopped.value.code == 2
+    assert "one of engine.targets" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_weights_are_linked_or_copied_and_threads_are_the_pods(store: Path, tmp_path: Path, copied: bool) -> None:
+    (found,) = publications(store, "tiny", "cpu")
+    for _ in range(2):  # a container that starts again finds its own layout
+        lay_out(found, store, tmp_path / "repository", copy_weights=copied, threads=3)
+    version = tmp_path / "repository" / "tiny-encoder" / "1"
+    assert (version / "graph.onnx").is_symlink() is not copied
+    assert EncoderModelSettings.load(version).threads == 3
+    assert not (version / "model.py").is_symlink()  # the supervisor touches it
+
+
+@pytest.mark.parametrize(("name", "damage"), [("graph.onnx", "short"), ("model.py", "changed"), ("graph.onnx", "gone")])
+def test_a_damaged_store_is_refused(store: Path, tmp_path: Path, name: str, damage: str) -> None:
+    (found,) = publications(store, "tiny", "cpu")
+    file = store / "tiny" / "cpu" / found.key / "repository" / "tiny-encoder" / "1" / name
+    data = file.read_bytes()
+    if damage == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(data[:-1] if damage == "short" else bytes([data[0] ^ 1]) + data[1:])
+    with pytest.raises(BadEnvironment, match="run engine-build again"):
+        lay_out(found, store, tmp_path / "repository")
+    assert not (tmp_path / "repository" / "settings.json").exists()
+
+
+def test_health_follows_the_probes() -> None:
+    now = [0.0]
+    health = Health(clock=lambda: now[0])
+    assert health.ready() == "starting"
+    health.observed(None)
+    assert health.ready() is None
+    health.observed(Failure("queue is full", busy=True))
+    now[0] = READY_WITHIN_S + 1
+    assert health.ready() is None  # busy is not broken
+    now[0] = BUSY_WITHIN_S + 1
+    assert health.ready() == "queue is full"  # but a server that only ever refuses serves nobody
+    health.observed(None)
+    health.observed(Failure("stub is dead"))
+    assert health.ready() is None  # one failure may pass
+    now[0] += READY_WITHIN_S + 1
+    assert health.ready() == "stub is dead"
+    assert health.live() is None
+    now[0] += LIVE_WITHIN_S
+    assert "has not turned" in (health.live() or "")
+    health.observed(None)
+    health.drain()
+    assert health.ready() == "draining"
+
+
+def _get(port: int, path: str) -> tuple[int, str]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    try:
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode().strip()
+    finally:
+        connection.close()
+
+
+def test_health_is_asked_over_http() -> None:
+    health = Health()
+    with HealthServer(health, "127.0.0.1", 0) as server:
+        assert _get(server.port, "/ready") == (503, "starting")
+        assert _get(server.port, "/live") == (200, "ok")
+        assert _get(server.port, "/../etc/passwd")[0] == 404
+        health.observed(None)
+        assert _get(server.port, "/ready") == (200, "ok")
+
+
+def _command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "runtime.pod", *map(str, arguments)]
+
+
+def test_the_init_step_fails_with_a_reason(tmp_path: Path) -> None:
+    arguments = ("--store", tmp_path, "--model", "m", "--platform", "cpu", "--into", tmp_path / "r", "--wait-s", 0)
+    done = subprocess.run(_command("fetch", *arguments), capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "holds no model yet" in done.stderr.splitlines()[-1]
+
+
+@pytest.fixture
+def pod(store: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Ports, int]]:
+    """The two containers of a pod, one after the other. The store is read-only, as it is mounted."""
+    for path in store.rglob("*"):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    fetch = ("--store", store, "--model", "tiny", "--platform", "cpu", "--into", tmp_path / "repository", "--wait-s", 5)
+    subprocess.run(_command("fetch", *fetch), timeout=60, check=True)
+    ports = Ports.free()
+    health = Ports.free().http
+    serve = [f"--{name}-port={port}" for name, port in vars(ports).items()]
+    (tmp_path / "secret").write_text("a-secret-of-the-test\n")
+    serve += [
+        f"--control-secret-file={tmp_path / 'secret'}",
+        f"--health-port={health}",
+        "--exit-timeout-s=5",
+        "--connection-age-s=300",
+        "--ready-timeout-s=120",
+    ]
+    process = subprocess.Popen(_command("serve", tmp_path / "repository", *serve), stdout=subprocess.PIPE, text=True)
+    try:
+        yield process, ports, health
+    finally:
+        process.kill()
+        process.wait(10)
+        for path in (store, *store.rglob("*")):
+            path.chmod(0o755 if path.is_dir() else 0o644)
+
+
+@pytest.mark.triton
+def test_a_pod_serves_refuses_and_drains(pod: tuple[subprocess.Popen[str], Ports, int]) -> None:
+    process, ports, health = pod
+    assert process.stdout is not None
+    facts = json.loads(process.stdout.readline())
+    assert _get(health, "/ready") == (200, "ok")
+    probe = subprocess.run(_command("probe", "--health-port", health), timeout=30, check=False)
+    assert probe.returncode == 0
+    with triton_grpc.InferenceServerClient(facts["grpc"]) as client:
+        text = triton_grpc.InferInput("text", [1, 1], "BYTES")
+        text.set_data_from_numpy(np.array([[b"hello"]], dtype=np.object_))
+        assert client.infer("tiny", [text]).as_numpy("embedding").shape == (1, 32)
+        refused: list[Any] = [
+            lambda: client.load_model("tiny"),
+            lambda: client.get_system_shared_memory_status(),
+            lambda: client.update_log_settings({"log_verbose_level": 1}),
+            lambda: client.update_trace_settings("tiny", {"trace_level": ["TIMESTAMPS"]}),
+        ]
+        for call in refused:
+            with pytest.raises(InferenceServerException, match="restricted"):
+                call()
+        client.load_model("tiny", headers={"triton-grpc-protocol-trireme-admin": "a-secret-of-the-test"})
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
+    assert subprocess.run(_command("probe", "--health-port", health), timeout=30, check=False).returncode == 1
+    assert ports.grpc == int(facts["grpc"].rpartition(":")[2])
+
+
+def test_the_images_triton_is_found_by_its_folder(tmp_path: Path) -> None:
+    """NVIDIA's image keeps everything under one folder; the wheel of this environment comes first."""
+    system = tmp_path / "tritonserver"
+    (system / "bin").mkdir(parents=True)
+    shutil.copy(sys.executable, system / "bin" / "tritonserver")
+    with pytest.raises(BadEnvironment, match="no Python backend"):
+        Installation._of_the_system(system)
+    (system / "backends" / "python").mkdir(parents=True)
+    (system / "backends" / "python" / "triton_python_backend_stub").touch()
+    found = Installation._of_the_system(system)
+    assert found.backends == system / "backends"
+    assert found.stub is None
+    assert Installation.find(system).stub is not None
+
+
+def test_the_entry_point_starts_without_a_home() -> None:
+    done = subprocess.run(
+        _command("--help"), capture_output=True, text=True, timeout=60, check=True, env={"HOME": "/nonexistent"}
+    )
+    assert "fetch" in done.stdout
+
+
+def test_an_agent_of_ranks_wants_the_hosts_secret(tmp_path: Path) -> None:
+    where = ("--leader", "127.0.0.1", "--host", 1, "--hosts", 2, "--ranks-each", 1, "--secret-file", tmp_path / "none")
+    done = subprocess.run(_command("ranks", *where), capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "hosts prove a shared secret" in done.stderr
+
+
+def test_an_agent_of_ranks_waits_for_its_leader_and_leaves_when_asked(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("0123456789abcdef")
+    health, nobody = (Ports.free().http for _ in range(2))
+    where = ("--leader", "127.0.0.1", "--port", nobody, "--host", 1, "--hosts", 2, "--ranks-each", 1)
+    more = ("--secret-file", tmp_path / "secret", "--interface", "lo", "--health-port", health)
+    process = subprocess.Popen(_command("ranks", *where, *more))
+    try:
+        assert _wait(lambda: _ready(health), 30)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        process.wait(10)
+
+
+def _ready(port: int) -> bool:
+    try:
+        return _get(port, "/ready")[0] == 200
+    except OSError:
+        return False
+
+
+def _wait(condition: Callable[[], bool], limit_s: float) -> bool:
+    end = time.monotonic() + limit_s
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.05)
+    return condition()
