@@ -5,12 +5,14 @@
      |    |-- SpecError          a key, type or combination in the spec file
      |    |-- CheckpointError    weights that are missing, truncated or unknown
      |    |-- MachineError       a package, tool, port or disk this machine lacks
+     |    |-- ClusterError       a cluster that cannot be reached, or refuses what was asked
      |    `-- UnsupportedError   valid input for a stage that does not exist yet
      `-- CheckError              an artifact failed a check; figures are printed exit 1
           |-- ParityError        two executions of the same model disagree
           |-- QualityError       a compressed model misses its quality budget
           |-- EngineError        TensorRT refused the network or dropped an input
-          `-- ServiceError       a server did not start, answer or stop as promised
+          |-- ServiceError       a server did not start, answer or stop as promised
+          `-- RolloutError       what was deployed did not become ready; the pods' own reasons
 
 An `InputError` always says four things: what was read, what was got, what was expected, how to fix it.
 """
@@ -49,6 +51,17 @@ class MachineError(InputError):
     """Something this machine lacks: a package, a tool, a free port, disk space."""
 
 
+class ClusterError(InputError):
+    """A cluster that cannot be reached, or refuses what was asked: rights, quota, conflicts, invalid objects.
+
+    `code` is the HTTP status of the API server's answer, 0 when there was none.
+    """
+
+    def __init__(self, what: str, *, got: object, expected: str, fix: str, code: int = 0) -> None:
+        self.code = code
+        super().__init__(what, got=got, expected=expected, fix=fix)
+
+
 class UnsupportedError(InputError):
     """Sound input for a stage that does not exist yet."""
 
@@ -71,3 +84,7 @@ class EngineError(CheckError):
 
 class ServiceError(CheckError):
     """A server did not start, answer or stop as promised."""
+
+
+class RolloutError(CheckError):
+    """What was deployed did not become ready. The message holds the pods' own reasons and the next step."""
