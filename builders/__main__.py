@@ -11,8 +11,9 @@ from collections.abc import Callable
 
 import typer
 
-from builders.commands import building, partitioning, service
+from builders.commands import building, cluster, generating, manifests, partitioning, service
 from builders.commands.options import fail
+from builders.commands.plan import plan
 from builders.errors import InputError, TriremeError
 
 app = typer.Typer(
@@ -22,6 +23,7 @@ app = typer.Typer(
     help="From a transformer checkpoint to a Triton deployment, each step checked by numbers.",
 )
 for command in (
+    plan,
     building.build,
     building.export,
     building.quantize,
@@ -31,8 +33,18 @@ for command in (
     service.serve,
     service.loadtest,
     service.report,
+    generating.generate,
+    manifests.manifests,
+    manifests.lint_manifests,
+    manifests.publish,
+    cluster.deploy,
+    cluster.diff,
+    cluster.undo,
+    cluster.port_forward,
+    cluster.load_version,
 ):
     app.command()(command)
+app.command("status")(cluster.cluster_status)
 
 
 def run(command: Callable[[], object]) -> None:

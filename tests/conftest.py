@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from runtime.supervisor import Supervisor
 from runtime.triton import Ports, TritonServer
 
 HIDDEN = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+
+needs_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not here: it renders manifests")
 
 
 def save_tiny(folder: Path, model_type: str, task: str = "embedding", labels: int = 3, seed: int = 0) -> Path:

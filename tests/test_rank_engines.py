@@ -76,7 +76,7 @@ def test_a_collective_of_another_size_than_the_partitions_is_refused(built: Buil
 def test_tritons_layout_of_the_engines(built: Build, tmp_path: Path) -> None:
     assert built.partition is not None
     spec = _for_triton(built.spec)
-    entry, _ = layout.publish(spec, "gpu", built.checkpoint, built.engines, tmp_path, built.partition.stages)
+    entry, _ = layout.publish(spec, "gpu", built.checkpoint, built.engines, tmp_path, built.partition)
     if built.partition.tensor == 2:
         version = tmp_path / "tiny-encoder" / "1"
         assert {path.name for path in version.glob("*[0-9n]")} >= {"model.plan", "model.plan.rank0", "model.plan.rank1"}
@@ -129,7 +129,7 @@ def test_a_real_triton_takes_the_gpu_ensembles(built: Build, tmp_path: Path) -> 
     assert built.partition is not None
     repository = tmp_path / "repository"
     spec = _for_triton(built.spec)
-    entry, _ = layout.publish(spec, "gpu", built.checkpoint, built.engines, repository, built.partition.stages)
+    entry, _ = layout.publish(spec, "gpu", built.checkpoint, built.engines, repository, built.partition)
     for name in entry.models:
         config = _read_config(repository / name)
         if config.platform != "tensorrt_plan":

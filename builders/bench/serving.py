@@ -28,7 +28,7 @@ from builders.__main__ import run
 from builders.artifacts import Checkpoint
 from builders.bench import peers
 from builders.quality import HELD_OUT_TEXTS, measure, tokenizer_settings
-from builders.repository.layout import encoder_settings
+from builders.repository.contents import encoder_settings
 from builders.spec import DeploymentSpec, load_spec
 from runtime.encoder import open_encoder
 from runtime.supervisor import Supervisor

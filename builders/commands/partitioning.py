@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -15,14 +15,22 @@ def shard(
     output: Annotated[Path, typer.Option("-o", "--output", help="new folder for stage{s}.rank{r}.onnx")],
     tensor_parallel: Annotated[int, typer.Option(min=1, help="ranks that share each layer")] = 1,
     pipeline_parallel: Annotated[int, typer.Option(min=1, help="stages that follow each other")] = 1,
+    embeddings: Annotated[
+        Literal["auto", "whole", "split"],
+        typer.Option(help="the table of words: split costs one all-reduce more; auto: when it is over a tenth"),
+    ] = "auto",
+    html: Annotated[Path | None, typer.Option(help="HTML file to draw the partition in")] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Shares a graph out to ranks. `trireme verify` then proves the ranks equal to the whole."""
     from builders import present
+    from builders.partition.page import map_of_partition, page
     from builders.partition.shard import partition_graph
 
     with status(f"shard {graph} for {tensor_parallel} x {pipeline_parallel} ranks", as_json):
-        partition = partition_graph(graph, tensor_parallel, pipeline_parallel, output)
+        partition = partition_graph(graph, tensor_parallel, pipeline_parallel, output, embeddings)
+    if html is not None:
+        html.write_text(page(f"Partition of {graph.name}", (), [map_of_partition(partition)]), encoding="utf-8")
     print(partition.model_dump_json(indent=2) if as_json else present.partition_text(partition))
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ from typing import Any
 
 from builders.artifacts import Engine, FileRecord, OnnxGraph, Partition, TensorSpec
 from builders.errors import EngineError, MachineError, SpecError
-from builders.spec import Flavour, GraphPrecision, ProfileSlice
+from builders.graph import describe, fix_dimension
+from builders.spec import Flavour, GraphPrecision, ProfileSlice, Range
 from runtime.gpu import visible_targets
 
 _MODULES: dict[Flavour, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
@@ -36,6 +38,10 @@ def engine_file(target: str) -> str:
 
 def rank_engine_file(stage: int, rank: int, target: str) -> str:
     return f"stage{stage}.rank{rank}.{target}.plan"
+
+
+def decoder_engine_file(target: str, capacity: int) -> str:
+    return f"model.{target}.{capacity}.plan"
 
 
 @dataclass(frozen=True)
@@ -96,6 +102,35 @@ def build_rank_engine(
     file = out / rank_engine_file(stage, rank, target)
     engine = _record(compiled, file, flavour, target, precision, profiles, partition.digest)
     return engine.model_copy(update={"stage": stage, "rank": rank})
+
+
+def decoder_profiles(slots: int, chunk: int) -> tuple[ProfileSlice, ...]:
+    """Prompts: one row of up to `chunk` tokens. Decoding: up to `slots` rows of one token."""
+    one = Range(min=1, opt=1, max=1)
+    return (
+        ProfileSlice(batch=one, length=Range(min=1, opt=chunk, max=chunk)),
+        ProfileSlice(batch=Range(min=1, opt=slots, max=slots), length=one),
+    )
+
+
+def build_decoder_engine(
+    graph: OnnxGraph,
+    capacity: int,
+    flavour: Flavour,
+    target: str,
+    profiles: tuple[ProfileSlice, ...],
+    out: Path,
+) -> Engine:
+    """Writes `model.<target>.<capacity>.plan` into `out`: TensorRT wants the length of a cache fixed.
+
+    Raises as `build_engine` does.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        fixed = fix_dimension(graph.file_path, "capacity", capacity, Path(scratch))
+        compiled = compile_plan(fixed, flavour, target, profiles, describe(fixed)[0])
+    file = out / decoder_engine_file(target, capacity)
+    engine = _record(compiled, file, flavour, target, graph.precision, profiles, graph.digest)
+    return engine.model_copy(update={"capacity": capacity})
 
 
 def _record(

@@ -8,6 +8,8 @@
                                      tensor ranks on CPU: ranks.json, the pieces and weights of every rank
                                      tensor ranks on GPUs: model.plan.rank<r>, and model.plan, which is rank 0's
       <name>-stage<s>/config.pbtxt   <version>/model.<sm>.plan: a pipeline stage on its GPU, instead of the encoder
+      <name>/config.pbtxt            generation, alone: <version>/model.py, tokenizer.json, settings.json, and graphs,
+                                     rank programs, or model.<sm>.<cache length>.plan
 
 A running Triton keeps serving the old version until it is told to load the new one. The previous version stays for a
 roll-back; older ones go.
@@ -22,45 +24,14 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from builders.artifacts import (
-    Checkpoint,
-    Engine,
-    OnnxGraph,
-    PipelineStage,
-    RankFiles,
-    RepositoryEntry,
-    file_digest,
-)
-from builders.quality import tokenizer_settings
-from builders.repository.config import Interface, model_configs, to_pbtxt, uses_tensorrt_backend
-from builders.repository.ensemble import check_ensemble
+from builders.artifacts import Checkpoint, Partition, RepositoryEntry, file_digest
+from builders.repository.contents import ModelDirectory, Part, model_directories
 from builders.spec import DeploymentSpec, Platform
 from builders.store import atomic_directory
 from runtime.errors import BadEnvironment
-from runtime.ranks.stored import MANIFEST
-from runtime.settings import (
-    FILE_NAME,
-    EncoderModelSettings,
-    ServedModel,
-    ServerSettings,
-    Settings,
-    TokenizerModelSettings,
-)
-
-ADAPTERS = Path(__file__).parents[2] / "model_repository" / "adapters"
-Part = OnnxGraph | RankFiles | Engine
-
-
-@dataclass(frozen=True)
-class ModelDirectory:
-    """One model to publish: its configuration, and for each version its files and settings."""
-
-    config: str
-    files: dict[str, Path]
-    settings: Settings | None
+from runtime.settings import FILE_NAME, ServedModel, ServerSettings
 
 
 def publish(
@@ -69,13 +40,13 @@ def publish(
     checkpoint: Checkpoint,
     parts: Sequence[Part],
     repository: Path,
-    stages: Sequence[PipelineStage] = (),
+    partition: Partition | None = None,
 ) -> tuple[RepositoryEntry, bool]:
     """Writes the service as a new version, unless the newest version is the same; says which.
 
-    `parts` is the one graph that the CPU serves, or the files of its ranks, or the engines of the GPU targets; `stages`
-    are those of a partition. One publication at a time. Raises CheckError for an ensemble whose edges do not fit,
-    UnsupportedError for ranks that Triton cannot run. On any failure the version that was served stays as it was.
+    `parts` is the one graph that the CPU serves, or the files of its ranks, or the engines of the GPU targets;
+    `partition` is what ranks come from. One publication at a time. Raises CheckError for an ensemble whose edges do not
+    fit, UnsupportedError for ranks that Triton cannot run. On any failure what was served stays as it was.
     """
     precision = spec.precision_on(platform)
     digest = hashlib.sha256("".join(sorted(part.digest for part in parts)).encode()).hexdigest()
@@ -84,7 +55,7 @@ def publish(
         served = ServedModel(
             ensemble=spec.name, version=number, precision=precision, model_digest=digest, spec_digest=spec.digest
         )
-        return _models(spec, platform, checkpoint, parts, stages, served)
+        return model_directories(spec, platform, checkpoint, parts, partition, served)
 
     content = _content_digest(models(0))
     with _locked(repository):
@@ -117,91 +88,6 @@ def _locked(repository: Path) -> Iterator[None]:
     with (repository / ".lock").open("w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         yield
-
-
-def _models(
-    spec: DeploymentSpec,
-    platform: Platform,
-    checkpoint: Checkpoint,
-    parts: Sequence[Part],
-    stages: Sequence[PipelineStage],
-    served: ServedModel,
-) -> dict[str, ModelDirectory]:
-    configs = model_configs(spec, platform, Interface.of(checkpoint), stages)
-    check_ensemble(configs[spec.name], configs)
-    buckets = spec.serving.length_buckets if platform == "gpu" else ()
-    tokenizer = TokenizerModelSettings(
-        tokenizer=tokenizer_settings(checkpoint).model_copy(update={"length_buckets": buckets}), served=served
-    )
-    tokenizer_files = {
-        "model.py": ADAPTERS / "tokenizer" / "1" / "model.py",
-        "tokenizer.json": checkpoint.path("tokenizer.json"),
-    }
-    own = {
-        f"{spec.name}-tokenizer": (tokenizer_files, tokenizer),
-        f"{spec.name}-encoder": _encoder_files(spec, platform, parts),
-        spec.name: ({}, None),
-    }
-    return {
-        name: ModelDirectory(to_pbtxt(config), *own.get(name, (_stage_files(name, parts), None)))
-        for name, config in configs.items()
-    }
-
-
-def _encoder_files(
-    spec: DeploymentSpec, platform: Platform, parts: Sequence[Part]
-) -> tuple[dict[str, Path], Settings | None]:
-    if platform == "gpu" and spec.parallel.tensor > 1:
-        return _rank_plans(parts), None
-    files = {file.name: part.path(file.name) for part in parts for file in part.files}
-    files |= _records({part.file: part for part in parts if isinstance(part, Engine)})
-    if platform == "gpu" and uses_tensorrt_backend(spec):
-        return files, None
-    return {**files, "model.py": ADAPTERS / "encoder" / "1" / "model.py"}, encoder_settings(spec, platform, parts)
-
-
-def _rank_plans(parts: Sequence[Part]) -> dict[str, Path]:
-    """Names of the backend's multi-device mode. It opens `model.plan` first, whatever the ranks have."""
-    engines = {f"model.plan.rank{part.rank}": part for part in parts if isinstance(part, Engine)}
-    plans = {name: engine.file_path for name, engine in engines.items()}
-    return {**plans, "model.plan": plans["model.plan.rank0"], **_records(engines)}
-
-
-def _stage_files(model: str, parts: Sequence[Part]) -> dict[str, Path]:
-    """The engines of the stage that the model `<name>-stage<s>` runs, one for each target."""
-    mine = [part for part in parts if isinstance(part, Engine) and model.endswith(f"-stage{part.stage}")]
-    engines = {f"model.{part.target}.plan": part for part in mine}
-    return {**{name: engine.file_path for name, engine in engines.items()}, **_records(engines)}
-
-
-def _records(engines: dict[str, Engine]) -> dict[str, Path]:
-    """The record of an engine lies beside it: flavour, version, target, profiles, seconds, digests."""
-    return {f"{name}.json": engine.path("record.json") for name, engine in engines.items()}
-
-
-def encoder_settings(spec: DeploymentSpec, platform: Platform, parts: Sequence[Part]) -> EncoderModelSettings:
-    """What the Python backend's encoder is told; checks use the same, so that what is checked is what is served."""
-    ranks = any(isinstance(part, RankFiles) for part in parts)
-    return EncoderModelSettings(
-        executor="tensorrt-rtx" if platform == "gpu" else "ranks" if ranks else spec.serving.executor,
-        files=_executor_files(parts),
-        threads=spec.serving.threads,
-        bfloat16=spec.precision.cpu in ("bf16", "int8"),
-        # A GPU takes whole batches; the profile bounds them.
-        tokens_per_batch=spec.serving.tokens_per_batch
-        if platform == "cpu"
-        else spec.serving.max_batch_size * spec.model.max_length,
-        max_length=spec.model.max_length,
-        warmup_lengths=spec.serving.length_buckets if spec.serving.warmup else (),
-    )
-
-
-def _executor_files(parts: Sequence[Part]) -> dict[str, str]:
-    """The file that the executor opens, by target: `cpu`, or an SM such as `sm89`."""
-    return {
-        part.target if isinstance(part, Engine) else "cpu": MANIFEST if isinstance(part, RankFiles) else part.file
-        for part in parts
-    }
 
 
 def _content_digest(models: dict[str, ModelDirectory]) -> str:

@@ -1,0 +1,124 @@
+"""A client of generation: text in, pieces of text out as they are made, over Triton's gRPC stream."""
+
+from __future__ import annotations
+
+import re
+import urllib.request
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from typing import Any
+
+import numpy as np
+
+from builders.errors import InputError, ServiceError
+
+_METRICS_TIMEOUT_S = 5.0
+_DTYPES = {int: np.int32, float: np.float32, bool: np.bool_}
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What came since the last one. The last of all has `finish`: `stop`, `length` or `eos`, and the counts."""
+
+    text: str
+    tokens: tuple[int, ...]
+    finish: str | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+def served_model(metrics_address: str) -> str:
+    """The one model that the server names in its metrics.
+
+    Raises InputError when there is no such server, or when it names none or several.
+    """
+    url = f"http://{metrics_address}/metrics"
+    try:
+        with urllib.request.urlopen(url, timeout=_METRICS_TIMEOUT_S) as response:
+            text = response.read(8 << 20).decode(errors="replace")
+    except OSError as error:
+        raise InputError(
+            f"server at {metrics_address}", got=str(error), expected="the metrics of a running `trireme serve`",
+            fix="start it, give its --metrics address, or name the --model",
+        ) from error  # fmt: skip
+    names = sorted(set(re.findall(r'^trireme_model_info\{.*?model="([^"]+)"', text, re.M)))
+    if len(names) != 1:
+        raise InputError(
+            f"models of {metrics_address}",
+            got=", ".join(names) or "none",
+            expected="exactly one",
+            fix="name the --model",
+        )
+    return str(names[0])
+
+
+def stream(
+    address: str, model: str, text: str | None, options: Mapping[str, Any], *, timeout_s: float = 60.0
+) -> Iterator[Chunk]:
+    """Pieces in their order, until the one with `finish`. `options` are further inputs of the model, by name: without
+    `text`, `input_ids` must be one of them.
+
+    `timeout_s` is the longest wait for the next piece. Raises InputError for a request that the server refuses,
+    ServiceError when it fails or falls silent. Closing the iterator cancels the request.
+    """
+    from tritonclient.grpc import InferenceServerClient
+
+    answers: SimpleQueue[tuple[Any, Any]] = SimpleQueue()
+    values = {**({} if text is None else {"text_input": text}), "stream": True, **options}
+    with InferenceServerClient(address) as client:
+        # With this header an error comes with its gRPC status, and ends the stream.
+        client.start_stream(lambda result, error: answers.put((result, error)), headers={"triton_grpc_error": "true"})
+        try:
+            client.async_stream_infer(model, [_tensor(name, value) for name, value in values.items()])
+            while True:
+                try:
+                    result, error = answers.get(timeout=timeout_s)
+                except Empty:
+                    raise ServiceError(f"{model} at {address} was silent for {timeout_s:.0f} s") from None
+                if error is not None:
+                    raise _failure(model, address, error)
+                chunk = _chunk(result)
+                yield chunk
+                if chunk.finish is not None:
+                    return
+        finally:
+            client.stop_stream(cancel_requests=True)
+
+
+def _tensor(name: str, value: Any) -> Any:
+    from tritonclient.grpc import InferInput
+    from tritonclient.utils import np_to_triton_dtype
+
+    items = value if isinstance(value, list | tuple) else [value]
+    if isinstance(items[0], str):
+        array = np.array([[item.encode() for item in items]], np.object_)
+    else:
+        array = np.array([items], np.int64 if name == "random_seed" else _DTYPES[type(items[0])])
+    tensor = InferInput(name, list(array.shape), np_to_triton_dtype(array.dtype))
+    tensor.set_data_from_numpy(array)
+    return tensor
+
+
+def _chunk(result: Any) -> Chunk:
+    def number(name: str) -> int:
+        array = result.as_numpy(name)
+        return int(array.flat[0]) if array is not None else 0
+
+    text, tokens, finish = (result.as_numpy(name) for name in ("text_output", "output_ids", "finish_reason"))
+    return Chunk(
+        text=text.flat[0].decode(),
+        tokens=tuple(int(token) for token in tokens.flat),
+        finish=finish.flat[0].decode() if finish is not None else None,
+        prompt_tokens=number("prompt_tokens"),
+        completion_tokens=number("completion_tokens"),
+    )
+
+
+def _failure(model: str, address: str, error: Any) -> InputError | ServiceError:
+    message, status = str(error.message()), str(error.status())
+    if "INVALID_ARGUMENT" in status or "NOT_FOUND" in status or "unknown model" in message:
+        return InputError(
+            f"request to {model}", got=message, expected="a request that the model takes", fix="correct what is named"
+        )
+    return ServiceError(f"{model} at {address}: {message} ({status})")

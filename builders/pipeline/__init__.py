@@ -1,0 +1,69 @@
+"""The whole way, as one fold: it reads like the diagram in the README. The only importer of all stages.
+
+result     what a build has come to      encoder    steps of embedding, classification and reranking
+ranks      partition and engines         generator  steps of language models
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from builders.checkpoint import load_checkpoint
+from builders.engine import tensorrt
+from builders.pipeline import encoder, generator, ranks
+from builders.pipeline.result import Build, Report, Stage, Step, done
+from builders.repository import config, contents, layout
+from builders.spec import DeploymentSpec, Platform
+from builders.store import Store
+
+__all__ = ["Build", "Report", "Stage", "build", "repository_path"]
+
+
+def build(
+    spec: DeploymentSpec, platform: Platform, root: Path, until: Stage, report: Report = lambda stage, message: None
+) -> Build:
+    """Checkpoint -> export -> quantise -> partition (several ranks) -> qualify (CPU) or engine (GPU) -> repository.
+
+    Each comes from the store if it is there. Raises the errors of `builders.errors`; whatever happens, no stage leaves
+    anything half-written.
+    """
+    if platform == "gpu":
+        if spec.generates:
+            contents.require_one_gpu(spec)
+        elif spec.parallel.ranks > 1 and until == "repository":
+            config.require_rank_backend(spec)
+        tensorrt.require_tensorrt(spec.engine.flavour)
+    store = Store(root / "store")
+    result = Build(spec, platform, load_checkpoint(spec.model))
+    report("checkpoint", f"{result.checkpoint.architecture}, {result.checkpoint.parameters / 1e6:.1f} M parameters")
+    kind = generator if spec.generates else encoder
+    steps: dict[Stage, Step] = {
+        "export": kind.export,
+        "quantize": kind.quantize,
+        "partition": ranks.partition,
+        # A generator's graphs are judged by the executor that serves them, where they are made.
+        "qualify": (lambda built, store, report: built) if spec.generates else encoder.qualify,
+        "engine": ranks.engines,
+        "repository": lambda built, _, report: _repository(built, root, report),
+    }
+    for stage, step in steps.items():
+        if until == "checkpoint":
+            break
+        result = step(result, store, report)
+        if stage == until:
+            break
+    return result
+
+
+def _repository(built: Build, root: Path, report: Report) -> Build:
+    parts = built.engines if built.platform == "gpu" else (built.ranks or built.served_graph,)
+    folder = repository_path(root, built.spec, built.platform)
+    report("repository", str(folder))
+    entry, unchanged = layout.publish(built.spec, built.platform, built.checkpoint, parts, folder, built.partition)
+    report("repository", done(f"{entry.ensemble} version {entry.version}", unchanged))
+    return replace(built, entry=entry)
+
+
+def repository_path(root: Path, spec: DeploymentSpec, platform: Platform) -> Path:
+    return root / spec.name / platform / "model_repository"

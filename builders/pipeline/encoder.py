@@ -1,0 +1,129 @@
+"""Encoders: checkpoint -> graphs -> INT8 -> the figures of the very service."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from platform import machine
+
+from builders import corpus, graph, quality
+from builders.artifacts import OnnxGraph, ServedQuality
+from builders.export import encoder
+from builders.pipeline.result import Build, Report, done
+from builders.quality import HELD_OUT_TEXTS
+from builders.quantize import int8, smoothquant
+from builders.repository import contents
+from builders.store import Store, source_digest, tool_versions
+from runtime import batching, tokenizer
+from runtime import encoder as serving_encoder
+from runtime.executor import onnxruntime, openvino, ranks
+
+_RUNTIME = (batching, tokenizer, serving_encoder, onnxruntime, openvino, ranks)  # what computes the checked figures
+
+
+def export(built: Build, store: Store, report: Report) -> Build:
+    checkpoint, texts_file = built.checkpoint, built.spec.precision.calibration_texts
+    graphs = []
+    for precision in _wanted_precisions(built):
+        report("export", f"{precision}")
+        item, hit = store.get_or_build(
+            "export",
+            {
+                "checkpoint": checkpoint.model_dump(mode="json", exclude={"source"}),
+                "precision": precision,
+                "texts": corpus.corpus_key(texts_file),
+                "tools": tool_versions("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime"),
+                "code": source_digest(encoder, graph, quality),
+            },
+            OnnxGraph,
+            lambda out, precision=precision: encoder.export_encoder(  # type: ignore[misc]
+                checkpoint, precision, corpus.texts(texts_file, HELD_OUT_TEXTS), out
+            ),
+        )
+        graphs.append(item)
+        report("export", done(f"{precision}, {item.bytes / 1e6:.1f} MB", hit))
+    return replace(built, graphs=tuple(graphs))
+
+
+def _wanted_precisions(built: Build) -> tuple[str, ...]:
+    """fp32 is always there, as the reference. INT8 starts from fp16, so that both worlds share one small graph."""
+    wanted = built.spec.precision_on(built.platform)
+    return ("fp32",) if wanted in ("fp32", "bf16") else ("fp32", "fp16")
+
+
+def quantize(built: Build, store: Store, report: Report) -> Build:
+    if built.spec.precision_on(built.platform) != "int8":
+        return built
+    budget, checkpoint = built.spec.precision, built.checkpoint
+    source, reference = built.graph("fp16"), built.graph("fp32")
+
+    def run(out: Path) -> OnnxGraph:
+        calibration, held_out = quality.calibration_and_held_out(budget)
+        return int8.quantize_int8(
+            source, reference, checkpoint, budget, calibration, held_out, out, lambda text: report("quantize", text)
+        )
+
+    report("quantize", "int8")
+    item, hit = store.get_or_build(
+        "quantize",
+        {
+            "graph": source.digest,
+            "reference": reference.digest,
+            "checkpoint": checkpoint.digest,
+            "budget": budget.model_dump(mode="json", exclude={"cpu", "gpu", "calibration_texts"}),
+            "texts": corpus.corpus_key(budget.calibration_texts),
+            "tools": tool_versions("onnx", "onnx-ir", "onnxruntime", "tokenizers"),
+            "code": source_digest(int8, smoothquant, graph, quality, corpus, *_RUNTIME),
+        },
+        OnnxGraph,
+        run,
+    )
+    report("quantize", done(f"int8, {item.bytes / 1e6:.1f} MB, {item.quality.summary}", hit))
+    return replace(built, graphs=(*built.graphs, item))
+
+
+def qualify(built: Build, store: Store, report: Report) -> Build:
+    """Runs the graph with the executor and the arithmetic that will serve it, on this CPU, against fp32."""
+    if built.platform != "cpu":
+        return built
+    budget, checkpoint, served = built.spec.precision, built.checkpoint, built.served_graph
+    part = built.ranks or served
+    settings = contents.encoder_settings(built.spec, "cpu", [part])
+    files = {target: part.path(name) for target, name in settings.files.items()}
+
+    def run(out: Path) -> ServedQuality:
+        _, held_out = quality.calibration_and_held_out(budget)
+        requests = quality.sample_requests(checkpoint, held_out)
+        outputs = quality.served_outputs(settings, files, requests)
+        reference = quality.graph_outputs(built.graph("fp32").file_path, requests, checkpoint)
+        measured = quality.measure(reference, outputs.values, checkpoint.task, outputs.executor)
+        quality.require_budget(measured, budget, f"{budget.cpu} service of {checkpoint.source}")
+        return ServedQuality(directory=out, files=(), quality=measured)
+
+    report("qualify", f"{budget.cpu} on {built.spec.serving.executor}")
+    item, hit = store.get_or_build(
+        "qualify",
+        {
+            "served": part.digest,
+            "reference": built.graph("fp32").digest,
+            "checkpoint": checkpoint.digest,
+            "processor": _processor(),
+            "budget": budget.model_dump(mode="json", exclude={"gpu", "calibration_texts"}),
+            "settings": settings.model_dump(mode="json"),
+            "texts": corpus.corpus_key(budget.calibration_texts),
+            "tools": tool_versions("openvino", "onnxruntime", "tokenizers"),
+            "code": source_digest(quality, corpus, *_RUNTIME),
+        },
+        ServedQuality,
+        run,
+    )
+    report("qualify", done(item.quality.summary, hit))
+    return replace(built, served=item.quality)
+
+
+def _processor() -> str:
+    """What the arithmetic of the CPU executor depends on: a build folder may move to another machine."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    wide = sorted(flag for flag in flags.split() if flag.startswith(("avx", "amx")))
+    return " ".join([machine(), *wide])

@@ -1,0 +1,79 @@
+"""Language models: checkpoint -> graph with caches -> weights in 8 or 4 bits, each within the perplexity budget."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from builders import corpus, graph, perplexity, quality
+from builders.artifacts import OnnxGraph
+from builders.export import decoder, seq2seq
+from builders.pipeline.result import Build, Report, done
+from builders.quantize import weight_only
+from builders.store import Store, folder_digest, source_digest, tool_versions
+
+
+def export(built: Build, store: Store, report: Report) -> Build:
+    """fp32 always, as the reference; the GPU's graphs start from fp16."""
+    checkpoint, texts_file = built.checkpoint, built.spec.precision.calibration_texts
+    write = seq2seq.export_seq2seq if checkpoint.task == "seq2seq" else decoder.export_decoder
+    graphs = []
+    for precision in ("fp32", "fp16") if built.platform == "gpu" else ("fp32",):
+        report("export", precision)
+
+        def run(out: Path, precision: str = precision) -> OnnxGraph:
+            _, held_out = quality.calibration_and_held_out(built.spec.precision)
+            return write(checkpoint, precision, held_out, out)  # type: ignore[arg-type]  # one of the two above
+
+        item, hit = store.get_or_build(
+            "export",
+            {
+                "checkpoint": checkpoint.model_dump(mode="json", exclude={"source"}),
+                "precision": precision,
+                "texts": corpus.corpus_key(texts_file),
+                "samples": built.spec.precision.calibration_samples,
+                "tools": tool_versions("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime"),
+                "code": [folder_digest("builders/export"), source_digest(graph, perplexity, quality)],
+            },
+            OnnxGraph,
+            run,
+        )
+        graphs.append(item)
+        report("export", done(f"{precision}, {item.bytes / 1e6:.1f} MB, {item.quality.summary}", hit))
+    return replace(built, graphs=tuple(graphs))
+
+
+def quantize(built: Build, store: Store, report: Report) -> Build:
+    """Weights alone; what the products compute in stays that of the graph: fp32 on CPU, fp16 on a GPU."""
+    wanted = built.spec.precision_on(built.platform)
+    if wanted not in ("w8", "w4"):
+        return built
+    budget, checkpoint = built.spec.precision, built.checkpoint
+    source, reference = built.graphs[-1], built.graph("fp32")
+
+    def run(out: Path) -> OnnxGraph:
+        calibration, held_out = quality.calibration_and_held_out(budget)
+        ratio, progress = budget.max_perplexity_ratio, lambda text: report("quantize", f"{wanted}: {text}")
+        return weight_only.quantize_weights(
+            source, reference, checkpoint, wanted, ratio, calibration, held_out, out, progress
+        )
+
+    report("quantize", wanted)
+    item, hit = store.get_or_build(
+        "quantize",
+        {
+            "graph": source.digest,
+            "reference": reference.digest,
+            "checkpoint": checkpoint.digest,
+            "scheme": wanted,
+            "ratio": budget.max_perplexity_ratio,
+            "samples": budget.calibration_samples,
+            "texts": corpus.corpus_key(budget.calibration_texts),
+            "tools": tool_versions("onnx", "onnx-ir", "onnxruntime", "tokenizers"),
+            "code": [folder_digest("builders/quantize"), source_digest(graph, perplexity, quality, corpus)],
+        },
+        OnnxGraph,
+        run,
+    )
+    report("quantize", done(f"{wanted}, {item.bytes / 1e6:.1f} MB, {item.quality.summary}", hit))
+    return replace(built, graphs=(*built.graphs, item))

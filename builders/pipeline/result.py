@@ -1,0 +1,54 @@
+"""What a build has come to so far: the record that every step takes, and returns with more in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from builders.artifacts import (
+    Checkpoint,
+    Engine,
+    OnnxGraph,
+    Partition,
+    Quality,
+    RankFiles,
+    RepositoryEntry,
+)
+from builders.spec import DeploymentSpec, Platform
+from builders.store import Store
+
+Stage = Literal["checkpoint", "export", "quantize", "partition", "qualify", "engine", "repository"]
+Report = Callable[[Stage, str], None]
+
+
+@dataclass(frozen=True)
+class Build:
+    """What a build has come to so far; later fields are None or empty when it stopped earlier."""
+
+    spec: DeploymentSpec
+    platform: Platform
+    checkpoint: Checkpoint
+    graphs: tuple[OnnxGraph, ...] = ()
+    partition: Partition | None = None
+    ranks: RankFiles | None = None
+    served: Quality | None = None
+    engines: tuple[Engine, ...] = ()
+    entry: RepositoryEntry | None = None
+
+    def graph(self, precision: str) -> OnnxGraph:
+        return next(item for item in self.graphs if item.precision == precision)
+
+    @property
+    def served_graph(self) -> OnnxGraph:
+        """The graph that the platform runs or builds from."""
+        wanted = self.spec.precision_on(self.platform)
+        return self.graph("fp32" if wanted == "bf16" else wanted)
+
+
+Step = Callable[[Build, Store, Report], Build]
+
+
+def done(text: str, hit: bool) -> str:
+    """A line of progress for a stage that has ended; `hit`: it came from the store."""
+    return f"{text} (unchanged)" if hit else text
