@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import urllib.request
 from collections.abc import Iterator, Mapping
@@ -63,6 +64,7 @@ def stream(
     ServiceError when it fails or falls silent. Closing the iterator cancels the request.
     """
     from tritonclient.grpc import InferenceServerClient
+    from tritonclient.utils import InferenceServerException
 
     answers: SimpleQueue[tuple[Any, Any]] = SimpleQueue()
     values = {**({} if text is None else {"text_input": text}), "stream": True, **options}
@@ -70,7 +72,8 @@ def stream(
         # With this header an error comes with its gRPC status, and ends the stream.
         client.start_stream(lambda result, error: answers.put((result, error)), headers={"triton_grpc_error": "true"})
         try:
-            client.async_stream_infer(model, [_tensor(name, value) for name, value in values.items()])
+            with contextlib.suppress(InferenceServerException):  # a stream that broke has told the callback why
+                client.async_stream_infer(model, [_tensor(name, value) for name, value in values.items()])
             while True:
                 try:
                     result, error = answers.get(timeout=timeout_s)

@@ -17,15 +17,13 @@ from runtime.ranks.stored import StoredPrograms, save_programs
 def write_rank_files(partition: Partition, out: Path) -> RankFiles:
     """Writes the programs of all ranks into `out`, with their weights beside them (linked where possible).
 
-    Raises CheckError for a graph that keeps states between steps, or whose inputs or outputs are cut: an encoder's
-    are whole on every rank.
+    Raises CheckError when inputs or outputs are cut that are not states: what comes and goes is whole on every rank.
     """
-    cut = [port.name for stage in partition.stages for port in (*stage.inputs, *stage.outputs) if port.cut is not None]
-    if cut or partition.states:
-        names = ", ".join([*cut, *(given for _, given in partition.states)][:4])
-        raise CheckError(
-            f"partition of {partition.source_file}: {names} differ by rank; an encoder has no such tensors"
-        )
+    states = {name for pair in partition.states for name in pair}
+    ports = [port for stage in partition.stages for port in (*stage.inputs, *stage.outputs)]
+    cut = [port.name for port in ports if port.cut is not None and port.name not in states]
+    if cut:
+        raise CheckError(f"partition of {partition.source_file}: {', '.join(cut[:4])} differ by rank")
     programs = StoredPrograms(
         Layout(partition.tensor, partition.pipeline),
         tuple(port.name for port in partition.outputs),

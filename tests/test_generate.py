@@ -1,0 +1,143 @@
+"""A language model as a user meets it: a spec, a build, a server, and text that streams from it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from builders import pipeline
+from builders.errors import InputError, ServiceError, UnsupportedError
+from builders.generate import served_model, stream
+from builders.pipeline import Build
+from builders.spec import DeploymentSpec
+from runtime.settings import GeneratorModelSettings
+from runtime.supervisor import Supervisor
+from runtime.triton import Ports, TritonServer
+from tests import generators
+
+
+def _spec(source: Path, **changes: object) -> DeploymentSpec:
+    """A tiny model of random weights: its perplexity says nothing, so the budget is wide."""
+    slices: dict[str, object] = {
+        "model": {"source": str(source), "task": "generation", "max_length": 64},
+        "precision": {"max_perplexity_ratio": 2.0, "calibration_samples": 32},
+        "generation": {"slots": 4, "cache_lengths": [16, 64]},
+        **changes,
+    }
+    return DeploymentSpec.model_validate({"name": "tiny-lm", **slices})
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return generators.save_generator(tmp_path_factory.mktemp("llama") / "model", "llama")
+
+
+@pytest.fixture(scope="module")
+def built(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Build:
+    return pipeline.build(_spec(llama), "cpu", tmp_path_factory.mktemp("lm"), "repository")
+
+
+@pytest.fixture(scope="module")
+def serving(built: Build) -> Iterator[TritonServer]:
+    assert built.entry is not None
+    with TritonServer(built.entry.repository, Ports.free()) as server:
+        supervisor = Supervisor(server)
+        supervisor.wait_ready(120, threading.Event())
+        supervisor.close()
+        yield server
+
+
+def test_weights_in_eight_bits_unless_said_otherwise(built: Build, llama: Path) -> None:
+    assert [graph.precision for graph in built.graphs] == ["fp32", "w8"]
+    assert built.served_graph.operators["DequantizeLinear"] > 0
+    again = pipeline.build(_spec(llama), "cpu", built.served_graph.directory.parents[2], "repository")
+    assert again.entry == built.entry
+    assert _spec(llama, precision={"cpu": "fp32"}).precision.cpu == "fp32"
+
+
+def test_engines_for_each_length_of_the_cache(llama: Path, tmp_path: Path) -> None:
+    """Real TensorRT for RTX builds of the fp16 graph: prompts and decoding are two profiles of each engine."""
+    built = pipeline.build(_spec(llama), "gpu", tmp_path, "repository")
+    assert [(engine.target, engine.capacity) for engine in built.engines] == [("sm89", 16), ("sm89", 64)]
+    assert all(len(engine.profiles) == 2 for engine in built.engines)
+    assert built.entry is not None
+    settings = GeneratorModelSettings.load(built.entry.repository / "tiny-lm" / "1")
+    assert settings.executor == "tensorrt-rtx"
+    assert settings.files == {"sm89.16": "model.sm89.16.plan", "sm89.64": "model.sm89.64.plan"}
+    for file in settings.files.values():
+        assert (built.entry.repository / "tiny-lm" / "1" / file).stat().st_size > 10_000
+
+
+def test_ranks_generate_on_cpu_only(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="a decoder on one GPU"):
+        pipeline.build(
+            _spec(llama, parallel={"tensor": 2}, serving={"executor": "onnxruntime"}), "gpu", tmp_path, "repository"
+        )
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.triton
+def test_the_command_streams_and_a_seed_repeats(serving: TritonServer) -> None:
+    command = [sys.executable, "-m", "builders", "generate", "the list", "--grpc", serving.grpc_address]
+    command += ["--metrics", serving.metrics_address, "--max-tokens", "12", "--temperature", "1.0", "--seed", "5"]
+    plain, again = (subprocess.run(command, capture_output=True, text=True, timeout=120, check=True) for _ in range(2))
+    assert plain.stdout == again.stdout
+    lines = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=120, check=True).stdout
+    chunks = [json.loads(line) for line in lines.splitlines()]
+    assert "".join(chunk["text"] for chunk in chunks) == plain.stdout.removesuffix("\n")
+    assert chunks[-1]["completion_tokens"] == sum(len(chunk["tokens"]) for chunk in chunks)
+    assert chunks[-1]["finish"] in ("length", "stop")
+
+
+@pytest.mark.triton
+def test_the_metrics_name_the_model(serving: TritonServer) -> None:
+    assert served_model(serving.metrics_address) == "tiny-lm"
+    with pytest.raises(InputError, match="name the --model"):
+        served_model("127.0.0.1:9")
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"max_tokens": 1000}, "max_tokens"),
+    ],
+)
+def test_a_refused_request_says_why(serving: TritonServer, options: dict[str, object], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        list(stream(serving.grpc_address, "tiny-lm", "the list", options))
+    assert list(stream(serving.grpc_address, "tiny-lm", "the list", {"max_tokens": 2}))[-1].finish is not None
+
+
+@pytest.mark.triton
+def test_an_unknown_model_and_an_absent_server(serving: TritonServer) -> None:
+    with pytest.raises(InputError, match="unknown model"):
+        list(stream(serving.grpc_address, "other", "x", {}))
+    with pytest.raises(ServiceError):
+        list(stream("127.0.0.1:9", "tiny-lm", "x", {}))
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("parallel", [{"tensor": 2}, {"pipeline": 2}])
+def test_ranks_serve_the_same_text(llama: Path, tmp_path: Path, parallel: dict[str, int]) -> None:
+    """Greedy, in fp32: sums in another order differ in the last digits only."""
+    exact = {"cpu": "fp32", "calibration_samples": 32}
+    texts = []
+    for changes in ({}, {"parallel": parallel, "serving": {"executor": "onnxruntime"}}):
+        built = pipeline.build(_spec(llama, precision=exact, **changes), "cpu", tmp_path, "repository")
+        assert built.entry is not None
+        with TritonServer(built.entry.repository, Ports.free()) as server:
+            supervisor = Supervisor(server)
+            supervisor.wait_ready(120, threading.Event())
+            supervisor.close()
+            chunks = list(stream(server.grpc_address, "tiny-lm", "the list of", {"max_tokens": 24}))
+        texts.append("".join(chunk.text for chunk in chunks))
+    assert texts[0] == texts[1]
