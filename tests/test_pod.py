@@ -25,7 +25,8 @@ from builders.commands.manifests import publish as publish_spec
 from builders.pipeline import Build
 from runtime.errors import BadEnvironment
 from runtime.health import BUSY_WITHIN_S, LIVE_WITHIN_S, READY_WITHIN_S, Health, HealthServer
-from runtime.model_store import EngineKey, Publication, lay_out, misfit, publications, publish, wait_for
+from runtime.layout import Layout, lay_out
+from runtime.model_store import EngineKey, Publication, misfit, publications, publish, wait_for
 from runtime.node import Node, same_release
 from runtime.settings import EncoderModelSettings
 from runtime.supervisor import Failure
@@ -151,7 +152,7 @@ def test_a_spec_is_published_by_command(tiny: Build, tmp_path: Path, capsys: pyt
 def test_weights_are_linked_or_copied_and_threads_are_the_pods(store: Path, tmp_path: Path, copied: bool) -> None:
     (found,) = publications(store, "tiny", "cpu")
     for _ in range(2):  # a container that starts again finds its own layout
-        lay_out(found, store, tmp_path / "repository", copy_weights=copied, threads=3)
+        lay_out(found, Layout(store, tmp_path / "repository", copied, threads=3))
     version = tmp_path / "repository" / "tiny-encoder" / "1"
     assert (version / "graph.onnx").is_symlink() is not copied
     assert EncoderModelSettings.load(version).threads == 3
@@ -168,7 +169,7 @@ def test_a_damaged_store_is_refused(store: Path, tmp_path: Path, name: str, dama
     else:
         file.write_bytes(data[:-1] if damage == "short" else bytes([data[0] ^ 1]) + data[1:])
     with pytest.raises(BadEnvironment, match="run engine-build again"):
-        lay_out(found, store, tmp_path / "repository")
+        lay_out(found, Layout(store, tmp_path / "repository"))
     assert not (tmp_path / "repository" / "settings.json").exists()
 
 

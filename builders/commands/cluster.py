@@ -191,16 +191,18 @@ def port_forward(
 
 def load_version(
     target: Target,
-    model: Annotated[list[str], typer.Option(help="repeat it; in the order to load, an ensemble after its parts")],
-    version: Annotated[int, typer.Option(min=1, help="the version's directory in the store")],
-    control_secret: Annotated[str, typer.Option(help="NAME/KEY of the Secret that opens the pods' repository control")],
+    version: Annotated[int, typer.Option(min=1, help="as `trireme publish` or the engine-build Job numbered it")],
+    control_secret: Annotated[
+        str, typer.Option(help="NAME/KEY of the Secret that opens the pods' repository control")
+    ] = "triton-control/secret",
     name: NameOption = None,
     kubeconfig: Kubeconfig = None,
     context: Context = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Loads a model version that is in the store into running pods, one at a time. Stops at the first that fails."""
-    from builders.deploy.client.models import ModelVersion, control_headers
+    """Loads a published version into running pods, one at a time; new pods then start with it. Stops at the first
+    pod that fails. An older version is loaded the same way."""
+    from builders.deploy.client.control import control_secret as read_secret
     from builders.deploy.client.models import load_version as load
 
     secret, separator, key = control_secret.partition("/")
@@ -208,9 +210,8 @@ def load_version(
         raise InputError("--control-secret", got=control_secret, expected="NAME/KEY", fix="name the key in the Secret")
     found = _place(target, name)
     with _connect(found, kubeconfig, context) as cluster:
-        headers = control_headers(cluster, secret, key)
-        workload = _serving_workload(cluster, found)
-        pods = load(cluster, workload, ModelVersion(tuple(model), version), headers, report=_say(as_json))
+        control = read_secret(cluster, secret, key)
+        pods = load(cluster, _serving_workload(cluster, found), version, control, report=_say(as_json))
     print(json.dumps({"version": version, "pods": pods}) if as_json else f"version {version} in {len(pods)} pods")
 
 

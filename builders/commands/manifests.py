@@ -80,7 +80,9 @@ def publish(
     if as_json:
         print(published.model_dump_json(indent=2))
     else:
-        print(f"{store / published.model / platform / published.key}{' (unchanged)' if unchanged else ''}")
+        print(f"version {published.version}{', as before' if unchanged else ''}: {published.folder(store)}")
+        if not unchanged and published.version > 1:
+            print(f"  running pods take it with: trireme load-version {spec} --version {published.version}")
 
 
 def _only(engine: EngineSlice, target: str) -> EngineSlice:

@@ -105,7 +105,7 @@ def _variants(built: Build) -> list[_Variant]:
     if built.spec.generates:
         chunk = built.spec.generation.chunk_tokens
         found = []
-        for capacity in built.spec.cache_lengths:
+        for capacity in built.spec.cache_lengths_on("gpu"):
             decoding = tensorrt.decoder_profiles(built.spec.generation.slots, min(chunk, capacity))
             shapes = [profile.model_dump() for profile in decoding]
             found.append(

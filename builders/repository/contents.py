@@ -170,7 +170,7 @@ def generator_settings(
         executor=spec.engine.flavour if platform == "gpu" else "ranks" if partition is not None else "onnxruntime",
         files=_generator_files(parts),
         threads=spec.serving.threads,
-        capacities=spec.cache_lengths,
+        capacities=spec.cache_lengths_on(platform),
         slots=chosen.slots,
         kept=chosen.kept_prefixes,
         chunk_tokens=chosen.chunk_tokens,

@@ -71,7 +71,7 @@ class DeploymentSpec(Slice):
         return self
 
     def _require_cache_lengths(self) -> None:
-        lengths, longest = self.cache_lengths, self.model.max_length
+        lengths, longest = self.cache_lengths_on("cpu"), self.model.max_length
         if list(lengths) != sorted(set(lengths)) or lengths[-1] != longest:
             raise ValueError(
                 f"generation.cache_lengths={list(lengths)} must rise strictly and end with model.max_length={longest}: "
@@ -84,13 +84,17 @@ class DeploymentSpec(Slice):
     def generates(self) -> bool:
         return self.model.task in GENERATES
 
-    @property
-    def cache_lengths(self) -> tuple[int, ...]:
-        """Of the cache's rows, in tokens. A row moves to the next length when it outgrows its own."""
+    def cache_lengths_on(self, platform: Platform) -> tuple[int, ...]:
+        """Of the cache's rows, in tokens. A row moves to the next length when it outgrows its own.
+
+        On a GPU every length is an engine with its own copy of the weights, so there is one unless the spec says more.
+        """
+        from runtime.generation.cache import capacity_ladder
+
         if self.generation.cache_lengths is not None:
             return self.generation.cache_lengths
-        doubled = [128 << step for step in range(12) if 128 << step < self.model.max_length]
-        return (*doubled, self.model.max_length)
+        longest = self.model.max_length
+        return capacity_ladder(longest) if platform == "cpu" else (longest,)
 
     def _require_encoder_choices(self) -> None:
         buckets, longest = self.serving.length_buckets, self.model.max_length

@@ -40,7 +40,9 @@ class ModelStoreSlice(Slice):
     storage_class: str | None = Field(None, description="default: the cluster's default class")
     bucket: str | None = Field(None, description="gcs and s3")
     identity: str | None = Field(None, description="Google service account (gcs) or IAM role ARN (s3) of the pods")
-    cache_gib: NotNegative = Field(0, description="copy the weights to the node's disk first; 0: read from the store")
+    cache_gib: NotNegative = Field(
+        0, description="room for the weights of two versions, copied to the node's disk first; 0: read from the store"
+    )
 
     @model_validator(mode="after")
     def _whole(self) -> ModelStoreSlice:

@@ -146,7 +146,8 @@ class GenerationSlice(Slice):
     slots: Positive = Field(16, description="sequences that run at once")
     kept_prefixes: NotNegative = Field(8, description="ended sequences whose cache stays for others that begin alike")
     cache_lengths: tuple[Positive, ...] | None = Field(
-        None, description="tokens of the cache's rows, rising; default: 128, 256, … up to model.max_length"
+        None,
+        description="tokens of the cache's rows, rising; default: 128, 192, 256 … model.max_length; GPU: the last",
     )
     chunk_tokens: Positive = Field(128, description="of a long prompt in one step, so that running streams go on")
     default_max_tokens: Positive = 128

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from builders.deploy.client.apply import Applied, apply, delete, dry_run, names
 from builders.deploy.client.cluster import Cluster
+from builders.deploy.client.control import ensure_control_secret
 from builders.deploy.client.objects import Object, ObjectName
 from builders.deploy.client.observe import WORKLOADS
 from builders.deploy.client.revision import History, Revision, left_behind, read_history, write_history
@@ -94,6 +95,7 @@ def _carry_out(
     applied = list(apply(cluster, namespaces, force))  # the record lies in one of them
     history = write_history(cluster, history.begin(documents, restores))
     try:
+        ensure_control_secret(cluster, rest)  # before the pods, which read it once
         applied += apply(cluster, rest, force)
         found = wait(cluster, workloads(cluster, documents), patience, report)
         # Only now: until the last old pod has gone, its ConfigMap of the hash before must be there for a restart.

@@ -1,26 +1,30 @@
-"""A new model version on running pods: loaded over gRPC pod by pod, at the pace of their readiness.
+"""A new model version on running pods: laid out and loaded pod by pod, at the pace of their readiness.
 
-The version is a directory that the pods see; Triton loads it beside the one that serves and switches when it is ready,
-so a load takes no pod away by itself. It may still: memory for two versions, a readiness probe that fails. So a pod is
-touched only while the disruption budget could do without it, and the next one waits until it is ready again. A version
-that fails in the first pod is never tried in the second, and the old one goes on serving in that pod too.
+The version is a publication in the store. The pod's launcher lays it out beside the one that serves, asked on the
+health port; the load is a gRPC call, and Triton switches when the new version is ready, so a load takes no pod away by
+itself. It may still: memory for two versions, a readiness probe that fails. So a pod is touched only while the
+disruption budget could do without it, and the next one waits until it is ready again. A version that fails in the first
+pod is never tried in the second, and that pod goes back to the old one. When all pods have the version, it is written
+down for pods to come.
 """
 
 from __future__ import annotations
 
-import base64
+import http.client
+import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from builders.deploy.client.cluster import Cluster
+from builders.deploy.client.apply import MANAGER
+from builders.deploy.client.cluster import Cluster, Query
 from builders.deploy.client.objects import (
+    CONFIG_MAPS,
     DISRUPTION_BUDGETS,
     PODS,
-    SECRETS,
     Object,
     ObjectName,
     label_selector,
@@ -29,10 +33,15 @@ from builders.deploy.client.objects import (
 )
 from builders.deploy.client.observe import is_leaving, is_ready, observe
 from builders.deploy.client.port_forward import PortForward
+from builders.deploy.client.refusal import Action
+from builders.deploy.client.rights import require_rights
 from builders.errors import ClusterError, RolloutError
 
-CONTROL_HEADER = "triton-grpc-protocol-trireme-admin"  # what `--grpc-restricted-protocol` of the launcher asks for
+SECRET_HEADER = "trireme-admin"  # the launcher's, on the health port
+CONTROL_HEADER = f"triton-grpc-protocol-{SECRET_HEADER}"  # what its `--grpc-restricted-protocol` asks for
+VERSION_MAP, VERSION_KEY = "model-version", "version"  # as k8s/base/deployment.yaml mounts it into the init container
 _ASK_S = 30.0
+_ROUNDS = 10  # of pods that came while the others were loaded
 
 
 @dataclass(frozen=True)
@@ -45,65 +54,144 @@ class ModelVersion:
 
 @dataclass(frozen=True)
 class Pace:
-    """`load_s`: for one model in one pod. `ready_s`: for the budget to allow a pod, and for a pod to be ready again."""
+    """`load_s`: for the layout and for each model in one pod. `ready_s`: for the budget to allow a pod, and for a pod
+    to be ready again."""
 
     load_s: float = 300.0
     ready_s: float = 300.0
     pause_s: float = 0.5
 
 
+@dataclass(frozen=True)
+class PodPorts:
+    grpc: int = 8001
+    health: int = 8003
+
+
 def load_version(
     cluster: Cluster,
     workload: ObjectName,
-    wanted: ModelVersion,
-    headers: Mapping[str, str],
+    version: int,
+    secret: str,
     *,
-    grpc_port: int = 8001,
+    ports: PodPorts | None = None,
     pace: Pace | None = None,
     report: Callable[[str], None] = lambda message: None,
 ) -> list[str]:
-    """Loads the version in every pod of the workload; returns the pods' names.
+    """Brings the version into every pod of the workload, and writes it down; returns the pods' names.
 
-    Raises RolloutError at the first pod that fails, with which pods have the new version and which have not.
+    Raises RolloutError at the first pod that fails, with which pods have the new version and which have not; what pods
+    to come will serve is then as before. Raises ClusterError without the right to write it down.
     """
-    pace, namespace = pace or Pace(), workload.namespace or cluster.namespace
-    pods = [name_of(pod) for pod in observe(cluster, workload).pods if not is_leaving(pod)]
-    if not pods:
-        raise RolloutError(f"{workload}: no pods of its newest revision. Fix: deploy it first (`trireme deploy`)")
+    namespace = workload.namespace or cluster.namespace
+    rollout = _Rollout(cluster, namespace, version, secret, ports or PodPorts(), pace or Pace(), report)
+    require_rights(cluster, [Action(verb, CONFIG_MAPS, namespace) for verb in ("get", "create", "patch")])
     done: list[str] = []
-    for pod in pods:
+    written = False
+    for _ in range(_ROUNDS):
+        pods = [name_of(pod) for pod in observe(cluster, workload).pods if not is_leaving(pod)]
+        if not pods:
+            raise RolloutError(f"{workload}: no pods of its newest revision. Fix: deploy it first (`trireme deploy`)")
+        coming = [pod for pod in pods if pod not in done]
+        if written and not coming:
+            return done
+        for pod in coming:
+            done += _with_reason(rollout, pod, done, pods)
+        if not written:
+            _write_down(cluster, namespace, version)
+            written = True  # and once more: pods that began before this have read the number of before
+    raise RolloutError(f"{workload}: still new pods after {_ROUNDS} rounds. Fix: run it again when it has settled")
+
+
+def _with_reason(rollout: _Rollout, pod: str, done: Sequence[str], pods: Sequence[str]) -> list[str]:
+    """The pod, or nothing when it has gone by itself."""
+    try:
+        return [pod] if rollout.bring(pod) else []
+    except (ClusterError, RolloutError) as error:
+        rest = [name for name in pods if name not in done]
+        raise RolloutError(
+            f"{pod}: {error}. Version {rollout.version} is in {len(done)} of {len(pods)} pods ({_listed(done)}); "
+            f"{_listed(rest)} keep what they served. Fix: mend the version and publish it, or load the old one"
+        ) from error
+
+
+def _write_down(cluster: Cluster, namespace: str, version: int) -> None:
+    """For the init containers of pods to come."""
+    body = {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {"name": VERSION_MAP, "namespace": namespace},
+        "data": {VERSION_KEY: str(version)},
+    }
+    query: Query = {"fieldManager": MANAGER, "force": True}
+    action = Action("patch", CONFIG_MAPS, namespace, VERSION_MAP)
+    cluster.send("PATCH", CONFIG_MAPS.path(namespace, VERSION_MAP), action, query, body)
+
+
+@dataclass(frozen=True)
+class _Rollout:
+    cluster: Cluster
+    namespace: str
+    version: int
+    secret: str
+    ports: PodPorts
+    pace: Pace
+    report: Callable[[str], None]
+
+    def bring(self, pod: str) -> bool:
+        """Lays the version out in one pod and loads it; False when the pod has gone by itself."""
+        if not _await_budget(self.cluster, self.namespace, pod, self.pace):
+            self.report(f"{pod}: has gone meanwhile")
+            return False
+        _await_ready(self.cluster, self.namespace, pod, self.pace)  # one that has just come has no server yet
+        with self._forward(pod, self.ports.health) as control, self._forward(pod, self.ports.grpc) as triton:
+            self.report(f"{pod}: loading version {self.version}")
+            wanted = self._ask("POST", control.address)
+            try:
+                self._load(triton.address, wanted)
+                _require_version(triton.address, wanted)
+                _settle(self.cluster, self.namespace, pod, self.pace)
+                _await_ready(self.cluster, self.namespace, pod, self.pace)
+                _require_version(triton.address, wanted)  # a server that died of the load is back without it
+            except (ClusterError, RolloutError) as error:
+                raise RolloutError(f"{error}; {self._give_up(control.address, triton.address)}") from error
+        self.report(f"{pod}: serves version {self.version}")
+        return True
+
+    def _forward(self, pod: str, port: int) -> PortForward:
+        return PortForward(self.cluster, self.namespace, partial(str, pod), port)
+
+    def _ask(self, method: str, address: str) -> ModelVersion:
+        """The launcher lays the version out (POST), or takes it back (DELETE); what is to be loaded now."""
+        connection = http.client.HTTPConnection(address, timeout=self.pace.load_s)
         try:
-            if not _await_budget(cluster, namespace, pod, pace):
-                report(f"{pod}: has gone meanwhile")  # scaled down; what starts from now on loads the newest version
-                continue
-            report(f"{pod}: loading version {wanted.version}")
-            with PortForward(cluster, namespace, partial(str, pod), grpc_port) as forward:
-                _load(forward.address, wanted, headers, pace.load_s)
-                _await_ready(cluster, namespace, pod, pace)
-                _require_version(forward.address, wanted)  # a server that died of the load is back without it
-        except (ClusterError, RolloutError) as error:
-            rest = [name for name in pods if name not in done]
-            raise RolloutError(
-                f"{pod}: {error}. Version {wanted.version} is in {len(done)} of {len(pods)} pods ({_listed(done)}); "
-                f"{_listed(rest)} keep what they served. Fix: mend the version and load it again"
-            ) from error
-        done.append(pod)
-        report(f"{pod}: serves version {wanted.version}")
-    return done
+            connection.request(method, f"/versions/{self.version}", headers={SECRET_HEADER: self.secret})
+            answer = connection.getresponse()
+            text = answer.read(4096).decode(errors="replace").strip()
+        except (OSError, http.client.HTTPException) as error:
+            reason = str(error) or type(error).__name__
+            raise RolloutError(f"no answer on its port {self.ports.health} ({reason})") from error
+        finally:
+            connection.close()
+        if answer.status != 200:
+            raise RolloutError(text or f"its launcher answers with {answer.status}")
+        found = json.loads(text)
+        return ModelVersion(tuple(found["models"]), int(found["version"]))
 
+    def _load(self, address: str, wanted: ModelVersion) -> None:
+        """A load answers only when the model is ready or has failed."""
+        with _triton(address) as client:
+            for model in wanted.models:
+                client.load_model(model, headers={CONTROL_HEADER: self.secret}, client_timeout=self.pace.load_s)
 
-def control_headers(cluster: Cluster, secret: str, key: str) -> dict[str, str]:
-    """The gRPC metadata that opens repository control, from the Secret that the pods were given."""
-    found = cluster.get(SECRETS, cluster.namespace, secret)
-    text = ((found or {}).get("data") or {}).get(key)
-    if not text:
-        raise ClusterError(
-            f"Secret {cluster.namespace}/{secret}",
-            got="no such Secret" if found is None else f"no key {key}",
-            expected="the secret that the pods' launcher was given",
-            fix="give --control-secret NAME/KEY as the pods' manifest names it",
-        )
-    return {CONTROL_HEADER: base64.b64decode(text).decode().strip()}
+    def _give_up(self, control: str, triton: str) -> str:
+        """Parts that were loaded before the one that failed go back too."""
+        try:
+            before = self._ask("DELETE", control)
+            self._load(triton, before)
+        except RolloutError as error:
+            return f"it could not be brought back ({error}), which is left to its supervisor"
+        return f"it serves version {before.version}"
 
 
 def allows(budget: Object, pod_ready: bool) -> bool:
@@ -152,13 +240,16 @@ def _await_ready(cluster: Cluster, namespace: str, pod: str, pace: Pace) -> None
     def ready() -> bool:
         item = cluster.get(PODS, namespace, pod)
         if item is None:
-            raise RolloutError("it is gone since the load")
+            raise RolloutError("it has gone meanwhile")
         return is_ready(item)
 
+    _await(ready, pace, "it is not ready")
+
+
+def _settle(cluster: Cluster, namespace: str, pod: str, pace: Pace) -> None:
+    """Until its probe has had the time to fail, Ready may still tell of the time before."""
     item = cluster.get(PODS, namespace, pod)
-    # Until its probe has had the time to fail, Ready may still tell of the time before.
     time.sleep(min(settle_s(item) if item else 0.0, pace.ready_s))
-    _await(ready, pace, "it is not ready again")
 
 
 def _await(holds: Callable[[], bool], pace: Pace, otherwise: str) -> None:
@@ -169,19 +260,11 @@ def _await(holds: Callable[[], bool], pace: Pace, otherwise: str) -> None:
         time.sleep(pace.pause_s)
 
 
-def _load(address: str, wanted: ModelVersion, headers: Mapping[str, str], seconds: float) -> None:
-    """A load answers only when the model is ready or has failed."""
-    with _triton(address) as client:
-        for model in wanted.models:
-            client.load_model(model, headers=dict(headers), client_timeout=seconds)
-    _require_version(address, wanted)
-
-
 def _require_version(address: str, wanted: ModelVersion) -> None:
     with _triton(address) as client:
         for model in wanted.models:
             if not client.is_model_ready(model, str(wanted.version), client_timeout=_ASK_S):
-                raise RolloutError(f"{model} has no version {wanted.version} after the load; is it in the store?")
+                raise RolloutError(f"{model} has no version {wanted.version} after the load")
 
 
 @contextmanager
