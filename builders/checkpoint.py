@@ -298,7 +298,8 @@ def _check_length(
             f"model.max_length of {model.source}",
             got=str(model.max_length),
             expected=f"at most {longest}, the checkpoint's position table",
-            fix=f"set model.max_length: {longest} or less, and end serving.length_buckets with it",
+            fix=f"set model.max_length: {longest} or less, and end "
+            f"{'generation.cache_lengths, if given,' if generation else 'serving.length_buckets'} with it",
         )
 
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import re
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from builders.errors import InputError, ServiceError
 
 _METRICS_TIMEOUT_S = 5.0
-_DTYPES = {int: np.int32, float: np.float32, bool: np.bool_}
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def served_model(metrics_address: str) -> str:
     try:
         with urllib.request.urlopen(url, timeout=_METRICS_TIMEOUT_S) as response:
             text = response.read(8 << 20).decode(errors="replace")
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:  # the latter: a port that does not speak HTTP
         raise InputError(
             f"server at {metrics_address}", got=str(error), expected="the metrics of a running `trireme serve`",
             fix="start it, give its --metrics address, or name the --model",
@@ -94,13 +95,26 @@ def _tensor(name: str, value: Any) -> Any:
     from tritonclient.utils import np_to_triton_dtype
 
     items = value if isinstance(value, list | tuple) else [value]
-    if isinstance(items[0], str):
-        array = np.array([[item.encode() for item in items]], np.object_)
-    else:
-        array = np.array([items], np.int64 if name == "random_seed" else _DTYPES[type(items[0])])
+    try:
+        array = _array(name, items)
+    except (UnicodeEncodeError, OverflowError) as error:
+        raise InputError(
+            name, got=str(error), expected="text in UTF-8, or a number in range", fix="correct it"
+        ) from error
     tensor = InferInput(name, list(array.shape), np_to_triton_dtype(array.dtype))
     tensor.set_data_from_numpy(array)
     return tensor
+
+
+def _array(name: str, items: Sequence[Any]) -> NDArray[Any]:
+    if isinstance(items[0], str):
+        return np.array([[item.encode() for item in items]], np.object_)
+    if isinstance(items[0], bool | float):
+        return np.array([items], np.bool_ if isinstance(items[0], bool) else np.float32)
+    bits = 64 if name == "random_seed" else 32
+    if not all(abs(item) < 1 << (bits - 1) for item in items):  # numpy would wrap it
+        raise OverflowError(f"{items} does not fit {bits} bits")
+    return np.array([items], f"int{bits}")
 
 
 def _chunk(result: Any) -> Chunk:

@@ -108,6 +108,7 @@ def _rows(built: Build) -> Iterator[tuple[str, str]]:
         )
     for engine in built.engines:
         rank = f" stage {engine.stage} rank {engine.rank}" if built.partition is not None else ""
+        rank += f", cache of {engine.capacity}" if engine.capacity else ""
         yield (
             f"engine {engine.target} {engine.precision}{rank}",
             f"{engine.bytes / 1e6:.1f} MB, {engine.flavour} {engine.version}, built in {engine.build_seconds} s",

@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
+from platform import machine
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -48,6 +49,14 @@ def folder_digest(*folders: str) -> str:
     root = Path(__file__).parents[1]
     files = sorted(path for folder in folders for path in (root / folder).rglob("*.py"))
     return hashlib.sha256("".join(map(file_digest, files)).encode()).hexdigest()
+
+
+def processor() -> str:
+    """What the arithmetic of the CPU executor depends on: a build folder may move to another machine."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    wide = sorted(flag for flag in flags.split() if flag.startswith(("avx", "amx")))
+    return " ".join([machine(), *wide])
 
 
 @contextlib.contextmanager

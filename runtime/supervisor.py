@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from runtime.errors import ServerFault
 from runtime.triton import TritonServer
+from runtime.versions import Versions
 
 PROBE_TEXT = "trireme readiness probe"
 PROBE_INTERVAL_S = 2.0
@@ -34,12 +35,12 @@ class Failure:
 
 
 class Supervisor:
-    """Watches one server through its gRPC port."""
+    """Watches one server through its gRPC port. `versions`: those that may be loaded into it while it runs."""
 
-    def __init__(self, server: TritonServer) -> None:
+    def __init__(self, server: TritonServer, versions: Versions | None = None) -> None:
         from tritonclient.grpc import InferenceServerClient
 
-        self._server = server
+        self._server, self._versions = server, versions
         self._client = InferenceServerClient(server.grpc_address)
 
     def close(self) -> None:
@@ -81,6 +82,7 @@ class Supervisor:
             return _failure(error)
         if values is None or values.size == 0 or not np.isfinite(values).all():
             return Failure(f"{name} answered with {'nothing' if values is None else 'values that are not finite'}")
+        self._answered(result)
         return None
 
     def _probe_generator(self, name: str, text: str) -> Failure | None:
@@ -92,7 +94,11 @@ class Supervisor:
             _tensor("text_input", np.array([[text.encode()]], np.object_)),
             _tensor("max_tokens", np.array([[1]], np.int32)),
         ]
-        self._client.start_stream(lambda result, error: answers.put((result, error)), stream_timeout=PROBE_TIMEOUT_S)
+        self._client.start_stream(
+            lambda result, error: answers.put((result, error)),
+            stream_timeout=PROBE_TIMEOUT_S,
+            headers={"triton_grpc_error": "true"},  # without it an error has no status, and busy looks like broken
+        )
         try:
             self._client.async_stream_infer(name, inputs)
             result, error = answers.get(timeout=PROBE_TIMEOUT_S)
@@ -102,7 +108,16 @@ class Supervisor:
             self._client.stop_stream(cancel_requests=True)
         if error is not None:
             return _failure(error)
-        return None if result.as_numpy("output_ids") is not None else Failure(f"{name} answered without a token")
+        if result.as_numpy("output_ids") is None:
+            return Failure(f"{name} answered without a token")
+        self._answered(result)
+        return None
+
+    def _answered(self, result: Any) -> None:
+        """A version that was loaded beside the one of the start, and now answers, is the server's from here on."""
+        settings = self._versions.answered(int(result.get_response().model_version)) if self._versions else None
+        if settings is not None:
+            self._server.settings = settings
 
     def watch(
         self,
@@ -135,9 +150,14 @@ class Supervisor:
                     failures, repairs = 0, repairs + 1
 
     def _repair(self) -> None:
-        """Loads every model again. Triton skips an unchanged model, so its files are touched first."""
+        """Loads every model again, of the version that is known to work.
+
+        Triton skips an unchanged model, so its files are touched first.
+        """
         from tritonclient.utils import InferenceServerException
 
+        if self._versions is not None:
+            self._versions.discard()
         settings = self._server.settings
         for name in settings.load_order:
             adapter = self._server.repository / name / str(settings.version) / "model.py"

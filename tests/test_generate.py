@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -141,3 +142,31 @@ def test_ranks_serve_the_same_text(llama: Path, tmp_path: Path, parallel: dict[s
             chunks = list(stream(server.grpc_address, "tiny-lm", "the list of", {"max_tokens": 24}))
         texts.append("".join(chunk.text for chunk in chunks))
     assert texts[0] == texts[1]
+
+
+@pytest.mark.triton
+def test_a_busy_generator_is_not_taken_for_a_broken_one(llama: Path, tmp_path: Path) -> None:
+    """A full queue refuses the probe as it refuses anyone; a reload would end what runs."""
+    crowded = {"generation": {"slots": 1}, "serving": {"queue_size": 1}}
+    built = pipeline.build(_spec(llama, **crowded), "cpu", tmp_path, "repository")
+    assert built.entry is not None
+    asked_to_stop = threading.Event()
+
+    def ask(address: str) -> None:
+        while not asked_to_stop.is_set():
+            with contextlib.suppress(ServiceError):
+                list(stream(address, "tiny-lm", "the list", {"max_tokens": 50, "min_length": 50}))
+
+    with TritonServer(built.entry.repository, Ports.free()) as server:
+        supervisor = Supervisor(server)
+        supervisor.wait_ready(120, threading.Event())
+        threads = [threading.Thread(target=ask, args=(server.grpc_address,)) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        failures = [failure for _ in range(30) if (failure := supervisor.probe()) is not None]
+        asked_to_stop.set()
+        for thread in threads:
+            thread.join(60)
+        supervisor.close()
+    assert failures, "the queue was never full"
+    assert all(failure.busy for failure in failures), failures

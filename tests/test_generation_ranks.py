@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -71,3 +73,34 @@ def test_a_dead_rank_ends_what_runs_and_the_next_request_succeeds(decoder_graph:
     finally:
         executor.close()
     assert np.all([not Path(f"/proc/{pid}").exists() for pid in before])
+
+
+def test_a_rank_that_dies_while_nobody_asks_costs_no_request(decoder_graph: Path, tmp_path: Path) -> None:
+    asked = prompts(2)
+    alone = generate(real_engine(decoder_graph, CAPACITIES, 4), asked, GREEDY)
+    executor = _ranks(decoder_graph, tmp_path, 1, 2, slots=2)
+    engine, stopped = engine_over(executor, CAPACITIES, 2), threading.Event()
+    loop = threading.Thread(target=engine.run, args=(stopped,))  # the ranks end with the thread that starts them
+    try:
+        generate(engine, asked, GREEDY)
+        before = executor.processes
+        os.kill(before[0], signal.SIGKILL)
+        loop.start()  # idle: it looks after its ranks
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and (not executor.processes or set(before) & set(executor.processes)):
+            time.sleep(0.05)
+        assert executor.processes
+        assert not set(before) & set(executor.processes)
+        order = [engine.submit(prompt, GREEDY) for prompt in asked]
+        outputs: dict[int, list[int]] = {request: [] for request in order}
+        ended: set[int] = set()
+        while time.monotonic() < deadline and len(ended) < len(order):
+            for update in engine.take_updates(wait_s=0.1):
+                assert update.error is None
+                outputs[update.request] += update.tokens
+                ended |= {update.request} if update.finish else set()
+        assert list(outputs.values()) == alone
+    finally:
+        stopped.set()
+        loop.join(60)
+        executor.close()

@@ -43,6 +43,7 @@ def test_the_digest_follows_the_content(tmp_path: Path) -> None:
         ({"serving": {"max_batch": 8}}, "did you mean 'max_batch_size'?"),
         ({"compress": {"prune": 0.5}}, "no key here yet"),
         ({"parallel": {"tensor": 2}}, "needs serving.executor=onnxruntime"),
+        ({"generation": {"slots": 3}}, "generation.slots=3 says nothing to model.task=embedding"),
         ({"serving": {"max_batch_size": "many"}}, "serving.max_batch_size"),
         ({"serving": {"max_batch_size": 65}}, "fits no engine.profiles entry"),
         ({"serving": {"length_buckets": [16, 128]}}, "must end with model.max_length=256"),
@@ -109,3 +110,23 @@ def test_engines_for_rtx_have_one_profile(tmp_path: Path) -> None:
         _load(tmp_path, data)
     data["engine"]["flavour"] = "tensorrt"
     assert _load(tmp_path, data)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"serving": {"instances": 2}}, "serving.instances=2 says nothing to model.task=generation"),
+        ({"serving": {"response_cache_bytes": 1 << 20}}, "serving.response_cache_bytes"),
+        ({"precision": {"cpu": "int8"}}, "precision.cpu=int8 does not go with model.task=generation"),
+        ({"generation": {"cache_lengths": [64, 128]}}, "must rise strictly and end with model.max_length=256"),
+        ({"generation": {"chunk_tokens": 8}}, "generation.chunk_tokens"),
+        ({"generation": {"kept_prefixes": 0}}, "generation.kept_prefixes"),
+    ],
+)
+def test_a_generator_that_cannot_be_served_as_said(
+    tmp_path: Path, change: dict[str, dict[str, object]], said: str
+) -> None:
+    model = {"source": "./model", "task": "generation", "max_length": 256}
+    with pytest.raises(SpecError) as caught:
+        _load(tmp_path, {"name": "lm", "model": model, **change})
+    assert said in str(caught.value)

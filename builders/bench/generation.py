@@ -23,6 +23,7 @@ from builders import pipeline, present
 from builders.bench.generation_loops import Workload
 from builders.bench.generation_peers import Peer, run_all
 from builders.bench.random_llama import random_llama, random_prompts
+from builders.errors import ServiceError
 from builders.pipeline import Build
 from builders.spec import DeploymentSpec
 from runtime.generation.bare import BareLoop, bare_loop
@@ -164,6 +165,8 @@ def _run(address: str, model: str, streams: int, requests: int) -> Streams:
         thread.start()
     for thread in threads:
         thread.join(WAIT_S)
+        if thread.is_alive():
+            raise ServiceError(f"{streams} streams were not done after {WAIT_S:.0f} s")
     result.elapsed, result.client_cpu = time.perf_counter() - started, time.process_time() - cpu
     if faults:
         raise faults[0]

@@ -105,11 +105,14 @@ def build_rank_engine(
 
 
 def decoder_profiles(slots: int, chunk: int) -> tuple[ProfileSlice, ...]:
-    """Prompts: one row of up to `chunk` tokens. Decoding: up to `slots` rows of one token."""
+    """Decoding: up to `slots` rows of one token. Prompts: one row of up to `chunk` tokens.
+
+    In this order: the executor takes the first profile that fits, and a single token is decoding.
+    """
     one = Range(min=1, opt=1, max=1)
     return (
-        ProfileSlice(batch=one, length=Range(min=1, opt=chunk, max=chunk)),
         ProfileSlice(batch=Range(min=1, opt=slots, max=slots), length=one),
+        ProfileSlice(batch=one, length=Range(min=1, opt=chunk, max=chunk)),
     )
 
 
@@ -240,7 +243,8 @@ def _profile(profile: Any, item: ProfileSlice, inputs: Sequence[TensorSpec]) -> 
         for dim in tensor.dims:
             if isinstance(dim, str) and dim not in ranges:
                 raise EngineError(
-                    f"input {tensor.name} has the dynamic dimension {dim!r}; profiles give batch and length only"
+                    f"input {tensor.name} has the dynamic dimension {dim!r}; profiles give batch and length only. "
+                    "A decoder's engines, of fixed cache length, come from `trireme build --platform gpu`"
                 )
             sizes.append(dim if isinstance(dim, int) else int(getattr(ranges[dim], end)))
         return sizes

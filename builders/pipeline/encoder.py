@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from platform import machine
 
 from builders import corpus, graph, quality
 from builders.artifacts import OnnxGraph, ServedQuality
@@ -13,7 +12,7 @@ from builders.pipeline.result import Build, Report, done
 from builders.quality import HELD_OUT_TEXTS
 from builders.quantize import int8, smoothquant
 from builders.repository import contents
-from builders.store import Store, source_digest, tool_versions
+from builders.store import Store, folder_digest, processor, source_digest, tool_versions
 from runtime import batching, tokenizer
 from runtime import encoder as serving_encoder
 from runtime.executor import onnxruntime, openvino, ranks
@@ -107,23 +106,15 @@ def qualify(built: Build, store: Store, report: Report) -> Build:
             "served": part.digest,
             "reference": built.graph("fp32").digest,
             "checkpoint": checkpoint.digest,
-            "processor": _processor(),
+            "processor": processor(),
             "budget": budget.model_dump(mode="json", exclude={"gpu", "calibration_texts"}),
             "settings": settings.model_dump(mode="json"),
             "texts": corpus.corpus_key(budget.calibration_texts),
-            "tools": tool_versions("openvino", "onnxruntime", "tokenizers"),
-            "code": source_digest(quality, corpus, *_RUNTIME),
+            "tools": tool_versions("openvino", "onnxruntime", "tokenizers", "torch"),
+            "code": [source_digest(quality, corpus, *_RUNTIME), folder_digest("runtime/ranks")],
         },
         ServedQuality,
         run,
     )
     report("qualify", done(item.quality.summary, hit))
     return replace(built, served=item.quality)
-
-
-def _processor() -> str:
-    """What the arithmetic of the CPU executor depends on: a build folder may move to another machine."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    flags = next((line for line in lines if line.startswith("flags")), "")
-    wide = sorted(flag for flag in flags.split() if flag.startswith(("avx", "amx")))
-    return " ".join([machine(), *wide])

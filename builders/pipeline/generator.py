@@ -10,7 +10,7 @@ from builders.artifacts import OnnxGraph
 from builders.export import decoder, seq2seq
 from builders.pipeline.result import Build, Report, done
 from builders.quantize import weight_only
-from builders.store import Store, folder_digest, source_digest, tool_versions
+from builders.store import Store, folder_digest, processor, source_digest, tool_versions
 
 
 def export(built: Build, store: Store, report: Report) -> Build:
@@ -32,6 +32,7 @@ def export(built: Build, store: Store, report: Report) -> Build:
                 "precision": precision,
                 "texts": corpus.corpus_key(texts_file),
                 "samples": built.spec.precision.calibration_samples,
+                "processor": processor(),  # perplexities are measured on it
                 "tools": tool_versions("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime"),
                 "code": [folder_digest("builders/export"), source_digest(graph, perplexity, quality)],
             },
@@ -69,6 +70,7 @@ def quantize(built: Build, store: Store, report: Report) -> Build:
             "ratio": budget.max_perplexity_ratio,
             "samples": budget.calibration_samples,
             "texts": corpus.corpus_key(budget.calibration_texts),
+            "processor": processor(),
             "tools": tool_versions("onnx", "onnx-ir", "onnxruntime", "tokenizers"),
             "code": [folder_digest("builders/quantize"), source_digest(graph, perplexity, quality, corpus)],
         },

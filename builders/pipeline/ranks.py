@@ -18,6 +18,7 @@ from builders.partition import served
 from builders.partition.shard import partition_graph
 from builders.partition.verify import verify_partition
 from builders.pipeline.result import Build, Report, done
+from builders.spec import ProfileSlice
 from builders.store import Store, folder_digest, source_digest, tool_versions
 
 _SAMPLES = 4  # real texts that an encoder's partition is proven with, beside random inputs
@@ -48,7 +49,7 @@ def partition(built: Build, store: Store, report: Report) -> Build:
             "parallel": parallel.model_dump(),
             "checkpoint": checkpoint.digest,
             "texts": corpus.corpus_key(texts_file),
-            "tools": tool_versions("onnx", "onnx-ir", "onnxruntime"),
+            "tools": tool_versions("onnx", "onnx-ir", "onnxruntime", "torch"),
             **code,
         },
         Partition,
@@ -99,36 +100,45 @@ class _Variant:
 
 
 def _variants(built: Build) -> list[_Variant]:
-    source, partition, flavour = built.served_graph, built.partition, built.spec.engine.flavour
-    profiles = built.spec.engine.profiles
-    key: dict[str, Any] = {"graph": source.digest, "profiles": [profile.model_dump() for profile in profiles]}
     if built.spec.generates:
-        chunk = built.spec.generation.chunk_tokens
-        found = []
-        for capacity in built.spec.cache_lengths_on("gpu"):
-            decoding = tensorrt.decoder_profiles(built.spec.generation.slots, min(chunk, capacity))
-            shapes = [profile.model_dump() for profile in decoding]
-            found.append(
-                _Variant(
-                    f"{source.precision}, cache of {capacity}",
-                    {"graph": source.digest, "profiles": shapes, "capacity": capacity},
-                    lambda target, out, capacity=capacity, decoding=decoding: tensorrt.build_decoder_engine(  # type: ignore[misc]
-                        source, capacity, flavour, target, decoding, out
-                    ),
-                )
-            )
-        return found
+        return [_of_decoder(built, capacity) for capacity in built.spec.cache_lengths_on("gpu")]
+    partition = built.partition
     if partition is None:
-        build = lambda target, out: tensorrt.build_engine(source, flavour, target, profiles, out)  # noqa: E731
-        return [_Variant(source.precision, key, build)]
-    return [
-        _Variant(
-            f"{source.precision} stage {stage} rank {rank}",
-            {**key, "graph": partition.digest, "rank": (stage, rank)},
-            lambda target, out, stage=stage, rank=rank: tensorrt.build_rank_engine(  # type: ignore[misc]
-                partition, stage, rank, source.precision, flavour, target, profiles, out
-            ),
-        )
-        for stage in range(partition.pipeline)
-        for rank in range(partition.tensor)
-    ]
+        return [_of_graph(built)]
+    ranks = itertools.product(range(partition.pipeline), range(partition.tensor))
+    return [_of_rank(built, partition, stage, rank) for stage, rank in ranks]
+
+
+def _of_graph(built: Build) -> _Variant:
+    source, engine = built.served_graph, built.spec.engine
+
+    def build(target: str, out: Path) -> Engine:
+        return tensorrt.build_engine(source, engine.flavour, target, engine.profiles, out)
+
+    return _Variant(source.precision, {"graph": source.digest, "profiles": _shapes(engine.profiles)}, build)
+
+
+def _of_rank(built: Build, partition: Partition, stage: int, rank: int) -> _Variant:
+    precision, engine = built.served_graph.precision, built.spec.engine
+
+    def build(target: str, out: Path) -> Engine:
+        place = (stage, rank, precision)
+        return tensorrt.build_rank_engine(partition, *place, engine.flavour, target, engine.profiles, out)
+
+    key = {"graph": partition.digest, "rank": (stage, rank), "profiles": _shapes(engine.profiles)}
+    return _Variant(f"{precision} stage {stage} rank {rank}", key, build)
+
+
+def _of_decoder(built: Build, capacity: int) -> _Variant:
+    source, flavour, chosen = built.served_graph, built.spec.engine.flavour, built.spec.generation
+    profiles = tensorrt.decoder_profiles(chosen.slots, min(chosen.chunk_tokens, capacity))
+
+    def build(target: str, out: Path) -> Engine:
+        return tensorrt.build_decoder_engine(source, capacity, flavour, target, profiles, out)
+
+    key = {"graph": source.digest, "capacity": capacity, "profiles": _shapes(profiles)}
+    return _Variant(f"{source.precision}, cache of {capacity}", key, build)
+
+
+def _shapes(profiles: Sequence[ProfileSlice]) -> list[dict[str, Any]]:
+    return [profile.model_dump() for profile in profiles]

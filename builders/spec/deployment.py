@@ -24,6 +24,18 @@ from builders.spec.slices import (
 )
 
 GENERATES = ("generation", "seq2seq")
+# Keys that a kind of model does not read, by slice; an empty tuple: none of the slice.
+_UNREAD: dict[str, dict[str, tuple[str, ...]]] = {
+    "encoder": {"generation": (), "precision": ("max_perplexity_ratio",)},
+    "generator": {
+        "precision": ("min_mean_cosine", "min_worst_cosine"),
+        "engine": ("profiles",),
+        "serving": (
+            "max_batch_size", "length_buckets", "tokens_per_batch", "instances", "queue_delay_us", "queue_timeout_us",
+            "response_cache_bytes", "warmup", "rate_limit",
+        ),
+    },
+}  # fmt: skip
 _ENCODER_PRECISIONS = {"cpu": ("fp32", "bf16", "int8"), "gpu": ("fp16", "int8")}
 _GENERATOR_PRECISIONS = {"cpu": ("fp32", "w8", "w4"), "gpu": ("fp16", "w8", "w4")}
 
@@ -62,6 +74,7 @@ class DeploymentSpec(Slice):
                     f"precision.{platform}={chosen} does not go with model.task={self.model.task}; "
                     f"use one of {', '.join(precisions[platform])}"
                 )
+        self._require_read_keys()
         if self.generates:
             self._require_cache_lengths()
         else:
@@ -69,6 +82,19 @@ class DeploymentSpec(Slice):
         if self.model.task != "embedding" and (self.model.pooling or self.model.normalize is not None):
             raise ValueError(f"model.pooling and model.normalize apply to task embedding, not {self.model.task}")
         return self
+
+    def _require_read_keys(self) -> None:
+        """A key that the task does not read must not look as if it did something."""
+        kind = "generator" if self.generates else "encoder"
+        for slice_name, keys in _UNREAD[kind].items():
+            given: Slice = getattr(self, slice_name)
+            unused = type(given)()
+            for key in keys or type(given).model_fields:
+                value = getattr(given, key)
+                if value != getattr(unused, key):
+                    raise ValueError(
+                        f"{slice_name}.{key}={value} says nothing to model.task={self.model.task}; remove it"
+                    )
 
     def _require_cache_lengths(self) -> None:
         lengths, longest = self.cache_lengths_on("cpu"), self.model.max_length

@@ -35,7 +35,9 @@ class ModelSlice(Slice):
     revision: str | None = Field(None, description="branch, tag or commit of a Hugging Face id")
     task: Task
     max_length: Annotated[int, Field(ge=8)] = Field(
-        256, description="tokens, special ones included; longer text is truncated and reported as such"
+        256,
+        description="tokens, special ones included; longer text is truncated and reported as such. Generation: prompt "
+        "and output together; a longer prompt is refused",
     )
     pooling: Literal["mean", "cls"] | None = Field(None, description="embedding only; default: the checkpoint's own")
     normalize: bool | None = Field(None, description="embedding only, L2; default: the checkpoint's own")
@@ -144,12 +146,14 @@ class GenerationSlice(Slice):
     """How a language model runs: rows of a key-value cache, and who waits for whom."""
 
     slots: Positive = Field(16, description="sequences that run at once")
-    kept_prefixes: NotNegative = Field(8, description="ended sequences whose cache stays for others that begin alike")
+    kept_prefixes: Positive = Field(8, description="ended sequences whose cache stays for others that begin alike")
     cache_lengths: tuple[Positive, ...] | None = Field(
         None,
         description="tokens of the cache's rows, rising; default: 128, 192, 256 … model.max_length; GPU: the last",
     )
-    chunk_tokens: Positive = Field(128, description="of a long prompt in one step, so that running streams go on")
+    chunk_tokens: Annotated[int, Field(ge=16)] = Field(
+        128, description="of a long prompt in one step, so that running streams go on"
+    )
     default_max_tokens: Positive = 128
     request_timeout_s: Annotated[float, Field(gt=0)] | None = None
 

@@ -91,7 +91,8 @@ class RankExecutor:
         while not self._closing.is_set():
             try:
                 group = self._start()
-            except ServerFault as fault:
+            except Exception as error:  # noqa: BLE001 - no memory, no files, no place for them: the keeper must go on
+                fault = error if isinstance(error, ServerFault) else ServerFault(f"the ranks do not start: {error}")
                 if not self._started.is_set():
                     self._first_fault.append(fault)
                     self._started.set()

@@ -73,7 +73,8 @@ class Engine:
                 try:
                     self._inbox.put(self._inbox.get(timeout=_IDLE_SECONDS))
                 except queue.Empty:
-                    continue
+                    if self.executor.lost():  # nobody waits: the next request need not learn of it
+                        self._recover(ServerFault("the executor was lost while idle"))
 
     def step(self) -> bool:
         """One token for every running stream and one budget of prompts; False when there was nothing to do."""
@@ -85,7 +86,7 @@ class Engine:
             try:
                 logits = self._execute(plan)
             except Exception as error:  # noqa: BLE001 - whatever broke, the streams must hear of it and others go on
-                updates += self._recover(error)
+                self._recover(error)
             else:
                 for work, rows in zip(plan.work, logits, strict=True):
                     updates += self._advance(work, rows)
@@ -162,17 +163,18 @@ class Engine:
             counters.itl.add(now - sequence.last_token_at)
         sequence.last_token_at = now
 
-    def _recover(self, error: Exception) -> list[Update]:
+    def _recover(self, error: Exception) -> None:
         """All caches are taken for lost: running requests end, waiting ones go on with a fresh executor."""
         traceback.print_exception(error)
         reason = str(error) if isinstance(error, ServingError) else "the executor failed; the server log has the cause"
-        updates = [_failed(item, Unavailable(f"{reason}; send the request again")) for item in self.scheduler.clear()]
+        ended = [_failed(item, Unavailable(f"{reason}; send the request again")) for item in self.scheduler.clear()]
+        if ended:
+            self._outbox.put(ended)  # before the reset, which may take seconds
         try:
             self.executor.reset()
         except ServerFault as again:
             # The next step fails on the same executor and comes back here: waiting requests end one batch at a time.
             traceback.print_exception(again)
-        return updates
 
     def gauges(self) -> Gauges:
         scheduler, cache = self.scheduler, self.scheduler.cache

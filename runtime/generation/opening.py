@@ -54,7 +54,11 @@ class TextTokenizer:
 def open_engine(settings: GeneratorModelSettings, directory: Path, device: int = 0) -> tuple[Engine, TextTokenizer]:
     """Raises BadEnvironment where the files do not fit each other or this machine, ServerFault for ranks that fail."""
     executor = _open_executor(settings, directory, device)
-    tokenizer = TextTokenizer(directory / TOKENIZER_FILE, executor.vocabulary)
+    try:
+        tokenizer = TextTokenizer(directory / TOKENIZER_FILE, executor.vocabulary)
+    except BaseException:
+        executor.close()  # rank processes would live on
+        raise
     scheduler = Scheduler(
         SlotCache(settings.capacities, settings.slots, settings.kept),
         chunk_tokens=settings.chunk_tokens,

@@ -130,7 +130,9 @@ class RankGroup:
 
     def _send_all(self, commands: Sequence[Sequence[_Command]]) -> None:
         connections = list(self._connections)
-        with contextlib.suppress(OSError):  # the collecting side learns of it from the same pipes, and ends the group
+        # The collecting side learns of a fault from the same pipes, and ends the group: it closes a connection under
+        # this thread's feet, which then writes to nothing (TypeError).
+        with contextlib.suppress(OSError, TypeError):
             for step in commands:
                 for command, connection in zip(step, connections, strict=False):
                     connection.send(command)
@@ -231,5 +233,13 @@ def _sweep_dead() -> None:
     """Removes folders of owners that were killed before they could tidy up."""
     for leftover in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*-*"):
         owner = leftover.name.removeprefix(_PREFIX).split("-")[0]
-        if owner.isdigit() and not Path("/proc", owner).exists():
+        if owner.isdigit() and not _lives(owner):
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _lives(pid: str) -> bool:
+    """A zombie does not: its parent has only not asked yet."""
+    try:
+        return Path("/proc", pid, "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

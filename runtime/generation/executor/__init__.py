@@ -61,6 +61,9 @@ class StepExecutor(Protocol):
     def encode(self, row: Row, source: Tokens) -> None:
         """Encoder-decoders: runs the encoder on `source`, [length], and fills the row's cross-attention cache."""
 
+    def lost(self) -> bool:
+        """Whether it can only be `reset`: a part of it has died."""
+
     def reset(self) -> None:
         """Ready again after a fault, with empty caches. Raises ServerFault."""
 

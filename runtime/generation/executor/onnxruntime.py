@@ -90,9 +90,13 @@ class OnnxRuntimeStepExecutor:
         self.capacities, self._rows = tuple(capacities), rows
         position_bytes = sum(s.heads * s.head_dim * np.dtype(s.dtype).itemsize for s in shapes.values())
         # Weights are streamed about twice as fast as caches (measured; see `grouping`).
-        self.call_cost = decoder.stat().st_size // position_bytes // 2
+        weights = sum(file.stat().st_size for file in decoder.parent.glob(f"{decoder.name}*") if file.suffix != ".json")
+        self.call_cost = weights // position_bytes // 2
         self._shapes = shapes
         self.reset()
+
+    def lost(self) -> bool:
+        return False
 
     def reset(self) -> None:
         """New memory; the session keeps nothing of the old."""

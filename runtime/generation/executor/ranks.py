@@ -19,7 +19,7 @@ from runtime.ranks.group import RankGroup, RankStep
 from runtime.ranks.stored import load_programs
 
 _START_SECONDS = 120.0
-_STEP_SECONDS = 60.0  # of a rank that hangs; one that dies is noticed at once
+_STEP_SECONDS = 30.0  # of a rank that hangs; one that dies is noticed at once
 
 
 class RankStepExecutor:
@@ -54,6 +54,9 @@ class RankStepExecutor:
     def processes(self) -> list[int]:
         """Process ids, by rank."""
         return [] if self._group is None else self._group.processes
+
+    def lost(self) -> bool:
+        return self._group is None or self._group.wait_for_death(0)
 
     def reset(self) -> None:
         self.close()

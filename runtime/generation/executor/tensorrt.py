@@ -197,6 +197,9 @@ class TensorRtStepExecutor:
     def encode(self, row: Row, source: Tokens) -> None:
         raise ServerFault("encoder-decoders do not run on TensorRT here")
 
+    def lost(self) -> bool:
+        return False
+
     def reset(self) -> None:
         """A CUDA fault spoils the process for good; anything else leaves memory that steps write over."""
         self._memory.wait()
