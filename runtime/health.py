@@ -2,22 +2,33 @@
 
 /ready   200 while a real inference succeeded lately and nobody asked the server to stop
 /live    200 while the launcher's own loop turns
+
+Whoever holds the control secret may also ask for a model version to be laid out beside the one that serves
+(POST /versions/<n>), for it to be given up again (DELETE), and which one has answered (GET). The answer names the
+version that is to be loaded, and its models in order; for GET, the one that is served, and what is laid out beside it.
 """
 
 from __future__ import annotations
 
+import hmac
+import json
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from runtime.errors import BadEnvironment
 from runtime.supervisor import Failure
+from runtime.versions import Versions
 
 READY_WITHIN_S = 15.0  # a few intervals of the supervisor's probe, each with its timeout
 # A full queue refuses the probe too. Were the pod taken out for it, its load would fall on the others, one by one.
 BUSY_WITHIN_S = 60.0
 LIVE_WITHIN_S = 240.0  # a repair loads every model again, and may take a minute for each
 _REQUEST_S = 5.0
+_VERSIONS = "/versions/"
+SECRET_HEADER = "trireme-admin"
 
 
 class Health:
@@ -61,19 +72,61 @@ class Health:
         return None if age <= LIVE_WITHIN_S else f"the supervisor has not turned for {age:.0f} s"
 
 
-class HealthServer:
-    """Serves one `Health` until `close`. Raises OSError when the port is taken."""
+@dataclass(frozen=True)
+class Control:
+    """What the holder of the secret may ask for."""
 
-    def __init__(self, health: Health, address: str, port: int) -> None:
+    secret: str
+    versions: Versions
+
+    def answer(self, method: str, path: str, secret: str) -> tuple[int, str]:
+        """Status and body for a request to stage (POST), to give up (DELETE) or to look (GET)."""
+        if not hmac.compare_digest(secret.encode(), self.secret.encode()):
+            return 403, "restricted to who holds the control secret"
+        number = path.removeprefix(_VERSIONS)
+        if not number.isdecimal():
+            return 404, "no such path"
+        try:
+            if method == "POST":
+                found = self.versions.stage(int(number))
+            elif method == "DELETE":
+                found = self.versions.discard()
+            else:
+                found = self.versions.state()[0]
+            staged = self.versions.state()[1]
+        except (BadEnvironment, OSError) as error:
+            return 409, str(error)
+        return 200, json.dumps({"version": found.version, "models": found.load_order, "staged": staged})
+
+
+class HealthServer:
+    """Serves one `Health` until `close`, and `control` where it is opened. Raises OSError when the port is taken."""
+
+    def __init__(self, health: Health, address: str, port: int, control: Control | None = None) -> None:
         class Handler(BaseHTTPRequestHandler):
             timeout = _REQUEST_S  # a client that sends nothing holds a thread no longer
 
             def do_GET(self) -> None:
+                if self.path.startswith(_VERSIONS):
+                    self._control()
+                    return
                 checks = {"/ready": health.ready, "/live": health.live}
                 check = checks.get(self.path)
                 reason = "no such path" if check is None else check()
-                body = f"{reason or 'ok'}\n".encode()
-                self.send_response(404 if check is None else 503 if reason else 200)
+                self._send(404 if check is None else 503 if reason else 200, reason or "ok")
+
+            def _control(self) -> None:
+                if control is None:
+                    self._send(403, "versions cannot be changed: the pod was started without a control secret")
+                else:
+                    secret = self.headers.get(SECRET_HEADER, "")
+                    self._send(*control.answer(self.command, self.path, secret))
+
+            do_POST = do_DELETE = _control  # noqa: N815 - names of http.server
+
+            def _send(self, status: int, text: str) -> None:
+                body = f"{text}\n".encode()
+                self.send_response(status)
                 self.send_header("Content-Type", "text/plain; charset=utf-8")
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()

@@ -5,7 +5,8 @@
       published.json   what it is; written last, so a directory without it does not count yet
 
 The key says what engines were built for: TensorRT version, SMs, graph. Nothing is renamed and nothing is written twice,
-because buckets that are mounted as file systems can do neither.
+because buckets that are mounted as file systems can do neither. So the store only offers versions; which of them is
+served is said outside of it (`wait_for`).
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ from runtime.settings import FILE_NAME, ServerSettings, Settings
 PUBLISHED = "published.json"
 ANY = "any"
 _POLL_S = 5.0
-_WEIGHTS = (".plan", ".onnx", ".data")
 _CHUNK = 1 << 20
 
 
@@ -52,7 +52,11 @@ class PublishedFile(Settings):
 
 
 class Publication(Settings):
-    """One repository in the store. `files` are relative to `repository/`."""
+    """One repository in the store. `files` are relative to `repository/`.
+
+    `version` rises with each publication of the model for the same hardware, whatever number the build had: a Job with
+    fresh scratch always builds version 1. Jobs for different GPUs count apart, and so in step.
+    """
 
     model: str
     models: tuple[str, ...]
@@ -73,6 +77,14 @@ class Publication(Settings):
             parts = [first.flavour, first.version, targets, first.source_digest[:12]]
         return "-".join([*parts, self.content_digest[:12]])
 
+    @property
+    def load_order(self) -> tuple[str, ...]:
+        """Into a server that runs: first the part that is likeliest to fail, and the ensemble when all are there."""
+        return (*(name for name in reversed(self.models) if name != self.model), self.model)
+
+    def folder(self, store: Path) -> Path:
+        return store / self.model / self.platform / self.key
+
 
 def publish(repository: Path, platform: Literal["cpu", "gpu"], store: Path) -> tuple[Publication, bool]:
     """Copies the newest version of a built repository into the store; whether it was there already.
@@ -81,27 +93,57 @@ def publish(repository: Path, platform: Literal["cpu", "gpu"], store: Path) -> t
     """
     settings = ServerSettings.load(repository)
     sources = list(_files(repository, settings))
+    engines = tuple(_engine_keys(repository, sources))
     publication = Publication(
         model=settings.ensemble,
         models=settings.models,
         platform=platform,
-        version=settings.version,
+        version=_next_version(publications(store, settings.ensemble, platform), engines),
         content_digest=settings.content_digest,
         published_ns=time.time_ns(),
-        engines=tuple(_engine_keys(repository, sources)),
-        files=tuple(_described(repository, name) for name in sources),
+        engines=engines,
+        files=(),
     )
-    folder = store / publication.model / platform / publication.key
+    folder = publication.folder(store)
     known = _read(folder / PUBLISHED)
     if known is not None:
         return known, True
     shutil.rmtree(folder, ignore_errors=True)  # of a Job that was cut off
-    for file in publication.files:
-        target = folder / "repository" / file.name
+    files = []
+    for name in sources:
+        renamed = _renamed(name, settings.version, publication.version)
+        target = folder / "repository" / renamed
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(repository / file.name, target)
+        if target.name == FILE_NAME:
+            target.write_text(_renumbered((repository / name).read_text(), publication.version))
+        else:
+            shutil.copyfile(repository / name, target)
+        files.append(PublishedFile(name=renamed, bytes=target.stat().st_size, sha256=file_digest(target)))
+    publication = publication.model_copy(update={"files": tuple(files)})
     (folder / PUBLISHED).write_text(publication.model_dump_json(indent=2) + "\n")
     return publication, False
+
+
+def _next_version(offered: Sequence[Publication], engines: Sequence[EngineKey]) -> int:
+    """After those that could be served in its place: for the CPU all, else those for one of the same GPUs."""
+    targets = {engine.target for engine in engines}
+    rivals = (item for item in offered if not targets or targets & {engine.target for engine in item.engines})
+    return 1 + max((item.version for item in rivals), default=0)
+
+
+def _renamed(name: str, built: int, version: int) -> str:
+    """`<model>/<built>/…` -> `<model>/<version>/…`; files beside the versions keep their names."""
+    model, separator, rest = name.partition(f"/{built}/")
+    return f"{model}/{version}/{rest}" if separator else name
+
+
+def _renumbered(text: str, version: int) -> str:
+    """Settings of the server, or of a model that reports which version it is."""
+    data = json.loads(text)
+    for part in (data, data.get("served", {})):
+        if "version" in part:
+            part["version"] = version
+    return json.dumps(data, indent=2) + "\n"
 
 
 def _files(repository: Path, settings: ServerSettings) -> Iterator[str]:
@@ -120,12 +162,7 @@ def _engine_keys(repository: Path, names: Sequence[str]) -> Iterator[EngineKey]:
             yield EngineKey.model_validate_json((repository / name).read_text())
 
 
-def _described(repository: Path, name: str) -> PublishedFile:
-    path = repository / name
-    return PublishedFile(name=name, bytes=path.stat().st_size, sha256=_digest(path))
-
-
-def _digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while chunk := stream.read(_CHUNK):
@@ -164,20 +201,37 @@ def misfit(publication: Publication, node: Node, graph_digest: str) -> str | Non
     return "; ".join(reasons) or "no engine in it"
 
 
+def choose(offered: Sequence[Publication], node: Node, graph_digest: str, rolled_out: int) -> Publication | None:
+    """The version that was rolled out, where it fits the node; else the first after it that does.
+
+    So before the first rollout (0) the first version is served, and nothing newer before `trireme load-version` has
+    brought it. Only a node that the version does not fit, of a new TensorRT or GPU, may go on to a later one.
+    """
+    fitting = [item for item in offered if item.version >= rolled_out and misfit(item, node, graph_digest) is None]
+    return min(fitting, key=lambda item: (item.version, -item.published_ns), default=None)
+
+
 def wait_for(
-    store: Path, model: str, platform: str, node: Node, graph_digest: str, wait_s: float, report: Callable[[str], None]
+    store: Path,
+    model: str,
+    platform: str,
+    node: Node,
+    graph_digest: str,
+    wait_s: float,
+    report: Callable[[str], None],
+    rolled_out: int = 0,
 ) -> Publication:
-    """The newest publication that this node can serve, as soon as there is one.
+    """What this node is to serve (see `choose`), as soon as it is there.
 
     What does not fit is named at once, and again when the time is over: BadEnvironment, which the pod shows.
     """
     end, said = time.monotonic() + wait_s, ""
     while True:
         offered = publications(store, model, platform)
-        for publication in offered:
-            if misfit(publication, node, graph_digest) is None:
-                return publication
-        state = _unfit_text(offered, store, model, platform, node, graph_digest)
+        chosen = choose(offered, node, graph_digest, rolled_out)
+        if chosen is not None:
+            return chosen
+        state = _unfit_text(offered, store / model / platform, node, graph_digest, rolled_out)
         if state != said:
             report(state)
             said = state
@@ -186,60 +240,16 @@ def wait_for(
         time.sleep(min(_POLL_S, max(0.0, end - time.monotonic())))
 
 
-def _unfit_text(
-    offered: Sequence[Publication], store: Path, model: str, platform: str, node: Node, graph_digest: str
-) -> str:
-    where = store / model / platform
+def _unfit_text(offered: Sequence[Publication], where: Path, node: Node, graph_digest: str, rolled_out: int) -> str:
     if not offered:
         return f"{where} holds no model yet; the Job engine-build publishes it (trireme status names its state)"
-    reasons = "; ".join(f"{item.key}: {misfit(item, node, graph_digest)}" for item in offered[:3])
+
+    def reason(item: Publication) -> str:
+        older = f"version {item.version}, and version {rolled_out} was rolled out"
+        return older if item.version < rolled_out else str(misfit(item, node, graph_digest))
+
+    reasons = "; ".join(f"{item.key}: {reason(item)}" for item in offered[:3])
     return (
         f"no engine in {where} fits this node ({node}). Refused: {reasons}. "
         "Run the engine-build Job on this GPU type with this release, or move the pods to the GPU that was built for"
     )
-
-
-def lay_out(
-    publication: Publication, store: Path, into: Path, *, copy_weights: bool = False, threads: int | None = None
-) -> None:
-    """A repository in `into` that Triton may watch and repair: weights are links into the store, the rest are copies.
-
-    `threads` is set where the model leaves them open: the cores of the node are not the pod's. Settings of the server
-    come last, so an interrupted layout is never served. Raises BadEnvironment for a file that is not as published.
-    """
-    source = store / publication.model / publication.platform / publication.key / "repository"
-    for model in publication.models:  # an ensemble's version is an empty folder, which a bucket cannot hold
-        (into / model / str(publication.version)).mkdir(parents=True, exist_ok=True)
-    for file in publication.files:
-        target = into / file.name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.unlink(missing_ok=True)
-        _require_size(source / file.name, file)
-        if _is_weights(file.name) and not copy_weights:
-            target.symlink_to(source / file.name)
-            continue
-        shutil.copyfile(source / file.name, target)
-        if _digest(target) != file.sha256:
-            raise BadEnvironment(f"{source / file.name} is not the file that was published; run engine-build again")
-        if threads is not None and file.name.endswith(FILE_NAME):
-            _set_threads(target, threads)
-
-
-def _is_weights(name: str) -> bool:
-    """`graph.onnx`, `model.sm89.plan`, `model.plan.rank0`; not the records beside them."""
-    return bool(set(Path(name).suffixes) & set(_WEIGHTS)) and not name.endswith(".json")
-
-
-def _require_size(path: Path, file: PublishedFile) -> None:
-    try:
-        size = path.stat().st_size
-    except OSError as error:
-        raise BadEnvironment(f"{path}: {error.strerror}; the store has lost a file, run engine-build again") from error
-    if size != file.bytes:
-        raise BadEnvironment(f"{path}: {size} bytes, {file.bytes} were published; run engine-build again")
-
-
-def _set_threads(path: Path, threads: int) -> None:
-    data = json.loads(path.read_text())
-    if data.get("threads", threads) is None:
-        path.write_text(json.dumps({**data, "threads": threads}, indent=2) + "\n")

@@ -1,7 +1,8 @@
 """What runs in a pod: `python -m runtime.pod fetch | serve | ranks | probe`. The serving image holds no `builders`.
 
     fetch   init container: waits for a model that fits this node, and lays it out for Triton
-    serve   Triton under its supervisor, with health over HTTP; SIGTERM drains
+    serve   Triton under its supervisor, with health over HTTP; SIGTERM drains. With the store and a control secret it
+            lays out further versions on request, for a load over gRPC (`trireme load-version`)
     ranks   a further pod of a replica that spans several: runs its ranks for the pod that serves
     probe   asks `serve` whether it is ready, for container engines that run a command
 
@@ -16,8 +17,12 @@ import signal
 import sys
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from runtime.errors import BadEnvironment, ServerFault, ServingError
+
+if TYPE_CHECKING:
+    from runtime.versions import Versions
 
 HEALTH_PORT = 8003
 RANKS_PORT = 29400
@@ -42,18 +47,15 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
     fetch = commands.add_parser("fetch", help="wait for a model that fits this node, and lay it out")
     fetch.set_defaults(run=_fetch)
-    fetch.add_argument("--store", type=Path, required=True, help="where `trireme publish` writes")
-    fetch.add_argument("--model", required=True, help="the spec's name")
-    fetch.add_argument("--platform", choices=["cpu", "gpu"], required=True)
+    _store_arguments(fetch, required=True)
     fetch.add_argument("--into", type=Path, required=True, help="folder that becomes the model repository")
     fetch.add_argument("--wait-s", type=float, default=3600)
-    fetch.add_argument("--graph-digest", default="any", help="SHA-256 of the graph that engines must come from")
-    fetch.add_argument("--threads", type=int, help="CPU threads of an instance, where the model leaves them open")
-    fetch.add_argument("--copy-weights", action="store_true", help="copies instead of links into the store")
+    fetch.add_argument("--version-file", type=Path, help="holds the version that was rolled out; absent before that")
 
     serve = commands.add_parser("serve", help="serve a model repository until SIGTERM")
     serve.set_defaults(run=_serve)
     serve.add_argument("repository", type=Path)
+    _store_arguments(serve, required=False)
     for name, port in (("http", 8000), ("grpc", 8001), ("metrics", 8002), ("health", HEALTH_PORT)):
         serve.add_argument(f"--{name}-port", type=int, default=port)
         serve.add_argument(f"--{name}-address", default="127.0.0.1")
@@ -80,21 +82,45 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _store_arguments(parser: argparse.ArgumentParser, required: bool) -> None:
+    parser.add_argument("--store", type=Path, required=required, help="where `trireme publish` writes")
+    parser.add_argument("--model", required=required, help="the spec's name")
+    parser.add_argument("--platform", choices=["cpu", "gpu"], required=required)
+    parser.add_argument("--graph-digest", default="any", help="SHA-256 of the graph that engines must come from")
+    parser.add_argument("--threads", type=int, help="CPU threads of an instance, where the model leaves them open")
+    parser.add_argument("--copy-weights", action="store_true", help="copies instead of links into the store")
+
+
 def _fetch(options: argparse.Namespace) -> None:
-    from runtime.model_store import lay_out, wait_for
+    from runtime.layout import Layout, lay_out
+    from runtime.model_store import wait_for
     from runtime.node import Node
 
-    node = Node.find()
-    found = wait_for(options.store, options.model, options.platform, node, options.graph_digest, options.wait_s, _say)
-    lay_out(found, options.store, options.into, copy_weights=options.copy_weights, threads=options.threads)
+    offer = options.store, options.model, options.platform, Node.find(), options.graph_digest
+    found = wait_for(*offer, options.wait_s, _say, _rolled_out(options.version_file))
+    lay_out(found, Layout(options.store, options.into, options.copy_weights, options.threads))
     _say(f"{found.model} version {found.version} from {found.key} is in {options.into}")
 
 
+def _rolled_out(path: Path | None) -> int:
+    """0 before the first rollout."""
+    if path is None or not path.exists():
+        return 0
+    text = path.read_text().strip()
+    if not text.isdecimal():
+        raise BadEnvironment(f"{path}: {text[:40]!r} is no version; `trireme load-version` writes its number")
+    return int(text)
+
+
 def _serve(options: argparse.Namespace) -> None:
-    from runtime.health import Health, HealthServer
+    from runtime.health import Control, Health, HealthServer
     from runtime.serve import serve_repository
     from runtime.triton import Exposure, Ports
 
+    secret, versions = _secret(options.control_secret_file), _versions(options)
+    if versions is not None:
+        versions.restore()
+    control = Control(secret, versions) if secret is not None and versions is not None else None
     exposure = Exposure(
         http=options.http_address,
         grpc=options.grpc_address,
@@ -102,12 +128,26 @@ def _serve(options: argparse.Namespace) -> None:
         exit_timeout_s=options.exit_timeout_s,
         connection_age_s=options.connection_age_s,
         log_to_stderr=True,
-        control_secret=_secret(options.control_secret_file),
+        control_secret=secret,
     )
     ports = Ports(options.http_port, options.grpc_port, options.metrics_port)
     health = Health()
-    with HealthServer(health, options.health_address, options.health_port):
-        serve_repository(options.repository, ports, options.ready_timeout_s, True, exposure, health)
+    with HealthServer(health, options.health_address, options.health_port, control):
+        serve_repository(options.repository, ports, options.ready_timeout_s, True, exposure, health, versions)
+
+
+def _versions(options: argparse.Namespace) -> Versions | None:
+    """None without a store: then the repository is what it is."""
+    if options.store is None:
+        return None
+    if options.model is None or options.platform is None:
+        raise BadEnvironment("serve --store needs --model and --platform as well, as `fetch` does")
+    from runtime.layout import Layout
+    from runtime.node import Node
+    from runtime.versions import Versions
+
+    layout = Layout(options.store, options.repository, options.copy_weights, options.threads)
+    return Versions(options.model, options.platform, Node.find(), options.graph_digest, layout, _say)
 
 
 def _secret(path: Path | None) -> str | None:

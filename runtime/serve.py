@@ -12,6 +12,7 @@ from pathlib import Path
 from runtime.health import Health
 from runtime.supervisor import Supervisor
 from runtime.triton import Exposure, Ports, TritonServer
+from runtime.versions import Versions
 
 
 def serve_repository(
@@ -21,8 +22,11 @@ def serve_repository(
     as_json: bool,
     exposure: Exposure | None = None,
     health: Health | None = None,
+    versions: Versions | None = None,
 ) -> None:
     """Returns after SIGTERM or SIGINT, with everything drained and swept. `health` is told what the probes find.
+
+    `versions`: those that may be loaded while it runs, with what the last run left behind put in order.
 
     Raises BadEnvironment before the start, ServerFault when the server does not come up or dies.
     """
@@ -34,7 +38,7 @@ def serve_repository(
     started = time.monotonic()
     try:
         with TritonServer(repository, ports, exposure=exposure) as server:
-            supervisor = Supervisor(server)
+            supervisor = Supervisor(server, versions)
             try:
                 supervisor.wait_ready(ready_timeout_s, asked_to_stop)
                 if not asked_to_stop.is_set():

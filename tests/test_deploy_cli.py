@@ -126,7 +126,7 @@ def test_nothing_was_deployed(run: Run, write: Callable[..., str]) -> None:
     with pytest.raises(ClusterError, match="an earlier set to go back to"):
         run("undo", target)
     with pytest.raises(InputError, match="NAME/KEY"):
-        run("load-version", target, "--model", "m", "--version", "2", "--control-secret", "plain")
+        run("load-version", target, "--version", "2", "--control-secret", "plain")
 
 
 def test_port_forward_until_ctrl_c(fake: FakeCluster, tmp_path: Path, run: Run, write: Callable[..., str]) -> None:

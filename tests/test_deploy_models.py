@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import base64
+import contextlib
 import dataclasses
+import hashlib
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from pathlib import Path
@@ -15,34 +16,39 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from builders.deploy.client.apply import apply
 from builders.deploy.client.cluster import Cluster
+from builders.deploy.client.control import control_secret, ensure_control_secret
 from builders.deploy.client.deployment import deploy
 from builders.deploy.client.models import (
     CONTROL_HEADER,
-    ModelVersion,
     Pace,
+    PodPorts,
     allows,
-    control_headers,
     load_version,
     settle_s,
 )
 from builders.deploy.client.observe import observe
 from builders.errors import ClusterError, RolloutError
-from runtime.triton import TritonServer
-from tests.deploy_objects import PATIENCE, SERVER, connected, deployment, silent
+from runtime.health import Control, Health, HealthServer
+from runtime.layout import Layout, lay_out
+from runtime.model_store import PUBLISHED, Publication, PublishedFile
+from runtime.node import Node
+from runtime.settings import FILE_NAME, ServerSettings
+from runtime.versions import Versions
+from tests.deploy_objects import CONFIG_MAPS, PATIENCE, SERVER, connected, deployment, silent
 from tests.fake_cluster import FakeCluster
 
 SECRET = "open-sesame"
 PACE = Pace(load_s=20, ready_s=0.5, pause_s=0.02)
-VERSION = ModelVersion(("part", "ensemble"), 2)
-HEADERS = {CONTROL_HEADER: SECRET}
+VERSION = 2
 
 
 class Triton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
     """The repository control of one pod: real gRPC, and Triton's own rules of what a load answers."""
 
-    def __init__(self) -> None:
+    def __init__(self, versions: Versions) -> None:
+        self.versions = versions  # of the launcher beside it, which probes
         self.loaded: list[str] = []
-        self.broken = self.missing = False
+        self.broken = self.missing = self.useless = False
         self.on_load: Any = None
         self.still_there: Callable[[], bool] = lambda: True
 
@@ -54,6 +60,10 @@ class Triton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mis
         self.loaded.append(request.model_name)
         if self.on_load:
             self.on_load()
+        if request.model_name == "ensemble" and self.useless:
+            self.versions.discard()
+        elif request.model_name == "ensemble" and not self.missing:
+            self.versions.answered(VERSION)
         return service_pb2.RepositoryModelLoadResponse()
 
     def ModelReady(self, request: Any, context: Any) -> Any:  # noqa: N802
@@ -73,28 +83,88 @@ def cluster(fake: FakeCluster, tmp_path: Path) -> Iterator[Cluster]:
         yield found
 
 
+def _launcher(store: Path, into: Path) -> Control:
+    """The launcher's own control, over a store of two versions that consist of the server's settings alone."""
+    models = ("part", "ensemble")
+    for version in (1, 2):
+        settings = ServerSettings(
+            ensemble="ensemble", models=models, version=version, response_cache_bytes=0, rate_limited=False,
+            content_digest=f"{version}" * 64,
+        )  # fmt: skip
+        text = settings.model_dump_json()
+        file = PublishedFile(name=FILE_NAME, bytes=len(text), sha256=hashlib.sha256(text.encode()).hexdigest())
+        item = Publication(
+            model="ensemble", models=models, platform="cpu", version=version,
+            content_digest=settings.content_digest, published_ns=version, engines=(), files=(file,),
+        )  # fmt: skip
+        (item.folder(store) / "repository").mkdir(parents=True, exist_ok=True)
+        (item.folder(store) / "repository" / FILE_NAME).write_text(text)
+        (item.folder(store) / PUBLISHED).write_text(item.model_dump_json())
+        if version == 1:
+            lay_out(item, Layout(store, into))
+    versions = Versions("ensemble", "cpu", Node({}, None), "any", Layout(store, into), lambda _: None)
+    versions.restore()
+    return Control(SECRET, versions)
+
+
+def _start(stack: contextlib.ExitStack, fake: FakeCluster, name: str, folder: Path) -> Triton:
+    """Both ports of one pod."""
+    control = _launcher(folder / "store", folder / name)
+    triton, server = Triton(control.versions), grpc.server(futures.ThreadPoolExecutor(2))
+    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(triton, server)
+    fake.addresses[name, PodPorts().grpc] = ("127.0.0.1", server.add_insecure_port("127.0.0.1:0"))
+    server.start()
+    stack.callback(lambda: server.stop(0).wait())
+    health = stack.enter_context(HealthServer(Health(), "127.0.0.1", 0, control))
+    fake.addresses[name, PodPorts().health] = ("127.0.0.1", health.port)
+    return triton
+
+
 @pytest.fixture
-def pods(fake: FakeCluster, cluster: Cluster) -> Iterator[dict[str, Triton]]:
+def pods(fake: FakeCluster, cluster: Cluster, tmp_path: Path) -> Iterator[dict[str, Triton]]:
     """A server for each pod, by the pod's name."""
-    servers, found = [], {}
-    for pod in observe(cluster, SERVER).pods:
-        name = pod["metadata"]["name"]
-        found[name] = Triton()
-        server = grpc.server(futures.ThreadPoolExecutor(2))
-        service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(found[name], server)
-        fake.addresses[name, 8001] = ("127.0.0.1", server.add_insecure_port("127.0.0.1:0"))
-        server.start()
-        servers.append(server)
-    yield found
-    for server in servers:
-        server.stop(0).wait()
+    with contextlib.ExitStack() as stack:
+        names = [pod["metadata"]["name"] for pod in observe(cluster, SERVER).pods]
+        yield {name: _start(stack, fake, name, tmp_path) for name in names}
 
 
 def test_one_pod_after_another(cluster: Cluster, pods: dict[str, Triton]) -> None:
     told: list[str] = []
-    assert load_version(cluster, SERVER, VERSION, HEADERS, pace=PACE, report=told.append) == list(pods)
+    assert load_version(cluster, SERVER, VERSION, SECRET, pace=PACE, report=told.append) == list(pods)
     assert [server.loaded for server in pods.values()] == [["part", "ensemble"]] * 3
     assert told == [line for pod in pods for line in (f"{pod}: loading version 2", f"{pod}: serves version 2")]
+    written = cluster.get(CONFIG_MAPS, "prod", "model-version")
+    assert written is not None
+    assert written["data"] == {"version": "2"}, "for pods to come"
+
+
+def test_a_pod_that_comes_meanwhile_gets_it_too(
+    cluster: Cluster, pods: dict[str, Triton], fake: FakeCluster, tmp_path: Path
+) -> None:
+    """It began with the version of before, because that was still the one that was written down."""
+    last = list(pods)[-1]
+    with contextlib.ExitStack() as stack:
+
+        def scale_up() -> None:
+            fake.objects["apps/v1", "deployments", "prod", "server"]["spec"]["replicas"] = 4
+            while not (new := {key[3] for key, _ in fake.find("v1", "pods")} - set(pods)):
+                pass
+            (name,) = new
+            pods[name] = _start(stack, fake, name, tmp_path)
+            pods[last].on_load = None
+
+        pods[last].on_load = scale_up
+        assert load_version(cluster, SERVER, VERSION, SECRET, pace=dataclasses.replace(PACE, ready_s=20)) == list(pods)
+        assert len(pods) == 4
+
+
+def test_without_the_right_to_write_it_down_nothing_is_touched(
+    cluster: Cluster, pods: dict[str, Triton], fake: FakeCluster
+) -> None:
+    fake.denied.add(("patch", "configmaps"))
+    with pytest.raises(ClusterError, match="no right to patch configmaps"):
+        load_version(cluster, SERVER, VERSION, SECRET, pace=PACE)
+    assert not any(server.loaded for server in pods.values())
 
 
 def test_a_version_that_fails_stops_at_its_first_pod(cluster: Cluster, pods: dict[str, Triton]) -> None:
@@ -105,14 +175,14 @@ def test_a_version_that_fails_stops_at_its_first_pod(cluster: Cluster, pods: dic
         rf"{second}, {third} keep what they served\. Fix:"
     )
     with pytest.raises(RolloutError, match=expected):
-        load_version(cluster, SERVER, VERSION, HEADERS, pace=PACE)
+        load_version(cluster, SERVER, VERSION, SECRET, pace=PACE)
     assert pods[third].loaded == []
 
 
-def test_a_version_that_is_not_in_the_store(cluster: Cluster, pods: dict[str, Triton]) -> None:
+def test_a_version_that_is_not_there_after_the_load(cluster: Cluster, pods: dict[str, Triton]) -> None:
     next(iter(pods.values())).missing = True
-    with pytest.raises(RolloutError, match="part has no version 2 after the load; is it in the store"):
-        load_version(cluster, SERVER, VERSION, HEADERS, pace=PACE)
+    with pytest.raises(RolloutError, match="part has no version 2 after the load; it serves version 1"):
+        load_version(cluster, SERVER, VERSION, SECRET, pace=PACE)
 
 
 def test_a_pod_that_is_not_ready_after_the_load(cluster: Cluster, pods: dict[str, Triton], fake: FakeCluster) -> None:
@@ -121,7 +191,15 @@ def test_a_pod_that_is_not_ready_after_the_load(cluster: Cluster, pods: dict[str
     with pytest.raises(
         RolloutError, match=rf"{first}: it is not ready again within .*Version 2 is in 0 of 3 pods \(none\)"
     ):
-        load_version(cluster, SERVER, VERSION, HEADERS, pace=dataclasses.replace(PACE, ready_s=0.3))
+        load_version(cluster, SERVER, VERSION, SECRET, pace=dataclasses.replace(PACE, ready_s=0.3))
+    assert pods[second].loaded == []
+
+
+def test_a_version_that_loads_and_cannot_infer(cluster: Cluster, pods: dict[str, Triton]) -> None:
+    first, second, _ = pods
+    pods[first].useless = True
+    with pytest.raises(RolloutError, match=rf"{first}: its launcher has gone back to version 1: inferences failed"):
+        load_version(cluster, SERVER, VERSION, SECRET, pace=PACE)
     assert pods[second].loaded == []
 
 
@@ -131,7 +209,7 @@ def test_a_server_that_dies_of_the_load(cluster: Cluster, pods: dict[str, Triton
     answers = iter([True, True, False])  # both models right after the load, then none
     pods[first].still_there = lambda: next(answers)
     with pytest.raises(RolloutError, match=rf"{first}: part has no version 2 after the load"):
-        load_version(cluster, SERVER, VERSION, HEADERS, pace=PACE)
+        load_version(cluster, SERVER, VERSION, SECRET, pace=PACE)
 
 
 def test_a_pod_that_goes_meanwhile(cluster: Cluster, pods: dict[str, Triton], fake: FakeCluster) -> None:
@@ -143,7 +221,7 @@ def test_a_pod_that_goes_meanwhile(cluster: Cluster, pods: dict[str, Triton], fa
             fake.remove(("v1", "pods", "prod", third))
 
     pods[first].on_load = scale_down
-    assert load_version(cluster, SERVER, VERSION, HEADERS, pace=PACE) == [first, second]
+    assert load_version(cluster, SERVER, VERSION, SECRET, pace=PACE) == [first, second]
 
 
 def test_never_below_the_disruption_budget(cluster: Cluster, pods: dict[str, Triton]) -> None:
@@ -155,11 +233,11 @@ def test_never_below_the_disruption_budget(cluster: Cluster, pods: dict[str, Tri
     }
     list(apply(cluster, [budget]))
     with pytest.raises(RolloutError, match="its disruption budget does not allow to do without it"):
-        load_version(cluster, SERVER, VERSION, HEADERS, pace=PACE)
+        load_version(cluster, SERVER, VERSION, SECRET, pace=PACE)
     assert not any(server.loaded for server in pods.values())
     budget["spec"] = {"minAvailable": 2, "selector": {"matchLabels": {"app": "server"}}}
     list(apply(cluster, [budget]))
-    assert len(load_version(cluster, SERVER, VERSION, HEADERS, pace=dataclasses.replace(PACE, ready_s=20))) == 3
+    assert len(load_version(cluster, SERVER, VERSION, SECRET, pace=dataclasses.replace(PACE, ready_s=20))) == 3
 
 
 def test_budget_arithmetic() -> None:
@@ -183,31 +261,23 @@ def test_how_long_a_probe_may_take_to_notice() -> None:
 
 
 def test_the_secret_of_the_pods(cluster: Cluster, fake: FakeCluster) -> None:
-    with pytest.raises(ClusterError, match=r"Secret prod/control: got no such Secret.*--control-secret"):
-        control_headers(cluster, "control", "token")
-    data = {"token": base64.b64encode(f"{SECRET}\n".encode()).decode()}
-    fake.store(("v1", "secrets", "prod", "control"), {"metadata": {}, "data": data})
-    assert control_headers(cluster, "control", "token") == HEADERS
+    with pytest.raises(ClusterError, match=r"Secret prod/triton-control: got no such Secret.*--control-secret"):
+        control_secret(cluster)
+    pods = deployment()
+    assert ensure_control_secret(cluster, [pods]) == [], "nothing in this set mounts it"
+    pods["spec"]["template"]["spec"]["volumes"] = [{"name": "control", "secret": {"secretName": "triton-control"}}]
+    own = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "triton-control"}}
+    assert ensure_control_secret(cluster, [pods, own]) == [], "the set brings its own"
+    deploy(cluster, "demo", [pods], PATIENCE, silent)
+    made = control_secret(cluster)
+    assert len(made) == 48
+    deploy(cluster, "demo", [pods], PATIENCE, silent)
+    assert control_secret(cluster) == made, "made once"
     with pytest.raises(ClusterError, match="no key other"):
-        control_headers(cluster, "control", "other")
+        control_secret(cluster, key="other")
 
 
 def test_no_rights_to_the_pods(cluster: Cluster, pods: dict[str, Triton], fake: FakeCluster) -> None:
     fake.denied.add(("create", "pods/portforward"))
     with pytest.raises(RolloutError, match="no right to get pods/portforward, create pods/portforward"):
-        load_version(cluster, SERVER, VERSION, HEADERS, pace=PACE)
-
-
-@pytest.mark.triton
-def test_a_real_triton(fake: FakeCluster, tmp_path: Path, server: TritonServer) -> None:
-    """Through the websocket to a real server: the load with its secret, and the refusal without."""
-    wanted = ModelVersion(server.settings.load_order, server.settings.version)
-    with connected(fake, tmp_path) as cluster:
-        deploy(cluster, "demo", [deployment(replicas=1)], PATIENCE, silent)
-        pod = observe(cluster, SERVER).pods[0]["metadata"]["name"]
-        fake.addresses[pod, 8001] = ("127.0.0.1", server.ports.grpc)
-        assert load_version(cluster, SERVER, wanted, server.control_headers, pace=PACE) == [pod]
-        with pytest.raises(RolloutError, match="restricted"):
-            load_version(cluster, SERVER, wanted, {}, pace=PACE)
-        with pytest.raises(RolloutError, match="has no version 999"):
-            load_version(cluster, SERVER, ModelVersion(wanted.models, 999), server.control_headers, pace=PACE)
+        load_version(cluster, SERVER, VERSION, SECRET, pace=PACE)

@@ -46,10 +46,12 @@ _ROUNDS = 10  # of pods that came while the others were loaded
 
 @dataclass(frozen=True)
 class ModelVersion:
-    """`models` in the order to load them, an ensemble after its parts; each is ready at `version`."""
+    """`models` in the order to load them, an ensemble after its parts; each is ready at `version`. `staged` is the
+    version that is laid out beside it and has not answered yet."""
 
     models: tuple[str, ...]
     version: int
+    staged: int | None
 
 
 @dataclass(frozen=True)
@@ -143,15 +145,17 @@ class _Rollout:
         if not _await_budget(self.cluster, self.namespace, pod, self.pace):
             self.report(f"{pod}: has gone meanwhile")
             return False
-        _await_ready(self.cluster, self.namespace, pod, self.pace)  # one that has just come has no server yet
+        # One that has just come has no server yet.
+        _await_ready(self.cluster, self.namespace, pod, self.pace, "it is not ready yet")
         with self._forward(pod, self.ports.health) as control, self._forward(pod, self.ports.grpc) as triton:
             self.report(f"{pod}: loading version {self.version}")
             wanted = self._ask("POST", control.address)
             try:
                 self._load(triton.address, wanted)
                 _require_version(triton.address, wanted)
+                _await(lambda: self._has_answered(control.address), self.pace, "no inference of it has succeeded")
                 _settle(self.cluster, self.namespace, pod, self.pace)
-                _await_ready(self.cluster, self.namespace, pod, self.pace)
+                _await_ready(self.cluster, self.namespace, pod, self.pace, "it is not ready again")
                 _require_version(triton.address, wanted)  # a server that died of the load is back without it
             except (ClusterError, RolloutError) as error:
                 raise RolloutError(f"{error}; {self._give_up(control.address, triton.address)}") from error
@@ -176,13 +180,20 @@ class _Rollout:
         if answer.status != 200:
             raise RolloutError(text or f"its launcher answers with {answer.status}")
         found = json.loads(text)
-        return ModelVersion(tuple(found["models"]), int(found["version"]))
+        return ModelVersion(tuple(found["models"]), int(found["version"]), found["staged"])
 
     def _load(self, address: str, wanted: ModelVersion) -> None:
         """A load answers only when the model is ready or has failed."""
         with _triton(address) as client:
             for model in wanted.models:
                 client.load_model(model, headers={CONTROL_HEADER: self.secret}, client_timeout=self.pace.load_s)
+
+    def _has_answered(self, address: str) -> bool:
+        """The launcher's own probe is a true inference, and it tells which version answered."""
+        found = self._ask("GET", address)
+        if self.version not in (found.version, found.staged):
+            raise RolloutError(f"its launcher has gone back to version {found.version}: inferences failed")
+        return found.version == self.version
 
     def _give_up(self, control: str, triton: str) -> str:
         """Parts that were loaded before the one that failed go back too."""
@@ -236,14 +247,14 @@ def settle_s(pod: Object) -> float:
     return max((p.get("periodSeconds", 10) * p.get("failureThreshold", 3) for p in probes if p), default=0.0)
 
 
-def _await_ready(cluster: Cluster, namespace: str, pod: str, pace: Pace) -> None:
+def _await_ready(cluster: Cluster, namespace: str, pod: str, pace: Pace, otherwise: str) -> None:
     def ready() -> bool:
         item = cluster.get(PODS, namespace, pod)
         if item is None:
             raise RolloutError("it has gone meanwhile")
         return is_ready(item)
 
-    _await(ready, pace, "it is not ready")
+    _await(ready, pace, otherwise)
 
 
 def _settle(cluster: Cluster, namespace: str, pod: str, pace: Pace) -> None:
