@@ -10,6 +10,7 @@ from builders.errors import InputError, ParityError
 from builders.spec import GraphPrecision
 
 OPSET = 24
+INLINE_WEIGHT_BYTES = 1 << 30  # protobuf ends at 2 GiB; larger weights go to a file of their own
 GRAPH_FILE = "graph.onnx"  # in the directory of every graph that a stage writes
 ALLOWED_DOMAINS = ("", "ai.onnx")
 

@@ -170,3 +170,22 @@ def test_a_busy_generator_is_not_taken_for_a_broken_one(llama: Path, tmp_path: P
         supervisor.close()
     assert failures, "the queue was never full"
     assert all(failure.busy for failure in failures), failures
+
+
+@pytest.mark.triton
+def test_an_encoder_decoder_streams(tmp_path: Path) -> None:
+    source = generators.save_generator(tmp_path / "t5", "t5")
+    spec = _spec(source, model={"source": str(source), "task": "seq2seq", "max_length": 64})
+    built = pipeline.build(spec, "cpu", tmp_path / "build", "repository")
+    assert built.entry is not None
+    with TritonServer(built.entry.repository, Ports.free()) as server:
+        supervisor = Supervisor(server)
+        supervisor.wait_ready(120, threading.Event())
+        supervisor.close()
+        once, again = (
+            list(stream(server.grpc_address, "tiny-lm", "the list of names", {"max_tokens": 8, "min_length": 8}))
+            for _ in range(2)
+        )
+    assert sum(len(chunk.tokens) for chunk in once) == 8
+    assert "".join(chunk.text for chunk in once) == "".join(chunk.text for chunk in again)
+    assert once[-1].prompt_tokens > 1

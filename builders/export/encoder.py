@@ -6,10 +6,7 @@ Output `embedding` [batch, hidden] or `logits` [batch, labels], float32 in every
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,6 +16,7 @@ from numpy.typing import NDArray
 from builders.artifacts import Checkpoint, OnnxGraph
 from builders.checkpoint import position_offset
 from builders.errors import CheckpointError, ParityError
+from builders.export.program import quiet_exporter, save_model
 from builders.graph import GRAPH_FILE, OPSET, record_graph, require_standard
 from builders.quality import graph_outputs, measure, sample_requests
 from runtime.encoder import Encoder
@@ -31,7 +29,6 @@ if TYPE_CHECKING:
 _PARITY_TEXTS = 64
 _MAX_FP32_DIFFERENCE = 1e-5  # relative to the largest output, or absolute where that is under 1
 _MIN_FP16_COSINE = 0.9999
-_INLINE_WEIGHT_BYTES = 1 << 30  # protobuf ends at 2 GiB; larger weights go to a file of their own
 
 
 def output_name(checkpoint: Checkpoint) -> str:
@@ -125,16 +122,14 @@ class _EagerExecutor:
 
 
 def _write_graph(model: torch.nn.Module, checkpoint: Checkpoint, precision: str, file: Path) -> None:
-    import onnx_ir
     import torch
-    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
     model = model.half() if precision == "fp16" else model.float()
     names = ["input_ids", "attention_mask", *(["token_type_ids"] if checkpoint.token_type_ids else [])]
     # Different tensors: one tensor given twice would merge the two inputs into one, silently.
     example = tuple(torch.ones(2, 7, dtype=torch.int64) * (index == 1) for index in range(len(names)))
     dims = {0: torch.export.Dim("batch", min=1), 1: torch.export.Dim("length", min=1, max=checkpoint.max_length)}
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), quiet_exporter():
         program = torch.onnx.export(
             _graph_module(model, checkpoint),
             example,
@@ -147,10 +142,7 @@ def _write_graph(model: torch.nn.Module, checkpoint: Checkpoint, precision: str,
         )
     assert program is not None  # dynamo=True always returns a program
     _name_output(program.model, output_name(checkpoint))
-    ClearMetadataAndDocStringPass()(program.model)  # stack traces: paths of this machine, and a digest that never rests
-    bytes_per_weight = 2 if precision == "fp16" else 4
-    external = f"{file.name}.data" if checkpoint.parameters * bytes_per_weight > _INLINE_WEIGHT_BYTES else None
-    onnx_ir.save(program.model, file, external_data=external)
+    save_model(program.model, file)
 
 
 def _name_output(model: onnx_ir.Model, name: str) -> None:
@@ -207,17 +199,3 @@ def _graph_module(model: torch.nn.Module, checkpoint: Checkpoint) -> torch.nn.Mo
             return vectors
 
     return EncoderGraph().eval()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the exporter's notes about torchvision and deprecations, which no user can act on."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

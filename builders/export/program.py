@@ -10,15 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from builders.errors import UnsupportedError
-from builders.graph import OPSET
+from builders.graph import INLINE_WEIGHT_BYTES, OPSET
 
 if TYPE_CHECKING:
     import onnx_ir
     import torch
 
 Dims = Mapping[int, str]  # axis of an input -> the name of its dynamic dimension
-
-_INLINE_WEIGHT_BYTES = 1 << 30  # protobuf ends at 2 GiB; larger weights go to a file of their own
 
 
 def write_program(
@@ -34,9 +32,7 @@ def write_program(
     `dims` names the dynamic axes of each input. No two tensors of `example` may be the same object: the exporter would
     merge them into one input, silently. Raises UnsupportedError for a model that cannot be traced.
     """
-    import onnx_ir
     import torch
-    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
     class Flat(torch.nn.Module):
         """torch.export wants the shapes of a star argument as one tuple; this takes care of it."""
@@ -48,7 +44,7 @@ def write_program(
         def forward(self, *tensors: torch.Tensor) -> Any:
             return self.inner(*tensors)
 
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), quiet_exporter():
         try:
             program = torch.export.export(
                 Flat().eval(), example, dynamic_shapes=(tuple(map(_shapes, dims)),), strict=False
@@ -64,10 +60,17 @@ def write_program(
             ) from error  # fmt: skip
     assert exported is not None  # dynamo=True always returns a program
     _name_dims(exported.model, dims)
-    ClearMetadataAndDocStringPass()(exported.model)  # stack traces: paths of this machine, never twice the same
-    weights = sum(value.const_value.nbytes for value in exported.model.graph.initializers.values() if value.const_value)
-    external = f"{file.name}.data" if weights > _INLINE_WEIGHT_BYTES else None
-    onnx_ir.save(exported.model, file, external_data=external)
+    save_model(exported.model, file)
+
+
+def save_model(model: onnx_ir.Model, file: Path) -> None:
+    """Without the exporter's notes on every node, and with large weights beside the file."""
+    import onnx_ir
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
+    ClearMetadataAndDocStringPass()(model)  # stack traces: paths of this machine, never twice the same
+    weights = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
+    onnx_ir.save(model, file, external_data=f"{file.name}.data" if weights > INLINE_WEIGHT_BYTES else None)
 
 
 def _root(error: BaseException) -> str:
@@ -101,7 +104,7 @@ def _name_dims(model: onnx_ir.Model, dims: Sequence[Dims]) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_exporter() -> Iterator[None]:
     """Without the exporter's notes about torchvision and deprecations, which no user can act on."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level

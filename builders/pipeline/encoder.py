@@ -7,7 +7,7 @@ from pathlib import Path
 
 from builders import corpus, graph, quality
 from builders.artifacts import OnnxGraph, ServedQuality
-from builders.export import encoder
+from builders.export import encoder, program
 from builders.pipeline.result import Build, Report, done
 from builders.quality import HELD_OUT_TEXTS
 from builders.quantize import int8, smoothquant
@@ -32,7 +32,7 @@ def export(built: Build, store: Store, report: Report) -> Build:
                 "precision": precision,
                 "texts": corpus.corpus_key(texts_file),
                 "tools": tool_versions("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime"),
-                "code": source_digest(encoder, graph, quality),
+                "code": source_digest(encoder, program, graph, quality),
             },
             OnnxGraph,
             lambda out, precision=precision: encoder.export_encoder(  # type: ignore[misc]

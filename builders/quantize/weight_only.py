@@ -23,7 +23,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from builders.artifacts import Checkpoint, GenerationQuality, OnnxGraph
 from builders.errors import ParityError, UnsupportedError
-from builders.graph import record_graph, require_standard
+from builders.graph import INLINE_WEIGHT_BYTES, record_graph, require_standard
 from builders.perplexity import (
     ENCODER_FILE,
     Constants,
@@ -39,7 +39,6 @@ from builders.perplexity import (
 from builders.quantize.blocks import BLOCK, Bits, Blocks, Floats, gptq, round_to_nearest
 
 _MIN_QUANTISED = 0.5  # below this share of the product weights the graph is quantised in name only
-_INLINE_WEIGHT_BYTES = 1 << 30  # protobuf ends at 2 GiB; larger weights go to a file of their own
 _HESSIAN_BYTES = 1 << 31  # held at a time; calibration runs once for each such share
 
 
@@ -187,7 +186,7 @@ def write_quantised(source: Path, recipe: Recipe, compensated: Mapping[int, Bloc
         item.node.replace_input_with(1, done[key])
     RemoveUnusedNodesPass()(model)
     weights = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
-    ir.save(model, target, external_data=f"{target.name}.data" if weights > _INLINE_WEIGHT_BYTES else None)
+    ir.save(model, target, external_data=f"{target.name}.data" if weights > INLINE_WEIGHT_BYTES else None)
 
 
 def _require_most(products: Sequence[Product], source: Path) -> None:
