@@ -7,7 +7,6 @@ the embedded Triton serves it; Locust measures it. A second run builds nothing t
 from __future__ import annotations
 
 import argparse
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,8 +22,8 @@ from builders.load import LoadRequest, measure
 from builders.pipeline import Build
 from builders.spec import load_spec
 from loadtest.report import LoadReport, check_slo
-from runtime.supervisor import Supervisor
-from runtime.triton import Ports, TritonServer
+from runtime.supervisor import ready_server
+from runtime.triton import TritonServer
 
 QUERY = "read a date and time from text"
 CANDIDATES = 1000
@@ -46,11 +45,8 @@ def main() -> None:
     built_s = time.monotonic() - started
     print(f"   {built_s:.1f} s\n\n2. serve with the embedded Triton", flush=True)
     assert cpu.entry is not None
-    with TritonServer(cpu.entry.repository, Ports.free()) as server:
-        begun = time.monotonic()
-        supervisor = Supervisor(server)
-        supervisor.wait_ready(120, threading.Event())
-        supervisor.close()
+    begun = time.monotonic()
+    with ready_server(cpu.entry.repository) as server:
         print(f"   ready after {time.monotonic() - begun:.1f} s\n\n3. ask it: {QUERY!r}", flush=True)
         for score, text in _neighbours(server.grpc_address, spec.name, corpus.texts(None, CANDIDATES)):
             print(f"   {score:.3f}  {text[:100]}", flush=True)

@@ -7,7 +7,6 @@ A small Llama-style model is trained on the text that ships with Python, becomes
 from __future__ import annotations
 
 import argparse
-import threading
 import time
 from pathlib import Path
 
@@ -18,8 +17,7 @@ from builders.perplexity import graph_perplexity
 from builders.pipeline import Build
 from builders.small_model import held_out_rows, train_small_model, training_progress
 from builders.spec import DeploymentSpec
-from runtime.supervisor import Supervisor
-from runtime.triton import Ports, TritonServer
+from runtime.supervisor import ready_server
 
 PROMPTS = ("Return the number of", "Raised when a", "The with statement")
 MAX_TOKENS = 48
@@ -76,10 +74,7 @@ def _judge(eight: Build, four: Build, folder: Path) -> None:
 
 def _ask(built: Build) -> None:
     assert built.entry is not None
-    with TritonServer(built.entry.repository, Ports.free()) as server:
-        supervisor = Supervisor(server)
-        supervisor.wait_ready(120, threading.Event())
-        supervisor.close()
+    with ready_server(built.entry.repository) as server:
         for prompt in PROMPTS:
             print(f"   {prompt}", end="", flush=True)
             started, count = time.monotonic(), 0

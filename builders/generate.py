@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import re
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
@@ -15,8 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from builders.errors import InputError, ServiceError
-
-_METRICS_TIMEOUT_S = 5.0
+from runtime.supervisor import infer_input
 
 
 @dataclass(frozen=True)
@@ -35,16 +32,16 @@ def served_model(metrics_address: str) -> str:
 
     Raises InputError when there is no such server, or when it names none or several.
     """
-    url = f"http://{metrics_address}/metrics"
+    from loadtest.server import fetch, model_labels
+
     try:
-        with urllib.request.urlopen(url, timeout=_METRICS_TIMEOUT_S) as response:
-            text = response.read(8 << 20).decode(errors="replace")
+        text = fetch(f"http://{metrics_address}/metrics")
     except (OSError, http.client.HTTPException) as error:  # the latter: a port that does not speak HTTP
         raise InputError(
             f"server at {metrics_address}", got=str(error), expected="the metrics of a running `trireme serve`",
             fix="start it, give its --metrics address, or name the --model",
         ) from error  # fmt: skip
-    names = sorted(set(re.findall(r'^trireme_model_info\{.*?model="([^"]+)"', text, re.M)))
+    names = sorted({labels["model"] for labels in model_labels(text) if "model" in labels})
     if len(names) != 1:
         raise InputError(
             f"models of {metrics_address}",
@@ -52,7 +49,7 @@ def served_model(metrics_address: str) -> str:
             expected="exactly one",
             fix="name the --model",
         )
-    return str(names[0])
+    return names[0]
 
 
 def stream(
@@ -91,19 +88,12 @@ def stream(
 
 
 def _tensor(name: str, value: Any) -> Any:
-    from tritonclient.grpc import InferInput
-    from tritonclient.utils import np_to_triton_dtype
-
     items = value if isinstance(value, list | tuple) else [value]
     try:
-        array = _array(name, items)
+        return infer_input(name, _array(name, items))
     except (UnicodeEncodeError, OverflowError) as error:
-        raise InputError(
-            name, got=str(error), expected="text in UTF-8, or a number in range", fix="correct it"
-        ) from error
-    tensor = InferInput(name, list(array.shape), np_to_triton_dtype(array.dtype))
-    tensor.set_data_from_numpy(array)
-    return tensor
+        expected = "text in UTF-8, or a number in range"
+        raise InputError(name, got=str(error), expected=expected, fix="correct it") from error
 
 
 def _array(name: str, items: Sequence[Any]) -> NDArray[Any]:

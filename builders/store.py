@@ -84,6 +84,15 @@ def atomic_directory(target: Path) -> Iterator[Path]:
         raise
 
 
+def link_or_copy(source: Path, target: Path) -> Path:
+    """The same file under another name where the file system allows it, else a copy. Returns `target`."""
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(source, target)
+    return target
+
+
 def disk_full(folder: Path) -> MachineError:
     free_mb = shutil.disk_usage(folder).free >> 20
     return MachineError(

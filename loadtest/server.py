@@ -7,7 +7,7 @@ import http.client
 import re
 import time
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -146,7 +146,7 @@ def snapshot(model: str, target: Target, grpc_address: str, metrics_address: str
     identity = None
     if metrics_address is not None:
         try:
-            identity = identity_from_metrics(_fetch(f"http://{metrics_address}/metrics"), model)
+            identity = identity_from_metrics(fetch(f"http://{metrics_address}/metrics"), model)
         except (OSError, http.client.HTTPException) as error:
             faults.append(f"the metrics at {metrics_address} could not be read: {error}")
     return Snapshot(
@@ -159,7 +159,8 @@ def snapshot(model: str, target: Target, grpc_address: str, metrics_address: str
     )
 
 
-def _fetch(url: str) -> str:
+def fetch(url: str) -> str:
+    """Text of a metrics page. Raises OSError or HTTPException."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy between us and loopback
     with opener.open(url, timeout=CONTROL_TIMEOUT_S) as response:
         return str(response.read(MAX_METRICS_BYTES).decode("utf-8", errors="replace"))
@@ -170,16 +171,21 @@ def identity_from_metrics(text: str, model: str) -> Identity | None:
 
     None: the service does not say what it serves.
     """
-    found = []
+    found = [
+        Identity(**{key: labels.get(key) or UNKNOWN for key in Identity.model_fields})
+        for labels in model_labels(text)
+        if labels.get("model") == model
+    ]
+    return max(found, key=lambda one: (int(one.version) if one.version.isdigit() else -1, one.version), default=None)
+
+
+def model_labels(text: str) -> Iterator[dict[str, str]]:
+    """Labels of each `trireme_model_info` in Prometheus text: what is served."""
     for line in text.splitlines():
         match = re.fullmatch(r"trireme_model_info\{(.*)\}\s+1(\.0*)?(\s+\d+)?", line.strip())
-        if match is None:
-            continue
-        pairs = re.findall(r'(\w+)="((?:[^"\\]|\\.)*)"', match[1])
-        labels = {key: re.sub(r"\\(.)", lambda m: "\n" if m[1] == "n" else m[1], value) for key, value in pairs}
-        if labels.get("model") == model:
-            found.append(Identity(**{key: labels.get(key) or UNKNOWN for key in Identity.model_fields}))
-    return max(found, key=lambda one: (int(one.version) if one.version.isdigit() else -1, one.version), default=None)
+        if match is not None:
+            pairs = re.findall(r'(\w+)="((?:[^"\\]|\\.)*)"', match[1])
+            yield {key: re.sub(r"\\(.)", lambda m: "\n" if m[1] == "n" else m[1], value) for key, value in pairs}
 
 
 def listening_process(address: str) -> int | None:

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import ServerFault
-from runtime.triton import TritonServer
+from runtime.triton import Ports, TritonServer
 from runtime.versions import Versions
 
 PROBE_TEXT = "trireme readiness probe"
@@ -75,7 +77,7 @@ class Supervisor:
             names = [tensor.name for tensor in metadata.inputs]
             if "text_input" in names:
                 return self._probe_generator(name, text)
-            inputs = [_tensor(item, np.array([[text.encode()]], dtype=np.object_)) for item in names]
+            inputs = [infer_input(item, np.array([[text.encode()]], dtype=np.object_)) for item in names]
             result = self._client.infer(name, inputs, client_timeout=PROBE_TIMEOUT_S)
             values = result.as_numpy(metadata.outputs[0].name)
         except InferenceServerException as error:
@@ -91,8 +93,8 @@ class Supervisor:
 
         answers: SimpleQueue[tuple[Any, Any]] = SimpleQueue()
         inputs = [
-            _tensor("text_input", np.array([[text.encode()]], np.object_)),
-            _tensor("max_tokens", np.array([[1]], np.int32)),
+            infer_input("text_input", np.array([[text.encode()]], np.object_)),
+            infer_input("max_tokens", np.array([[1]], np.int32)),
         ]
         self._client.start_stream(
             lambda result, error: answers.put((result, error)),
@@ -169,7 +171,20 @@ class Supervisor:
                 continue  # the next probe says whether it matters, and the repair is tried again
 
 
-def _tensor(name: str, array: NDArray[Any]) -> Any:
+@contextmanager
+def ready_server(repository: Path, timeout_s: float = 120) -> Iterator[TritonServer]:
+    """A server on free ports that has answered a first inference; it ends with the block.
+
+    Raises as `TritonServer` and `Supervisor.wait_ready` do.
+    """
+    with TritonServer(repository, Ports.free()) as server:
+        with closing(Supervisor(server)) as supervisor:
+            supervisor.wait_ready(timeout_s, threading.Event())
+        yield server
+
+
+def infer_input(name: str, array: NDArray[Any]) -> Any:
+    """A request's tensor, with the shape and the type of the array."""
     from tritonclient.grpc import InferInput
     from tritonclient.utils import np_to_triton_dtype
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,8 +13,8 @@ import pytest
 from builders import corpus, pipeline
 from builders.pipeline import Build
 from builders.spec import DeploymentSpec, load_spec
-from runtime.supervisor import Supervisor
-from runtime.triton import Ports, TritonServer
+from runtime.supervisor import ready_server
+from runtime.triton import TritonServer
 
 HIDDEN = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 
@@ -73,6 +74,16 @@ def tiny_spec(source: Path, task: str = "embedding", **changes: dict[str, object
     return DeploymentSpec.model_validate({"name": "tiny", **data})
 
 
+def wait_until(condition: Callable[[], bool], limit_s: float) -> bool:
+    """Whether it came true within the limit."""
+    end = time.monotonic() + limit_s
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.05)
+    return False
+
+
 @pytest.fixture(scope="session")
 def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("checkpoints") / "bert", "bert")
@@ -97,13 +108,9 @@ def minilm(tmp_path_factory: pytest.TempPathFactory) -> Build:
 @pytest.fixture(scope="session")
 def server(minilm: Build) -> Iterator[TritonServer]:
     """The real MiniLM behind a real Triton. Tests that end or damage a server start their own."""
-    import threading
 
     assert minilm.entry is not None
-    with TritonServer(minilm.entry.repository, Ports.free()) as running:
-        supervisor = Supervisor(running)
-        supervisor.wait_ready(120, threading.Event())
-        supervisor.close()
+    with ready_server(minilm.entry.repository) as running:
         yield running
 
 

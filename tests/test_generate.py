@@ -18,7 +18,7 @@ from builders.generate import served_model, stream
 from builders.pipeline import Build
 from builders.spec import DeploymentSpec
 from runtime.settings import GeneratorModelSettings
-from runtime.supervisor import Supervisor
+from runtime.supervisor import Supervisor, ready_server
 from runtime.triton import Ports, TritonServer
 from tests import generators
 
@@ -47,10 +47,7 @@ def built(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Build:
 @pytest.fixture(scope="module")
 def serving(built: Build) -> Iterator[TritonServer]:
     assert built.entry is not None
-    with TritonServer(built.entry.repository, Ports.free()) as server:
-        supervisor = Supervisor(server)
-        supervisor.wait_ready(120, threading.Event())
-        supervisor.close()
+    with ready_server(built.entry.repository) as server:
         yield server
 
 
@@ -135,10 +132,7 @@ def test_ranks_serve_the_same_text(llama: Path, tmp_path: Path, parallel: dict[s
     for changes in ({}, {"parallel": parallel, "serving": {"executor": "onnxruntime"}}):
         built = pipeline.build(_spec(llama, precision=exact, **changes), "cpu", tmp_path, "repository")
         assert built.entry is not None
-        with TritonServer(built.entry.repository, Ports.free()) as server:
-            supervisor = Supervisor(server)
-            supervisor.wait_ready(120, threading.Event())
-            supervisor.close()
+        with ready_server(built.entry.repository) as server:
             chunks = list(stream(server.grpc_address, "tiny-lm", "the list of", {"max_tokens": 24}))
         texts.append("".join(chunk.text for chunk in chunks))
     assert texts[0] == texts[1]
@@ -178,10 +172,7 @@ def test_an_encoder_decoder_streams(tmp_path: Path) -> None:
     spec = _spec(source, model={"source": str(source), "task": "seq2seq", "max_length": 64})
     built = pipeline.build(spec, "cpu", tmp_path / "build", "repository")
     assert built.entry is not None
-    with TritonServer(built.entry.repository, Ports.free()) as server:
-        supervisor = Supervisor(server)
-        supervisor.wait_ready(120, threading.Event())
-        supervisor.close()
+    with ready_server(built.entry.repository) as server:
         once, again = (
             list(stream(server.grpc_address, "tiny-lm", "the list of names", {"max_tokens": 8, "min_length": 8}))
             for _ in range(2)

@@ -8,8 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from runtime.node import Node, same_release
 from runtime.settings import EncoderModelSettings
 from runtime.supervisor import Failure
 from runtime.triton import Installation, Ports
-from tests.conftest import tiny_spec
+from tests.conftest import tiny_spec, wait_until
 
 L4 = Node({"tensorrt": "11.1.0.106", "tensorrt-rtx": "1.7.1.116"}, "sm89")
 NO_GPU = Node({}, None)
@@ -320,7 +319,7 @@ def test_an_agent_of_ranks_waits_for_its_leader_and_leaves_when_asked(tmp_path: 
     more = ("--secret-file", tmp_path / "secret", "--interface", "lo", "--health-port", health)
     process = subprocess.Popen(_command("ranks", *where, *more))
     try:
-        assert _wait(lambda: _ready(health), 30)
+        assert wait_until(lambda: _ready(health), 30)
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
     finally:
@@ -333,12 +332,3 @@ def _ready(port: int) -> bool:
         return _get(port, "/ready")[0] == 200
     except OSError:
         return False
-
-
-def _wait(condition: Callable[[], bool], limit_s: float) -> bool:
-    end = time.monotonic() + limit_s
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.05)
-    return condition()

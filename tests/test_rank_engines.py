@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,7 @@ from builders.pipeline import Build
 from builders.repository import layout
 from builders.repository.config import to_pbtxt
 from builders.spec import DeploymentSpec
-from runtime.supervisor import Supervisor
-from runtime.triton import Ports, TritonServer
+from runtime.supervisor import ready_server
 from tests.conftest import tiny_spec
 
 PARALLEL = {"tp": {"tensor": 2}, "pp": {"pipeline": 2}, "both": {"tensor": 2, "pipeline": 2}}
@@ -141,14 +139,10 @@ def test_a_real_triton_takes_the_gpu_ensembles(built: Build, tmp_path: Path) -> 
         config.instance_group.add(kind="KIND_CPU", count=1)
         (repository / name / "config.pbtxt").write_text(to_pbtxt(config))
         (repository / name / "1" / "model.py").write_text(STAND_IN)
-    with TritonServer(repository, Ports.free()) as server:
-        supervisor = Supervisor(server)
-        supervisor.wait_ready(120, threading.Event())
-        supervisor.close()
-        with triton_grpc.InferenceServerClient(server.grpc_address) as client:
-            item = triton_grpc.InferInput("text", [3, 1], "BYTES")
-            item.set_data_from_numpy(np.array([[b"a"], [b"b c"], [b"d e f"]], dtype=np.object_))
-            got = client.infer("tiny", [item], client_timeout=30)
+    with ready_server(repository) as server, triton_grpc.InferenceServerClient(server.grpc_address) as client:
+        item = triton_grpc.InferInput("text", [3, 1], "BYTES")
+        item.set_data_from_numpy(np.array([[b"a"], [b"b c"], [b"d e f"]], dtype=np.object_))
+        got = client.infer("tiny", [item], client_timeout=30)
     vectors, counts = got.as_numpy("embedding"), got.as_numpy("token_count")
     assert vectors is not None
     assert counts is not None

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,9 @@ from builders.quality import graph_outputs, sample_requests
 from builders.repository import layout
 from builders.spec import DeploymentSpec
 from runtime.errors import BadEnvironment
-from runtime.supervisor import Supervisor
+from runtime.supervisor import Supervisor, ready_server
 from runtime.triton import Ports, TritonServer
-from tests.conftest import tiny_spec
+from tests.conftest import tiny_spec, wait_until
 
 pytestmark = pytest.mark.triton
 ROOT = Path(__file__).parents[1]
@@ -42,15 +42,6 @@ def _infer(address: str, texts: list[bytes], name: str = "minilm") -> Any:
         item = triton_grpc.InferInput("text", [len(texts), 1], "BYTES")
         item.set_data_from_numpy(np.array([[text] for text in texts], dtype=np.object_))
         return client.infer(name, [item], client_timeout=30)
-
-
-def _wait(condition: Callable[[], bool], limit_s: float) -> bool:
-    end = time.monotonic() + limit_s
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.05)
-    return False
 
 
 def test_served_vectors_are_the_models(server: TritonServer, minilm: Build) -> None:
@@ -195,7 +186,7 @@ def _serve(spec: DeploymentSpec, folder: Path, build_dir: Path) -> Iterator[_Ser
     if running.process.poll() is None:
         running.process.kill()
         running.process.wait(10)
-    assert _wait(lambda: not running.leftovers(), 40), running.leftovers()
+    assert wait_until(lambda: not running.leftovers(), 40), running.leftovers()
 
 
 @pytest.fixture
@@ -219,7 +210,7 @@ def test_a_signal_drains_what_is_in_flight(minilm: Build, tmp_path: Path, number
                 return int(statistics.inference_count) >= 64
 
             thread.start()
-            assert _wait(tokenised, 20)  # so the encoder has it, or will within a moment
+            assert wait_until(tokenised, 20)  # so the encoder has it, or will within a moment
         serving.process.send_signal(number)
         thread.join(30)
         assert serving.process.wait(40) == 0
@@ -228,7 +219,7 @@ def test_a_signal_drains_what_is_in_flight(minilm: Build, tmp_path: Path, number
 
 def test_killing_the_launcher_leaves_nothing(serving: _Serving) -> None:
     serving.process.kill()
-    assert _wait(lambda: not serving.leftovers(), 40), serving.leftovers()
+    assert wait_until(lambda: not serving.leftovers(), 40), serving.leftovers()
 
 
 def test_killing_triton_ends_the_launcher_with_the_reason(serving: _Serving) -> None:
@@ -247,8 +238,8 @@ def test_a_killed_stub_comes_back(serving: _Serving) -> None:
         except InferenceServerException:
             return False
 
-    assert _wait(lambda: not answers(), 10) or answers()
-    assert _wait(answers, 60)
+    assert wait_until(lambda: not answers(), 10) or answers()
+    assert wait_until(answers, 60)
 
 
 def test_a_busy_server_is_not_repaired(tiny_bert: Path, tmp_path: Path) -> None:
@@ -276,10 +267,7 @@ def test_a_response_cache_answers_again(minilm: Build, tmp_path: Path) -> None:
     spec = DeploymentSpec.model_validate({**minilm.spec.model_dump(), "serving": serving})
     assert minilm.entry is not None
     layout.publish(spec, "cpu", minilm.checkpoint, [minilm.served_graph], tmp_path / "repository")
-    with TritonServer(tmp_path / "repository", Ports.free()) as server:
-        supervisor = Supervisor(server)
-        supervisor.wait_ready(120, threading.Event())
-        supervisor.close()
+    with ready_server(tmp_path / "repository") as server:
         for _ in range(3):
             _infer(server.grpc_address, [b"the same text"])
         text = urllib.request.urlopen(f"http://{server.metrics_address}/metrics", timeout=10).read().decode()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,9 +19,9 @@ from builders import corpus, pipeline
 from builders.pipeline import Build
 from builders.quality import graph_outputs, sample_requests
 from builders.spec import load_spec
-from runtime.supervisor import Supervisor
-from runtime.triton import Ports, TritonServer
-from tests.conftest import tiny_spec
+from runtime.supervisor import ready_server
+from runtime.triton import TritonServer
+from tests.conftest import tiny_spec, wait_until
 
 pytestmark = pytest.mark.triton
 
@@ -38,13 +38,12 @@ def _infer(client: triton_grpc.InferenceServerClient, name: str, texts: list[str
 def _serving(built: Build) -> Iterator[TritonServer]:
     """A ready server; when it has gone, so have its ranks."""
     assert built.entry is not None
-    with TritonServer(built.entry.repository, Ports.free()) as server:
-        supervisor = Supervisor(server)
-        supervisor.wait_ready(120, threading.Event())
-        supervisor.close()
+    with ready_server(built.entry.repository) as server:
         yield server
         ranks = _ranks(server)
-    assert _wait(lambda: not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks), 30)
+    assert wait_until(
+        lambda: not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks), 30
+    )
 
 
 def _ranks(server: TritonServer) -> list[psutil.Process]:
@@ -58,15 +57,6 @@ def _ranks(server: TritonServer) -> list[psutil.Process]:
         if "runtime.ranks.worker" in command:
             found[int(command[command.index("runtime.ranks.worker") + 1])] = process
     return [found[rank] for rank in sorted(found)]
-
-
-def _wait(condition: Callable[[], bool], limit_s: float) -> bool:
-    end = time.monotonic() + limit_s
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.05)
-    return False
 
 
 @pytest.mark.parametrize("preset", ["minilm-tp2", "minilm-pp2"])
@@ -122,11 +112,11 @@ def test_a_rank_that_dies_under_load_refuses_clearly_and_comes_back(two_by_two: 
             thread.start()
         before = _ranks(server)
         assert len(before) == 4
-        assert _wait(lambda: len(load.answers) > 20, 60)
+        assert wait_until(lambda: len(load.answers) > 20, 60)
         killed = time.monotonic()
         before[victim].kill()
-        refused = _wait(lambda: bool(load.refusals), 20)
-        recovered = _wait(lambda: any(when > load.refusals[0][0] for when in load.answers), 60)
+        refused = wait_until(lambda: bool(load.refusals), 20)
+        recovered = wait_until(lambda: any(when > load.refusals[0][0] for when in load.answers), 60)
         load.stopped.set()
         for thread in threads:
             thread.join(40)
@@ -142,7 +132,7 @@ def test_a_rank_that_dies_while_nobody_asks_is_replaced_before_anybody_does(two_
     with _serving(two_by_two) as server, triton_grpc.InferenceServerClient(server.grpc_address) as client:
         before = _ranks(server)
         before[1].kill()
-        assert _wait(lambda: not any(rank.is_running() for rank in before) and len(_ranks(server)) == 4, 60)
+        assert wait_until(lambda: not any(rank.is_running() for rank in before) and len(_ranks(server)) == 4, 60)
 
         refusals: list[str] = []
 
@@ -153,5 +143,5 @@ def test_a_rank_that_dies_while_nobody_asks_is_replaced_before_anybody_does(two_
                 refusals.append(str(error.status()))
                 return False
 
-        assert _wait(answers, 60)
+        assert wait_until(answers, 60)
         assert set(refusals) <= {"StatusCode.UNAVAILABLE"}

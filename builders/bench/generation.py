@@ -30,8 +30,7 @@ from runtime.generation.bare import BareLoop, bare_loop
 from runtime.generation.executor import Batch, StepExecutor
 from runtime.generation.opening import open_engine
 from runtime.settings import GeneratorModelSettings
-from runtime.supervisor import Supervisor
-from runtime.triton import Ports, TritonServer
+from runtime.supervisor import ready_server
 
 PROMPT_TOKENS = NEW_TOKENS = 64
 STREAMS = {1: 4, 8: 24, 32: 64}  # concurrent -> requests in all
@@ -131,10 +130,7 @@ def _contexts(executor: StepExecutor, settings: GeneratorModelSettings) -> dict[
 
 def _serve(built: Build) -> list[Streams]:
     assert built.entry is not None
-    with TritonServer(built.entry.repository, Ports.free()) as server:
-        supervisor = Supervisor(server)
-        supervisor.wait_ready(120, threading.Event())
-        supervisor.close()
+    with ready_server(built.entry.repository) as server:
         _run(server.grpc_address, built.spec.name, 2, 2)  # warm
         return [_run(server.grpc_address, built.spec.name, streams, count) for streams, count in STREAMS.items()]
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
 from builders.artifacts import FileRecord, Partition, RankFiles
 from builders.errors import CheckError
 from builders.partition.verify import rank_programs
+from builders.store import link_or_copy
 from runtime.ranks.program import Layout
 from runtime.ranks.stored import StoredPrograms, save_programs
 
@@ -33,7 +32,7 @@ def write_rank_files(partition: Partition, out: Path) -> RankFiles:
     written = save_programs(programs, out)
     for record in partition.files:
         if record.name.endswith(".data"):
-            written.append(_link(partition.path(record.name), out / record.name))
+            written.append(link_or_copy(partition.path(record.name), out / record.name))
     return RankFiles(
         directory=out,
         files=tuple(map(FileRecord.of, written)),
@@ -41,11 +40,3 @@ def write_rank_files(partition: Partition, out: Path) -> RankFiles:
         pipeline=partition.pipeline,
         partition_digest=partition.digest,
     )
-
-
-def _link(source: Path, target: Path) -> Path:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without links
-        shutil.copyfile(source, target)
-    return target

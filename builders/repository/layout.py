@@ -21,7 +21,6 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,7 +28,7 @@ from pathlib import Path
 from builders.artifacts import Checkpoint, Partition, RepositoryEntry, file_digest
 from builders.repository.contents import ModelDirectory, Part, model_directories
 from builders.spec import DeploymentSpec, Platform
-from builders.store import atomic_directory
+from builders.store import atomic_directory, link_or_copy
 from runtime.errors import BadEnvironment
 from runtime.settings import FILE_NAME, ServedModel, ServerSettings
 
@@ -106,7 +105,9 @@ def _write(repository: Path, models: dict[str, ModelDirectory], version: int) ->
         for name, model in models.items():
             with atomic_directory(repository / name / str(version)) as work:
                 for file, source in model.files.items():
-                    _link_or_copy(source, work / file)
+                    # Weights are shared with the store; what others own is copied.
+                    place = link_or_copy if source.suffix in (".onnx", ".data", ".plan") else shutil.copyfile
+                    place(source, work / file)
                 if model.settings is not None:
                     model.settings.save(work)
         for name, model in models.items():
@@ -115,17 +116,6 @@ def _write(repository: Path, models: dict[str, ModelDirectory], version: int) ->
         for name in models:
             shutil.rmtree(repository / name / str(version), ignore_errors=True)
         raise
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    """Weights are shared with the store where the file system allows it; what others own is copied."""
-    if source.suffix in (".onnx", ".data", ".plan"):
-        try:
-            os.link(source, target)
-            return
-        except OSError:
-            pass  # another file system, or one without links
-    shutil.copyfile(source, target)
 
 
 def _commit(repository: Path, spec: DeploymentSpec, version: int, content: str, models: tuple[str, ...]) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from builders.small_model.recipe import LossPoint, Progress, Recipe
 from builders.small_model.text import END_OF_TEXT_ID, Tokens, batches
+from builders.store import processor
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +21,7 @@ CURVE_WINDOWS = 8  # held-out windows behind each point
 
 def arithmetic() -> str:
     """bf16 is about three times as fast as fp32 where the processor multiplies it, and emulated where it does not."""
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+    flags = processor()
     return "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"
 
 

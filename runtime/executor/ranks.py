@@ -50,7 +50,7 @@ class RankExecutor:
         import onnxruntime
 
         layout = self._stored.layout
-        return f"ONNX Runtime {onnxruntime.__version__} fp32, {layout.tensor} x {layout.pipeline} ranks"
+        return f"ONNX Runtime {onnxruntime.__version__}, {layout.tensor} x {layout.pipeline} ranks"
 
     @property
     def processes(self) -> list[int]:
