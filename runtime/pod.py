@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import argparse
 import re
-import signal
 import sys
-import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -163,20 +161,19 @@ def _secret(path: Path | None) -> str | None:
 def _ranks(options: argparse.Namespace) -> None:
     from runtime.health import Health, HealthServer
     from runtime.ranks.hosts import Hosts, serve_host
+    from runtime.stopping import stop_requests
 
     secret = _secret(options.secret_file)
     if secret is None:
         raise BadEnvironment(f"{options.secret_file}: no such file; hosts prove a shared secret to each other")
     hosts = Hosts(options.leader, options.port, options.hosts, options.ranks_each, options.interface, secret.encode())
-    asked_to_stop, health = threading.Event(), Health()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: asked_to_stop.set())
+    health = Health()
+    with stop_requests() as asked_to_stop, HealthServer(health, options.health_address, options.health_port):
 
-    def stopped() -> bool:  # asked several times a second, so that the agent is seen to live
-        health.observed(None)
-        return asked_to_stop.is_set()
+        def stopped() -> bool:  # asked several times a second, so that the agent is seen to live
+            health.observed(None)
+            return asked_to_stop.is_set()
 
-    with HealthServer(health, options.health_address, options.health_port):
         serve_host(hosts, options.host, stopped)
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
-import threading
 import time
 from pathlib import Path
 
 from runtime.health import Health
+from runtime.stopping import stop_requests
 from runtime.supervisor import Supervisor
 from runtime.triton import Exposure, Ports, TritonServer
 from runtime.versions import Versions
@@ -31,12 +30,8 @@ def serve_repository(
     Raises BadEnvironment before the start, ServerFault when the server does not come up or dies.
     """
     health = health or Health()
-    asked_to_stop = threading.Event()
-    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    for number in previous:
-        signal.signal(number, lambda *_: asked_to_stop.set())
     started = time.monotonic()
-    try:
+    with stop_requests() as asked_to_stop:
         with TritonServer(repository, ports, exposure=exposure) as server:
             supervisor = Supervisor(server, versions)
             try:
@@ -50,9 +45,6 @@ def serve_repository(
                 supervisor.close()
             _log("draining")
         _log("stopped")
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _announce(server: TritonServer, seconds: float, as_json: bool) -> None:

@@ -129,10 +129,17 @@ def test_nothing_was_deployed(run: Run, write: Callable[..., str]) -> None:
         run("load-version", target, "--version", "2", "--control-secret", "plain")
 
 
-def test_port_forward_until_ctrl_c(fake: FakeCluster, tmp_path: Path, run: Run, write: Callable[..., str]) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_port_forward_until_a_signal(
+    fake: FakeCluster, tmp_path: Path, run: Run, write: Callable[..., str], number: signal.Signals
+) -> None:
+    """Also where a script has started it in the background, with SIGINT ignored."""
     target = write(deployment(replicas=1))
     run("deploy", target)
-    program = "import typer; from builders.commands.cluster import port_forward; typer.run(port_forward)"
+    program = (
+        "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); import typer; "
+        "from builders.commands.cluster import port_forward; typer.run(port_forward)"
+    )
     command = [sys.executable, "-c", program, target, "--kubeconfig", str(tmp_path / "kubeconfig")]
     with socket.create_server(("127.0.0.1", 0)) as pod:
         for _, item in fake.find("v1", "pods"):
@@ -147,8 +154,11 @@ def test_port_forward_until_ctrl_c(fake: FakeCluster, tmp_path: Path, run: Run, 
             with socket.create_connection((host, int(port)), timeout=20) as client, pod.accept()[0] as served:
                 client.sendall(b"hello")
                 assert served.recv(5) == b"hello"
-            process.send_signal(signal.SIGINT)
-            assert process.wait(timeout=20) == 0
+            process.send_signal(number)
+            try:
+                assert process.wait(timeout=20) == 0
+            finally:
+                process.kill()  # else the end of `with` waits for ever
 
 
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl renders the overlay")

@@ -156,11 +156,11 @@ def port_forward(
 ) -> None:
     """A port of this machine that leads to a ready pod, until Ctrl-C. Each connection asks anew which pod is ready."""
     import sys
-    import threading
 
     from builders.deploy.client.objects import name_of
     from builders.deploy.client.observe import is_ready, observe
     from builders.deploy.client.port_forward import PortForward
+    from runtime.stopping import stop_requests
 
     found = _place(target, name)
     with _connect(found, kubeconfig, context) as cluster:
@@ -181,12 +181,12 @@ def port_forward(
             print(message, file=sys.stderr)
 
         namespace = workload.namespace or cluster.namespace
-        with PortForward(cluster, namespace, choose, port, local_port, report) as forward:
+        with (
+            stop_requests() as asked_to_stop,
+            PortForward(cluster, namespace, choose, port, local_port, report) as forward,
+        ):
             print(f"{forward.address} -> port {port} of {workload}; Ctrl-C ends it", flush=True)
-            try:
-                threading.Event().wait()
-            except KeyboardInterrupt:
-                return
+            asked_to_stop.wait()
 
 
 def load_version(
