@@ -164,7 +164,7 @@ class OnnxGraph(Artifact):
 class ServedQuality(Artifact):
     """The model as the CPU service computes it, against fp32. No files: the figures are the result."""
 
-    quality: Quality
+    quality: Quality | GenerationQuality
 
 
 class Engine(Artifact):

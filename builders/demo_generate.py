@@ -7,16 +7,18 @@ A small Llama-style model is trained on the text that ships with Python, becomes
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from pathlib import Path
 
 from builders import pipeline, present
 from builders.__main__ import run
 from builders.generate import stream
-from builders.perplexity import graph_perplexity
+from builders.perplexity import executor_perplexity
 from builders.pipeline import Build
 from builders.small_model import held_out_rows, train_small_model, training_progress
 from builders.spec import DeploymentSpec
+from runtime.generation.executor.openvino import OpenVinoStepExecutor
 from runtime.supervisor import ready_server
 
 PROMPTS = ("Return the number of", "Raised when a", "The with statement")
@@ -43,7 +45,7 @@ def main() -> None:
             builds[precision] = pipeline.build(
                 _spec(folder, precision), "cpu", arguments.build_dir, "repository", report
             )
-    print("\n3. perplexity on text that it has not seen, by ONNX Runtime", flush=True)
+    print("\n3. perplexity on text that it has not seen, by the executor that serves", flush=True)
     _judge(builds["w8"], builds["w4"], folder)
     print("\n4. serve the 8-bit model with the embedded Triton, and ask it", flush=True)
     _ask(builds["w8"])
@@ -65,7 +67,8 @@ def _judge(eight: Build, four: Build, folder: Path) -> None:
     rows = held_out_rows(folder)
     first = None
     for name, graph in (("fp32", eight.graph("fp32")), ("w8", eight.graph("w8")), ("w4", four.graph("w4"))):
-        perplexity, _ = graph_perplexity(graph.file_path, rows)
+        executor = OpenVinoStepExecutor(graph.file_path, (CONTEXT,), len(rows), threads=os.cpu_count() or 1)
+        perplexity = executor_perplexity(executor, (CONTEXT,), rows)
         first = first or perplexity
         print(
             f"   {name:<5} {perplexity:8.3f}  {perplexity / first:.4f} of fp32  {graph.bytes / 1e6:6.1f} MB", flush=True

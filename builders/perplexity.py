@@ -1,6 +1,7 @@
 """How well a language model predicts held-out text: the graph against its checkpoint, and the budget for it.
 
-The graph is run as it is served: token by token, through its caches, with ONNX Runtime and its usual arithmetic.
+The graph is run as it is served: token by token, through its caches. Graphs are judged with ONNX Runtime where they are
+made, and once more by the executor that serves them where that is another.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from builders.errors import CheckpointError, InputError, QualityError
 
 if TYPE_CHECKING:
     import torch
+
+    from runtime.generation.executor import StepExecutor
 
 Ids = NDArray[np.int64]
 Constants = Mapping[str, NDArray[Any]]  # inputs of a decoder graph that stay the same from step to step
@@ -148,6 +151,19 @@ def graph_perplexity(file: Path, rows: Ids, constants: Constants | None = None) 
         logits = session.step(np.ascontiguousarray(rows[:, at : at + 1]), np.ones(count, np.int64))[0]
         losses.append(_losses(logits, rows[:, at + 1]))
     return _exp(losses), session.description
+
+
+def executor_perplexity(executor: StepExecutor, capacities: Sequence[int], rows: Ids) -> float:
+    """The same through the executor that serves, all rows at once. It needs as many rows as there are texts."""
+    from runtime.generation.executor import Batch
+    from runtime.generation.grouping import pool_for
+
+    count, length = rows.shape
+    pool, losses = pool_for(length - 1, capacities), []  # nothing follows the last token
+    for at in range(length - 1):
+        batch = Batch(pool, 0, np.ascontiguousarray(rows[:, at : at + 1]), np.full(count, at))
+        losses.append(_losses(executor.run([batch])[0], rows[:, at + 1]))
+    return _exp(losses)
 
 
 def _losses(logits: NDArray[Any], targets: Ids) -> NDArray[np.float64]:

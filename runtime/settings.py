@@ -79,11 +79,11 @@ class RankCacheSettings(Settings):
 
 
 class GeneratorModelSettings(Settings):
-    """`files`: "decoder" (and "encoder") for ONNX Runtime, "ranks" for the manifest of rank programs, and one engine
+    """`files`: "decoder" (and "encoder") for graphs, "ranks" for the manifest of rank programs, and one engine
     for each target and capacity for TensorRT ("sm89.512"). `capacities` are those of the cache's pools, in tokens.
     """
 
-    executor: Literal["onnxruntime", "ranks", "tensorrt", "tensorrt-rtx"]
+    executor: Literal["openvino", "onnxruntime", "ranks", "tensorrt", "tensorrt-rtx"]
     files: dict[str, str]
     threads: int | None  # none: every core of the machine
     spinning: bool = False  # idle threads take the cores from the server and its clients on the same machine

@@ -42,8 +42,7 @@ def build(
         "export": kind.export,
         "quantize": kind.quantize,
         "partition": ranks.partition,
-        # A generator's graphs are judged by ONNX Runtime, which serves them, where they are made.
-        "qualify": (lambda built, store, report: built) if spec.generates else encoder.qualify,
+        "qualify": kind.qualify,
         "engine": ranks.engines,
         "repository": lambda built, _, report: _repository(built, root, report),
     }

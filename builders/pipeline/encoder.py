@@ -99,7 +99,7 @@ def qualify(built: Build, store: Store, report: Report) -> Build:
         quality.require_budget(measured, budget, f"{budget.cpu} service of {checkpoint.source}")
         return ServedQuality(directory=out, files=(), quality=measured)
 
-    report("qualify", f"{budget.cpu} on {built.spec.serving.executor}")
+    report("qualify", f"{budget.cpu} on {built.spec.cpu_executor}")
     item, hit = store.get_or_build(
         "qualify",
         {

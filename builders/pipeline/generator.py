@@ -1,4 +1,5 @@
-"""Language models: checkpoint -> graph with caches -> weights in 8 or 4 bits, each within the perplexity budget."""
+"""Language models: checkpoint -> graph with caches -> weights in 8 or 4 bits -> the service, each within the perplexity
+budget."""
 
 from __future__ import annotations
 
@@ -6,11 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from builders import corpus, graph, perplexity, quality
-from builders.artifacts import OnnxGraph
+from builders.artifacts import GenerationQuality, OnnxGraph, ServedQuality
 from builders.export import decoder, seq2seq
 from builders.pipeline.result import Build, Report, done
 from builders.quantize import weight_only
+from builders.repository import contents
 from builders.store import Store, folder_digest, processor, source_digest, tool_versions
+from runtime.generation.opening import open_executor
+from runtime.settings import ServedModel
 
 
 def export(built: Build, store: Store, report: Report) -> Build:
@@ -79,3 +83,63 @@ def quantize(built: Build, store: Store, report: Report) -> Build:
     )
     report("quantize", done(f"{wanted}, {item.bytes / 1e6:.1f} MB, {item.quality.summary}", hit))
     return replace(built, graphs=(*built.graphs, item))
+
+
+def qualify(built: Build, store: Store, report: Report) -> Build:
+    """Judges the graph once more, by the executor that serves it on this CPU, where that is not plain ONNX Runtime."""
+    spec, checkpoint, reference = built.spec, built.checkpoint, built.graph("fp32")
+    part = built.ranks or built.served_graph
+    if built.platform != "cpu":
+        return built
+    served = ServedModel(
+        ensemble=spec.name, version=1, precision=spec.precision.cpu, model_digest=part.digest, spec_digest=spec.digest
+    )
+    settings = contents.generator_settings(spec, "cpu", checkpoint, [part], built.partition, served)
+    if settings.executor == "onnxruntime":
+        return built  # it judged the graph where that was made
+
+    def run(out: Path) -> ServedQuality:
+        _, held_out = quality.calibration_and_held_out(spec.precision)
+        rows = perplexity.token_rows(checkpoint, held_out)
+        files = {key: part.path(name) for key, name in settings.files.items()}
+        executor = open_executor(settings.model_copy(update={"slots": len(rows)}), files)
+        try:
+            found = perplexity.executor_perplexity(executor, settings.capacities, rows)
+        finally:
+            executor.close()
+        assert isinstance(reference.quality, GenerationQuality)
+        measured = GenerationQuality(
+            perplexity=found,
+            reference_perplexity=reference.quality.perplexity,
+            tokens=rows[:, 1:].size,
+            executor=f"{settings.executor}, {', '.join(f'{name} {version}' for name, version in tools.items())}",
+        )
+        what = f"{spec.precision.cpu} service of {checkpoint.source}"
+        perplexity.require_perplexity({settings.executor: measured}, spec.precision.max_perplexity_ratio, what)
+        return ServedQuality(directory=out, files=(), quality=measured)
+
+    report("qualify", f"{spec.precision.cpu} on {settings.executor}")
+    tools = tool_versions("openvino" if settings.executor == "openvino" else "onnxruntime")
+    item, hit = store.get_or_build(
+        "qualify",
+        {
+            "served": part.digest,
+            "reference": reference.digest,
+            "checkpoint": checkpoint.digest,
+            "processor": processor(),
+            "ratio": spec.precision.max_perplexity_ratio,
+            "settings": settings.model_dump(mode="json", exclude={"served"}),
+            "samples": spec.precision.calibration_samples,
+            "texts": corpus.corpus_key(spec.precision.calibration_texts),
+            "tools": {**tools, **tool_versions("tokenizers")},
+            "code": [
+                source_digest(perplexity, quality, corpus),
+                folder_digest("runtime/generation/executor"),
+                folder_digest("runtime/ranks"),
+            ],
+        },
+        ServedQuality,
+        run,
+    )
+    report("qualify", done(item.quality.summary, hit))
+    return replace(built, served=item.quality)

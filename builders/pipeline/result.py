@@ -9,6 +9,7 @@ from typing import Literal
 from builders.artifacts import (
     Checkpoint,
     Engine,
+    GenerationQuality,
     OnnxGraph,
     Partition,
     Quality,
@@ -32,7 +33,7 @@ class Build:
     graphs: tuple[OnnxGraph, ...] = ()
     partition: Partition | None = None
     ranks: RankFiles | None = None
-    served: Quality | None = None
+    served: Quality | GenerationQuality | None = None
     engines: tuple[Engine, ...] = ()
     entry: RepositoryEntry | None = None
 

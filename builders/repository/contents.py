@@ -116,7 +116,7 @@ def encoder_settings(spec: DeploymentSpec, platform: Platform, parts: Sequence[P
     """What the Python backend's encoder is told; checks use the same, so that what is checked is what is served."""
     ranks = any(isinstance(part, RankFiles) for part in parts)
     return EncoderModelSettings(
-        executor="tensorrt-rtx" if platform == "gpu" else "ranks" if ranks else spec.serving.executor,
+        executor="tensorrt-rtx" if platform == "gpu" else "ranks" if ranks else spec.cpu_executor,
         files=_executor_files(parts),
         threads=spec.serving.threads,
         bfloat16=spec.precision.cpu in ("bf16", "int8"),
@@ -167,7 +167,7 @@ def generator_settings(
     facts, chosen = checkpoint.generation, spec.generation
     assert facts is not None
     return GeneratorModelSettings(
-        executor=spec.engine.flavour if platform == "gpu" else "ranks" if partition is not None else "onnxruntime",
+        executor=spec.engine.flavour if platform == "gpu" else "ranks" if partition is not None else spec.cpu_executor,
         files=_generator_files(parts),
         threads=spec.serving.threads,
         capacities=spec.cache_lengths_on(platform),

@@ -103,24 +103,36 @@ class DeploymentSpec(Slice):
                 f"generation.cache_lengths={list(lengths)} must rise strictly and end with model.max_length={longest}: "
                 "prompt and output together fit the longest row"
             )
-        if self.parallel.ranks > 1 and self.model.task == "seq2seq":
-            raise ValueError("parallel: encoder-decoders are not shared out to ranks; use replicas")
+        if self.model.task == "seq2seq":
+            if self.parallel.ranks > 1:
+                raise ValueError("parallel: encoder-decoders are not shared out to ranks; use replicas")
+            if self.serving.executor == "openvino":
+                raise ValueError("serving.executor=openvino: encoder-decoders run on onnxruntime")
+        self._require_rank_executor()
 
     @property
     def generates(self) -> bool:
         return self.model.task in GENERATES
 
+    @property
+    def cpu_executor(self) -> Literal["openvino", "onnxruntime"]:
+        """What runs on CPU: OpenVINO is faster, ONNX Runtime takes everything."""
+        if self.serving.executor is not None:
+            return self.serving.executor
+        return "onnxruntime" if self.parallel.ranks > 1 or self.model.task == "seq2seq" else "openvino"
+
     def cache_lengths_on(self, platform: Platform) -> tuple[int, ...]:
         """Of the cache's rows, in tokens. A row moves to the next length when it outgrows its own.
 
-        On a GPU every length is an engine with its own copy of the weights, so there is one unless the spec says more.
+        There is one length unless the spec says more on a GPU, where every length is an engine with its own copy of the
+        weights, and on OpenVINO, where a step reads what a row holds. ONNX Runtime reads whole rows.
         """
         from runtime.generation.cache import capacity_ladder
 
         if self.generation.cache_lengths is not None:
             return self.generation.cache_lengths
         longest = self.model.max_length
-        return capacity_ladder(longest) if platform == "cpu" else (longest,)
+        return capacity_ladder(longest) if platform == "cpu" and self.cpu_executor == "onnxruntime" else (longest,)
 
     def _require_encoder_choices(self) -> None:
         buckets, longest = self.serving.length_buckets, self.model.max_length
@@ -135,7 +147,7 @@ class DeploymentSpec(Slice):
             self._require_profile(length)
         if self.engine.flavour == "tensorrt-rtx" and len(self.engine.profiles) > 1:
             raise ValueError("engine.profiles: engines of flavour tensorrt-rtx are served with one profile; give one")
-        if self.precision.cpu == "bf16" and self.serving.executor == "onnxruntime":
+        if self.precision.cpu == "bf16" and self.cpu_executor == "onnxruntime":
             raise ValueError("precision.cpu=bf16 needs serving.executor=openvino; ONNX Runtime computes in fp32 on CPU")
         self._require_rank_choices()
         if 0 < self.serving.response_cache_bytes < 1 << 20:
@@ -145,17 +157,18 @@ class DeploymentSpec(Slice):
 
     def _require_rank_choices(self) -> None:
         """What ranks cannot do: the CPU's run pieces of the graph on ONNX Runtime, the GPU's have one engine each."""
-        if self.parallel.ranks == 1:
-            return
-        if self.serving.executor != "onnxruntime":
-            raise ValueError(
-                f"parallel={self.parallel.tensor} x {self.parallel.pipeline} needs serving.executor=onnxruntime: "
-                "it runs the pieces of a rank's graph on CPU"
-            )
+        self._require_rank_executor()
         if self.parallel.tensor > 1 and (len(self.engine.profiles) > 1 or len(self.engine.targets) > 1):
             raise ValueError(
                 f"parallel.tensor={self.parallel.tensor}: Triton's tensorrt backend takes engines of several ranks for "
                 "one GPU type and with one profile; give one of engine.targets and one of engine.profiles"
+            )
+
+    def _require_rank_executor(self) -> None:
+        if self.parallel.ranks > 1 and self.cpu_executor == "openvino":
+            raise ValueError(
+                f"parallel={self.parallel.tensor} x {self.parallel.pipeline} needs serving.executor=onnxruntime: "
+                "it runs the pieces of a rank's graph on CPU"
             )
 
     def _require_profile(self, length: int) -> None:

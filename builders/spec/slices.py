@@ -124,7 +124,9 @@ class RateLimitSlice(Slice):
 class ServingSlice(Slice):
     """How Triton schedules and runs the model."""
 
-    executor: Literal["openvino", "onnxruntime"] = Field("openvino", description="CPU only")
+    executor: Literal["openvino", "onnxruntime"] | None = Field(
+        None, description="CPU only; default: openvino, or onnxruntime for ranks and encoder-decoders"
+    )
     max_batch_size: Positive = Field(32, description="sequences in one execution, and texts in one request")
     length_buckets: tuple[Positive, ...] = Field(
         (16, 32, 64, 128, 256), description="GPU: sequences are padded to the next of these token counts"

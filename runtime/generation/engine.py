@@ -130,6 +130,7 @@ class Engine:
             return []
         now = self.clock()
         tokens, logprobs = sample(logits, work.sequences)
+        self.counters.sample_seconds += self.clock() - now
         return [
             self._append(sequence, token, logprob, now)
             for sequence, token, logprob in zip(work.sequences, tokens, logprobs, strict=True)

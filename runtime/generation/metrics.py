@@ -47,8 +47,9 @@ class Counters:
     prompt_tokens: int = 0
     reused_tokens: int = 0  # of them: found in the cache
     output_tokens: int = 0
-    executor_seconds: float = 0.0
-    step_seconds: float = 0.0
+    executor_seconds: float = 0.0  # the graph, with copies to and from the device
+    sample_seconds: float = 0.0  # choosing tokens
+    step_seconds: float = 0.0  # all of a step: the two above, planning, detokenising
     ttft: Histogram = field(default_factory=lambda: Histogram(TTFT_BOUNDS_S))
     itl: Histogram = field(default_factory=lambda: Histogram(ITL_BOUNDS_S))
 
@@ -96,7 +97,7 @@ class Exporter:
         self._last = (now, counters.output_tokens)
         for name in ("requests", "steps", "prompt_tokens", "reused_tokens", "output_tokens"):
             self._add(f"trireme_generation_{name}_total", getattr(counters, name))
-        for name in ("executor_seconds", "step_seconds"):
+        for name in ("executor_seconds", "sample_seconds", "step_seconds"):
             self._add(f"trireme_generation_{name}_total", getattr(counters, name))
         self._histogram("trireme_generation_time_to_first_token_seconds", counters.ttft)
         self._histogram("trireme_generation_inter_token_seconds", counters.itl)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,7 @@ class TextTokenizer:
 
 def open_engine(settings: GeneratorModelSettings, directory: Path, device: int = 0) -> tuple[Engine, TextTokenizer]:
     """Raises BadEnvironment where the files do not fit each other or this machine, ServerFault for ranks that fail."""
-    executor = _open_executor(settings, directory, device)
+    executor = open_executor(settings, {key: directory / name for key, name in settings.files.items()}, device)
     try:
         tokenizer = TextTokenizer(directory / TOKENIZER_FILE, executor.vocabulary)
     except BaseException:
@@ -77,8 +78,8 @@ def open_engine(settings: GeneratorModelSettings, directory: Path, device: int =
     return Engine(executor, scheduler, limits, tokenizer.fast), tokenizer
 
 
-def _open_executor(settings: GeneratorModelSettings, directory: Path, device: int) -> StepExecutor:
-    files = {key: directory / name for key, name in settings.files.items()}
+def open_executor(settings: GeneratorModelSettings, files: Mapping[str, Path], device: int = 0) -> StepExecutor:
+    """`files` by the keys of `settings.files`. Raises as `open_engine`."""
     threads = settings.threads or os.cpu_count() or 1
     rows = settings.slots + settings.kept
     if settings.executor == "onnxruntime":
@@ -90,6 +91,10 @@ def _open_executor(settings: GeneratorModelSettings, directory: Path, device: in
             threads=threads,
             spinning=settings.spinning,
         )
+    if settings.executor == "openvino":
+        from runtime.generation.executor.openvino import OpenVinoStepExecutor
+
+        return OpenVinoStepExecutor(files["decoder"], settings.capacities, rows, threads=threads)
     if settings.executor == "ranks":
         from runtime.generation.executor.ranks import RankStepExecutor
 

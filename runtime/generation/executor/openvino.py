@@ -1,0 +1,119 @@
+"""OpenVINO on CPU: the faster executor for decoders. A step is one call, whatever it holds.
+
+Each row of the slot cache is a run of blocks. A step reads the tokens that a row holds and no more, so rows of any
+length share a pool, and moving a row copies blocks. Weight-only graphs compute with activations in 8 bits, quantised by
+groups as the call goes (OpenVINO's dynamic quantisation); perplexity is measured through it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.errors import BadEnvironment, ServerFault
+from runtime.generation.executor import Batch, Copy, Logits, Row, Tokens
+from runtime.generation.executor.paged import BLOCK, paged_model
+
+
+class OpenVinoStepExecutor:
+    """One compiled model on all threads. Raises BadEnvironment for a graph whose attention cannot be paged."""
+
+    stages = 1
+    call_cost = 0  # all pools share one call, and a row costs what it holds
+
+    def __init__(self, decoder: Path, capacities: Sequence[int], rows: int, *, threads: int) -> None:
+        import openvino
+
+        core = openvino.Core()
+        config = {
+            "INFERENCE_PRECISION_HINT": "f32",
+            "KV_CACHE_PRECISION": "f32",
+            "INFERENCE_NUM_THREADS": threads,
+            "NUM_STREAMS": 1,
+            "ENABLE_CPU_PINNING": False,  # the server and its clients share these cores
+        }
+        self._model = core.compile_model(paged_model(decoder, core), "CPU", config)
+        *_, vocabulary = self._model.output("logits").get_partial_shape()
+        self.vocabulary = vocabulary.get_length()
+        self._row_blocks = [-(-capacity // BLOCK) for capacity in capacities]
+        self._first_blocks = np.cumsum([0, *(rows * count for count in self._row_blocks)]).tolist()
+        self.reset()
+
+    def lost(self) -> bool:
+        return False
+
+    def reset(self) -> None:
+        """New memory, which the kernel gives when it is first written; the model keeps nothing of the old."""
+        import openvino
+
+        self._request = self._model.create_infer_request()
+        self._caches: list[NDArray[np.float32]] = []
+        for port in self._model.inputs:
+            name = port.get_any_name()
+            if "_cache_" in name:
+                _, heads, block, head_dim = port.get_partial_shape()
+                shape = (self._first_blocks[-1], heads.get_length(), block.get_length(), head_dim.get_length())
+                self._caches.append(np.zeros(shape, port.get_element_type().to_dtype()))
+                self._request.set_tensor(name, openvino.Tensor(self._caches[-1], shared_memory=True))
+
+    def run(self, batches: Sequence[Batch]) -> list[Logits]:
+        if not batches:
+            return []
+        lengths = np.concatenate([np.full(len(batch.input_ids), batch.input_ids.shape[1]) for batch in batches])
+        pasts = np.concatenate([batch.write_indices for batch in batches])
+        blocks = [
+            self._blocks(Row(batch.pool, batch.first + row), past + batch.input_ids.shape[1])
+            for batch in batches
+            for row, past in enumerate(batch.write_indices.tolist())
+        ]
+        begins = np.concatenate([[0], np.cumsum(lengths)])
+        feeds = {
+            "input_ids": np.concatenate([batch.input_ids.ravel() for batch in batches])[:, None],
+            "write_indices": np.repeat(pasts - begins[:-1], lengths) + np.arange(begins[-1]),
+            "past_lens": pasts,
+            "subsequence_begins": begins,
+            "block_indices": np.concatenate(blocks),
+            "block_indices_begins": np.cumsum([0, *map(len, blocks)]),
+            "max_context_len": (pasts + lengths).max(),
+            "sampled": begins[1:] - 1,
+        }
+        self._infer(feeds)
+        logits = self._request.get_tensor("logits").data.reshape(-1, self.vocabulary)
+        ends = np.cumsum([len(batch.input_ids) for batch in batches]).tolist()
+        return [logits[end - len(batch.input_ids) : end] for batch, end in zip(batches, ends, strict=True)]
+
+    def _infer(self, feeds: dict[str, NDArray[np.int64]]) -> None:
+        import openvino
+
+        for name, array in feeds.items():
+            wide = name in ("input_ids", "write_indices")
+            self._request.set_tensor(name, openvino.Tensor(np.asarray(array, np.int64 if wide else np.int32)))
+        try:
+            self._request.infer()
+        except RuntimeError as error:
+            raise ServerFault(f"OpenVINO did not run the step: {error}") from error
+
+    def _blocks(self, row: Row, tokens: int) -> NDArray[np.int64]:
+        """Those that hold the first `tokens` of a row. Raises ServerFault past its end: the next row begins there."""
+        count = -(-tokens // BLOCK)
+        if count > self._row_blocks[row.pool]:
+            raise ServerFault(f"{tokens} tokens in a row of {self._row_blocks[row.pool] * BLOCK}")
+        start = self._first_blocks[row.pool] + row.place * self._row_blocks[row.pool]
+        return np.arange(start, start + count)
+
+    def copy(self, copies: Sequence[Copy]) -> None:
+        """Whole blocks. What lies behind the tokens of a row is never read, so nothing is zeroed."""
+        for source, target, tokens in copies:
+            if source is not None:
+                origin, destination = self._blocks(source, tokens), self._blocks(target, tokens)
+                for cache in self._caches:
+                    cache[destination] = cache[origin]
+
+    def encode(self, row: Row, source: Tokens) -> None:
+        raise BadEnvironment("encoder-decoders run on ONNX Runtime; set serving.executor: onnxruntime")
+
+    def close(self) -> None:
+        self._caches.clear()
