@@ -55,36 +55,57 @@ def served_model(metrics_address: str) -> str:
 def stream(
     address: str, model: str, text: str | None, options: Mapping[str, Any], *, timeout_s: float = 60.0
 ) -> Iterator[Chunk]:
-    """Pieces in their order, until the one with `finish`. `options` are further inputs of the model, by name: without
-    `text`, `input_ids` must be one of them.
+    """One request over a connection of its own; see `Client.stream`."""
+    with Client(address) as client:
+        yield from client.stream(model, text, options, timeout_s=timeout_s)
 
-    `timeout_s` is the longest wait for the next piece. Raises InputError for a request that the server refuses,
-    ServiceError when it fails or falls silent. Closing the iterator cancels the request.
-    """
-    from tritonclient.grpc import InferenceServerClient
-    from tritonclient.utils import InferenceServerException
 
-    answers: SimpleQueue[tuple[Any, Any]] = SimpleQueue()
-    values = {**({} if text is None else {"text_input": text}), "stream": True, **options}
-    with InferenceServerClient(address) as client:
+class Client:
+    """One connection, for one request at a time. Closed at the end of `with`."""
+
+    def __init__(self, address: str) -> None:
+        from tritonclient.grpc import InferenceServerClient
+
+        self._address, self._client = address, InferenceServerClient(address)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._client.close()
+
+    def stream(
+        self, model: str, text: str | None, options: Mapping[str, Any], *, timeout_s: float = 60.0
+    ) -> Iterator[Chunk]:
+        """Pieces in their order, until the one with `finish`. `options` are further inputs of the model, by name:
+        without `text`, `input_ids` must be one of them.
+
+        `timeout_s` is the longest wait for the next piece. Raises InputError for a request that the server refuses,
+        ServiceError when it fails or falls silent. Closing the iterator cancels the request.
+        """
+        from tritonclient.utils import InferenceServerException
+
+        answers: SimpleQueue[tuple[Any, Any]] = SimpleQueue()
+        values = {**({} if text is None else {"text_input": text}), "stream": True, **options}
         # With this header an error comes with its gRPC status, and ends the stream.
-        client.start_stream(lambda result, error: answers.put((result, error)), headers={"triton_grpc_error": "true"})
+        headers = {"triton_grpc_error": "true"}
+        self._client.start_stream(lambda result, error: answers.put((result, error)), headers=headers)
         try:
             with contextlib.suppress(InferenceServerException):  # a stream that broke has told the callback why
-                client.async_stream_infer(model, [_tensor(name, value) for name, value in values.items()])
+                self._client.async_stream_infer(model, [_tensor(name, value) for name, value in values.items()])
             while True:
                 try:
                     result, error = answers.get(timeout=timeout_s)
                 except Empty:
-                    raise ServiceError(f"{model} at {address} was silent for {timeout_s:.0f} s") from None
+                    raise ServiceError(f"{model} at {self._address} was silent for {timeout_s:.0f} s") from None
                 if error is not None:
-                    raise _failure(model, address, error)
+                    raise _failure(model, self._address, error)
                 chunk = _chunk(result)
                 yield chunk
                 if chunk.finish is not None:
                     return
         finally:
-            client.stop_stream(cancel_requests=True)
+            self._client.stop_stream(cancel_requests=True)
 
 
 def _tensor(name: str, value: Any) -> Any:

@@ -24,6 +24,7 @@ from builders.bench.generation_loops import Workload
 from builders.bench.generation_peers import Peer, run_all
 from builders.bench.random_llama import random_llama, random_prompts
 from builders.errors import ServiceError
+from builders.generate import Client
 from builders.pipeline import Build
 from builders.spec import DeploymentSpec
 from runtime.generation.bare import BareLoop, bare_loop
@@ -142,16 +143,17 @@ def _run(address: str, model: str, streams: int, requests: int) -> Streams:
 
     def ask() -> None:
         try:
-            while True:
-                with lock:
-                    if not prompts:
-                        return
-                    prompt = prompts.pop()
-                first, between, tokens = _ask(address, model, prompt)
-                with lock:
-                    result.first.append(first)
-                    result.between += between
-                    result.tokens += tokens
+            with Client(address) as client:
+                while True:
+                    with lock:
+                        if not prompts:
+                            return
+                        prompt = prompts.pop()
+                    first, between, tokens = _ask(client, model, prompt)
+                    with lock:
+                        result.first.append(first)
+                        result.between += between
+                        result.tokens += tokens
         except BaseException as fault:  # noqa: BLE001 - told by the thread that waits
             faults.append(fault)
 
@@ -169,13 +171,11 @@ def _run(address: str, model: str, streams: int, requests: int) -> Streams:
     return result
 
 
-def _ask(address: str, model: str, prompt: NDArray[np.int64]) -> tuple[float, list[float], int]:
+def _ask(client: Client, model: str, prompt: NDArray[np.int64]) -> tuple[float, list[float], int]:
     """Seconds to the first token, between each token and the one before, and how many came."""
-    from builders.generate import stream
-
     options = {"input_ids": [int(token) for token in prompt], "max_tokens": NEW_TOKENS, "min_length": NEW_TOKENS}
     started = time.perf_counter()
-    arrivals = [(time.perf_counter(), len(chunk.tokens)) for chunk in stream(address, model, None, options)]
+    arrivals = [(time.perf_counter(), len(chunk.tokens)) for chunk in client.stream(model, None, options)]
     gaps = [(now - before) / count for (before, _), (now, count) in itertools.pairwise(arrivals) for _ in range(count)]
     return arrivals[0][0] - started, gaps, sum(count for _, count in arrivals)
 

@@ -55,12 +55,13 @@ def quantize(built: Build, store: Store, report: Report) -> Build:
         return built
     budget, checkpoint = built.spec.precision, built.checkpoint
     source, reference = built.graphs[-1], built.graph("fp32")
+    ranks = built.spec.parallel.tensor
 
     def run(out: Path) -> OnnxGraph:
         calibration, held_out = quality.calibration_and_held_out(budget)
         ratio, progress = budget.max_perplexity_ratio, lambda text: report("quantize", f"{wanted}: {text}")
         return weight_only.quantize_weights(
-            source, reference, checkpoint, wanted, ratio, calibration, held_out, out, progress
+            source, reference, checkpoint, wanted, ratio, calibration, held_out, out, progress, ranks
         )
 
     report("quantize", wanted)
@@ -71,6 +72,7 @@ def quantize(built: Build, store: Store, report: Report) -> Build:
             "reference": reference.digest,
             "checkpoint": checkpoint.digest,
             "scheme": wanted,
+            "ranks": ranks,
             "ratio": budget.max_perplexity_ratio,
             "samples": budget.calibration_samples,
             "texts": corpus.corpus_key(budget.calibration_texts),

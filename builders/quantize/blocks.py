@@ -1,4 +1,4 @@
-"""Weights as integers in blocks of 32 that share a scale; and GPTQ, which lets later weights make up for earlier ones.
+"""Weights as integers in blocks that share a scale; and GPTQ, which lets later weights make up for earlier ones.
 
 A weight [K, N] belongs to the product x @ weight. Blocks run along K, the dimension that is summed over.
 """
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
 Bits = Literal[4, 8]
-BLOCK = 32
+BLOCK = 32  # the shortest in use
 _SHRINK = np.linspace(0.72, 1.0, 15, dtype=np.float32)  # of a block's range, tried for the smallest error
 _DAMPING = 0.01  # of the mean diagonal, added to the Hessian: keeps directions that calibration never saw stable
 _CHUNK = 128  # rows of the weight between two updates of all rows behind them
@@ -21,27 +21,42 @@ _CHUNK = 128  # rows of the weight between two updates of all rows behind them
 
 @dataclass(frozen=True)
 class Blocks:
-    """`values` int8 [K, N] within the range of the bits, `scales` [K / 32, N]; values * scales is the weight."""
+    """`values` int8 [K, N] within the range of the bits, `scales` [K / size, N]; values * scales is the weight."""
 
     values: NDArray[np.int8]
     scales: Floats
     bits: Bits
 
+    @property
+    def size(self) -> int:
+        return len(self.values) // len(self.scales)
+
     def restore(self) -> Floats:
-        weight: Floats = self.values.astype(np.float32) * self.scales.repeat(BLOCK, axis=0)
+        weight: Floats = self.values.astype(np.float32) * self.scales.repeat(self.size, axis=0)
         return weight
 
 
-def round_to_nearest(weight: Floats, bits: Bits) -> Blocks:
+def block_size(rows: int, longest: int, ranks: int) -> int:
+    """The longest block, of `longest` halved as often as needed, that cuts K = `rows` on every rank evenly; at least 32.
+
+    Long blocks have fewer scales to read, and products that add up integers for longer.
+    """
+    size = longest
+    while size > BLOCK and rows % (size * ranks):
+        size //= 2
+    return size
+
+
+def round_to_nearest(weight: Floats, bits: Bits, size: int = BLOCK) -> Blocks:
     """Each weight to the nearest step of its block."""
-    scales = block_scales(weight, bits)
-    return Blocks(_steps(weight, scales.repeat(BLOCK, axis=0), bits).astype(np.int8), scales, bits)
+    scales = block_scales(weight, bits, size)
+    return Blocks(_steps(weight, scales.repeat(size, axis=0), bits).astype(np.int8), scales, bits)
 
 
-def block_scales(weight: Floats, bits: Bits) -> Floats:
-    """[K / 32, N]. Eight bits take the whole range of a block; four cut off its farthest weights where the others gain
+def block_scales(weight: Floats, bits: Bits, size: int = BLOCK) -> Floats:
+    """[K / size, N]. Eight bits take the whole range of a block; four cut off its farthest weights where the others gain
     more than these lose."""
-    blocks = weight.reshape(-1, BLOCK, weight.shape[1])
+    blocks = weight.reshape(-1, size, weight.shape[1])
     whole: Floats = (np.maximum(np.abs(blocks).max(axis=1), 1e-8) / (2 ** (bits - 1) - 1)).astype(np.float32)
     if bits == 8:
         return whole

@@ -1,7 +1,8 @@
-"""fp32 or fp16 graph -> weights of matrix products in 8 or 4 bits, in blocks of 32 with one scale each.
+"""fp32 or fp16 graph -> weights of matrix products in 8 or 4 bits, in blocks with one scale each: of 128 weights where
+they have 8 bits, of 32 where they have 4.
 
-Written as DequantizeLinear(block_size=32) in front of MatMul: standard ONNX, which ONNX Runtime runs as one product on
-the integers and TensorRT builds. Decoding reads every weight for each token, so it is bytes that count.
+Written as DequantizeLinear(block_size=…) in front of MatMul: standard ONNX, which OpenVINO and ONNX Runtime run as one
+product on the integers and TensorRT builds. Decoding reads every weight for each token, so it is bytes that count.
 
 Eight bits round to the nearest step. Four bits do so first, and where that misses the perplexity budget go on to GPTQ,
 then to GPTQ with the head in eight bits. The head is quantised because it is read in full at every step; the lookup of
@@ -36,7 +37,7 @@ from builders.perplexity import (
     token_rows,
     within_budget,
 )
-from builders.quantize.blocks import BLOCK, Bits, Blocks, Floats, gptq, round_to_nearest
+from builders.quantize.blocks import BLOCK, Bits, Blocks, Floats, block_size, gptq, round_to_nearest
 
 _MIN_QUANTISED = 0.5  # below this share of the product weights the graph is quantised in name only
 _HESSIAN_BYTES = 1 << 31  # held at a time; calibration runs once for each such share
@@ -50,10 +51,11 @@ class Recipe:
     bits: Bits
     head_bits: Bits
     gptq: bool = False
+    longest_block: int = BLOCK
 
 
 RECIPES: dict[str, tuple[Recipe, ...]] = {
-    "w8": (Recipe("round to nearest", 8, 8),),
+    "w8": (Recipe("round to nearest", 8, 8, longest_block=128),),
     "w4": (
         Recipe("round to nearest", 4, 4),
         Recipe("GPTQ", 4, 4, gptq=True),
@@ -72,8 +74,10 @@ def quantize_weights(
     held_out_texts: Sequence[str],
     out: Path,
     progress: Callable[[str], None] = lambda message: None,
+    ranks: int = 1,
 ) -> OnnxGraph:
-    """Writes the decoder `graph` with quantised weights into `out`; `reference` is its fp32 form.
+    """Writes the decoder `graph` with quantised weights into `out`; `reference` is its fp32 form;
+    `ranks` will share every product.
 
     The encoder of an encoder-decoder comes along in eight bits: it runs once a text, and is not bound by bytes.
     The first recipe whose perplexity on the held-out texts is within `max_ratio` of the reference is taken. Raises
@@ -93,7 +97,7 @@ def quantize_weights(
             material = _material(checkpoint, calibration_texts, reference.directory)
             compensated = compensate(reference.file_path, *material, progress)
         progress(recipe.name)
-        write_quantised(graph.file_path, recipe, compensated, file)
+        write_quantised(graph.file_path, recipe, compensated, file, ranks)
         require_standard(file)
         perplexity, executor = graph_perplexity(file, rows, constants)
         tried[recipe.name] = GenerationQuality(
@@ -163,7 +167,9 @@ def find_products(model: ir.Model) -> list[Product]:
     return found
 
 
-def write_quantised(source: Path, recipe: Recipe, compensated: Mapping[int, Blocks], target: Path) -> None:
+def write_quantised(
+    source: Path, recipe: Recipe, compensated: Mapping[int, Blocks], target: Path, ranks: int = 1
+) -> None:
     """Saves `source` with the weights of its products rounded; `compensated` are GPTQ's, by place in the graph.
 
     Raises UnsupportedError when most cannot be cut into blocks, ParityError when GPTQ's are of another graph.
@@ -181,7 +187,8 @@ def write_quantised(source: Path, recipe: Recipe, compensated: Mapping[int, Bloc
         if key not in done:
             bits = recipe.head_bits if item.is_head else recipe.bits
             better = recipe.gptq and bits == 4
-            blocks = compensated[index] if better else round_to_nearest(item.array(), bits)
+            size = block_size(item.shape[0], recipe.longest_block, ranks)
+            blocks = compensated[index] if better else round_to_nearest(item.array(), bits, size)
             done[key] = _insert(model.graph, item, blocks)
         item.node.replace_input_with(1, done[key])
     RemoveUnusedNodesPass()(model)
@@ -210,7 +217,7 @@ def _insert(graph: ir.Graph, item: Product, blocks: Blocks) -> ir.Value:
         _constant(graph, f"{name}_int{blocks.bits}", integers),
         _constant(graph, f"{name}_scale", blocks.scales.astype(dtype)),
     ]
-    attributes = {"axis": 0, "block_size": BLOCK}
+    attributes = {"axis": 0, "block_size": blocks.size}
     node = ir.node("DequantizeLinear", inputs, attributes=attributes, name=f"{name}_dequantize")
     node.outputs[0].name = f"{name}_dequantized"
     graph.insert_before(item.node, [node])

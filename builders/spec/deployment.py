@@ -37,7 +37,9 @@ _UNREAD: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }  # fmt: skip
 _ENCODER_PRECISIONS = {"cpu": ("fp32", "bf16", "int8"), "gpu": ("fp16", "int8")}
-_GENERATOR_PRECISIONS = {"cpu": ("fp32", "w8", "w4"), "gpu": ("fp16", "w8", "w4")}
+# No w8 on a GPU: TensorRT for RTX keeps weights in 4 bits, but unpacks those in 8. Of a 100 M Llama it makes an engine of
+# 211 MB from fp16, 151 MB from w4, and 217 (a scale for each channel) to 270 MB (for each block) from w8.
+_GENERATOR_PRECISIONS = {"cpu": ("fp32", "w8", "w4"), "gpu": ("fp16", "w4")}
 
 
 class DeploymentSpec(Slice):

@@ -56,7 +56,7 @@ class PrecisionSlice(Slice):
         description="bf16: the fp32 graph, computed in bfloat16 by OpenVINO where the CPU has it. Generation: fp32, or "
         "weights alone in 8 or 4 bits (w8 unless said otherwise)",
     )
-    gpu: Literal["fp16", "int8", "w8", "w4"] = "fp16"
+    gpu: Literal["fp16", "int8", "w4"] = "fp16"
     min_mean_cosine: Fraction = Field(0.998, description="against the fp32 model, mean over held-out texts")
     min_worst_cosine: Fraction = Field(0.98, description="against the fp32 model, the worst held-out text")
     max_perplexity_ratio: Annotated[float, Field(ge=1)] = Field(

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from runtime.errors import BadEnvironment, ServerFault
 from runtime.generation.executor import Batch, Copy, Logits, Row, Tokens
-from runtime.generation.executor.paged import BLOCK, paged_model
+from runtime.generation.executor.paged import BLOCK, paged_model, weight_block
 
 
 class OpenVinoStepExecutor:
@@ -28,6 +28,7 @@ class OpenVinoStepExecutor:
         import openvino
 
         core = openvino.Core()
+        model = paged_model(decoder, core)
         config = {
             "INFERENCE_PRECISION_HINT": "f32",
             "KV_CACHE_PRECISION": "f32",
@@ -35,7 +36,10 @@ class OpenVinoStepExecutor:
             "NUM_STREAMS": 1,
             "ENABLE_CPU_PINNING": False,  # the server and its clients share these cores
         }
-        self._model = core.compile_model(paged_model(decoder, core), "CPU", config)
+        block = weight_block(model)
+        if block is not None:  # activations in groups of the same length: a longer one gives up integer products
+            config["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = block
+        self._model = core.compile_model(model, "CPU", config)
         *_, vocabulary = self._model.output("logits").get_partial_shape()
         self.vocabulary = vocabulary.get_length()
         self._row_blocks = [-(-capacity // BLOCK) for capacity in capacities]

@@ -82,6 +82,18 @@ def paged_model(decoder: Path, core: Any) -> Any:
     return model
 
 
+def weight_block(model: Any) -> int | None:
+    """The shortest block of weights that share a scale; None where no weights are in few bits."""
+    sizes = []
+    for node in model.get_ordered_ops():
+        if node.get_type_name() == "Reshape" and len(node.get_output_partial_shape(0)) == 3:
+            source = node.input_value(0).get_node()
+            source = source.input_value(0).get_node() if source.get_type_name() == "Convert" else source
+            if source.get_type_name() == "Constant" and source.get_element_type().to_string() in ("i8", "i4"):
+                sizes.append(int(node.get_output_shape(0)[1]))  # [K / size, size, N]
+    return min(sizes, default=None)
+
+
 def _scatter(node: Any) -> list[Any]:
     """A marker that keeps cache and update together until `_attention` takes them apart."""
     from openvino import opset13
