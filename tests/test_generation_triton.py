@@ -37,7 +37,9 @@ NUMPY_TYPE = {"BYTES": np.object_, "INT32": np.int32, "INT64": np.int64, "FP32":
 
 @pytest.fixture(scope="module")
 def server(decoder_graph: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
-    settings = {"slots": SLOTS, "queue_size": QUEUE, "capacities": (64, 256, LONGEST), "end_ids": ()}
+    settings = {
+        "executor": "openvino", "slots": SLOTS, "queue_size": QUEUE, "capacities": (LONGEST,), "end_ids": (),
+    }  # fmt: skip
     root = write_repository(tmp_path_factory.mktemp("repository"), decoder_graph, **settings)
     with TritonServer(root, Ports.free()) as running, triton_grpc.InferenceServerClient(running.grpc_address) as client:
 
