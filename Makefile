@@ -10,7 +10,8 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-generate test test-slow check format bench-serving bench-shard bench-generation bench-install bench-tools golden clean
+.PHONY: help install demo demo-generate test test-slow check format bench-serving bench-shard bench-generation bench-install bench-tools golden \
+	gpu-proof gpu-proof-dry gpu-bundle clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -69,6 +70,15 @@ bench-tools: ## the converter of OpenVINO GenAI's models, in an environment of i
 	$(TOOLS)/bin/python -m pip install --quiet torch==2.13.0 'numpy<2'
 	$(TOOLS)/bin/python -m pip install --quiet 'optimum-intel[openvino]==2.2.0' openvino==2026.4.1
 	$(TOOLS)/bin/python -m pip uninstall --quiet --yes torchvision
+
+gpu-proof: ## what is true on this machine's GPU, and what its limit is: docs/gpu/<gpu>-<date>/
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,python3) -m builders.gpu_proof
+
+gpu-proof-dry: install ## the same script on a CPU: proves the script, not a speed
+	$(BIN)/python -m builders.gpu_proof --dry
+
+gpu-bundle: install ## the proof in parts under 60 MiB, for a GPU machine without a network
+	$(BIN)/python -m builders.gpu_proof.bundle --out $(BUILD)/gpu-bundle
 
 bench-serving: install ## served sentences/s against the same model in process (peers: make bench-install first)
 	$(BIN)/python -m builders.bench.serving --build-dir $(BUILD)

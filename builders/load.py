@@ -13,10 +13,12 @@ from pydantic import ValidationError
 from builders import corpus
 from builders.errors import InputError
 from builders.spec import DeploymentSpec
+from loadtest.prompts import Lengths, StreamLoad, parse_lengths
 from loadtest.report import LoadReport, render_html
 from loadtest.run import LoadPlan, Progress, run_load
 
 DOCSTRINGS = 2000
+TIMEOUT_S, GENERATION_TIMEOUT_S = 10.0, 60.0
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,13 @@ class LoadRequest:
     shape: Literal["constant", "steps"] = "constant"
     users: int = 16
     duration_s: int = 30
+    warm_up_s: int = 5
     texts: Path | None = None
+    rate_per_s: float | None = None  # none: closed loop
+    timeout_s: float | None = None  # none: 10 s, and 60 s for a generator
+    prompt_words: str | None = None  # this and the next two are read for generators alone
+    output_tokens: str | None = None
+    cancel_share: float = 0.0
 
 
 def measure(
@@ -69,12 +77,39 @@ def _plan(spec: DeploymentSpec, request: LoadRequest, texts: Path) -> LoadPlan:
             shape=request.shape,
             users=request.users,
             duration_s=request.duration_s,
+            warm_up_s=request.warm_up_s,
+            rate_per_s=request.rate_per_s,
+            request_timeout_s=request.timeout_s or (GENERATION_TIMEOUT_S if spec.generates else TIMEOUT_S),
+            stream=_stream_load(spec, request),
         )
     except ValidationError as error:
         fault = error.errors()[0]
         raise InputError(
             f"load test: {fault['loc'][0]}", got=repr(fault["input"]), expected=fault["msg"], fix="correct the option"
         ) from error
+
+
+def _stream_load(spec: DeploymentSpec, request: LoadRequest) -> StreamLoad | None:
+    """By default, what fits the model: docstrings cut to a length, a user's own texts as they are."""
+    if not spec.generates:
+        asked = (request.prompt_words, request.output_tokens, request.cancel_share or None)
+        if any(value is not None for value in asked):
+            raise InputError(
+                "--prompt-words, --output-tokens, --cancel-share",
+                got=f"model.task={spec.model.task}",
+                expected="a model that streams text",
+                fix="leave them out, or give the spec of a generator",
+            )
+        return None
+    tokens, words = min(128, spec.model.max_length // 4), min(128, spec.model.max_length // 16)  # 12 tokens a word fit
+    by_default = None if request.texts else Lengths(low=max(1, words // 8), high=words)
+    return StreamLoad(
+        prompt_words=parse_lengths(request.prompt_words, "--prompt-words") if request.prompt_words else by_default,
+        output_tokens=parse_lengths(request.output_tokens, "--output-tokens")
+        if request.output_tokens
+        else Lengths(low=max(1, tokens // 4), high=tokens),
+        cancel_share=request.cancel_share,
+    )
 
 
 def _docstrings(folder: Path) -> Path:

@@ -7,14 +7,11 @@ directory appears by a rename, so it is whole or absent. Two processes may build
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from platform import machine
@@ -22,6 +19,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 from builders.artifacts import Artifact, file_digest
+from builders.atomic import atomic_directory as atomic_directory  # the rest of the house knows it from here
 from builders.errors import MachineError
 
 A = TypeVar("A", bound=Artifact)
@@ -59,31 +57,6 @@ def processor() -> str:
     return " ".join([machine(), *wide])
 
 
-@contextlib.contextmanager
-def atomic_directory(target: Path) -> Iterator[Path]:
-    """A directory to write in, renamed to `target` on success and removed on any failure.
-
-    If `target` has appeared meanwhile, the new one is dropped. Raises MachineError when the disk is full.
-    """
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _sweep_dead(target.parent)
-        work = Path(tempfile.mkdtemp(prefix=f".tmp-{os.getpid()}-", dir=target.parent))
-        try:
-            yield work
-            work.chmod(0o755)  # mkdtemp makes 0700, and a server may run as another user
-            with contextlib.suppress(OSError):
-                work.rename(target)
-            if not target.is_dir():
-                raise OSError(errno.EIO, f"cannot rename {work.name} to {target.name}")
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise disk_full(target.parent) from error
-        raise
-
-
 def link_or_copy(source: Path, target: Path) -> Path:
     """The same file under another name where the file system allows it, else a copy. Returns `target`."""
     try:
@@ -91,24 +64,6 @@ def link_or_copy(source: Path, target: Path) -> Path:
     except OSError:  # another file system, or one without links
         shutil.copyfile(source, target)
     return target
-
-
-def disk_full(folder: Path) -> MachineError:
-    free_mb = shutil.disk_usage(folder).free >> 20
-    return MachineError(
-        f"writing to {folder}",
-        got=f"no space left ({free_mb} MiB free)",
-        expected="room for the result",
-        fix="free space or choose another --build-dir; nothing half-written was left behind",
-    )
-
-
-def _sweep_dead(parent: Path) -> None:
-    """Removes work directories whose process was killed before it could tidy up."""
-    for leftover in parent.glob(".tmp-*-*"):
-        pid = leftover.name.split("-")[1]
-        if not Path("/proc", pid).exists():
-            shutil.rmtree(leftover, ignore_errors=True)
 
 
 class Store:

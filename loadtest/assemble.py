@@ -10,10 +10,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loadtest.counters import statistics_between
+from loadtest.counters import generator_between, statistics_between
 from loadtest.errors import LoadRunError
-from loadtest.figures import figures_of, measured_keys, points_of, steps_of
+from loadtest.figures import Counted, Figures, figures_of, measured_keys, merged, points_of, steps_of
+from loadtest.histogram import CURVE_PERCENTS, LatencyHistogram, union
 from loadtest.interface import TOKEN_COUNT, TRUNCATED
+from loadtest.recording import Cell
 from loadtest.report import Load, LoadReport, Machine, Processor
 from loadtest.server import Identity, Snapshot
 from loadtest.texts import digest_texts
@@ -21,6 +23,7 @@ from loadtest.texts import digest_texts
 if TYPE_CHECKING:
     from loadtest.run import Evidence, LoadPlan
 
+LATE = 0.1  # of what is measured: above it, the lateness of the generator's own timers matters
 BUSY = 0.9  # of the cores that the generator can use: above it, the figures are partly its own
 
 
@@ -32,32 +35,47 @@ def report_from_evidence(evidence: Evidence, spec_name: str) -> LoadReport:
         protocol: [cell for key, cell in cells.items() if key in keys]
         for protocol, cells in sorted(trace.cells.items())
     }
-    counts = evidence.target.interface.counts
-    counted = {"counts_tokens": TOKEN_COUNT in counts, "counts_truncated": TRUNCATED in counts}
+    interface = evidence.target.interface
+    counts = interface.counts if interface is not None else ()
+    counted = Counted(TOKEN_COUNT in counts, TRUNCATED in counts, stream=interface is None)
     seconds = len(keys) * trace.interval_s
-    whole = figures_of((cell for cells in measured.values() for cell in cells), seconds, **counted)
-    if whole.requests + whole.failed == 0:
+    everything = merged(cell for cells in measured.values() for cell in cells)
+    whole = figures_of([everything], seconds, counted)
+    left = 0 if whole.stream is None else whole.stream.cancelled
+    if whole.requests + whole.failed + left == 0:
         raise LoadRunError(
             f"no request ended in {seconds} measured seconds; use a longer duration or a shorter timeout"
         )
-    processor = _processor(evidence.before, evidence.after)
+    late = union(histogram for key, histogram in trace.late.items() if key in keys)
+    processor = _processor(evidence.before, evidence.after, late)
     return LoadReport(
         started_at=datetime.fromtimestamp(trace.started_at, UTC).isoformat(timespec="seconds"),
         spec_name=spec_name,
         identity=evidence.after.identity or evidence.before.identity or Identity(model=plan.model),
         load=_load(plan, evidence.texts),
         figures=whole,
-        by_protocol={protocol: figures_of(cells, seconds, **counted) for protocol, cells in measured.items()},
-        steps=steps_of(trace, plan.schedule, **counted),
-        points=points_of(trace, keys),
+        by_protocol={protocol: figures_of(cells, seconds, counted) for protocol, cells in measured.items()},
+        steps=steps_of(trace, plan.schedule, counted),
+        points=points_of(trace, keys, counted),
+        curves=_curves(everything),
         interval_s=trace.interval_s,
         error_examples={kind: text for kind, text in sorted(trace.examples.items()) if kind in whole.errors},
         models=statistics_between(evidence.before.statistics, evidence.after.statistics),
+        generator=generator_between(evidence.before.generator, evidence.after.generator),
+        ledger=evidence.ledger,
         processor=processor,
         machine=this_machine(),
         tools={"triton": evidence.target.triton_version, **_tools()},
-        notes=tuple(_notes(evidence, processor)),
+        notes=(*_notes(evidence), *_notes_on_client(evidence, whole, processor), *_notes_on_ledger(evidence)),
     )
+
+
+def _curves(cell: Cell) -> dict[str, tuple[float, ...]]:
+    """Of a generator, the distributions that are drawn."""
+    if cell.stream is None:
+        return {}
+    named = {"first_token": cell.stream.first_token, "gap": cell.stream.gap}
+    return {name: histogram.percentiles(CURVE_PERCENTS) for name, histogram in named.items() if histogram.counts}
 
 
 def _load(plan: LoadPlan, texts: tuple[str, ...]) -> Load:
@@ -69,7 +87,7 @@ def _load(plan: LoadPlan, texts: tuple[str, ...]) -> Load:
     )
 
 
-def _notes(evidence: Evidence, processor: Processor) -> list[str]:
+def _notes(evidence: Evidence) -> list[str]:
     before, after = evidence.before, evidence.after
     notes = list(dict.fromkeys([*before.faults, *after.faults]))
     if before.identity is None and after.identity is None:
@@ -83,21 +101,44 @@ def _notes(evidence: Evidence, processor: Processor) -> list[str]:
             "the service named other weights at the end than at the start, so the figures belong to no single version: "
             f"version {old.version} {old.digest[:16]}, then version {new.version} {new.digest[:16]}"
         )
+    return notes
+
+
+def _notes_on_client(evidence: Evidence, whole: Figures, processor: Processor) -> list[str]:
+    """Where the load generator itself may be what was measured."""
+    notes = []
     if processor.client_cores > BUSY * min(evidence.plan.processes, os.cpu_count() or 1):
         notes.append(
             f"the load generator kept {processor.client_cores:.2f} cores busy with {evidence.plan.processes} "
             "process(es), so latency and throughput are partly its own; use more processes, or another machine"
         )
-    lost = sum(
-        point.users is None
-        for point in points_of(evidence.trace, measured_keys(evidence.trace, evidence.plan.schedule))
-    )
+    shortest = whole.p50_ms if whole.stream is None else whole.stream.gap.p99_ms
+    late = processor.client_late_p99_ms
+    if late is not None and shortest is not None and late > LATE * shortest:
+        what = "p50 latency" if whole.stream is None else "p99 of the gaps between tokens"
+        notes.append(
+            f"the load generator came to its work up to {late:.3g} ms late (p99), and {what} is {shortest:.3g} ms: "
+            "part of it may be the generator's own; give it cores that the server does not use"
+        )
+    lost = sum(evidence.trace.users.get(key) is None for key in measured_keys(evidence.trace, evidence.plan.schedule))
     if lost:
         notes.append(f"{lost} interval(s) have no sample of the number of users: the load generator was late")
     return notes
 
 
-def _processor(before: Snapshot, after: Snapshot) -> Processor:
+def _notes_on_ledger(evidence: Evidence) -> list[str]:
+    ledger = evidence.ledger
+    if ledger is None or ledger.made_tokens == ledger.received_tokens:
+        return []
+    if ledger.made_tokens > ledger.received_tokens and ledger.left:
+        return []  # what was made after a client left, or a stream failed, never came
+    return [
+        f"the server counts {ledger.made_tokens} tokens over the whole run, and {ledger.received_tokens} came: "
+        "others used the server too, or its counters lag"
+    ]
+
+
+def _processor(before: Snapshot, after: Snapshot, late: LatencyHistogram) -> Processor:
     seconds = max(after.at - before.at, math.ulp(1.0))
     client_s = max(0.0, after.client_cpu_s - before.client_cpu_s)
     server_s = None
@@ -106,6 +147,7 @@ def _processor(before: Snapshot, after: Snapshot) -> Processor:
     return Processor(
         client_seconds=client_s,
         client_cores=client_s / seconds,
+        client_late_p99_ms=late.percentile(99),
         server_seconds=server_s,
         server_share=None if server_s is None else server_s / seconds / (os.cpu_count() or 1),
     )

@@ -6,7 +6,7 @@ import http.client
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from loadtest.interface import Answer, Interface, RequestError, interface_from_metadata
+from loadtest.interface import Answer, Interface, RequestError
 
 Protocol = Literal["grpc", "http"]
 
@@ -18,9 +18,9 @@ _KIND_OF_HTTP = {
 
 
 class Connection:
-    """A connection of its own, not shared between users. Not thread-safe."""
+    """A connection of its own, not shared between users. `parallel`: greenlets that may ask at once."""
 
-    def __init__(self, protocol: Protocol, address: str, timeout_s: float) -> None:
+    def __init__(self, protocol: Protocol, address: str, timeout_s: float, parallel: int = 1) -> None:
         self._protocol, self._timeout_s = protocol, timeout_s
         if protocol == "grpc":
             import tritonclient.grpc as library
@@ -34,20 +34,21 @@ class Connection:
             import tritonclient.http as library
 
             self._client = library.InferenceServerClient(
-                address, concurrency=1, connection_timeout=timeout_s, network_timeout=timeout_s
+                address, concurrency=parallel, connection_timeout=timeout_s, network_timeout=timeout_s
             )
         self._library: Any = library
 
     def close(self) -> None:
         self._client.close()
 
-    def interface(self, model: str) -> Interface:
-        """Raises RequestError, and LoadInputError for a model that does not turn text into vectors."""
+    def metadata(self, model: str) -> dict[str, Any]:
+        """KServe v2, as JSON. Raises RequestError."""
         if self._protocol == "grpc":
-            metadata = self._call(self._client.get_model_metadata, model, as_json=True, client_timeout=self._timeout_s)
+            options = {"as_json": True, "client_timeout": self._timeout_s}
+            found = self._call(self._client.get_model_metadata, model, **options)
         else:
-            metadata = self._call(self._client.get_model_metadata, model)
-        return interface_from_metadata(metadata)
+            found = self._call(self._client.get_model_metadata, model)
+        return dict(found)
 
     def ask(self, model: str, interface: Interface, rows: Sequence[Sequence[str]]) -> Answer:
         """`rows[i]` holds one text per input of the model. Raises RequestError."""

@@ -1,8 +1,9 @@
-"""Triton's own statistics of its models, as differences of its counters."""
+"""What the server counted itself, as differences of its counters: Triton of its models, a generator of its steps."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from loadtest.figures import Record
@@ -24,6 +25,29 @@ class ModelStatistics(Record):
     request_ms: float | None  # mean over requests: from arrival to answer, queue included
     queue_ms: float | None  # mean over requests
     compute_ms: float | None  # mean over executions, of batches of every size
+
+
+class GeneratorStatistics(Record):
+    """A generator's own counters over the measured window; they reach its metrics page once a second."""
+
+    requests: int  # that got their first token
+    prompt_tokens: int
+    reused_tokens: int  # of them: found in the cache
+    output_tokens: int
+    steps: int
+    tokens_per_step: float | None
+    step_ms: float | None  # mean
+    executor_ms: float | None  # of a step: the model itself, mean
+    first_token_ms: float | None  # mean, from arrival in the server
+    gap_ms: float | None  # mean, between tokens of one stream
+
+
+class Ledger(Record):
+    """Over the whole run, from the first request to the last: every token that was made must have come to somebody."""
+
+    received_tokens: int  # by the load generator, those of streams that failed or were left included
+    made_tokens: int  # as the server counts
+    left: int  # streams that their client left, and that failed: the server may have made more than arrived
 
 
 def statistics_between(before: Counters, after: Counters) -> tuple[ModelStatistics, ...]:
@@ -80,3 +104,52 @@ def _count(entry: Mapping[str, Any], part: str, unit: str = "count") -> int:
 
 def _part(entry: Mapping[str, Any], part: str, unit: str) -> int:
     return int(entry.get(part, {}).get(unit, 0))  # JSON of protobuf: 64-bit integers are strings, zeros are left out
+
+
+def generator_counters(page: str, model: str) -> dict[str, float]:
+    """The counters `trireme_generation_…` of a model in Prometheus text, by the rest of their names; versions add up.
+
+    Buckets of histograms are left out. Empty: the model is no generator of ours, or it is not there.
+    """
+    found: dict[str, float] = {}
+    for name, labels, value in metric_lines(page, "trireme_generation_"):
+        if labels.get("model") == model and "le" not in labels:
+            found[name] = found.get(name, 0.0) + value
+    return found
+
+
+def metric_lines(page: str, prefix: str) -> Iterator[tuple[str, dict[str, str], float]]:
+    """Name without `prefix`, labels and value of each metric in Prometheus text whose name begins so."""
+    for line in page.splitlines():
+        match = re.fullmatch(rf"{prefix}(\w*)\{{(.*)\}}\s+([-+.\deE]+)(\s+\d+)?", line.strip())
+        if match is not None:
+            pairs = re.findall(r'(\w+)="((?:[^"\\]|\\.)*)"', match[2])
+            labels = {key: re.sub(r"\\(.)", lambda m: "\n" if m[1] == "n" else m[1], text) for key, text in pairs}
+            yield match[1], labels, float(match[3])
+
+
+def generator_between(before: Mapping[str, float], after: Mapping[str, float]) -> GeneratorStatistics | None:
+    """None where the server shows no such counters. A model loaded anew counts from zero."""
+    if not after:
+        return None
+    early = before if before.get("steps_total", 0) <= after.get("steps_total", 0) else {}
+
+    def gained(name: str) -> float:
+        return after.get(name, 0.0) - early.get(name, 0.0)
+
+    def mean_ms(total: str, count: str) -> float | None:
+        return gained(total) / gained(count) * 1000 if gained(count) else None
+
+    steps, tokens = gained("steps_total"), gained("output_tokens_total")
+    return GeneratorStatistics(
+        requests=int(gained("requests_total")),
+        prompt_tokens=int(gained("prompt_tokens_total")),
+        reused_tokens=int(gained("reused_tokens_total")),
+        output_tokens=int(tokens),
+        steps=int(steps),
+        tokens_per_step=tokens / steps if steps else None,
+        step_ms=mean_ms("step_seconds_total", "steps_total"),
+        executor_ms=mean_ms("executor_seconds_total", "steps_total"),
+        first_token_ms=mean_ms("time_to_first_token_seconds_sum", "time_to_first_token_seconds_count"),
+        gap_ms=mean_ms("inter_token_seconds_sum", "inter_token_seconds_count"),
+    )

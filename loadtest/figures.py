@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict
 
 from loadtest.histogram import LatencyHistogram
-from loadtest.recording import Cell, Trace
+from loadtest.recording import Cell, StreamCell, Trace
 from loadtest.shapes import SETTLE_S, Schedule
 
 KNEE = 0.95  # the knee is the smallest load that reaches this share of the best throughput
@@ -19,6 +19,37 @@ class Record(BaseModel):
     """A part of a report: frozen, and closed to keys that it does not know."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Distribution(Record):
+    """Of times in milliseconds; None where nothing was seen."""
+
+    count: int
+    mean_ms: float | None
+    p50_ms: float | None
+    p90_ms: float | None
+    p99_ms: float | None
+    max_ms: float | None
+
+
+class StreamFigures(Record):
+    """What a generator's answers show beside their latency, which is that of the whole answer.
+
+    Times are of streams that did not fail. A gap is the time between two responses with tokens of one stream: what its
+    reader waits. A response holds what was made since the last one, so `per_token` is the pace whatever the grouping.
+    """
+
+    first_token: Distribution
+    gap: Distribution
+    largest_gap: Distribution  # one a stream
+    per_token: Distribution  # one a stream: time from its first response to its last, over the tokens after the first
+    output_tokens: int  # that arrived in the window
+    output_tokens_per_s: float
+    prompt_tokens: int  # of requests answered in the window
+    prompt_tokens_per_s: float
+    tokens_per_response: float | None
+    cancelled: int  # requests started in the window that their client left, as it was asked to
+    lost_tokens: int  # that arrived in streams that failed; not among output_tokens
 
 
 class Figures(Record):
@@ -35,6 +66,12 @@ class Figures(Record):
     errors: dict[str, int]  # started in the window and failed, by kind
     tokens_per_text: float | None  # None: the model does not count tokens
     truncated_share: float | None  # of texts
+    stream: StreamFigures | None = None  # of a generator; a text is a prompt there
+
+    @property
+    def throughput_per_s(self) -> float:
+        """Of what the model is for: texts, or a generator's tokens."""
+        return self.texts_per_s if self.stream is None else self.stream.output_tokens_per_s
 
     @property
     def failed(self) -> int:
@@ -46,17 +83,33 @@ class Figures(Record):
         return self.failed / max(1, self.failed + self.requests)
 
 
+class StreamPoint(Record):
+    """One interval of a generator's answers."""
+
+    first_token_p50_ms: float | None
+    first_token_p99_ms: float | None
+    gap_p50_ms: float | None
+    gap_p99_ms: float | None
+    output_tokens_per_s: float
+
+
 class Point(Record):
     """One interval of the measured window. Latencies and errors are of the requests that started in it."""
 
     elapsed_s: float  # middle of the interval, from the start of the window
-    users: int | None  # None: no sample fell into it
+    users: int | None  # with an arrival rate: requests under way; None: no sample fell into it
     p50_ms: float | None
     p95_ms: float | None
     p99_ms: float | None
     requests_per_s: float
     texts_per_s: float
     errors: dict[str, int]
+    stream: StreamPoint | None = None
+
+    @property
+    def throughput_per_s(self) -> float:
+        """As of `Figures`."""
+        return self.texts_per_s if self.stream is None else self.stream.output_tokens_per_s
 
 
 class Step(Record):
@@ -73,11 +126,18 @@ def measured_keys(trace: Trace, schedule: Schedule) -> range:
     return range(first, first + max(1, schedule.duration_s // width) * width, width)
 
 
-def figures_of(cells: Iterable[Cell], seconds: float, *, counts_tokens: bool, counts_truncated: bool) -> Figures:
+@dataclass(frozen=True)
+class Counted:
+    """What the answers of the model tell."""
+
+    tokens: bool = False  # of each text
+    truncated: bool = False
+    stream: bool = False  # it is a generator
+
+
+def figures_of(cells: Iterable[Cell], seconds: float, counted: Counted) -> Figures:
     """`cells` were recorded over `seconds` of the clock."""
-    whole = Cell()
-    for cell in cells:
-        whole.merge(cell)
+    whole = merged(cells)
     latency, texts = whole.latency, max(1, whole.texts)
     return Figures(
         requests=latency.count,
@@ -89,38 +149,79 @@ def figures_of(cells: Iterable[Cell], seconds: float, *, counts_tokens: bool, co
         p99_ms=latency.percentile(99),
         max_ms=latency.max_ms if latency.counts else None,
         errors=dict(sorted(whole.errors.items())),
-        tokens_per_text=whole.tokens / texts if counts_tokens and whole.texts else None,
-        truncated_share=whole.truncated / texts if counts_truncated and whole.texts else None,
+        tokens_per_text=whole.tokens / texts if counted.tokens and whole.texts else None,
+        truncated_share=whole.truncated / texts if counted.truncated and whole.texts else None,
+        stream=_stream_figures(whole.stream or StreamCell(), seconds) if counted.stream else None,
     )
 
 
-def points_of(trace: Trace, keys: range) -> tuple[Point, ...]:
+def merged(cells: Iterable[Cell]) -> Cell:
+    """A new cell of everything in all of them."""
+    whole = Cell()
+    for cell in cells:
+        whole.merge(cell)
+    return whole
+
+
+def _stream_figures(cell: StreamCell, seconds: float) -> StreamFigures:
+    return StreamFigures(
+        first_token=distribution_of(cell.first_token),
+        gap=distribution_of(cell.gap),
+        largest_gap=distribution_of(cell.largest_gap),
+        per_token=distribution_of(cell.per_token),
+        output_tokens=cell.output_tokens,
+        output_tokens_per_s=cell.output_tokens / seconds,
+        prompt_tokens=cell.prompt_tokens,
+        prompt_tokens_per_s=cell.prompt_tokens / seconds,
+        tokens_per_response=cell.output_tokens / cell.responses if cell.responses else None,
+        cancelled=cell.cancelled,
+        lost_tokens=cell.lost_tokens,
+    )
+
+
+def distribution_of(histogram: LatencyHistogram) -> Distribution:
+    return Distribution(
+        count=histogram.count,
+        mean_ms=histogram.mean_ms,
+        p50_ms=histogram.percentile(50),
+        p90_ms=histogram.percentile(90),
+        p99_ms=histogram.percentile(99),
+        max_ms=histogram.max_ms if histogram.counts else None,
+    )
+
+
+def points_of(trace: Trace, keys: range, counted: Counted) -> tuple[Point, ...]:
     """One point an interval, empty ones included."""
     points = []
     for key in keys:
-        latency, errors, answered, texts = LatencyHistogram(), Counter[str](), 0, 0
-        for cells in trace.cells.values():
-            if (cell := cells.get(key)) is not None:
-                latency.merge(cell.latency)
-                errors.update(cell.errors)
-                answered += cell.answered
-                texts += cell.texts
+        cell = merged(cells[key] for cells in trace.cells.values() if key in cells)
         points.append(
             Point(
                 elapsed_s=key - keys.start + trace.interval_s / 2,
                 users=trace.users.get(key),
-                p50_ms=latency.percentile(50),
-                p95_ms=latency.percentile(95),
-                p99_ms=latency.percentile(99),
-                requests_per_s=answered / trace.interval_s,
-                texts_per_s=texts / trace.interval_s,
-                errors=dict(sorted(errors.items())),
+                p50_ms=cell.latency.percentile(50),
+                p95_ms=cell.latency.percentile(95),
+                p99_ms=cell.latency.percentile(99),
+                requests_per_s=cell.answered / trace.interval_s,
+                texts_per_s=cell.texts / trace.interval_s,
+                errors=dict(sorted(cell.errors.items())),
+                stream=_stream_point(cell.stream or StreamCell(), trace.interval_s) if counted.stream else None,
             )
         )
     return tuple(points)
 
 
-def steps_of(trace: Trace, schedule: Schedule, *, counts_tokens: bool, counts_truncated: bool) -> tuple[Step, ...]:
+def _stream_point(cell: StreamCell, seconds: float) -> StreamPoint:
+    return StreamPoint(
+        first_token_p50_ms=cell.first_token.percentile(50),
+        first_token_p99_ms=cell.first_token.percentile(99),
+        gap_p50_ms=cell.gap.percentile(50),
+        gap_p99_ms=cell.gap.percentile(99),
+        output_tokens_per_s=cell.output_tokens / seconds,
+    )
+
+
+def steps_of(trace: Trace, schedule: Schedule, counted: Counted) -> tuple[Step, ...]:
     """Figures of each plateau; none for the shape `constant`."""
     if schedule.shape == "constant":
         return ()
@@ -134,12 +235,11 @@ def steps_of(trace: Trace, schedule: Schedule, *, counts_tokens: bool, counts_tr
         ]
         cells = [cell for cells in trace.cells.values() for key, cell in cells.items() if key in keys]
         seconds = max(1, len(keys)) * trace.interval_s
-        figures = figures_of(cells, seconds, counts_tokens=counts_tokens, counts_truncated=counts_truncated)
-        steps.append(Step(users=users, figures=figures))
+        steps.append(Step(users=users, figures=figures_of(cells, seconds, counted)))
     return tuple(steps)
 
 
 def knee_of(steps: Sequence[Step]) -> Step | None:
     """The first step that reaches KNEE of the best throughput: more users than that only wait longer."""
-    best = max((step.figures.texts_per_s for step in steps), default=0.0)
-    return next((step for step in steps if best and step.figures.texts_per_s >= KNEE * best), None)
+    best = max((step.figures.throughput_per_s for step in steps), default=0.0)
+    return next((step for step in steps if best and step.figures.throughput_per_s >= KNEE * best), None)

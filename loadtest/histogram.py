@@ -11,6 +11,8 @@ SMALLEST_MS = 0.001
 LARGEST_MS = 1e7  # 2.8 hours; so at most 2,314 buckets
 PERCENTILE_ERROR = math.sqrt(GROWTH) - 1  # 0.0049876: a value stands at the geometric middle of its bucket
 
+CURVE_PERCENTS = (*range(0, 100, 2), 99, 99.5, 99.9, 100)  # where a report notes a distribution that it draws
+
 
 @dataclass
 class LatencyHistogram:
@@ -66,6 +68,11 @@ class LatencyHistogram:
                 middle: float = SMALLEST_MS * GROWTH ** (bucket + 0.5)
                 return min(max(middle, self.min_ms), self.max_ms)
         return self.max_ms
+
+    def percentiles(self, percents: Iterable[float]) -> tuple[float, ...]:
+        """None of them when empty."""
+        found = (self.percentile(percent) for percent in percents)
+        return tuple(value for value in found if value is not None)
 
 
 def union(histograms: Iterable[LatencyHistogram]) -> LatencyHistogram:

@@ -14,7 +14,8 @@ TOKEN_COUNT, TRUNCATED = "token_count", "truncated"
 class RequestError(Exception):
     """One request without a good answer. `str()` is the kind only, so that Locust's table of errors stays short.
 
-    Kinds are gRPC's status names, `TIMEOUT`, `BAD_OUTPUT` and `CLIENT_ERROR`: a closed set, one for both protocols.
+    Kinds are gRPC's status names, `TIMEOUT`, `BAD_OUTPUT`, `CLIENT_ERROR` and `NOT_SENT`: a closed set, one for both
+    protocols.
     """
 
     def __init__(self, kind: str, message: str) -> None:

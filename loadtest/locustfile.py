@@ -20,15 +20,20 @@ import gevent
 from locust import LoadTestShape, events
 from locust.runners import MasterRunner, WorkerRunner
 
+from loadtest.clients import Orders
+from loadtest.figures import Counted, figures_of, measured_keys, merged
 from loadtest.interface import RequestError
+from loadtest.prompts import StreamLoad, parse_lengths
 from loadtest.recording import PROGRESS_PREFIX, Trace, interval_for
 from loadtest.shapes import DRAIN_SLACK_S, Schedule
+from loadtest.summary import figures_lines
 from loadtest.texts import read_texts
-from loadtest.users import Orders, TritonUser
+from loadtest.users import TritonUser
 
 __all__ = ["ScheduledShape", "TritonUser"]
 
 REPORT_KEY = "trireme_trace"
+LATE_EVERY_S = 0.05
 
 
 def add_options(parser: Any) -> None:
@@ -42,6 +47,11 @@ def add_options(parser: Any) -> None:
     parser.add_argument("--load-steps", type=int, default=5, help="Plateaux of the shape `steps`, up to --users")
     parser.add_argument("--duration-s", type=int, default=60, help="Measured seconds, after the warm-up")
     parser.add_argument("--warm-up-s", type=int, default=5, help="Seconds that do not count")
+    parser.add_argument("--rate-per-user", type=float, default=0.0, help="Requests a second that each user starts "
+                        "without waiting for answers; 0: each user waits for its answer")  # fmt: skip
+    parser.add_argument("--prompt-words", default="", help="Generators: 64, or 16-128; default: each text as it is")
+    parser.add_argument("--output-tokens", default="32-128", help="Generators: 64, or 16-128")
+    parser.add_argument("--cancel-share", type=float, default=0.0, help="Generators: of requests, 0 to 1")
     parser.add_argument("--request-timeout-s", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--trace-out", default="", help="Write the trace here", include_in_web_ui=False)
@@ -90,7 +100,7 @@ def prepare(environment: Any, **_: Any) -> None:
     environment.stop_timeout = options.request_timeout_s + DRAIN_SLACK_S  # users may finish, or answers are lost
     if not isinstance(runner, MasterRunner):
         grpc.experimental.gevent.init_gevent()
-        environment.orders = orders(options)
+        give_orders(environment)
         record_requests(environment, trace)
     if isinstance(runner, WorkerRunner):
         events.report_to_master.add_listener(lambda client_id, data: data.update({REPORT_KEY: trace.take().to_json()}))
@@ -110,6 +120,16 @@ def stop_on_signals(environment: Any) -> None:
             gevent.signal_handler(number, environment.shape_class.end)
 
 
+def give_orders(environment: Any) -> None:
+    """Now, so that a wrong option is an error at once; and at each start, because a worker then has its master's."""
+
+    def give(**_: Any) -> None:
+        environment.orders = orders(environment.parsed_options)
+
+    give()
+    events.test_start.add_listener(give)
+
+
 def orders(options: Any) -> Orders:
     addresses = {"grpc": options.grpc_address, "http": options.http_address}
     return Orders(
@@ -117,6 +137,12 @@ def orders(options: Any) -> Orders:
         addresses={name: at for name, at in addresses.items() if options.protocol in (name, "both")},  # type: ignore[misc]
         texts=read_texts(Path(options.texts)),
         texts_per_request=options.texts_per_request,
+        stream=StreamLoad(
+            prompt_words=parse_lengths(options.prompt_words, "--prompt-words") if options.prompt_words else None,
+            output_tokens=parse_lengths(options.output_tokens, "--output-tokens"),
+            cancel_share=options.cancel_share,
+        ),
+        rate_per_user=options.rate_per_user or None,
         seed=options.seed,
         request_timeout_s=options.request_timeout_s,
     )
@@ -126,24 +152,42 @@ def record_requests(environment: Any, trace: Trace) -> None:
     def on_request(
         request_type: str, start_time: float, response_time: float, exception: Exception | None, context: Any, **_: Any
     ) -> None:
-        if isinstance(exception, RequestError):
+        if "stream" in context:
+            trace.streamed(request_type, start_time, context["stream"])
+        elif isinstance(exception, RequestError):
             trace.failed(request_type, start_time, exception.kind, exception.message)
         else:
             trace.answered(request_type, start_time, response_time, **context)
 
     def on_user_error(user_instance: Any, exception: BaseException, **_: Any) -> None:
         """A fault in our own code: Locust lets the user go on, so it must show as an error."""
-        trace.failed(user_instance.protocol, time.time(), "CLIENT_ERROR", repr(exception))
-
-    def sample_users() -> None:
-        while True:  # until Locust ends this process
-            now = time.time()
-            gevent.sleep(trace.key(now) + 1.5 * trace.interval_s - now)  # until the middle of the next interval
-            trace.sample_users(time.time(), environment.runner.user_count)
+        user = getattr(user_instance, "user", user_instance)  # Locust gives the task set of a user
+        trace.failed(user.protocol, time.time(), "CLIENT_ERROR", repr(exception))
 
     events.request.add_listener(on_request)
     events.user_error.add_listener(on_user_error)
-    gevent.spawn(sample_users)
+    gevent.spawn(sample_users, environment, trace)
+    gevent.spawn(sample_late, trace)
+
+
+def sample_users(environment: Any, trace: Trace) -> None:
+    """Users that run or, where they wait for no answer, requests under way; in the middle of each interval."""
+    while True:  # until Locust ends this process
+        now = time.time()
+        gevent.sleep(trace.key(now) + 1.5 * trace.interval_s - now)
+        users = environment.runner.user_count
+        if environment.orders.rate_per_user is not None:
+            users = sum(len(greenlet.args[0].under_way) for greenlet in environment.runner.user_greenlets)
+        trace.sample_users(time.time(), users)
+
+
+def sample_late(trace: Trace) -> None:
+    """Every answer is read when this process comes to it; so long as a timer is late, so may be any moment it notes."""
+    while True:  # until Locust ends this process
+        before = time.perf_counter()
+        gevent.sleep(LATE_EVERY_S)
+        late_s = time.perf_counter() - before - LATE_EVERY_S
+        trace.sample_late(time.time() - late_s, late_s * 1000)
 
 
 def keep_trace(environment: Any, trace: Trace) -> None:
@@ -159,9 +203,20 @@ def keep_trace(environment: Any, trace: Trace) -> None:
     def on_quitting(**_: Any) -> None:
         if options.trace_out:
             Path(options.trace_out).write_text(trace.to_json())
+        elif options.headless:  # nobody makes a report of it, as in a cluster
+            print("\n".join(window_lines(trace, schedule(options))), flush=True)
 
     events.test_start.add_listener(on_test_start)
     events.quitting.add_listener(on_quitting)
+
+
+def window_lines(trace: Trace, plan: Schedule) -> list[str]:
+    """What Locust's own table lacks: only the measured window, and of a generator first tokens and gaps."""
+    keys = measured_keys(trace, plan)
+    whole = merged(cells[key] for cells in trace.cells.values() for key in keys if key in cells)
+    counted = Counted(stream=whole.stream is not None)
+    figures = figures_of([whole], len(keys) * trace.interval_s, counted)
+    return [f"{plan.duration_s} s after {plan.warm_up_s} s of warm-up", *figures_lines(figures)]
 
 
 def tell_progress(environment: Any, trace: Trace) -> None:

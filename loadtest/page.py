@@ -3,55 +3,62 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from loadtest import plots
-from loadtest.figures import Figures, knee_of
+from loadtest.figures import Point, knee_of
 from loadtest.report import LoadReport
-
-SAME = 0.02  # values closer than this share are called the same: short runs on one machine differ by more than that
-
-# label, unit, value, whether more is better (None: neither)
-_ROWS: tuple[tuple[str, str, Callable[[Figures], float | None], bool | None], ...] = (
-    ("Throughput", "texts/s", lambda figures: figures.texts_per_s, True),
-    ("Requests answered", "requests/s", lambda figures: figures.requests_per_s, True),
-    ("Latency p50", "ms", lambda figures: figures.p50_ms, False),
-    ("Latency p95", "ms", lambda figures: figures.p95_ms, False),
-    ("Latency p99", "ms", lambda figures: figures.p99_ms, False),
-    ("Latency mean", "ms", lambda figures: figures.mean_ms, False),
-    ("Latency max", "ms", lambda figures: figures.max_ms, False),
-    ("Errors", "%", lambda figures: 100 * figures.error_rate, False),
-    ("Tokens a text", "", lambda figures: figures.tokens_per_text, None),
-)
+from loadtest.rows import lines_of, rows_of
 
 
 @dataclass(frozen=True)
-class Row:
-    """One figure, and how it stands to the baseline's."""
+class Card:
+    """One plot with its heading; `label` is what a screen reader says. Without an SVG, `instead` stands there."""
 
+    title: str
     label: str
-    unit: str
-    value: float | None
-    baseline: float | None
-    ratio: float | None  # value / baseline; None without a baseline, or when that is 0
-    verdict: str  # "better", "worse", "same" or ""
+    svg: str
+    instead: str = ""
+    good: bool = False  # that there is nothing to draw
 
 
-def rows_of(figures: Figures, baseline: Figures | None) -> list[Row]:
-    rows = []
-    for label, unit, value_of, more_is_better in _ROWS:
-        value = value_of(figures)
-        old = value_of(baseline) if baseline is not None else None
-        ratio = value / old if value is not None and old else None
-        verdict = ""
-        if value is not None and old is not None and more_is_better is not None:
-            near = value == old or (ratio is not None and abs(ratio - 1) <= SAME)
-            verdict = "same" if near else "better" if (value > old) == more_is_better else "worse"
-        rows.append(Row(label, unit, value, old, ratio, verdict))
-    return rows
+def _cards(report: LoadReport, baseline: LoadReport | None) -> list[Card]:
+    streams = report.figures.stream is not None
+    old = baseline.points if baseline is not None and (baseline.figures.stream is not None) == streams else ()
+    load = "users" if report.load.rate_per_s is None else "requests under way"
+    made = "tokens/s" if streams else "texts/s"
+    cards = _stream_cards(report, baseline) if streams else _encoder_cards(report, old)
+    throughput = plots.throughput_over_time(report.points, made, load, old)
+    cards.insert(1, Card(f"Throughput and {load}", f"Throughput and {load} over time", throughput))
+    if report.steps:
+        loads = [report.load.amount(step.users) for step in report.steps]
+        curve = plots.load_curve(report.steps, loads, report.load.unit, made)
+        cards.insert(2, Card("Load curve", f"Throughput and waiting against {report.load.unit}", curve))
+    errors = plots.errors_over_time(report.points, report.interval_s) if report.figures.failed else ""
+    return [*cards, Card("Errors", "Failed requests over time", errors, "no errors", good=True)]
+
+
+def _encoder_cards(report: LoadReport, old: Sequence[Point]) -> list[Card]:
+    batched = [model for model in report.models if model.batch_sizes]
+    sizes = plots.batch_sizes(batched) if batched else ""
+    return [
+        Card("Latency", "Latency percentiles over time", plots.latency_over_time(report.points, old)),
+        Card("Batch sizes that Triton formed", "Share of executions by batch size", sizes,
+             "Triton told no batch sizes"),
+    ]  # fmt: skip
+
+
+def _stream_cards(report: LoadReport, baseline: LoadReport | None) -> list[Card]:
+    cards = [Card("First token and gaps", "Waits over time", plots.stream_times_over_time(report.points))]
+    for name, title in (("first_token", "Time to the first token"), ("gap", "Gaps between tokens")):
+        curve = report.curves.get(name, ())
+        old = baseline.curves.get(name, ()) if baseline is not None else ()
+        svg = plots.distribution(name, curve, old) if curve else ""
+        cards.append(Card(title, f"Distribution: {title}", svg, "nothing was seen"))
+    return cards
 
 
 def differences(report: LoadReport, baseline: LoadReport) -> list[str]:
@@ -60,7 +67,8 @@ def differences(report: LoadReport, baseline: LoadReport) -> list[str]:
     for name in type(report.load).model_fields:
         new, old = getattr(report.load, name), getattr(baseline.load, name)
         if new != old and name != "texts_file":
-            said.append(f"{name} {str(new)[:16]} against {str(old)[:16]}")
+            cut = 16 if name == "texts_digest" else None
+            said.append(f"{name} {str(new)[:cut]} against {str(old)[:cut]}")
     if report.machine != baseline.machine:
         said.append(f"{report.machine.cpu_model}, {report.machine.cores} cores, against {baseline.machine.cpu_model}, "
                     f"{baseline.machine.cores} cores")  # fmt: skip
@@ -79,16 +87,8 @@ def render(report: LoadReport, baseline: LoadReport | None) -> str:
         lstrip_blocks=True,
     )
     environment.filters["number"] = number
+    environment.filters["drawn"] = Markup  # safe: matplotlib escapes the texts in its SVG
     environment.filters["moment"] = lambda iso: iso.replace("T", " ").replace("+00:00", " UTC")
-    old = baseline.points if baseline is not None else ()
-    batched = [model for model in report.models if model.batch_sizes]
-    drawn = {
-        "latency": plots.latency_over_time(report.points, old),
-        "throughput": plots.throughput_over_time(report.points, old),
-        "batches": plots.batch_sizes(batched) if batched else "",
-        "errors": plots.errors_over_time(report.points, report.interval_s) if report.figures.failed else "",
-        "curve": plots.load_curve(report.steps) if report.steps else "",
-    }
     values: dict[str, Any] = {
         "report": report,
         "baseline": baseline,
@@ -96,8 +96,8 @@ def render(report: LoadReport, baseline: LoadReport | None) -> str:
         "differences": differences(report, baseline) if baseline is not None else [],
         "protocols": {"grpc": "gRPC", "http": "HTTP", "both": "gRPC and HTTP"},
         "knee": knee_of(report.steps),
-        # safe: matplotlib escapes the texts in its SVG
-        "plots": {name: Markup(svg) for name, svg in drawn.items()},
+        "columns": [line for line in lines_of(report.figures) if line.column],
+        "cards": _cards(report, baseline),
     }
     return environment.get_template("report.html").render(values)
 

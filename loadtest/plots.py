@@ -8,10 +8,12 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from loadtest.counters import ModelStatistics
-from loadtest.figures import Point, Step, knee_of
+from loadtest.figures import Figures, Point, Step, knee_of
+from loadtest.histogram import CURVE_PERCENTS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
 
 WIDTH_IN, HEIGHT_IN = 6.0, 3.1  # 432 x 223 units: text of 10 units is still read on a phone
 # matplotlib wants real colours; these stand for the variables of the page until the SVG is written
@@ -33,22 +35,61 @@ def latency_over_time(points: Sequence[Point], baseline: Sequence[Point] = ()) -
     return _over_time("latency", draw)
 
 
-def throughput_over_time(points: Sequence[Point], baseline: Sequence[Point] = ()) -> str:
+def stream_times_over_time(points: Sequence[Point]) -> str:
+    """Of a generator: what its readers wait for, on a logarithmic axis, because one is many times the other."""
+
     def draw(axes: Axes) -> None:
-        _line(axes, points, "texts_per_s", label="texts/s", color=_VARIABLES["series1"])
+        for name, colour in (("first_token", "series1"), ("gap", "series2")):
+            for percent, style in (("p50", "-"), ("p99", (0, (2, 2)))):
+                values = [_or_nan(getattr(point.stream, f"{name}_{percent}_ms", None)) for point in points]
+                label = f"{name.replace('_', ' ')} {percent}"
+                _curve(axes, points, values, label=label, color=_VARIABLES[colour], linestyle=style)
+        axes.set_yscale("log")
+        _label_decades(axes.yaxis)
+        axes.set_ylabel("ms")
+
+    return _over_time("times", draw)
+
+
+def distribution(name: str, curve_ms: Sequence[float], baseline_ms: Sequence[float] = ()) -> str:
+    """Share of what was seen (per cent) that took at most so long. `curve_ms`: values at CURVE_PERCENTS."""
+
+    def draw(axes: Axes) -> None:
+        axes.plot(curve_ms, CURVE_PERCENTS, color=_VARIABLES["series1"], linewidth=1.6, label="now")
+        if baseline_ms:
+            style: dict[str, Any] = {"color": _VARIABLES["series2"], "linestyle": (0, (2, 2))}
+            axes.plot(baseline_ms, CURVE_PERCENTS, linewidth=1.6, label="baseline", **style)
+        for percent in (50, 90, 99):
+            value = curve_ms[CURVE_PERCENTS.index(percent)]
+            label = f"p{percent} {value:.3g} ms"
+            axes.plot([value], [percent], "o", color=_VARIABLES["series1"], markersize=2 + percent / 30, label=label)
+        axes.set_xscale("log")
+        _label_decades(axes.xaxis)
+        axes.set_ylim(0, 102)
+        axes.set_xlabel("ms")
+        axes.set_ylabel("at most so long, %")
+
+    return _figure(name, draw)
+
+
+def throughput_over_time(points: Sequence[Point], unit: str, load: str, baseline: Sequence[Point] = ()) -> str:
+    """`unit` of what is made, and `load`: what the right axis counts."""
+
+    def draw(axes: Axes) -> None:
+        _line(axes, points, "throughput_per_s", label=unit, color=_VARIABLES["series1"])
         if baseline:
             style = {"color": _VARIABLES["series1"], "linestyle": (0, (2, 2))}
-            _line(axes, baseline, "texts_per_s", label="texts/s baseline", **style)
-        axes.set_ylabel("texts/s")
+            _line(axes, baseline, "throughput_per_s", label=f"{unit} baseline", **style)
+        axes.set_ylabel(unit)
         right = axes.twinx()
         times = [point.elapsed_s for point in points]
         users = [float("nan") if point.users is None else point.users for point in points]
         right.step(times, users, where="mid", color=_VARIABLES["muted"], linewidth=1.2)
         right.set_ylim(0, max([1.0, *(user for user in users if user == user)]) * 1.25)
-        right.set_ylabel("users")
+        right.set_ylabel(load)
         right.locator_params(axis="y", integer=True)
         _quiet(right)
-        axes.plot([], [], color=_VARIABLES["muted"], linewidth=1.2, label="users (right)")
+        axes.plot([], [], color=_VARIABLES["muted"], linewidth=1.2, label=f"{load} (right)")
         axes.set_zorder(right.get_zorder() + 1)
 
     return _over_time("throughput", draw)
@@ -96,42 +137,59 @@ def batch_sizes(models: Sequence[ModelStatistics]) -> str:
     return _figure("batches", draw)
 
 
-def load_curve(steps: Sequence[Step]) -> str:
-    """Throughput and p95 latency against users: the knee is where the first stops to rise and the second begins."""
+def load_curve(steps: Sequence[Step], loads: Sequence[float], load: str, unit: str) -> str:
+    """Throughput and waiting against the load: the knee is where the first stops to rise and the second begins.
+
+    `loads[i]` is that of a step, counted in `load`; throughput is in `unit`. The wait is p95 latency; of a generator
+    p99 of the time to the first token.
+    """
     knee = knee_of(steps)
 
     def draw(axes: Axes) -> None:
-        users = [step.users for step in steps]
-        axes.plot(
-            users, [step.figures.texts_per_s for step in steps], "o-", color=_VARIABLES["series1"], label="texts/s"
-        )
-        axes.plot([], [], "s--", color=_VARIABLES["series2"], label="p95 (right)")
+        made = [step.figures.throughput_per_s for step in steps]
+        streams = any(step.figures.stream for step in steps)
+        wait = "first token p99" if streams else "p95"
+        waits = [_wait_ms(step.figures) for step in steps]
+        axes.plot(loads, made, "o-", color=_VARIABLES["series1"], label=unit)
+        axes.plot([], [], "s--", color=_VARIABLES["series2"], label=f"{wait} (right)")
         if knee is not None:
-            label = f"knee, {knee.users} users"
-            axes.axvline(knee.users, color=_VARIABLES["muted"], linewidth=1, linestyle=":", label=label)
+            at = loads[list(steps).index(knee)]
+            label = f"knee, {at:.4g} {load}"
+            axes.axvline(at, color=_VARIABLES["muted"], linewidth=1, linestyle=":", label=label)
         axes.set_ylim(bottom=0)
-        axes.set_xlabel("users")
-        axes.set_ylabel("texts/s")
+        axes.set_xlabel(load)
+        axes.set_ylabel(unit)
         right = axes.twinx()
-        latencies = [float("nan") if step.figures.p95_ms is None else step.figures.p95_ms for step in steps]
-        right.plot(users, latencies, "s--", color=_VARIABLES["series2"])
+        right.plot(loads, [_or_nan(value) for value in waits], "s--", color=_VARIABLES["series2"])
         right.set_ylim(bottom=0)
-        right.set_ylabel("p95, ms")
+        right.set_ylabel(f"{wait}, ms")
         _quiet(right)
 
     return _figure("curve", draw)
 
 
+def _wait_ms(figures: Figures) -> float | None:
+    return figures.p95_ms if figures.stream is None else figures.stream.first_token.p99_ms
+
+
 def _line(axes: Axes, points: Sequence[Point], key: str, **style: Any) -> None:
-    values = [float("nan") if (value := getattr(point, key)) is None else value for point in points]
+    _curve(axes, points, [_or_nan(getattr(point, key)) for point in points], **style)
+
+
+def _curve(axes: Axes, points: Sequence[Point], values: Sequence[float], **style: Any) -> None:
     marker = "o" if len(points) < 4 else ""  # a line of one point would be invisible
     axes.plot([point.elapsed_s for point in points], values, linewidth=1.6, marker=marker, markersize=4, **style)
+
+
+def _or_nan(value: float | None) -> float:
+    return float("nan") if value is None else value
 
 
 def _over_time(name: str, draw: Callable[[Axes], None]) -> str:
     def draw_over_time(axes: Axes) -> None:
         draw(axes)
-        axes.set_ylim(bottom=0, top=axes.get_ylim()[1] * 1.05)
+        if axes.get_yscale() == "linear":
+            axes.set_ylim(bottom=0, top=axes.get_ylim()[1] * 1.05)
         axes.set_xlim(left=0)
         axes.locator_params(axis="x", integer=True)
         axes.set_xlabel("seconds after the warm-up")
@@ -139,10 +197,19 @@ def _over_time(name: str, draw: Callable[[Axes], None]) -> str:
     return _figure(name, draw_over_time)
 
 
+def _label_decades(axis: Axis) -> None:
+    """1, 2, 5, 10 … as plain numbers: the powers that matplotlib writes are formulas, which are drawn as they stand."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
 def _quiet(axes: Axes) -> None:
     for spine in axes.spines.values():
         spine.set_visible(False)
-    axes.tick_params(length=0)
+    axes.tick_params(length=0, which="both")
 
 
 def _figure(name: str, draw: Callable[[Axes], None]) -> str:

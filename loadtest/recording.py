@@ -10,13 +10,39 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 from loadtest.histogram import LatencyHistogram
+
+if TYPE_CHECKING:
+    from loadtest.streaming import Stream
 
 MAX_INTERVALS = 1800  # a longer run is recorded in wider intervals, so that memory stays bounded
 PROGRESS_PREFIX = "trireme-progress "  # of a line of JSON that the locustfile prints, and `loadtest.run` reads
 MAX_EXAMPLE = 300  # characters of one error message
+
+
+@dataclass
+class StreamCell:
+    """What a generator's answers add to a cell. A gap is the time between two responses with tokens of one stream."""
+
+    first_token: LatencyHistogram = field(default_factory=LatencyHistogram)  # requests started here, until tokens came
+    gap: LatencyHistogram = field(default_factory=LatencyHistogram)  # that began here
+    largest_gap: LatencyHistogram = field(default_factory=LatencyHistogram)  # one a request that started here
+    per_token: LatencyHistogram = field(default_factory=LatencyHistogram)  # the same: mean, after the first response
+    responses: int = 0  # with tokens, that arrived here
+    output_tokens: int = 0  # that arrived here
+    lost_tokens: int = 0  # that arrived here, in streams that failed in the end; not among the others
+    prompt_tokens: int = 0  # of requests answered here
+    cancelled: int = 0  # requests started here whose client left
+
+    def merge(self, other: StreamCell) -> None:
+        """Modifies self only."""
+        for name in ("first_token", "gap", "largest_gap", "per_token"):
+            getattr(self, name).merge(getattr(other, name))
+        for name in ("responses", "output_tokens", "lost_tokens", "prompt_tokens", "cancelled"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
 
 
 @dataclass
@@ -29,6 +55,7 @@ class Cell:
     texts: int = 0  # texts in those
     tokens: int = 0  # tokens in those; 0 when the model does not count them
     truncated: int = 0  # texts in those that the model cut
+    stream: StreamCell | None = None  # None: no generator
 
     def merge(self, other: Cell) -> None:
         """Modifies self only."""
@@ -39,6 +66,9 @@ class Cell:
         self.texts += other.texts
         self.tokens += other.tokens
         self.truncated += other.truncated
+        if other.stream is not None:
+            self.stream = self.stream or StreamCell()
+            self.stream.merge(other.stream)
 
 
 @dataclass
@@ -53,6 +83,7 @@ class Trace:
     started_at: float = 0.0  # seconds since the epoch; 0 in a worker's report
     cells: dict[str, dict[int, Cell]] = field(default_factory=dict)  # protocol -> interval -> Cell
     users: dict[int, int] = field(default_factory=dict)  # interval -> users that ran then; each process counts its own
+    late: dict[int, LatencyHistogram] = field(default_factory=dict)  # interval -> how late timers of the generator were
     examples: dict[str, str] = field(default_factory=dict)  # kind of error -> the first message of that kind
 
     def answered(
@@ -72,6 +103,44 @@ class Trace:
         errors[kind] = errors.get(kind, 0) + 1
         self.examples.setdefault(kind, message[:MAX_EXAMPLE])
 
+    def streamed(self, protocol: str, started_at: float, stream: Stream) -> None:
+        """Modifies self. Tokens count where they arrived, times where they began; a stream that failed gives none."""
+        if stream.error is not None:
+            for arrived_s, count in stream.arrivals:
+                self._stream_cell(protocol, started_at + arrived_s).lost_tokens += count
+            self.failed(protocol, started_at, stream.error.kind, stream.error.message)
+            return
+        before_s: float | None = None
+        for arrived_s, count in stream.arrivals:
+            cell = self._stream_cell(protocol, started_at + arrived_s)
+            cell.responses += 1
+            cell.output_tokens += count
+            if before_s is not None:
+                gap_ms = (arrived_s - before_s) * 1000
+                self._stream_cell(protocol, started_at + before_s).gap.add(gap_ms)
+            before_s = arrived_s
+        self._times(self._stream_cell(protocol, started_at), stream.arrivals)
+        if stream.left:
+            self._stream_cell(protocol, started_at).cancelled += 1
+            return
+        self.answered(protocol, started_at, stream.ended_s * 1000, texts=1, tokens=0, truncated=0)
+        self._stream_cell(protocol, started_at + stream.ended_s).prompt_tokens += stream.prompt_tokens
+
+    @staticmethod
+    def _times(cell: StreamCell, arrivals: list[tuple[float, int]]) -> None:
+        if not arrivals:
+            return
+        moments = [moment for moment, _ in arrivals]
+        cell.first_token.add(moments[0] * 1000)
+        if len(moments) > 1:
+            tokens = sum(count for _, count in arrivals[1:])
+            cell.per_token.add((moments[-1] - moments[0]) * 1000 / tokens)
+            cell.largest_gap.add(max(late - early for early, late in pairwise(moments)) * 1000)
+
+    def sample_late(self, now: float, late_ms: float) -> None:
+        """Modifies self. `now` is when the timer should have rung."""
+        self.late.setdefault(self.key(now), LatencyHistogram()).add(late_ms)
+
     def sample_users(self, now: float, count: int) -> None:
         """Modifies self. The first sample of an interval stands."""
         self.users.setdefault(self.key(now), count)
@@ -84,12 +153,14 @@ class Trace:
                 mine.setdefault(key, Cell()).merge(cell)
         for key, count in other.users.items():
             self.users[key] = self.users.get(key, 0) + count
+        for key, histogram in other.late.items():
+            self.late.setdefault(key, LatencyHistogram()).merge(histogram)
         self.examples = {**other.examples, **self.examples}
 
     def take(self) -> Trace:
         """Everything recorded so far. Modifies self: it is empty afterwards."""
-        taken = Trace(self.interval_s, self.started_at, self.cells, self.users, self.examples)
-        self.cells, self.users, self.examples = {}, {}, {}
+        taken = Trace(self.interval_s, self.started_at, self.cells, self.users, self.late, self.examples)
+        self.cells, self.users, self.late, self.examples = {}, {}, {}, {}
         return taken
 
     def key(self, moment: float) -> int:
@@ -97,6 +168,11 @@ class Trace:
 
     def _cell(self, protocol: str, moment: float) -> Cell:
         return self.cells.setdefault(protocol, {}).setdefault(self.key(moment), Cell())
+
+    def _stream_cell(self, protocol: str, moment: float) -> StreamCell:
+        cell = self._cell(protocol, moment)
+        cell.stream = cell.stream or StreamCell()
+        return cell.stream
 
     def to_json(self) -> str:
         return str(_adapter().dump_json(self).decode())

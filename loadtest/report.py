@@ -6,13 +6,14 @@ import json
 from pathlib import Path
 from typing import Literal, Protocol
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
-from loadtest.counters import ModelStatistics
+from loadtest.counters import GeneratorStatistics, Ledger, ModelStatistics
 from loadtest.errors import LoadInputError
-from loadtest.figures import Figures, Point, Record, Step, knee_of
+from loadtest.figures import Figures, Point, Record, Step
 from loadtest.histogram import PERCENTILE_ERROR
-from loadtest.server import UNKNOWN, Identity
+from loadtest.prompts import StreamLoad
+from loadtest.server import Identity
 
 FORMAT: Literal["trireme-load-report-1"] = "trireme-load-report-1"
 
@@ -30,9 +31,22 @@ class Load(Record):
     request_timeout_s: float
     seed: int
     processes: int
+    rate_per_s: float | None = None  # requests started at random moments; None: each user waits for its answer
+    stream: StreamLoad | None = None  # None: an encoder's load
     texts_file: str  # name only
     texts_digest: str
     texts_lines: int
+
+    @property
+    def unit(self) -> str:
+        return "users" if self.rate_per_s is None else "requests/s"
+
+    def amount(self, users: int) -> float:
+        """The load that so many of the users make, in `unit`."""
+        return users if self.rate_per_s is None else self.rate_per_s * users / self.users
+
+    def level(self, users: int) -> str:
+        return f"{self.amount(users):.4g} {self.unit}"
 
 
 class Machine(Record):
@@ -49,6 +63,7 @@ class Processor(Record):
 
     client_seconds: float
     client_cores: float  # cores that the load generator kept busy; one process has no more than 1
+    client_late_p99_ms: float | None = None  # how late its timers rang: any moment that it noted may be so late
     server_seconds: float | None
     server_share: float | None  # of all cores of the machine, 0..1
 
@@ -66,8 +81,11 @@ class LoadReport(Record):
     steps: tuple[Step, ...]
     points: tuple[Point, ...]
     interval_s: int
+    curves: dict[str, tuple[float, ...]] = Field(default_factory=dict)  # of a generator: ms at CURVE_PERCENTS
     error_examples: dict[str, str]
     models: tuple[ModelStatistics, ...]
+    generator: GeneratorStatistics | None = None
+    ledger: Ledger | None = None
     processor: Processor
     machine: Machine
     tools: dict[str, str]  # name -> version
@@ -111,25 +129,31 @@ class Limits(Protocol):
     def max_error_rate(self) -> float: ...
 
 
+class StreamLimits(Protocol):
+    """What a generator's load test must show beside `Limits`."""
+
+    @property
+    def p99_first_token_ms(self) -> float | None: ...
+    @property
+    def p99_inter_token_ms(self) -> float | None: ...
+    @property
+    def min_output_tokens_per_s(self) -> float | None: ...
+
+
 def check_slo(report: LoadReport, limits: Limits) -> list[str]:
-    """One sentence for each value that was missed; empty: all were met. Throughput is in texts.
+    """One sentence for each value that was missed; empty: all were met. Throughput is in texts, a generator's in
+    requests; its latency is that of a whole answer.
 
     For the shape `steps` the whole ramp is judged, its last plateau included.
     """
     seen, missed = report.figures, []
     if seen.requests == 0:
         missed.append(f"No request was answered in {report.load.duration_s} s; {seen.failed} failed.")
-    elif limits.p95_latency_ms is not None and seen.p95_ms is not None and seen.p95_ms > limits.p95_latency_ms:
-        missed.append(
-            f"p95 latency is {seen.p95_ms:.4g} ms, which is {seen.p95_ms / limits.p95_latency_ms:.2f} times the limit "
-            f"of {limits.p95_latency_ms:g} ms."
-        )
-    least = limits.min_throughput_per_s
-    if least is not None and seen.texts_per_s < least:
-        missed.append(
-            f"Throughput is {seen.texts_per_s:.4g} texts/s, which is {seen.texts_per_s / least:.2f} times the required "
-            f"{least:g} texts/s."
-        )
+    elif limits.p95_latency_ms is not None:
+        missed += _over("p95 latency", seen.p95_ms, limits.p95_latency_ms)
+    if limits.min_throughput_per_s is not None:
+        unit = "texts/s" if seen.stream is None else "requests/s"
+        missed += _under("Throughput", seen.texts_per_s, limits.min_throughput_per_s, unit)
     if seen.error_rate > limits.max_error_rate:
         kinds = ", ".join(f"{count} {kind}" for kind, count in seen.errors.items())
         missed.append(
@@ -139,43 +163,39 @@ def check_slo(report: LoadReport, limits: Limits) -> list[str]:
     return missed
 
 
+def check_stream_slo(report: LoadReport, limits: StreamLimits) -> list[str]:
+    """The same for what a generator's report alone has. A limit on times that nothing was seen of is missed."""
+    seen, missed = report.figures.stream, list[str]()
+    if seen is None:
+        return missed
+    if limits.p99_first_token_ms is not None:
+        missed += _over("p99 of the time to the first token", seen.first_token.p99_ms, limits.p99_first_token_ms)
+    if limits.p99_inter_token_ms is not None:
+        missed += _over("p99 of the gaps between tokens", seen.gap.p99_ms, limits.p99_inter_token_ms)
+    if limits.min_output_tokens_per_s is not None:
+        missed += _under("Output", seen.output_tokens_per_s, limits.min_output_tokens_per_s, "tokens/s")
+    return missed
+
+
+def _over(name: str, seen_ms: float | None, limit_ms: float) -> list[str]:
+    if seen_ms is None:
+        return [f"{name} is unknown, because nothing was seen; the limit is {limit_ms:g} ms."]
+    if seen_ms <= limit_ms:
+        return []
+    return [f"{name} is {seen_ms:.4g} ms, which is {seen_ms / limit_ms:.2f} times the limit of {limit_ms:g} ms."]
+
+
+def _under(name: str, seen: float, least: float, unit: str) -> list[str]:
+    if seen >= least:
+        return []
+    return [f"{name} is {seen:.4g} {unit}, which is {seen / least:.2f} times the required {least:g} {unit}."]
+
+
 def render_text(report: LoadReport) -> str:
     """A summary for a terminal: at most 80 characters wide where the names allow."""
-    seen, load = report.figures, report.load
-    who = f"{report.identity.model} version {report.identity.version} ({report.identity.precision})"
-    lines = [
-        f"{who}, weights {report.identity.digest[:16]}",
-        f"{load.users} users, {load.protocol}, {load.shape}, {load.duration_s} s after {load.warm_up_s} s of warm-up, "
-        f"{load.texts_per_request} text(s) a request",
-        f"  throughput  {seen.texts_per_s:9.4g} texts/s   {seen.requests_per_s:.4g} requests/s",
-        f"  latency     p50 {_ms(seen.p50_ms)}   p95 {_ms(seen.p95_ms)}   p99 {_ms(seen.p99_ms)}"
-        f"   max {_ms(seen.max_ms)}",
-        f"  errors      {seen.failed} of {seen.failed + seen.requests}"
-        + "".join(f"   {kind} {count}" for kind, count in seen.errors.items()),
-    ]
-    if seen.tokens_per_text is not None:
-        cut = f"   truncated {seen.truncated_share:.1%}" if seen.truncated_share is not None else ""
-        lines.append(f"  tokens      {seen.tokens_per_text:.4g} a text{cut}")
-    for model in report.models:
-        batch = "" if model.mean_batch is None else f"   mean batch {model.mean_batch:.3g} in {_ms(model.compute_ms)}"
-        lines.append(f"  in Triton   {model.model}: {_ms(model.request_ms)}   queue {_ms(model.queue_ms)}{batch}")
-    server = report.processor.server_share
-    lines.append(
-        f"  CPU         client {report.processor.client_cores:.2f} cores   server "
-        + (f"{server * report.machine.cores:.2f} of {report.machine.cores} cores" if server is not None else UNKNOWN)
-    )
-    if report.steps:
-        lines += [
-            f"  {step.users:5} users  {step.figures.texts_per_s:9.4g} texts/s   p95 {_ms(step.figures.p95_ms)}"
-            for step in report.steps
-        ]
-        knee = knee_of(report.steps)
-        lines.append(f"  knee at {knee.users} users" if knee else "  no knee: nothing was answered")
-    return "\n".join(lines + [f"  note: {note}" for note in report.notes])
+    from loadtest.summary import render
 
-
-def _ms(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g} ms"
+    return render(report)
 
 
 def render_html(report: LoadReport, baseline: LoadReport | None = None) -> str:

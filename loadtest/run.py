@@ -13,18 +13,20 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from loadtest.connection import Protocol
+from loadtest.counters import Ledger
 from loadtest.errors import LoadInputError, LoadRunError
-from loadtest.figures import Record
-from loadtest.recording import PROGRESS_PREFIX, Trace
+from loadtest.figures import Record, merged
+from loadtest.prompts import StreamLoad, longest_prompt
+from loadtest.recording import PROGRESS_PREFIX, StreamCell, Trace
 from loadtest.report import LoadReport
-from loadtest.server import Snapshot, Target, probe, snapshot
+from loadtest.server import Snapshot, Target, made_tokens, probe, snapshot
 from loadtest.shapes import DRAIN_SLACK_S, SETTLE_S, Schedule, Shape
 from loadtest.texts import read_texts
 
@@ -34,6 +36,7 @@ NotNegative = Annotated[int, Field(ge=0)]
 
 START_LIMIT_S = 60  # for Locust to import, and for its workers to meet
 STOP_LIMIT_S = 10  # for Locust to leave after its last word
+COUNT_LIMIT_S = 3.0  # for a generator to publish its last counts, which it does once a second
 
 
 class LoadPlan(Record):
@@ -51,7 +54,13 @@ class LoadPlan(Record):
     duration_s: Positive = Field(60, description="measured, after the warm-up")
     warm_up_s: NotNegative = Field(5, description="does not count")
     texts_per_request: Positive = 1
-    request_timeout_s: Annotated[float, Field(gt=0)] = 10.0
+    request_timeout_s: Annotated[float, Field(gt=0)] = Field(10.0, description="of a whole answer, to its last token")
+    rate_per_s: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="requests that are started in a second at random moments, by all users together, whatever the "
+        "answers do; none: each user waits for its answer",
+    )
+    stream: StreamLoad | None = Field(None, description="the model is a generator, and this is asked of it")
     seed: int = 0
     processes: Positive = Field(1, description="Locust workers; more than 1 when one core cannot make the load")
 
@@ -91,6 +100,7 @@ class Evidence:
     trace: Trace
     before: Snapshot
     after: Snapshot
+    ledger: Ledger | None = None  # none: the server does not count tokens
 
 
 def run_load(
@@ -109,14 +119,37 @@ def run_load(
     check_plan(plan)
     texts = read_texts(plan.texts_file)
     trial = [texts[number % len(texts)] for number in range(plan.texts_per_request)]
-    target = probe(plan.model, plan.addresses, plan.grpc_address, trial)
+    longest = None if plan.stream is None else longest_prompt(texts, plan.stream)
+    made_before = made_tokens(plan.metrics_address, plan.model)
+    target = probe(plan.model, plan.addresses, plan.grpc_address, trial, longest)
     with tempfile.TemporaryDirectory(prefix="trireme-load-") as folder:
         evidence = _drive(plan, texts, target, Path(folder), on_progress or (lambda _: None))
+    if made_before is not None:
+        evidence = replace(evidence, ledger=_ledger(evidence, made_before))
     return report_from_evidence(evidence, spec_name)
+
+
+def _ledger(evidence: Evidence, made_before: float) -> Ledger | None:
+    whole = merged(cell for cells in evidence.trace.cells.values() for cell in cells.values())
+    seen = whole.stream or StreamCell()
+    received = evidence.target.trial_tokens + seen.output_tokens + seen.lost_tokens
+    plan = evidence.plan
+    made = made_tokens(plan.metrics_address, plan.model, made_before + received, COUNT_LIMIT_S)
+    if made is None or made < made_before:  # gone, or loaded anew
+        return None
+    left = seen.cancelled + sum(whole.errors.values())
+    return Ledger(received_tokens=received, made_tokens=round(made - made_before), left=left)
 
 
 def check_plan(plan: LoadPlan) -> None:
     """What the types cannot say. Raises LoadInputError."""
+    if plan.stream is not None and (plan.protocol != "grpc" or plan.texts_per_request != 1):
+        raise LoadInputError(
+            f"protocol={plan.protocol} with texts_per_request={plan.texts_per_request}",
+            got="a load that a generator does not take",
+            expected="one prompt a request, over grpc: text is streamed there",
+            fix="use protocol grpc and texts_per_request 1",
+        )
     if plan.shape == "steps" and plan.duration_s < plan.steps * (SETTLE_S + 3):
         raise LoadInputError(
             f"duration_s={plan.duration_s} with steps={plan.steps}",
@@ -135,7 +168,7 @@ def check_plan(plan: LoadPlan) -> None:
 
 def command(plan: LoadPlan, trace_file: Path) -> list[str]:
     """The Locust command line of a plan."""
-    options = {
+    options: dict[str, object] = {
         "--locustfile": Path(__file__).with_name("locustfile.py"),
         "--model": plan.model,
         "--texts": plan.texts_file.resolve(),
@@ -149,11 +182,15 @@ def command(plan: LoadPlan, trace_file: Path) -> list[str]:
         "--warm-up-s": plan.warm_up_s,
         "--texts-per-request": plan.texts_per_request,
         "--request-timeout-s": plan.request_timeout_s,
+        "--rate-per-user": (plan.rate_per_s or 0) / plan.users,
         "--seed": plan.seed,
         "--trace-out": trace_file,
         "--loglevel": "WARNING",
         "--exit-code-on-error": 0,  # failed requests are a result; any other exit code is a fault of the generator
     }
+    if plan.stream is not None:
+        options |= {"--output-tokens": plan.stream.output_tokens, "--cancel-share": plan.stream.cancel_share}
+        options |= {"--prompt-words": plan.stream.prompt_words or ""}
     flags = ["--headless", "--only-summary", "--json", "--progress"]  # --json: no tables among the log
     if plan.processes > 1:
         port = _free_port()

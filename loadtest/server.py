@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import http.client
-import re
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,10 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from loadtest.connection import Connection, Protocol
-from loadtest.counters import Counters
+from loadtest.counters import Counters, generator_counters, metric_lines
 from loadtest.errors import LoadInputError
 from loadtest.figures import Record
-from loadtest.interface import Interface, RequestError
+from loadtest.interface import Interface, RequestError, interface_from_metadata
+from loadtest.prompts import Prompt
+from loadtest.streaming import StreamConnection, require_generator, streams_text
 
 UNKNOWN = "unknown"
 CONTROL_TIMEOUT_S = 5.0
@@ -36,9 +37,10 @@ class Identity(Record):
 class Target:
     """A server that answered a trial request over every protocol of the plan."""
 
-    interface: Interface
+    interface: Interface | None  # None: a generator
     triton_version: str
     models: tuple[str, ...]  # the model itself and, of an ensemble, its parts
+    trial_tokens: int = 0  # of a generator's answer
 
     @property
     def ensemble(self) -> str | None:
@@ -54,6 +56,7 @@ class Snapshot:
     client_cpu_s: float
     server_cpu_s: float | None
     identity: Identity | None
+    generator: Mapping[str, float] = field(default_factory=dict)  # its own counters; empty where it has none
     faults: tuple[str, ...] = field(default=())  # what could not be read, and why
 
 
@@ -63,10 +66,13 @@ def _client(address: str) -> Any:
     return tritonclient.grpc.InferenceServerClient(address, channel_args=[("grpc.enable_http_proxy", 0)])
 
 
-def probe(model: str, addresses: Mapping[Protocol, str], grpc_address: str, rows: Sequence[str]) -> Target:
+def probe(
+    model: str, addresses: Mapping[Protocol, str], grpc_address: str, rows: Sequence[str], prompt: Prompt | None
+) -> Target:
     """Asks everything that a run needs once, so that a wrong plan fails in a second and not after an hour.
 
-    Raises LoadInputError: nobody listens, no such model, not ready, not text to vectors, or the trial request fails.
+    `rows` are asked of an encoder, `prompt` of a generator. Raises LoadInputError: nobody listens, no such model, not
+    ready, a model of another kind, or the trial request fails.
     """
     from tritonclient.utils import InferenceServerException
 
@@ -87,6 +93,9 @@ def probe(model: str, addresses: Mapping[Protocol, str], grpc_address: str, rows
         client.close()
     steps = config.get("ensemble_scheduling", {}).get("step", [])
     models = tuple(dict.fromkeys([model, *(step["model_name"] for step in steps)]))
+    if prompt is not None:
+        tokens = _try_stream(grpc_address, model, prompt)
+        return Target(interface=None, triton_version=triton_version, models=models, trial_tokens=tokens)
     interfaces = [_try_once(protocol, address, model, rows) for protocol, address in addresses.items()]
     return Target(interface=interfaces[0], triton_version=triton_version, models=models)
 
@@ -111,7 +120,10 @@ def _not_ready(client: Any, model: str) -> LoadInputError:
 def _try_once(protocol: Protocol, address: str, model: str, rows: Sequence[str]) -> Interface:
     connection = Connection(protocol, address, CONTROL_TIMEOUT_S * 6)  # the first request may pay for lazy loading
     try:
-        interface = connection.interface(model)
+        metadata = connection.metadata(model)
+        if streams_text(metadata):
+            raise _other_kind(model, "a generator, which streams text", "an encoder: text in, vectors out")
+        interface = interface_from_metadata(metadata)
         connection.ask(model, interface, [[row] * len(interface.inputs) for row in rows])
     except RequestError as error:
         raise LoadInputError(
@@ -123,6 +135,43 @@ def _try_once(protocol: Protocol, address: str, model: str, rows: Sequence[str])
     finally:
         connection.close()
     return interface
+
+
+def _try_stream(address: str, model: str, prompt: Prompt) -> int:
+    """Tokens that came: as many as were asked for."""
+    connection = Connection("grpc", address, CONTROL_TIMEOUT_S)
+    try:
+        metadata = connection.metadata(model)
+    except RequestError as error:
+        raise _trial_failed(model, address, error) from error
+    finally:
+        connection.close()
+    if not streams_text(metadata):
+        raise _other_kind(model, "a model that does not stream text", "a generator")
+    require_generator(metadata, "grpc")
+    streams = StreamConnection(address, CONTROL_TIMEOUT_S * 12)  # the longest answer, and lazy loading
+    try:
+        stream = streams.ask(model, prompt, time.perf_counter())
+    finally:
+        streams.close()
+    if stream.error is not None:
+        raise _trial_failed(model, address, stream.error)
+    return stream.tokens
+
+
+def _trial_failed(model: str, address: str, error: RequestError) -> LoadInputError:
+    return LoadInputError(
+        f"a trial request to model {model!r} over grpc at {address}",
+        got=f"{error.kind}: {error.message}",
+        expected="a stream of tokens for the longest prompt and the longest answer of the load",
+        fix="shorten the prompts or the answers (--prompt-words, --output-tokens), or free the server",
+    )
+
+
+def _other_kind(model: str, got: str, expected: str) -> LoadInputError:
+    return LoadInputError(
+        f"model {model!r}", got=got, expected=expected, fix="give the spec of the service that runs there"
+    )
 
 
 def snapshot(model: str, target: Target, grpc_address: str, metrics_address: str | None, client_pid: int) -> Snapshot:
@@ -143,10 +192,11 @@ def snapshot(model: str, target: Target, grpc_address: str, metrics_address: str
         faults.append(f"Triton's statistics could not be read: {error.message()}")
     finally:
         client.close()
-    identity = None
+    identity, generator = None, dict[str, float]()
     if metrics_address is not None:
         try:
-            identity = identity_from_metrics(fetch(f"http://{metrics_address}/metrics"), model)
+            page = fetch(f"http://{metrics_address}/metrics")
+            identity, generator = identity_from_metrics(page, model), generator_counters(page, model)
         except (OSError, http.client.HTTPException) as error:
             faults.append(f"the metrics at {metrics_address} could not be read: {error}")
     return Snapshot(
@@ -155,8 +205,26 @@ def snapshot(model: str, target: Target, grpc_address: str, metrics_address: str
         client_cpu_s=cpu_seconds(client_pid) or 0.0,
         server_cpu_s=cpu_seconds(listening_process(grpc_address)),
         identity=identity,
+        generator=generator,
         faults=tuple(faults),
     )
+
+
+def made_tokens(metrics_address: str | None, model: str, at_least: float = 0, patience_s: float = 0) -> float | None:
+    """Tokens that a generator has made since it was loaded; None where it does not say.
+
+    It says so once a second: with `patience_s`, this waits so long for `at_least`.
+    """
+    end = time.monotonic() + patience_s
+    while True:
+        try:
+            page = fetch(f"http://{metrics_address}/metrics") if metrics_address else ""
+        except (OSError, http.client.HTTPException):
+            return None
+        made = generator_counters(page, model).get("output_tokens_total")
+        if made is None or made >= at_least or time.monotonic() >= end:
+            return made
+        time.sleep(0.1)
 
 
 def fetch(url: str) -> str:
@@ -181,11 +249,9 @@ def identity_from_metrics(text: str, model: str) -> Identity | None:
 
 def model_labels(text: str) -> Iterator[dict[str, str]]:
     """Labels of each `trireme_model_info` in Prometheus text: what is served."""
-    for line in text.splitlines():
-        match = re.fullmatch(r"trireme_model_info\{(.*)\}\s+1(\.0*)?(\s+\d+)?", line.strip())
-        if match is not None:
-            pairs = re.findall(r'(\w+)="((?:[^"\\]|\\.)*)"', match[1])
-            yield {key: re.sub(r"\\(.)", lambda m: "\n" if m[1] == "n" else m[1], value) for key, value in pairs}
+    for _, labels, value in metric_lines(text, "trireme_model_info"):
+        if value == 1:
+            yield labels
 
 
 def listening_process(address: str) -> int | None:

@@ -79,8 +79,9 @@ class RankCacheSettings(Settings):
 
 
 class GeneratorModelSettings(Settings):
-    """`files`: "decoder" (and "encoder") for graphs, "ranks" for the manifest of rank programs, and one engine
-    for each target and capacity for TensorRT ("sm89.512"). `capacities` are those of the cache's pools, in tokens.
+    """`files`: "decoder" (and "encoder") for graphs, "ranks" for the manifest of rank programs, and for TensorRT one
+    engine for each target and capacity ("sm89.512", and "sm89.encoder"), or "engines" for the manifest of ranks.
+    `capacities` are those of the cache's pools, in tokens.
     """
 
     executor: Literal["openvino", "onnxruntime", "ranks", "tensorrt", "tensorrt-rtx"]

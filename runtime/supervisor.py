@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import ServerFault
+from runtime.generation.interface import PROBE_ID
 from runtime.triton import Ports, TritonServer
 from runtime.versions import Versions
 
@@ -102,7 +103,7 @@ class Supervisor:
             headers={"triton_grpc_error": "true"},  # without it an error has no status, and busy looks like broken
         )
         try:
-            self._client.async_stream_infer(name, inputs)
+            self._client.async_stream_infer(name, inputs, request_id=PROBE_ID)
             result, error = answers.get(timeout=PROBE_TIMEOUT_S)
         except Empty:
             return Failure(f"{name} made no token within {PROBE_TIMEOUT_S:.0f} s", busy=True)

@@ -24,6 +24,7 @@ FRONT_ENDS = (
     "builders/present.py",
     "builders/single.py",
     "builders/bench/",
+    "builders/gpu_proof/",
 )
 HEAVY = {"torch", "transformers", "onnx", "onnxruntime", "openvino", "polygraphy", "tensorrt", "tensorrt_rtx", "locust",
          "kubernetes", "kubernetes_validate", "jsonschema", "websocket"}  # fmt: skip

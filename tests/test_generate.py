@@ -17,6 +17,7 @@ from builders.errors import InputError, ServiceError, UnsupportedError
 from builders.generate import served_model, stream
 from builders.pipeline import Build
 from builders.spec import DeploymentSpec
+from runtime.ranks.engines import load_manifest
 from runtime.settings import GeneratorModelSettings
 from runtime.supervisor import Supervisor, ready_server
 from runtime.triton import Ports, TritonServer
@@ -72,8 +73,30 @@ def test_engines_for_each_length_of_the_cache(llama: Path, tmp_path: Path) -> No
         assert (built.entry.repository / "tiny-lm" / "1" / file).stat().st_size > 10_000
 
 
-def test_ranks_generate_on_cpu_only(llama: Path, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedError, match="a decoder on one GPU"):
+def test_engines_of_pipeline_stages_and_their_manifest(llama: Path, tmp_path: Path) -> None:
+    spec = _spec(llama, parallel={"pipeline": 2}, serving={"executor": "onnxruntime"})
+    built = pipeline.build(spec, "gpu", tmp_path, "repository")
+    assert [(engine.stage, engine.capacity) for engine in built.engines] == [(0, 16), (0, 64), (1, 16), (1, 64)]
+    assert built.entry is not None
+    version = built.entry.repository / "tiny-lm" / "1"
+    settings = GeneratorModelSettings.load(version)
+    assert settings.files == {"engines": "engines.json"}
+    manifest = load_manifest(version / settings.files["engines"])
+    assert all((version / file).stat().st_size > 10_000 for rank in manifest.ranks for file in rank.files.values())
+    assert "gpus: 0" in (built.entry.repository / "tiny-lm" / "config.pbtxt").read_text()
+
+
+def test_engines_of_both_halves_of_an_encoder_decoder(tmp_path: Path) -> None:
+    source = generators.save_generator(tmp_path / "t5", "t5")
+    spec = _spec(source, model={"source": str(source), "task": "seq2seq", "max_length": 64})
+    built = pipeline.build(spec, "gpu", tmp_path / "build", "repository")
+    assert built.entry is not None
+    settings = GeneratorModelSettings.load(built.entry.repository / "tiny-lm" / "1")
+    assert set(settings.files) == {"sm89.16", "sm89.64", "sm89.encoder"}
+
+
+def test_tensor_ranks_need_full_tensorrt(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match=r"TensorRT for RTX runs on one GPU"):
         pipeline.build(
             _spec(llama, parallel={"tensor": 2}, serving={"executor": "onnxruntime"}), "gpu", tmp_path, "repository"
         )

@@ -87,6 +87,20 @@ def test_end_tokens_and_lengths(decoder_graph: Path) -> None:
     assert len(full[0]) == 13  # 20 + 13 - 1 positions fill the cache to the last
 
 
+def test_a_probe_is_answered_and_leaves_no_trace(decoder_graph: Path) -> None:
+    engine = real_engine(decoder_graph, (64,), 2)
+    prompt, params = prompts(1)[0], SamplingParams(max_tokens=3)
+    for _ in range(2):
+        engine.submit(prompt, params, probe=True)
+        while engine.step():
+            pass
+    assert sum(len(update.tokens) for update in engine.take_updates()) == 6
+    seen = engine.counters
+    assert (seen.requests, seen.prompt_tokens, seen.output_tokens, sum(seen.ttft.counts)) == (0, 0, 0, 0)
+    generate(engine, [prompt], params)
+    assert (seen.requests, seen.output_tokens, seen.reused_tokens) == (1, 3, 0)  # no cache of the probes was there
+
+
 def test_logprobs_are_those_of_the_model(decoder_graph: Path) -> None:
     engine = real_engine(decoder_graph, (64,), 1)
     engine.submit(prompts(1)[0], SamplingParams(max_tokens=3, logprobs=True, temperature=0.5, seed=1))

@@ -13,9 +13,10 @@ import pytest
 from loadtest.assemble import report_from_evidence
 from loadtest.errors import LoadInputError, LoadRunError
 from loadtest.interface import Interface
-from loadtest.page import number, rows_of
+from loadtest.page import number
 from loadtest.recording import Trace
 from loadtest.report import LoadReport, check_slo, read_report, render_html, render_text
+from loadtest.rows import rows_of
 from loadtest.run import Evidence, LoadPlan
 from loadtest.server import Identity, Snapshot, Target
 

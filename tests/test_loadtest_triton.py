@@ -181,6 +181,16 @@ def test_steps_show_each_number_of_users(server: TritonServer, texts: Path) -> N
     assert all(step.figures.requests > 0 for step in report.steps)
 
 
+@pytest.mark.slow
+def test_open_loop_starts_requests_at_its_rate_over_both_protocols(server: TritonServer, texts: Path) -> None:
+    """30 requests/s for 4 s: 120, with a standard deviation of 11."""
+    report = run_load(_plan(server, texts, protocol="both", rate_per_s=30.0, duration_s=4))
+    assert report.figures.errors == {}
+    assert 65 <= report.figures.requests <= 175
+    assert set(report.by_protocol) == {"grpc", "http"}
+    assert "Open loop" in render_html(report)
+
+
 def test_failures_are_counted_by_kind(server: TritonServer, texts: Path) -> None:
     texts.write_text("fine\nrefuse\nnan\n")
     report = run_load(_plan(server, texts, protocol="both"))

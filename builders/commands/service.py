@@ -43,26 +43,42 @@ def loadtest(
     protocol: Annotated[Literal["grpc", "http", "both"], typer.Option()] = "grpc",
     users: Annotated[int, typer.Option(min=1)] = 16,
     duration_s: Annotated[int, typer.Option(min=3)] = 30,
+    warm_up_s: Annotated[int, typer.Option(min=0, help="does not count")] = 5,
     shape: Annotated[Literal["constant", "steps"], typer.Option(help="steps: a ramp that finds the knee")] = "constant",
+    rate: Annotated[
+        float | None, typer.Option(min=0.001, help="requests/s, started whatever the answers do; default: users wait")
+    ] = None,
+    timeout_s: Annotated[
+        float | None, typer.Option(min=0.1, help="of a whole answer; default: 10, a generator's 60")
+    ] = None,
     texts: Annotated[Path | None, typer.Option(help="UTF-8, one text a line; default: docstrings")] = None,
+    prompt_words: Annotated[str | None, typer.Option(help="generators: 64, or 16-128; default: what fits")] = None,
+    output_tokens: Annotated[str | None, typer.Option(help="generators: 64, or 16-128; default: what fits")] = None,
+    cancel_share: Annotated[
+        float, typer.Option(min=0, max=1, help="generators: of requests that their client leaves early")
+    ] = 0.0,
     as_json: JsonFlag = False,
 ) -> None:
     """Measures a running service with Locust. Exit 1 when the spec's SLO is missed."""
     from builders import present
     from builders.load import LoadRequest, measure, require_json_name
     from builders.spec import load_spec
-    from loadtest.report import check_slo, render_text
+    from loadtest.report import check_slo, check_stream_slo, render_text
 
     found = load_spec(spec)
     require_json_name(output)
-    request = LoadRequest(grpc, http, metrics, protocol, shape, users, duration_s, texts)
+    request = LoadRequest(
+        grpc=grpc, http=http, metrics=metrics, protocol=protocol, shape=shape, users=users, duration_s=duration_s,
+        warm_up_s=warm_up_s, texts=texts, rate_per_s=rate, timeout_s=timeout_s, prompt_words=prompt_words,
+        output_tokens=output_tokens, cancel_share=cancel_share,
+    )  # fmt: skip
     with present.load_progress(quiet=as_json) as progress:
         report = measure(found, request, output, progress)
     if as_json:
         print(report.model_dump_json(indent=2))
     else:
         print(f"{render_text(report)}\nreport: {output.with_suffix('.html')}")
-    missed = check_slo(report, found.slo)
+    missed = check_slo(report, found.slo) + check_stream_slo(report, found.slo)
     if missed:
         fail("the SLO is missed. " + " ".join(missed), 1)
 

@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import Any
 
 from builders.artifacts import Engine, FileRecord, OnnxGraph, Partition, TensorSpec
+from builders.engine.top import LOGITS, add_top
 from builders.errors import EngineError, MachineError, SpecError
 from builders.graph import describe, fix_dimension
 from builders.spec import Flavour, GraphPrecision, ProfileSlice, Range
@@ -42,6 +43,14 @@ def rank_engine_file(stage: int, rank: int, target: str) -> str:
 
 def decoder_engine_file(target: str, capacity: int) -> str:
     return f"model.{target}.{capacity}.plan"
+
+
+def source_engine_file(target: str) -> str:
+    return f"model.{target}.encoder.plan"
+
+
+def decoder_rank_engine_file(stage: int, rank: int, target: str, capacity: int) -> str:
+    return f"stage{stage}.rank{rank}.{target}.{capacity}.plan"
 
 
 @dataclass(frozen=True)
@@ -92,16 +101,22 @@ def build_rank_engine(
 
     Raises as `build_engine` does, and EngineError when the network has other collectives than the partition says.
     """
+    compiled = compile_plan(
+        partition.path(partition.stages[stage].files[rank]), flavour, target, profiles, partition.stages[stage].inputs
+    )
+    _require_partition(compiled, partition, stage, rank)
+    file = out / rank_engine_file(stage, rank, target)
+    engine = _record(compiled, file, flavour, target, precision, profiles, partition.digest)
+    return engine.model_copy(update={"stage": stage, "rank": rank})
+
+
+def _require_partition(compiled: Compiled, partition: Partition, stage: int, rank: int) -> None:
     part = partition.stages[stage]
-    compiled = compile_plan(partition.path(part.files[rank]), flavour, target, profiles, part.inputs)
     if compiled.collectives != (partition.tensor,) * len(part.collectives):
         raise EngineError(
             f"{part.files[rank]}: its network has collectives over {list(compiled.collectives)} ranks, the partition "
             f"{len(part.collectives)} over {partition.tensor}; shard the graph again"
         )
-    file = out / rank_engine_file(stage, rank, target)
-    engine = _record(compiled, file, flavour, target, precision, profiles, partition.digest)
-    return engine.model_copy(update={"stage": stage, "rank": rank})
 
 
 def decoder_profiles(slots: int, chunk: int) -> tuple[ProfileSlice, ...]:
@@ -126,14 +141,67 @@ def build_decoder_engine(
 ) -> Engine:
     """Writes `model.<target>.<capacity>.plan` into `out`: TensorRT wants the length of a cache fixed.
 
-    Raises as `build_engine` does.
+    The engine has one output more than the graph, `top` (see `add_top`). Raises as `build_engine` does.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        fixed = fix_dimension(graph.file_path, "capacity", capacity, Path(scratch))
-        compiled = compile_plan(fixed, flavour, target, profiles, describe(fixed)[0])
+    compiled = _compile_decoder(graph.file_path, capacity, flavour, target, profiles)
     file = out / decoder_engine_file(target, capacity)
     engine = _record(compiled, file, flavour, target, graph.precision, profiles, graph.digest)
     return engine.model_copy(update={"capacity": capacity})
+
+
+def build_decoder_rank_engine(
+    partition: Partition,
+    stage: int,
+    rank: int,
+    capacity: int,
+    precision: GraphPrecision,
+    flavour: Flavour,
+    target: str,
+    profiles: tuple[ProfileSlice, ...],
+    out: Path,
+) -> Engine:
+    """Writes `stage{s}.rank{r}.<target>.<capacity>.plan` into `out`; the last stage's engines have `top`.
+
+    Raises as `build_rank_engine` does.
+    """
+    graph = partition.path(partition.stages[stage].files[rank])
+    compiled = _compile_decoder(graph, capacity, flavour, target, profiles)
+    _require_partition(compiled, partition, stage, rank)
+    file = out / decoder_rank_engine_file(stage, rank, target, capacity)
+    engine = _record(compiled, file, flavour, target, precision, profiles, partition.digest)
+    return engine.model_copy(update={"stage": stage, "rank": rank, "capacity": capacity})
+
+
+def _compile_decoder(
+    graph: Path, capacity: int, flavour: Flavour, target: str, profiles: tuple[ProfileSlice, ...]
+) -> Compiled:
+    inputs, outputs, _ = describe(graph)
+    with tempfile.TemporaryDirectory() as scratch:
+        # A stage of the model's head alone has no cache; an encoder-decoder's sources get as many positions as outputs.
+        for name in ("capacity", "source"):
+            if any(name in tensor.dims for tensor in inputs):
+                graph = fix_dimension(graph, name, capacity, _folder(scratch, name))
+        if any(tensor.name == LOGITS for tensor in outputs):
+            graph = add_top(graph, _folder(scratch, "top"))
+        return compile_plan(graph, flavour, target, profiles, describe(graph)[0], own_memory=True)
+
+
+def _folder(parent: str, name: str) -> Path:
+    folder = Path(parent, name)
+    folder.mkdir()
+    return folder
+
+
+def build_source_engine(graph: OnnxGraph, file: str, longest: int, flavour: Flavour, target: str, out: Path) -> Engine:
+    """Writes `model.<target>.encoder.plan` into `out`, of the encoder `file` beside an encoder-decoder's graph.
+
+    One source of up to `longest` tokens at a time. Raises as `build_engine` does.
+    """
+    one = Range(min=1, opt=1, max=1)
+    profiles = (ProfileSlice(batch=one, length=Range(min=1, opt=longest, max=longest)),)
+    source = graph.path(file)
+    compiled = compile_plan(source, flavour, target, profiles, describe(source)[0], own_memory=True)
+    return _record(compiled, out / source_engine_file(target), flavour, target, graph.precision, profiles, graph.digest)
 
 
 def _record(
@@ -168,8 +236,14 @@ def compile_plan(
     target: str,
     profiles: tuple[ProfileSlice, ...],
     inputs: Sequence[TensorSpec],
+    *,
+    own_memory: bool = False,
 ) -> Compiled:
-    """Parses, checks that nothing was lost on the way, and builds. Raises as `build_engine` does."""
+    """Parses, checks that nothing was lost on the way, and builds. Raises as `build_engine` does.
+
+    `own_memory`: the engine computes in memory that its user gives it, and takes none by itself while it runs, which
+    would keep CUDA graphs from being captured. TensorRT for RTX must be told; TensorRT takes none anyway.
+    """
     trt = _tensorrt(flavour)
     from polygraphy.backend.trt import Profile, engine_bytes_from_network, network_from_onnx_path
     from polygraphy.exception import PolygraphyException
@@ -177,6 +251,13 @@ def compile_plan(
 
     started = time.perf_counter()
     configuration = _configuration(trt, flavour, target, [_profile(Profile(), item, inputs) for item in profiles])
+
+    def configured(builder: Any, builds: Any) -> Any:
+        config = configuration(builder, builds)
+        if own_memory and flavour == "tensorrt-rtx":
+            config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+        return config
+
     G_LOGGER.colors, G_LOGGER.module_severity = False, G_LOGGER.CRITICAL  # its errors come back as exceptions
     try:
         builder, network, parser = network_from_onnx_path(
@@ -185,7 +266,7 @@ def compile_plan(
         _require_inputs(graph, network, inputs)
         collectives = _require_collectives(trt, graph, network)
         _allow_decomposition(trt, network)
-        plan = bytes(engine_bytes_from_network((builder, network, parser), config=configuration))
+        plan = bytes(engine_bytes_from_network((builder, network, parser), config=configured))
     except PolygraphyException as error:
         raise EngineError(
             f"{flavour} {trt.__version__} cannot build {graph.name} for {target}: {error}. "
@@ -236,7 +317,7 @@ def _configuration(trt: Any, flavour: Flavour, target: str, profiles: list[Any])
 
 def _profile(profile: Any, item: ProfileSlice, inputs: Sequence[TensorSpec]) -> Any:
     """Shapes of every input. Dynamic dimensions are known by the names that our exports give them."""
-    ranges = {"batch": item.batch, "length": item.length}
+    ranges = {"batch": item.batch, "length": item.length, "source": item.length}
 
     def shape(tensor: TensorSpec, end: str) -> list[int]:
         sizes = []

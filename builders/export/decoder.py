@@ -59,7 +59,7 @@ def export_decoder(
     expected = np.concatenate([model_logits(model, row[None]) for row in few])
     reference = model_perplexity(model, rows)
     file = out / GRAPH_FILE
-    _write_graph(model.half() if precision == "fp16" else model, checkpoint, windows, file)
+    write_graph(model.half() if precision == "fp16" else model, checkpoint, windows, file)
     require_standard(file)
     difference = parity.require_parity(file, few, expected, precision, checkpoint.source)
     perplexity, executor = graph_perplexity(file, rows)
@@ -93,7 +93,7 @@ def layer_windows(config: Any, positions: int) -> tuple[int | None, ...]:
     return tuple(sliding if kind == "sliding_attention" else None for kind in kinds)
 
 
-def _write_graph(model: Any, checkpoint: Checkpoint, windows: Sequence[int | None], file: Path) -> None:
+def write_graph(model: Any, checkpoint: Checkpoint, windows: Sequence[int | None], file: Path) -> None:
     import torch
 
     facts = checkpoint.generation

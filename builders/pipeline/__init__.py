@@ -30,7 +30,7 @@ def build(
     """
     if platform == "gpu":
         if spec.generates:
-            contents.require_one_gpu(spec)
+            contents.require_gpu_executor(spec)
         elif spec.parallel.ranks > 1 and until == "repository":
             config.require_rank_backend(spec)
         tensorrt.require_tensorrt(spec.engine.flavour)
@@ -56,7 +56,8 @@ def build(
 
 
 def _repository(built: Build, root: Path, report: Report) -> Build:
-    parts = built.engines if built.platform == "gpu" else (built.ranks or built.served_graph,)
+    manifest = (built.ranks,) if built.ranks is not None else ()
+    parts = (*built.engines, *manifest) if built.platform == "gpu" else manifest or (built.served_graph,)
     folder = repository_path(root, built.spec, built.platform)
     report("repository", str(folder))
     entry, unchanged = layout.publish(built.spec, built.platform, built.checkpoint, parts, folder, built.partition)

@@ -13,10 +13,12 @@ from numpy.typing import NDArray
 
 from builders import corpus, graph, quality
 from builders.artifacts import Engine, Partition, RankFiles
-from builders.engine import tensorrt
+from builders.engine import ranks as rank_engines
+from builders.engine import tensorrt, top
 from builders.partition import served
 from builders.partition.shard import partition_graph
 from builders.partition.verify import verify_partition
+from builders.perplexity import ENCODER_FILE
 from builders.pipeline.result import Build, Report, done
 from builders.spec import ProfileSlice
 from builders.store import Store, folder_digest, source_digest, tool_versions
@@ -66,7 +68,10 @@ def partition(built: Build, store: Store, report: Report) -> Build:
 
 
 def engines(built: Build, store: Store, report: Report) -> Build:
-    """One engine for each target: of an encoder's graph, of each rank, or of a decoder for each length of the cache."""
+    """One engine for each target: of an encoder's graph, of each rank, and of a decoder for each length of the cache.
+
+    Ranks of a decoder get a manifest of theirs, too.
+    """
     if built.platform != "gpu":
         return built
     engine = built.spec.engine
@@ -80,14 +85,32 @@ def engines(built: Build, store: Store, report: Report) -> Build:
                 "flavour": engine.flavour,
                 "target": target,
                 "tools": tool_versions(engine.flavour, "polygraphy"),
-                "code": source_digest(tensorrt, graph),
+                "code": source_digest(tensorrt, top, graph),
             },
             Engine,
             functools.partial(variant.build, target),
         )
         made.append(item)
         report("engine", done(f"{target} {variant.label}, {item.bytes / 1e6:.1f} MB", hit))
-    return replace(built, engines=tuple(made))
+    manifest = _rank_manifest(built, made, store) if built.spec.generates else None
+    return replace(built, engines=tuple(made), ranks=manifest)
+
+
+def _rank_manifest(built: Build, engines: Sequence[Engine], store: Store) -> RankFiles | None:
+    partition = built.partition
+    if partition is None:
+        return None
+    item, _ = store.get_or_build(
+        "rank-engines",
+        {
+            "partition": partition.digest,
+            "engines": sorted((engine.file, engine.digest) for engine in engines),
+            "code": source_digest(rank_engines),
+        },
+        RankFiles,
+        lambda out: rank_engines.write_rank_manifest(partition, engines, out),
+    )
+    return item
 
 
 @dataclass(frozen=True)
@@ -100,9 +123,13 @@ class _Variant:
 
 
 def _variants(built: Build) -> list[_Variant]:
+    partition, capacities = built.partition, built.spec.cache_lengths_on("gpu")
+    if built.spec.generates and partition is not None:
+        places = itertools.product(range(partition.pipeline), range(partition.tensor), capacities)
+        return [_of_decoder_rank(built, partition, *place) for place in places]
     if built.spec.generates:
-        return [_of_decoder(built, capacity) for capacity in built.spec.cache_lengths_on("gpu")]
-    partition = built.partition
+        sources = [_of_source(built, capacities[-1])] if built.checkpoint.task == "seq2seq" else []
+        return [*(_of_decoder(built, capacity) for capacity in capacities), *sources]
     if partition is None:
         return [_of_graph(built)]
     ranks = itertools.product(range(partition.pipeline), range(partition.tensor))
@@ -130,14 +157,39 @@ def _of_rank(built: Build, partition: Partition, stage: int, rank: int) -> _Vari
 
 
 def _of_decoder(built: Build, capacity: int) -> _Variant:
-    source, flavour, chosen = built.served_graph, built.spec.engine.flavour, built.spec.generation
-    profiles = tensorrt.decoder_profiles(chosen.slots, min(chosen.chunk_tokens, capacity))
+    source, flavour, profiles = built.served_graph, built.spec.engine.flavour, _decoder_profiles(built, capacity)
 
     def build(target: str, out: Path) -> Engine:
         return tensorrt.build_decoder_engine(source, capacity, flavour, target, profiles, out)
 
     key = {"graph": source.digest, "capacity": capacity, "profiles": _shapes(profiles)}
     return _Variant(f"{source.precision}, cache of {capacity}", key, build)
+
+
+def _of_decoder_rank(built: Build, partition: Partition, stage: int, rank: int, capacity: int) -> _Variant:
+    precision, flavour = built.served_graph.precision, built.spec.engine.flavour
+    profiles = _decoder_profiles(built, capacity)
+
+    def build(target: str, out: Path) -> Engine:
+        place = (stage, rank, capacity, precision)
+        return tensorrt.build_decoder_rank_engine(partition, *place, flavour, target, profiles, out)
+
+    key = {"graph": partition.digest, "rank": (stage, rank), "capacity": capacity, "profiles": _shapes(profiles)}
+    return _Variant(f"{precision} stage {stage} rank {rank}, cache of {capacity}", key, build)
+
+
+def _of_source(built: Build, longest: int) -> _Variant:
+    graph, flavour = built.served_graph, built.spec.engine.flavour
+
+    def build(target: str, out: Path) -> Engine:
+        return tensorrt.build_source_engine(graph, ENCODER_FILE, longest, flavour, target, out)
+
+    return _Variant(f"{graph.precision}, encoder", {"graph": graph.digest, "longest": longest}, build)
+
+
+def _decoder_profiles(built: Build, capacity: int) -> tuple[ProfileSlice, ...]:
+    chosen = built.spec.generation
+    return tensorrt.decoder_profiles(chosen.slots, min(chosen.chunk_tokens, capacity))
 
 
 def _shapes(profiles: Sequence[ProfileSlice]) -> list[dict[str, Any]]:

@@ -37,7 +37,7 @@ class Blocks:
 
 
 def block_size(rows: int, longest: int, ranks: int) -> int:
-    """The longest block, of `longest` halved as often as needed, that cuts K = `rows` on every rank evenly; at least 32.
+    """`longest`, halved until it cuts K = `rows` evenly on every rank; 32 at least.
 
     Long blocks have fewer scales to read, and products that add up integers for longer.
     """
@@ -54,8 +54,8 @@ def round_to_nearest(weight: Floats, bits: Bits, size: int = BLOCK) -> Blocks:
 
 
 def block_scales(weight: Floats, bits: Bits, size: int = BLOCK) -> Floats:
-    """[K / size, N]. Eight bits take the whole range of a block; four cut off its farthest weights where the others gain
-    more than these lose."""
+    """[K / size, N]. Eight bits take the whole range of a block; four cut off its farthest weights where the others
+    gain more than these lose."""
     blocks = weight.reshape(-1, size, weight.shape[1])
     whole: Floats = (np.maximum(np.abs(blocks).max(axis=1), 1e-8) / (2 ** (bits - 1) - 1)).astype(np.float32)
     if bits == 8:

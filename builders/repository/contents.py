@@ -14,6 +14,7 @@ from builders.repository.config import Interface, model_configs, to_pbtxt, uses_
 from builders.repository.ensemble import check_ensemble
 from builders.repository.generation import generator_config
 from builders.spec import DeploymentSpec, Platform
+from runtime.ranks.engines import MANIFEST as ENGINES
 from runtime.ranks.stored import MANIFEST
 from runtime.settings import (
     EncoderModelSettings,
@@ -151,7 +152,9 @@ def _generator_directory(
         "model.py": ADAPTERS / "generator" / "1" / "model.py",
         "tokenizer.json": checkpoint.path("tokenizer.json"),
     }
-    config = generator_config(spec.name, "KIND_CPU" if platform == "cpu" else "KIND_GPU")
+    # Ranks are processes of one instance, which takes GPUs from its own on; without ranks every GPU has an instance.
+    gpus = (0,) if platform == "gpu" and spec.parallel.ranks > 1 else ()
+    config = generator_config(spec.name, "KIND_CPU" if platform == "cpu" else "KIND_GPU", gpus)
     settings = generator_settings(spec, platform, checkpoint, parts, partition, served)
     return {spec.name: ModelDirectory(to_pbtxt(config), files, settings)}
 
@@ -187,12 +190,15 @@ def generator_settings(
 
 def _generator_files(parts: Sequence[Part]) -> dict[str, str]:
     """What the executor opens, by the keys of `GeneratorModelSettings.files`."""
+    ranks = any(isinstance(part, RankFiles) for part in parts)  # their manifest names the engines
     found: dict[str, str] = {}
     for part in parts:
         if isinstance(part, Engine):
-            found[f"{part.target}.{part.capacity}"] = part.file
+            if not ranks:
+                found[f"{part.target}.{part.capacity or 'encoder'}"] = part.file
         elif isinstance(part, RankFiles):
-            found["ranks"] = MANIFEST
+            engines = any(file.name == ENGINES for file in part.files)
+            found |= {"engines": ENGINES} if engines else {"ranks": MANIFEST}
         else:
             found["decoder"] = part.file
             if any(file.name == ENCODER_FILE for file in part.files):
@@ -208,13 +214,16 @@ def _rank_cache(partition: Partition, vocabulary: int) -> RankCacheSettings:
     return RankCacheSettings(heads=heads, head_dim=head_dim, dtype=port.dtype, vocabulary=vocabulary)
 
 
-def require_one_gpu(spec: DeploymentSpec) -> None:
-    """Raises UnsupportedError for generators that no GPU executor runs yet."""
-    if spec.parallel.ranks == 1 and spec.model.task == "generation":
-        return
-    raise UnsupportedError(
-        "generation on GPUs",
-        got=f"task {spec.model.task} on {spec.parallel.tensor} x {spec.parallel.pipeline} ranks",
-        expected="a decoder on one GPU: ranks and encoder-decoders generate on CPU only so far",
-        fix="use one GPU a replica, or --platform cpu",
-    )
+def require_gpu_executor(spec: DeploymentSpec) -> None:
+    """Raises UnsupportedError for generators that no GPU executor runs."""
+    if spec.parallel.ranks > 1 and spec.model.task == "seq2seq":
+        raise UnsupportedError(
+            "parallel", got=f"{spec.parallel.ranks} ranks of an encoder-decoder",
+            expected="one GPU a replica: ranks run decoders only", fix="set tensor and pipeline to 1",
+        )  # fmt: skip
+    if spec.parallel.tensor > 1 and spec.engine.flavour == "tensorrt-rtx":
+        raise UnsupportedError(
+            "engine.flavour", got=f"tensorrt-rtx with {spec.parallel.tensor} tensor ranks",
+            expected="TensorRT for collectives: TensorRT for RTX runs on one GPU",
+            fix="set engine.flavour: tensorrt, or use pipeline stages",
+        )  # fmt: skip

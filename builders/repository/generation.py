@@ -7,13 +7,16 @@ or engines that the settings name.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from runtime.generation.interface import INPUTS, OUTPUTS, Tensor
 
 
-def generator_config(name: str, kind: Literal["KIND_CPU", "KIND_GPU"]) -> Any:
+def generator_config(name: str, kind: Literal["KIND_CPU", "KIND_GPU"], gpus: Sequence[int] = ()) -> Any:
     """The ModelConfig message. Batching is the engine's work: Triton hands requests over one by one.
+
+    One instance on each of `gpus`, or on every one there is.
 
     `max_batch_size` is 1 so that shapes have the batch dimension that clients of TensorRT-LLM's models send.
     """
@@ -26,7 +29,7 @@ def generator_config(name: str, kind: Literal["KIND_CPU", "KIND_GPU"]) -> Any:
         model_transaction_policy={"decoupled": True},
         input=[{**_tensor(tensor), "optional": True} for tensor in INPUTS],
         output=[_tensor(tensor) for tensor in OUTPUTS],
-        instance_group=[{"kind": kind, "count": 1}],
+        instance_group=[{"kind": kind, "count": 1, "gpus": gpus}],
     )
 
 

@@ -26,7 +26,10 @@ from builders.spec.slices import (
 GENERATES = ("generation", "seq2seq")
 # Keys that a kind of model does not read, by slice; an empty tuple: none of the slice.
 _UNREAD: dict[str, dict[str, tuple[str, ...]]] = {
-    "encoder": {"generation": (), "precision": ("max_perplexity_ratio",)},
+    "encoder": {
+        "generation": (), "precision": ("max_perplexity_ratio",),
+        "slo": ("p99_first_token_ms", "p99_inter_token_ms", "min_output_tokens_per_s"),
+    },
     "generator": {
         "precision": ("min_mean_cosine", "min_worst_cosine"),
         "engine": ("profiles",),
@@ -37,8 +40,8 @@ _UNREAD: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }  # fmt: skip
 _ENCODER_PRECISIONS = {"cpu": ("fp32", "bf16", "int8"), "gpu": ("fp16", "int8")}
-# No w8 on a GPU: TensorRT for RTX keeps weights in 4 bits, but unpacks those in 8. Of a 100 M Llama it makes an engine of
-# 211 MB from fp16, 151 MB from w4, and 217 (a scale for each channel) to 270 MB (for each block) from w8.
+# No w8 on a GPU: TensorRT for RTX keeps weights in 4 bits, but unpacks those in 8. Of a 100 M Llama it makes an engine
+# of 211 MB from fp16, 151 MB from w4, and 217 (a scale for each channel) to 270 MB (for each block) from w8.
 _GENERATOR_PRECISIONS = {"cpu": ("fp32", "w8", "w4"), "gpu": ("fp16", "w4")}
 
 

@@ -163,6 +163,13 @@ class GenerationSlice(Slice):
 class SloSlice(Slice):
     """What a load test must show. A missed value makes `trireme loadtest` exit 1."""
 
-    p95_latency_ms: Annotated[float, Field(gt=0)] | None = None
-    min_throughput_per_s: Annotated[float, Field(gt=0)] | None = None
+    p95_latency_ms: Annotated[float, Field(gt=0)] | None = Field(None, description="of a generator: its whole answer")
+    min_throughput_per_s: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="texts; of a generator: requests"
+    )
+    p99_first_token_ms: Annotated[float, Field(gt=0)] | None = Field(None, description="generation")
+    p99_inter_token_ms: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="generation: between two responses of a stream"
+    )
+    min_output_tokens_per_s: Annotated[float, Field(gt=0)] | None = Field(None, description="generation")
     max_error_rate: Fraction = 0.0

@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable
 from collections.abc import Sequence as Collection
 
+from runtime.cuda import DeviceLost
 from runtime.errors import ServerFault, ServingError, Unavailable
 from runtime.generation.detokenizer import Decoder, Detokenizer
 from runtime.generation.executor import Logits, StepExecutor
@@ -44,10 +45,12 @@ class Engine:
         self._inbox: queue.SimpleQueue[Sequence | int] = queue.SimpleQueue()  # an int cancels that request
         self._ids = itertools.count(1)
 
-    def submit(self, prompt: Tokens, params: SamplingParams, *, timeout_s: float | None = None) -> int:
+    def submit(
+        self, prompt: Tokens, params: SamplingParams, *, timeout_s: float | None = None, probe: bool = False
+    ) -> int:
         """The request's number. Raises BadRequest; that the queue is full comes as an update."""
         now = self.clock()
-        request = Request(next(self._ids), prompt, params, None if timeout_s is None else now + timeout_s)
+        request = Request(next(self._ids), prompt, params, None if timeout_s is None else now + timeout_s, probe)
         detokenizer = None if self._decoder is None else Detokenizer(self._decoder, params.stop)
         self._inbox.put(Sequence.start(request, self.limits, detokenizer, now))
         return request.id
@@ -143,7 +146,7 @@ class Engine:
         self._count(sequence, now)
         text, finish, shown = sequence.append(token)
         if finish is not None:
-            self.scheduler.remove(sequence)
+            self.scheduler.remove(sequence, keep=not sequence.request.probe)
         return Update(
             request=sequence.request.id,
             tokens=(token,) if shown else (),
@@ -153,6 +156,8 @@ class Engine:
         )
 
     def _count(self, sequence: Sequence, now: float) -> None:
+        if sequence.request.probe:
+            return
         counters = self.counters
         counters.output_tokens += 1
         if sequence.last_token_at is None:
@@ -176,6 +181,8 @@ class Engine:
         except ServerFault as again:
             # The next step fails on the same executor and comes back here: waiting requests end one batch at a time.
             traceback.print_exception(again)
+            if isinstance(again, DeviceLost):
+                raise  # the process ends with its step thread, and the supervisor loads the model again
 
     def gauges(self) -> Gauges:
         scheduler, cache = self.scheduler, self.scheduler.cache

@@ -105,6 +105,10 @@ def open_executor(settings: GeneratorModelSettings, files: Mapping[str, Path], d
         return RankStepExecutor(
             files["ranks"], settings.capacities, rows, shape=shape, vocabulary=cache.vocabulary, threads=threads
         )
+    if "engines" in files:
+        from runtime.generation.executor.tensorrt_ranks import TensorRtRankExecutor
+
+        return TensorRtRankExecutor(files["engines"], settings.capacities, rows, device=device)
     from runtime.generation.executor.tensorrt import TensorRtStepExecutor
 
     return TensorRtStepExecutor(files, settings.capacities, rows, flavour=settings.executor, device=device)

@@ -81,6 +81,7 @@ class Request:
     prompt: Tokens
     params: SamplingParams = field(default_factory=SamplingParams)
     deadline: float | None = None
+    probe: bool = False  # nobody's traffic: it is not counted, and its cache is not kept for others
 
 
 @dataclass(frozen=True)

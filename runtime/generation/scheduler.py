@@ -155,7 +155,8 @@ class Scheduler:
                 share=not self._encoder,
             )
             self.running[sequence.request.id] = sequence
-            self.reused_tokens += sequence.filled
+            if not sequence.request.probe:
+                self.reused_tokens += sequence.filled
             if self._encoder:
                 encodes.append((sequence.slot.row, sequence.request.prompt))
         return encodes

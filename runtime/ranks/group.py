@@ -23,12 +23,12 @@ from runtime.errors import ServerFault
 from runtime.generation.executor import Copy
 from runtime.generation.pools import CacheShape
 from runtime.ranks.hosts import Gathering
-from runtime.ranks.process import end_processes, start_rank
+from runtime.ranks.process import CPU_WORKER, end_processes, start_rank
 from runtime.ranks.program import Layout, RankProgram
 
 # What one rank is fed, and which of the values that it makes it returns.
 RankStep = tuple[Mapping[str, NDArray[Any]], Sequence[str]]
-_Command = tuple[str, tuple[Any, ...]]
+Command = tuple[str, tuple[Any, ...]]  # of a rank's worker: a method's name, and its arguments
 
 _START_SECONDS = 120.0
 _PREFIX = "trireme-ranks-"
@@ -41,10 +41,18 @@ class RankGroup:
     """
 
     def __init__(
-        self, count: int, *, start_seconds: float = _START_SECONDS, gathering: Gathering | None = None
+        self,
+        count: int,
+        *,
+        start_seconds: float = _START_SECONDS,
+        gathering: Gathering | None = None,
+        worker: str = CPU_WORKER,
     ) -> None:
-        """With a `gathering`, `count` is over all its hosts; this one runs the first ranks, agents the others."""
-        self.count, self._gathering = count, gathering
+        """`worker` is the module that each rank runs.
+
+        With a `gathering`, `count` is over all its hosts; this one runs the first ranks, agents the others.
+        """
+        self.count, self._gathering, self._worker = count, gathering, worker
         _sweep_dead()
         self._folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
         self._processes: list[subprocess.Popen[bytes]] = []
@@ -93,13 +101,12 @@ class RankGroup:
 
         `steps[i][rank]`; the same for the results. `seconds` is the limit of each step.
         """
-        return self._stream(
-            [[("run", (dict(arrays), tuple(fetch))) for arrays, fetch in step] for step in steps], seconds
-        )
+        commands = [[("run", (dict(arrays), tuple(fetch))) for arrays, fetch in step] for step in steps]
+        return self.call(commands, seconds=seconds)
 
     def reserve(self, shape: CacheShape, capacities: Sequence[int], rows: int, *, seconds: float = 60.0) -> None:
         """Every rank takes memory for the states of `rows` sequences in each pool; see `run_rows`."""
-        self._stream([[("reserve", (shape, tuple(capacities), rows))] * self.count], seconds)
+        self.call([[("reserve", (shape, tuple(capacities), rows))] * self.count], seconds=seconds)
 
     def run_rows(
         self, steps: Sequence[Sequence[RankStep]], rows: Sequence[tuple[int, int, int]], *, seconds: float
@@ -109,14 +116,21 @@ class RankGroup:
             [("run_rows", (dict(arrays), tuple(fetch), *where)) for arrays, fetch in step]
             for step, where in zip(steps, rows, strict=True)
         ]
-        return self._stream(commands, seconds)
+        return self.call(commands, seconds=seconds)
 
     def copy_rows(self, copies: Sequence[Copy], *, seconds: float) -> None:
         """Every rank copies states between reserved rows, in order."""
-        self._stream([[("copy_rows", (list(copies),))] * self.count], seconds)
+        self.call([[("copy_rows", (list(copies),))] * self.count], seconds=seconds)
 
-    def _stream(self, commands: Sequence[Sequence[_Command]], seconds: float) -> list[list[Any]]:
-        """`commands[i][rank]`, one after the other on each rank; the answers in the same order."""
+    def call_one(self, rank: int, command: Command, *, seconds: float) -> Any:
+        self._send(rank, command[0], *command[1])
+        return self._collect(range(rank, rank + 1), seconds)[0]
+
+    def call(self, commands: Sequence[Sequence[Command]], *, seconds: float) -> list[list[Any]]:
+        """`commands[i][rank]`, one after the other on each rank; the answers in the same order.
+
+        `seconds` is the limit of each i.
+        """
         if not self._connections:
             raise ServerFault("the rank group has ended")
         ranks = range(len(commands[0])) if commands else range(0)
@@ -128,7 +142,7 @@ class RankGroup:
         finally:
             writer.join()  # ends at once where the group has ended: its pipes are broken
 
-    def _send_all(self, commands: Sequence[Sequence[_Command]]) -> None:
+    def _send_all(self, commands: Sequence[Sequence[Command]]) -> None:
         connections = list(self._connections)
         # The collecting side learns of a fault from the same pipes, and ends the group: it closes a connection under
         # this thread's feet, which then writes to nothing (TypeError).
@@ -171,7 +185,9 @@ class RankGroup:
         for rank in ranks:
             ours, theirs = socket.socketpair()
             with theirs:
-                process = start_rank(rank, self.count, meeting, interface, theirs.fileno(), self._log(rank))
+                process = start_rank(
+                    rank, self.count, meeting, interface, theirs.fileno(), self._log(rank), self._worker
+                )
             self._processes.append(process)
             self._connections.append(Connection(ours.detach()))
 

@@ -8,21 +8,22 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+CPU_WORKER = "runtime.ranks.worker"
 _ROOT = Path(__file__).resolve().parents[2]
 
 
 def start_rank(
-    rank: int, ranks: int, meeting: str, interface: str, descriptor: int, log: Path
+    rank: int, ranks: int, meeting: str, interface: str, descriptor: int, log: Path, worker: str = CPU_WORKER
 ) -> subprocess.Popen[bytes]:
     """Commands come through `descriptor`; `meeting` is where the ranks find each other (`file://` or `tcp://`).
 
-    The kernel ends the process with the thread that called this.
+    `worker` is the module that runs. The kernel ends the process with the thread that called this.
     """
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": interface, "OMP_NUM_THREADS": "1"}
     arguments = [str(rank), str(ranks), meeting, str(descriptor), str(os.getpid())]
     with log.open("wb") as words:
         return subprocess.Popen(
-            [sys.executable, "-m", "runtime.ranks.worker", *arguments],
+            [sys.executable, "-m", worker, *arguments],
             pass_fds=[descriptor],
             stdin=subprocess.DEVNULL,
             stderr=words,

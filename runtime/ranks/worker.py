@@ -180,8 +180,8 @@ def _run(session: onnxruntime.InferenceSession, step: RunGraph, values: Arrays, 
     return {name: places[name] if name in places else made[name].numpy() for name in step.outputs}
 
 
-def serve(worker: Worker, connection: Connection) -> None:
-    """Answers commands until the other end closes."""
+def serve(worker: object, connection: Connection) -> None:
+    """Answers commands, which are the worker's methods, until the other end closes."""
     connection.send(("done", None))
     while True:
         try:

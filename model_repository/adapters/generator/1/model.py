@@ -21,7 +21,7 @@ import triton_python_backend_utils as pb_utils
 
 from runtime.encoder import require_numpy_1
 from runtime.errors import BadRequest, ServingError, Unavailable
-from runtime.generation.interface import INPUTS, read_request
+from runtime.generation.interface import INPUTS, PROBE_ID, read_request
 from runtime.generation.metrics import Exporter
 from runtime.generation.opening import open_engine
 from runtime.generation.request import Update, coalesce, join
@@ -29,6 +29,7 @@ from runtime.settings import GeneratorModelSettings
 
 NICENESS = 10
 POLL_S = 0.1  # between two looks at whether a client has gone; each costs a message to the server
+LAST_WORDS_S = 0.5  # for the other thread to tell clients what it was given
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
 
@@ -64,6 +65,7 @@ class TritonPythonModel:
                 work()
             except BaseException:  # noqa: BLE001 - without this thread nobody gets an answer: the supervisor reloads
                 traceback.print_exc()
+                time.sleep(LAST_WORDS_S)
                 os._exit(1)
 
         thread = threading.Thread(target=run, daemon=True)
@@ -88,7 +90,8 @@ class TritonPythonModel:
         prompt = self.tokenizer.prompt(asked)
         timeout_s = request.timeout() / 1e6 or self.settings.timeout_s
         with self.lock:
-            number = self.engine.submit(prompt, asked.params, timeout_s=timeout_s)
+            probe = request.request_id() == PROBE_ID
+            number = self.engine.submit(prompt, asked.params, timeout_s=timeout_s, probe=probe)
             self.streams[number] = Stream(sender, asked.stream, asked.params.logprobs, len(prompt))
 
     def _send(self) -> None:

@@ -1,0 +1,56 @@
+"""Directories that appear whole or not at all. Needs no package: the GPU proof writes on machines that have few."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from builders.errors import MachineError
+
+
+@contextlib.contextmanager
+def atomic_directory(target: Path) -> Iterator[Path]:
+    """A directory to write in, renamed to `target` on success and removed on any failure.
+
+    If `target` has appeared meanwhile, the new one is dropped. Raises MachineError when the disk is full.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _sweep_dead(target.parent)
+        work = Path(tempfile.mkdtemp(prefix=f".tmp-{os.getpid()}-", dir=target.parent))
+        try:
+            yield work
+            work.chmod(0o755)  # mkdtemp makes 0700, and a server may run as another user
+            with contextlib.suppress(OSError):
+                work.rename(target)
+            if not target.is_dir():
+                raise OSError(errno.EIO, f"cannot rename {work.name} to {target.name}")
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise disk_full(target.parent) from error
+        raise
+
+
+def disk_full(folder: Path) -> MachineError:
+    free_mb = shutil.disk_usage(folder).free >> 20
+    return MachineError(
+        f"writing to {folder}",
+        got=f"no space left ({free_mb} MiB free)",
+        expected="room for the result",
+        fix="free space or choose another --build-dir; nothing half-written was left behind",
+    )
+
+
+def _sweep_dead(parent: Path) -> None:
+    """Removes work directories whose process was killed before it could tidy up."""
+    for leftover in parent.glob(".tmp-*-*"):
+        pid = leftover.name.split("-")[1]
+        if not Path("/proc", pid).exists():
+            shutil.rmtree(leftover, ignore_errors=True)
