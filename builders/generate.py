@@ -88,7 +88,7 @@ class Client:
         answers: SimpleQueue[tuple[Any, Any]] = SimpleQueue()
         values = {**({} if text is None else {"text_input": text}), "stream": True, **options}
         # With this header an error comes with its gRPC status, and ends the stream.
-        headers = {"triton_grpc_error": "true"}
+        headers, ended = {"triton_grpc_error": "true"}, False
         self._client.start_stream(lambda result, error: answers.put((result, error)), headers=headers)
         try:
             with contextlib.suppress(InferenceServerException):  # a stream that broke has told the callback why
@@ -101,11 +101,13 @@ class Client:
                 if error is not None:
                     raise _failure(model, self._address, error)
                 chunk = _chunk(result)
+                ended = chunk.finish is not None
                 yield chunk
-                if chunk.finish is not None:
+                if ended:
                     return
         finally:
-            self._client.stop_stream(cancel_requests=True)
+            # Triton 2.51 can crash on a cancellation that meets the end of its stream.
+            self._client.stop_stream(cancel_requests=not ended)
 
 
 def _tensor(name: str, value: Any) -> Any:

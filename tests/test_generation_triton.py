@@ -80,18 +80,23 @@ class Streams:
     def __init__(self, server: TritonServer, headers: dict[str, str] | None = None) -> None:
         self._client = triton_grpc.InferenceServerClient(server.grpc_address)
         self.arrived: queue.Queue[tuple[Any, Exception | None]] = queue.Queue()
+        self.open = 0  # requests without an end
         self._client.start_stream(lambda result, error: self.arrived.put((result, error)), headers=headers)
 
     def ask(self, number: int = 0, **values: Any) -> None:
+        self.open += 1
         self._client.async_stream_infer("tiny", _inputs(stream=True, **values), request_id=str(number))
 
     def take(self) -> tuple[int, dict[str, list[Any]]]:
         """The next response: whose it is, and its outputs. Raises what the server said."""
         result, error = self.arrived.get(timeout=PATIENCE_S)
         if error is not None:
+            self.open -= 1
             raise error
         response = result.get_response()
-        return int(response.id), {item.name: result.as_numpy(item.name).ravel().tolist() for item in response.outputs}
+        outputs = {item.name: result.as_numpy(item.name).ravel().tolist() for item in response.outputs}
+        self.open -= "finish_reason" in outputs
+        return int(response.id), outputs
 
     def collect(self, count: int) -> dict[int, dict[str, list[Any]]]:
         """Everything for `count` requests, joined."""
@@ -105,7 +110,8 @@ class Streams:
         return joined
 
     def leave(self) -> None:
-        self._client.stop_stream(cancel_requests=True)
+        # Triton 2.51 can crash on a cancellation that meets the end of its stream.
+        self._client.stop_stream(cancel_requests=self.open > 0)
         self._client.close()
 
 
