@@ -93,6 +93,7 @@ class GeneratorModelSettings(Settings):
     kept: int = 8  # rows more in each pool, for prefixes of sequences that have ended
     chunk_tokens: int = 128  # work of a step: what a long prompt may hold up running streams
     queue_size: int = 256
+    stream_interval_s: float = 0.0  # between two responses of a stream: each costs as much as a small step
     timeout_s: float | None = None  # of a request as a whole, unless it brings its own
     max_length: int  # prompt and output together
     default_max_tokens: int = 128

@@ -31,6 +31,7 @@ pytest_plugins = ("tests.generation_fixtures",)
 
 PATIENCE_S = 60
 SLOTS, QUEUE, LONGEST = 4, 32, 4096
+INTERVAL_S = 0.05
 TRITON_TYPE = {tensor.name: tensor.data_type.removeprefix("TYPE_").replace("STRING", "BYTES") for tensor in INPUTS}
 NUMPY_TYPE = {"BYTES": np.object_, "INT32": np.int32, "INT64": np.int64, "FP32": np.float32, "BOOL": np.bool_}
 
@@ -39,6 +40,7 @@ NUMPY_TYPE = {"BYTES": np.object_, "INT32": np.int32, "INT64": np.int64, "FP32":
 def server(decoder_graph: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
     settings = {
         "executor": "openvino", "slots": SLOTS, "queue_size": QUEUE, "capacities": (LONGEST,), "end_ids": (),
+        "stream_interval_s": INTERVAL_S,
     }  # fmt: skip
     root = write_repository(tmp_path_factory.mktemp("repository"), decoder_graph, **settings)
     with TritonServer(root, Ports.free()) as running, triton_grpc.InferenceServerClient(running.grpc_address) as client:
@@ -156,6 +158,21 @@ def test_32_streams_get_what_each_would_get_alone(server: TritonServer, decoder_
         assert got["finish_reason"] == [b"length"]
         assert (got["prompt_tokens"], got["completion_tokens"]) == ([len(asked[number])], [24])
         client.leave()
+
+
+def test_tokens_that_come_close_together_travel_together(server: TritonServer) -> None:
+    with _streams(server) as client:
+        started = time.monotonic()
+        client.ask(1, input_ids=[5, 6, 9], max_tokens=600)
+        sizes, finished = [], False
+        while not finished:
+            _, outputs = client.take()
+            sizes.append(len(outputs["output_ids"]))
+            finished = "finish_reason" in outputs
+        elapsed = time.monotonic() - started
+    assert sizes[0] == 1  # the first does not wait for company
+    assert sum(sizes) == 600
+    assert len(sizes) <= elapsed / INTERVAL_S + 2
 
 
 def test_text_in_text_out_with_stop_words(server: TritonServer) -> None:

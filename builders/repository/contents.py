@@ -178,6 +178,7 @@ def generator_settings(
         kept=chosen.kept_prefixes,
         chunk_tokens=chosen.chunk_tokens,
         queue_size=spec.serving.queue_size,
+        stream_interval_s=chosen.stream_interval_ms / 1e3,
         timeout_s=chosen.request_timeout_s,
         max_length=spec.model.max_length,
         default_max_tokens=chosen.default_max_tokens,

@@ -156,6 +156,9 @@ class GenerationSlice(Slice):
     chunk_tokens: Annotated[int, Field(ge=16)] = Field(
         128, description="of a long prompt in one step, so that running streams go on"
     )
+    stream_interval_ms: NotNegative = Field(
+        40, description="a stream gets tokens together that come within it; the first comes at once; 0: each by itself"
+    )
     default_max_tokens: Positive = 128
     request_timeout_s: Annotated[float, Field(gt=0)] | None = None
 

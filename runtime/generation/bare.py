@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,3 +46,14 @@ def bare_loop(executor: StepExecutor, pool: int, rows: int, prompt_tokens: int, 
         positions = np.full(rows, prompt_tokens + step, np.int64)
         tokens[:, 0] = executor.run([Batch(pool, 0, tokens, positions)])[0].argmax(axis=1)
     return BareLoop(rows, new_tokens, decoding - began, time.perf_counter() - decoding)
+
+
+def mean_loop(rounds: Sequence[BareLoop]) -> BareLoop:
+    """Mean seconds of rounds of one size."""
+    count = len(rounds)
+    return BareLoop(
+        rounds[0].rows,
+        rounds[0].new_tokens,
+        sum(done.prefill_seconds for done in rounds) / count,
+        sum(done.decode_seconds for done in rounds) / count,
+    )

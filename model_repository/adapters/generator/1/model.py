@@ -1,7 +1,7 @@
 """Triton adapter: prompts -> streams of text. Thin on purpose: the work is in `runtime.generation`.
 
-`execute` only queues. One thread steps the engine, one sends: it joins what came since it last sent, so a slow client
-or a fast model costs fewer responses, not slower steps.
+`execute` only queues. One thread steps the engine, one sends: it joins what came since it last sent, and keeps to an
+interval between two responses of a stream, so a slow client or a fast model costs fewer responses, not slower steps.
 """
 
 from __future__ import annotations
@@ -35,13 +35,14 @@ FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
 @dataclass
 class Stream:
-    """A client that waits. `held` is what has not been sent, because it did not ask for a stream."""
+    """A client that waits. `held` is what has not been sent: it did not ask for a stream, or got something just now."""
 
     sender: Any
     stream: bool
     logprobs: bool
     prompt_tokens: int
     sent_tokens: int = 0
+    sent_at: float = 0.0
     held: Update | None = None
 
 
@@ -116,10 +117,12 @@ class TritonPythonModel:
             _refuse(stream.sender, update.error)
             return
         update = update if stream.held is None else join(stream.held, update)
-        if update.finish is None and not (stream.stream and (update.text or update.tokens)):
-            stream.held = update
+        now = time.monotonic()
+        early = stream.sent_tokens > 0 and now - stream.sent_at < self.settings.stream_interval_s
+        if update.finish is None and (early or not (stream.stream and (update.text or update.tokens))):
+            stream.held = update  # each step brings more, so it does not stay
             return
-        stream.held = None
+        stream.held, stream.sent_at = None, now
         stream.sent_tokens += len(update.tokens)
         stream.sender.send(_response(stream, update), FINAL if update.finish else 0)
 
