@@ -23,4 +23,5 @@ def stop_requests() -> Iterator[threading.Event]:
         yield asked_to_stop
     finally:
         for number, handler in previous.items():
-            signal.signal(number, handler)
+            # None: it was set from C, and cannot be put back from here.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -102,13 +102,16 @@ class Supervisor:
             stream_timeout=PROBE_TIMEOUT_S,
             headers={"triton_grpc_error": "true"},  # without it an error has no status, and busy looks like broken
         )
+        ended = False
         try:
             self._client.async_stream_infer(name, inputs, request_id=PROBE_ID)
             result, error = answers.get(timeout=PROBE_TIMEOUT_S)
+            ended = True
         except Empty:
             return Failure(f"{name} made no token within {PROBE_TIMEOUT_S:.0f} s", busy=True)
         finally:
-            self._client.stop_stream(cancel_requests=True)
+            # Triton 2.51 can crash on a cancellation that meets the end of its stream.
+            self._client.stop_stream(cancel_requests=not ended)
         if error is not None:
             return _failure(error)
         if result.as_numpy("output_ids") is None:

@@ -157,10 +157,16 @@ def test_what_cannot_be_paged_is_refused(graph: Graph, tmp_path: Path) -> None:
     onnx.save(model, str(tmp_path / "capped.onnx"))
     with pytest.raises(BadEnvironment, match=r"a soft cap cannot be paged; set serving\.executor: onnxruntime"):
         OpenVinoStepExecutor(tmp_path / "capped.onnx", (64,), 2, threads=1)
-    model = onnx.load(str(graph("llama")))
-    for node in model.graph.node:
-        if node.op_type == "LessOrEqual":
-            node.op_type = "GreaterOrEqual"
-    onnx.save(model, str(tmp_path / "backwards.onnx"))
-    with pytest.raises(BadEnvironment, match="made by GreaterEqual, and not causal"):
-        OpenVinoStepExecutor(tmp_path / "backwards.onnx", (64,), 2, threads=1)
+    for name, said in (("GreaterOrEqual", "made by GreaterEqual, and not causal"), ("swapped", "made by LessEqual")):
+        model = onnx.load(str(graph("llama")))
+        for node in model.graph.node:
+            if node.op_type == "LessOrEqual":
+                turned = list(node.input[::-1])
+                if name == "swapped":
+                    del node.input[:]
+                    node.input.extend(turned)
+                else:
+                    node.op_type = name
+        onnx.save(model, str(tmp_path / "backwards.onnx"))
+        with pytest.raises(BadEnvironment, match=said):
+            OpenVinoStepExecutor(tmp_path / "backwards.onnx", (64,), 2, threads=1)

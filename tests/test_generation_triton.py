@@ -170,7 +170,6 @@ def test_tokens_that_come_close_together_travel_together(server: TritonServer) -
             sizes.append(len(outputs["output_ids"]))
             finished = "finish_reason" in outputs
         elapsed = time.monotonic() - started
-    assert sizes[0] == 1  # the first does not wait for company
     assert sum(sizes) == 600
     assert len(sizes) <= elapsed / INTERVAL_S + 2
 

@@ -172,7 +172,7 @@ def _run(address: str, model: str, streams: int, requests: int) -> Streams:
 
 
 def _ask(client: Client, model: str, prompt: NDArray[np.int64]) -> tuple[float, list[float], int]:
-    """Seconds to the first token, between each token and the one before, and how many came."""
+    """Seconds to the first token; for each further one, its share of the pause before its response; how many came."""
     options = {"input_ids": [int(token) for token in prompt], "max_tokens": NEW_TOKENS, "min_length": NEW_TOKENS}
     started = time.perf_counter()
     arrivals = [(time.perf_counter(), len(chunk.tokens)) for chunk in client.stream(model, None, options)]
@@ -181,7 +181,7 @@ def _ask(client: Client, model: str, prompt: NDArray[np.int64]) -> tuple[float, 
 
 
 def _served_table(precision: str, served: list[Streams], bare: dict[int, BareLoop]) -> Any:
-    heads = ("streams", "tokens/s", "TTFT p50", "p99 ms", "ITL p50", "p99 ms", "client CPU", "bare loop", "ratio")
+    heads = ("streams", "tokens/s", "TTFT p50", "p99 ms", "a token p50", "p99 ms", "client CPU", "bare loop", "ratio")
     table = _table(f"{precision}: streamed over gRPC, against the executor alone at the same batch", heads)
     for run in served:
         alone = bare[run.streams].tokens_per_second

@@ -1,5 +1,6 @@
-"""Language models: checkpoint -> graph with caches -> weights in 8 or 4 bits -> the service, each within the perplexity
-budget."""
+"""Language models: checkpoint -> graph with caches -> weights in 8 or 4 bits -> the CPU service, each within the
+perplexity budget. Engines are not judged: that takes the GPU they are for.
+"""
 
 from __future__ import annotations
 
@@ -100,6 +101,8 @@ def qualify(built: Build, store: Store, report: Report) -> Build:
     if settings.executor == "onnxruntime":
         return built  # it judged the graph where that was made
 
+    tools = tool_versions("openvino" if settings.executor == "openvino" else "onnxruntime")
+
     def run(out: Path) -> ServedQuality:
         _, held_out = quality.calibration_and_held_out(spec.precision)
         rows = perplexity.token_rows(checkpoint, held_out)
@@ -121,7 +124,6 @@ def qualify(built: Build, store: Store, report: Report) -> Build:
         return ServedQuality(directory=out, files=(), quality=measured)
 
     report("qualify", f"{spec.precision.cpu} on {settings.executor}")
-    tools = tool_versions("openvino" if settings.executor == "openvino" else "onnxruntime")
     item, hit = store.get_or_build(
         "qualify",
         {
@@ -130,7 +132,9 @@ def qualify(built: Build, store: Store, report: Report) -> Build:
             "checkpoint": checkpoint.digest,
             "processor": processor(),
             "ratio": spec.precision.max_perplexity_ratio,
-            "settings": settings.model_dump(mode="json", exclude={"served"}),
+            "settings": settings.model_dump(
+                mode="json", include={"executor", "files", "threads", "capacities", "rank_cache"}
+            ),
             "samples": spec.precision.calibration_samples,
             "texts": corpus.corpus_key(spec.precision.calibration_texts),
             "tools": {**tools, **tool_versions("tokenizers")},

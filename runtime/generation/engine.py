@@ -89,6 +89,8 @@ class Engine:
             try:
                 logits = self._execute(plan)
             except Exception as error:  # noqa: BLE001 - whatever broke, the streams must hear of it and others go on
+                self._outbox.put(updates)
+                updates = []
                 self._recover(error)
             else:
                 for work, rows in zip(plan.work, logits, strict=True):
@@ -146,7 +148,7 @@ class Engine:
         self._count(sequence, now)
         text, finish, shown = sequence.append(token)
         if finish is not None:
-            self.scheduler.remove(sequence, keep=not sequence.request.probe)
+            self.scheduler.remove(sequence)
         return Update(
             request=sequence.request.id,
             tokens=(token,) if shown else (),
@@ -182,7 +184,13 @@ class Engine:
             # The next step fails on the same executor and comes back here: waiting requests end one batch at a time.
             traceback.print_exception(again)
             if isinstance(again, DeviceLost):
-                raise  # the process ends with its step thread, and the supervisor loads the model again
+                # The process ends with its step thread, and the supervisor loads the model again.
+                refused = self._receive()
+                ended = [
+                    _failed(item, Unavailable(f"{reason}; send the request again")) for item in self.scheduler.waiting
+                ]
+                self._outbox.put([*refused, *ended])
+                raise
 
     def gauges(self) -> Gauges:
         scheduler, cache = self.scheduler, self.scheduler.cache

@@ -55,7 +55,7 @@ OUTPUTS = (
     Tensor("completion_tokens", "TYPE_INT32", 1),
     Tensor("finish_reason", "TYPE_STRING", 1),
 )
-# A request with this id is the supervisor's: it is answered as any other, and leaves no trace in counters or cache.
+# A request with this id is the supervisor's: it is answered as any other, not counted as a request, and not kept.
 PROBE_ID = "trireme-probe"
 _SAMPLING = ("top_k", "top_p", "min_p", "random_seed")
 

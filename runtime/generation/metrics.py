@@ -96,9 +96,8 @@ class Exporter:
         if now > then:
             self._set("trireme_generation_tokens_per_second", (counters.output_tokens - before) / (now - then))
         self._last = (now, counters.output_tokens)
-        for name in ("requests", "steps", "prompt_tokens", "reused_tokens", "output_tokens"):
-            self._add(f"trireme_generation_{name}_total", getattr(counters, name))
-        for name in ("executor_seconds", "sample_seconds", "step_seconds"):
+        totals = ("requests", "steps", "prompt_tokens", "reused_tokens", "output_tokens")
+        for name in (*totals, "executor_seconds", "sample_seconds", "step_seconds"):
             self._add(f"trireme_generation_{name}_total", getattr(counters, name))
         self._histogram("trireme_generation_time_to_first_token_seconds", counters.ttft)
         self._histogram("trireme_generation_inter_token_seconds", counters.itl)

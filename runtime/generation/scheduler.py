@@ -81,7 +81,7 @@ class Scheduler:
             self.waiting.remove(sequence)
             return
         del self.running[sequence.request.id]
-        self.cache.close(sequence.slot, keep=keep)
+        self.cache.close(sequence.slot, keep=keep and not sequence.request.probe)
         sequence.slot, self._regroup = None, True
 
     def clear(self) -> list[Sequence]:

@@ -152,7 +152,9 @@ class RankGroup:
                     connection.send(command)
 
     def wait_for_death(self, seconds: float) -> bool:
-        """Whether a rank has ended within `seconds`. Reaps nothing and may run beside `run`."""
+        """Whether a rank has ended within `seconds`, or the group before. Reaps nothing and may run beside `run`."""
+        if not self._processes:
+            return True
         with contextlib.ExitStack() as stack:
             descriptors = []
             for process in list(self._processes):

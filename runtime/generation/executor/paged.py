@@ -73,10 +73,7 @@ def paged_model(decoder: Path, core: Any) -> Any:
     try:
         model = core.read_model(str(decoder))
     except RuntimeError as error:
-        why = reasons[0] if reasons else str(error)
-        raise BadEnvironment(
-            f"OpenVINO cannot page {decoder.name}: {why}; set serving.executor: onnxruntime"
-        ) from error
+        raise _refusal(decoder.name, reasons[0] if reasons else str(error)) from error
     _give_step_inputs(model, decoder.name)
     model.validate_nodes_and_infer_types()
     return model
@@ -136,21 +133,34 @@ def _flat(heads: Any) -> Any:
 def _window(mask: Any) -> int:
     """Tokens that a causal mask looks back on, 0 for all. Raises ValueError for any other mask.
 
-    The mask is `slots <= seen`, or that and `slots > seen - window` (see the exporter).
+    The mask is `slots <= seen`, or that and `slots > seen - window`, where `seen` comes from `write_indices` (see the
+    exporter).
     """
     kind = mask.get_type_name()
-    if kind == "LessEqual":
+    if kind == "LessEqual" and _compares_slots(mask):
         return 0
     if kind == "LogicalAnd":
-        parts = {
-            part.get_type_name(): part for part in (mask.input_value(0).get_node(), mask.input_value(1).get_node())
-        }
-        if set(parts) == {"LessEqual", "Greater"}:
+        nodes = [mask.input_value(at).get_node() for at in (0, 1)]
+        parts = {node.get_type_name(): node for node in nodes}
+        if set(parts) == {"LessEqual", "Greater"} and all(map(_compares_slots, nodes)):
             oldest = parts["Greater"].input_value(1).get_node()
             back = oldest.input_value(1).get_node()
             if oldest.get_type_name() == "Subtract" and back.get_type_name() == "Constant":
                 return int(back.get_data().item())
     raise ValueError(f"attention through a mask that is made by {kind}, and not causal, cannot be paged")
+
+
+def _compares_slots(comparison: Any) -> bool:
+    """Slots on the left, positions on the right."""
+    left, right = (_reads_positions(comparison.input_value(at).get_node()) for at in (0, 1))
+    return right and not left
+
+
+def _reads_positions(node: Any) -> bool:
+    """Whether `write_indices` is among what a node is made of."""
+    if node.get_type_name() == "Parameter":
+        return str(node.get_friendly_name()) == "write_indices"
+    return any(_reads_positions(value.get_node()) for value in node.input_values())
 
 
 def _give_step_inputs(model: Any, name: str) -> None:

@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,7 @@ class TritonPythonModel:
         self.engine, self.tokenizer = open_engine(self.settings, directory, int(args["model_instance_device_id"]))
         self.streams: dict[int, Stream] = {}
         self.lock = threading.Lock()  # a request must be in `streams` before its first update is sent
+        self.early: set[int] = set()  # streams whose tokens are held because they got some just now
         self.stopped = threading.Event()
         self.exporter = Exporter(pb_utils.MetricFamily, self.settings.served)
         self.threads = [self._thread(lambda: self.engine.run(self.stopped)), self._thread(self._send)]
@@ -98,7 +99,11 @@ class TritonPythonModel:
     def _send(self) -> None:
         polled = exported = 0.0
         while not self.stopped.is_set():
-            for number, update in coalesce(self.engine.take_updates(wait_s=POLL_S)).items():
+            wait_s = min(POLL_S, self.settings.stream_interval_s) if self.early else POLL_S
+            updates = coalesce(self.engine.take_updates(wait_s=wait_s))
+            for number in self.early - updates.keys():  # a step that takes long holds up nothing that is there
+                updates[number] = Update(number)
+            for number, update in updates.items():
                 self._deliver(number, update)
             now = time.monotonic()
             if now - polled > POLL_S:
@@ -113,18 +118,27 @@ class TritonPythonModel:
             stream = self.streams[number]
             if update.finish is not None:
                 del self.streams[number]
-        if update.error is not None or update.finish == "cancelled":
-            _refuse(stream.sender, update.error)
-            return
+        self.early.discard(number)
         update = update if stream.held is None else join(stream.held, update)
-        now = time.monotonic()
-        early = stream.sent_tokens > 0 and now - stream.sent_at < self.settings.stream_interval_s
-        if update.finish is None and (early or not (stream.stream and (update.text or update.tokens))):
-            stream.held = update  # each step brings more, so it does not stay
+        if update.finish is None and not self._due(stream, update):
+            stream.held = update
+            if stream.stream and update.tokens:
+                self.early.add(number)
             return
-        stream.held, stream.sent_at = None, now
+        stream.held, stream.sent_at = None, time.monotonic()
         stream.sent_tokens += len(update.tokens)
-        stream.sender.send(_response(stream, update), FINAL if update.finish else 0)
+        if update.error is None and update.finish != "cancelled":
+            stream.sender.send(_response(stream, update), FINAL if update.finish else 0)
+            return
+        if update.error is not None and stream.stream and update.tokens:  # they were made before the fault
+            stream.sender.send(_response(stream, replace(update, finish=None)), 0)
+        _refuse(stream.sender, update.error)
+
+    def _due(self, stream: Stream, update: Update) -> bool:
+        """The first piece goes out at once, the others no sooner than an interval after the last."""
+        if not stream.stream or not (update.text or update.tokens):
+            return False
+        return not stream.sent_tokens or time.monotonic() - stream.sent_at >= self.settings.stream_interval_s
 
     def _cancel(self) -> None:
         with self.lock:
@@ -137,7 +151,8 @@ class TritonPythonModel:
         self.stopped.set()
         for thread in self.threads:
             thread.join(10)
-        self.engine.executor.close()
+        if not any(thread.is_alive() for thread in self.threads):  # a step that goes on still uses the memory
+            self.engine.executor.close()
 
 
 def _response(stream: Stream, update: Update) -> Any:
