@@ -41,8 +41,7 @@ def report_from_evidence(evidence: Evidence, spec_name: str) -> LoadReport:
     seconds = len(keys) * trace.interval_s
     everything = merged(cell for cells in measured.values() for cell in cells)
     whole = figures_of([everything], seconds, counted)
-    left = 0 if whole.stream is None else whole.stream.cancelled
-    if whole.requests + whole.failed + left == 0:
+    if whole.ended == 0:
         raise LoadRunError(
             f"no request ended in {seconds} measured seconds; use a longer duration or a shorter timeout"
         )
@@ -112,12 +111,12 @@ def _notes_on_client(evidence: Evidence, whole: Figures, processor: Processor) -
             f"the load generator kept {processor.client_cores:.2f} cores busy with {evidence.plan.processes} "
             "process(es), so latency and throughput are partly its own; use more processes, or another machine"
         )
-    shortest = whole.p50_ms if whole.stream is None else whole.stream.gap.p99_ms
+    measured = whole.p50_ms if whole.stream is None else whole.stream.gap.p99_ms
     late = processor.client_late_p99_ms
-    if late is not None and shortest is not None and late > LATE * shortest:
+    if late is not None and measured is not None and late > LATE * measured:
         what = "p50 latency" if whole.stream is None else "p99 of the gaps between tokens"
         notes.append(
-            f"the load generator came to its work up to {late:.3g} ms late (p99), and {what} is {shortest:.3g} ms: "
+            f"the load generator came to its work up to {late:.3g} ms late (p99), and {what} is {measured:.3g} ms: "
             "part of it may be the generator's own; give it cores that the server does not use"
         )
     lost = sum(evidence.trace.users.get(key) is None for key in measured_keys(evidence.trace, evidence.plan.schedule))
@@ -128,13 +127,11 @@ def _notes_on_client(evidence: Evidence, whole: Figures, processor: Processor) -
 
 def _notes_on_ledger(evidence: Evidence) -> list[str]:
     ledger = evidence.ledger
-    if ledger is None or ledger.made_tokens == ledger.received_tokens:
+    if ledger is None or 0 <= ledger.made_tokens - ledger.received_tokens <= ledger.owed_tokens:
         return []
-    if ledger.made_tokens > ledger.received_tokens and ledger.left:
-        return []  # what was made after a client left, or a stream failed, never came
     return [
-        f"the server counts {ledger.made_tokens} tokens over the whole run, and {ledger.received_tokens} came: "
-        "others used the server too, or its counters lag"
+        f"the server counts {ledger.made_tokens} tokens over the whole run, {ledger.received_tokens} came, and streams "
+        f"that failed or were left lack {ledger.owed_tokens} at most: others used the server too, or its counters lag"
     ]
 
 

@@ -43,11 +43,11 @@ class GeneratorStatistics(Record):
 
 
 class Ledger(Record):
-    """Over the whole run, from the first request to the last: every token that was made must have come to somebody."""
+    """Over the whole run, from the first request to the last: every token that was made came, or was still owed."""
 
     received_tokens: int  # by the load generator, those of streams that failed or were left included
     made_tokens: int  # as the server counts
-    left: int  # streams that their client left, and that failed: the server may have made more than arrived
+    owed_tokens: int  # asked for, and not received, of streams that failed or were left: some of them may be made
 
 
 def statistics_between(before: Counters, after: Counters) -> tuple[ModelStatistics, ...]:
@@ -128,9 +128,14 @@ def metric_lines(page: str, prefix: str) -> Iterator[tuple[str, dict[str, str], 
             yield match[1], labels, float(match[3])
 
 
-def generator_between(before: Mapping[str, float], after: Mapping[str, float]) -> GeneratorStatistics | None:
-    """None where the server shows no such counters. A model loaded anew counts from zero."""
-    if not after:
+def generator_between(
+    before: Mapping[str, float] | None, after: Mapping[str, float] | None
+) -> GeneratorStatistics | None:
+    """None where the server shows no such counters, or where they could not be read (None) at either end.
+
+    A model loaded anew counts from zero.
+    """
+    if before is None or not after:
         return None
     early = before if before.get("steps_total", 0) <= after.get("steps_total", 0) else {}
 

@@ -78,9 +78,14 @@ class Figures(Record):
         return sum(self.errors.values())
 
     @property
+    def ended(self) -> int:
+        """Answered, failed, or left by their client."""
+        return self.requests + self.failed + (0 if self.stream is None else self.stream.cancelled)
+
+    @property
     def error_rate(self) -> float:
-        """Failed requests over all; 0 when there were none at all."""
-        return self.failed / max(1, self.failed + self.requests)
+        """Failed requests over all that ended; 0 when none did."""
+        return self.failed / max(1, self.ended)
 
 
 class StreamPoint(Record):

@@ -34,6 +34,7 @@ class StreamCell:
     responses: int = 0  # with tokens, that arrived here
     output_tokens: int = 0  # that arrived here
     lost_tokens: int = 0  # that arrived here, in streams that failed in the end; not among the others
+    owed_tokens: int = 0  # of requests started here that failed or whose client left: asked for, and not received
     prompt_tokens: int = 0  # of requests answered here
     cancelled: int = 0  # requests started here whose client left
 
@@ -41,7 +42,7 @@ class StreamCell:
         """Modifies self only."""
         for name in ("first_token", "gap", "largest_gap", "per_token"):
             getattr(self, name).merge(getattr(other, name))
-        for name in ("responses", "output_tokens", "lost_tokens", "prompt_tokens", "cancelled"):
+        for name in ("responses", "output_tokens", "lost_tokens", "owed_tokens", "prompt_tokens", "cancelled"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
 
@@ -105,6 +106,8 @@ class Trace:
 
     def streamed(self, protocol: str, started_at: float, stream: Stream) -> None:
         """Modifies self. Tokens count where they arrived, times where they began; a stream that failed gives none."""
+        if stream.error is not None or stream.left:
+            self._stream_cell(protocol, started_at).owed_tokens += max(0, stream.asked - stream.tokens)
         if stream.error is not None:
             for arrived_s, count in stream.arrivals:
                 self._stream_cell(protocol, started_at + arrived_s).lost_tokens += count

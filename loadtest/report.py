@@ -147,7 +147,7 @@ def check_slo(report: LoadReport, limits: Limits) -> list[str]:
     For the shape `steps` the whole ramp is judged, its last plateau included.
     """
     seen, missed = report.figures, []
-    if seen.requests == 0:
+    if seen.ended == seen.failed:
         missed.append(f"No request was answered in {report.load.duration_s} s; {seen.failed} failed.")
     elif limits.p95_latency_ms is not None:
         missed += _over("p95 latency", seen.p95_ms, limits.p95_latency_ms)
@@ -157,7 +157,7 @@ def check_slo(report: LoadReport, limits: Limits) -> list[str]:
     if seen.error_rate > limits.max_error_rate:
         kinds = ", ".join(f"{count} {kind}" for kind, count in seen.errors.items())
         missed.append(
-            f"Error rate is {seen.error_rate:.4%} ({seen.failed} of {seen.failed + seen.requests} requests: {kinds}), "
+            f"Error rate is {seen.error_rate:.4%} ({seen.failed} of {seen.ended} requests: {kinds}), "
             f"over the limit of {limits.max_error_rate:.4%}."
         )
     return missed

@@ -137,8 +137,7 @@ def _ledger(evidence: Evidence, made_before: float) -> Ledger | None:
     made = made_tokens(plan.metrics_address, plan.model, made_before + received, COUNT_LIMIT_S)
     if made is None or made < made_before:  # gone, or loaded anew
         return None
-    left = seen.cancelled + sum(whole.errors.values())
-    return Ledger(received_tokens=received, made_tokens=round(made - made_before), left=left)
+    return Ledger(received_tokens=received, made_tokens=round(made - made_before), owed_tokens=seen.owed_tokens)
 
 
 def check_plan(plan: LoadPlan) -> None:

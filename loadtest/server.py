@@ -56,7 +56,7 @@ class Snapshot:
     client_cpu_s: float
     server_cpu_s: float | None
     identity: Identity | None
-    generator: Mapping[str, float] = field(default_factory=dict)  # its own counters; empty where it has none
+    generator: Mapping[str, float] | None = None  # its own counters, empty where it has none; None: not readable
     faults: tuple[str, ...] = field(default=())  # what could not be read, and why
 
 
@@ -192,7 +192,7 @@ def snapshot(model: str, target: Target, grpc_address: str, metrics_address: str
         faults.append(f"Triton's statistics could not be read: {error.message()}")
     finally:
         client.close()
-    identity, generator = None, dict[str, float]()
+    identity, generator = None, None
     if metrics_address is not None:
         try:
             page = fetch(f"http://{metrics_address}/metrics")

@@ -40,6 +40,7 @@ class Stream:
     prompt_tokens: int = 0  # known at the end alone
     left: bool = False  # the client hung up
     error: RequestError | None = None
+    asked: int = 0  # tokens
 
     @property
     def tokens(self) -> int:
@@ -48,7 +49,7 @@ class Stream:
 
 def follow(pieces: Iterable[Piece], asked: Prompt, elapsed_s: Callable[[], float]) -> Stream:
     """Reads a stream to its end, or until its client leaves. What goes wrong is `error`; nothing is raised for it."""
-    seen, last = Stream(), None
+    seen, last = Stream(asked=asked.output_tokens), None
     try:
         for piece in pieces:
             if piece.tokens:

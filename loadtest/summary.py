@@ -16,7 +16,7 @@ def render(report: LoadReport) -> str:
 def figures_lines(seen: Figures) -> list[str]:
     lines = _encoder(seen) if seen.stream is None else _generator(seen, seen.stream)
     lines.append(
-        f"  errors      {seen.failed} of {seen.failed + seen.requests}"
+        f"  errors      {seen.failed} of {seen.ended}"
         + "".join(f"   {kind} {count}" for kind, count in seen.errors.items())
     )
     if seen.stream is not None and seen.stream.cancelled:

@@ -100,7 +100,7 @@ def test_command_measures_a_generator_and_exits_1_when_its_slo_is_missed(server:
 
 
 def test_a_full_queue_and_clients_that_leave_are_lines_of_their_own(server: TritonServer, texts: Path) -> None:
-    """Answers are long, so that nobody leaves near an end: Triton 2.51 can crash when the two coincide."""
+    """Answers are long and left in their first half: Triton 2.51 can crash when a client leaves at an end."""
     users = 3 * (SLOTS + QUEUE)
     load = StreamLoad(output_tokens=Lengths(low=1500, high=1500), cancel_share=1.0)
     report = run_load(_plan(server, texts, users=users, processes=2, stream=load))
@@ -111,7 +111,8 @@ def test_a_full_queue_and_clients_that_leave_are_lines_of_their_own(server: Trit
     assert stream.cancelled > 0
     assert report.figures.requests == 0
     assert report.ledger is not None
-    assert report.ledger.made_tokens >= report.ledger.received_tokens > 0
+    assert 0 <= report.ledger.made_tokens - report.ledger.received_tokens <= report.ledger.owed_tokens
+    assert report.ledger.received_tokens > 0
     assert max(point.users or 0 for point in report.points) == users  # two workers, added up
 
 
@@ -120,7 +121,7 @@ def test_arrivals_go_on_while_the_server_is_dead(repository: Path, texts: Path) 
     with ready_server(repository) as server:
 
         def kill_under_load(progress: Progress) -> None:
-            if progress.elapsed_s >= 2:
+            if progress.elapsed_s >= 3:  # the window begins within 2 s
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(server.pid, signal.SIGKILL)
 
@@ -131,6 +132,7 @@ def test_arrivals_go_on_while_the_server_is_dead(repository: Path, texts: Path) 
     assert 95 <= report.figures.requests + report.figures.failed <= 225
     assert report.points[-1].errors.keys() == {"UNAVAILABLE"}
     assert report.ledger is None
+    assert report.generator is None
     assert any("statistics could not be read" in note for note in report.notes)
     assert "no errors" not in report.model_dump_json()
 

@@ -229,12 +229,13 @@ def test_page_is_self_contained_and_escaped(changes: dict[str, object]) -> None:
 
 def test_page_sets_figures_beside_the_baseline() -> None:
     report, slower = _report(), _report(failures=1)
-    figures = slower.figures.model_copy(update={"p95_ms": 20.0, "texts_per_s": 10.0})
+    figures = slower.figures.model_copy(update={"p95_ms": 20.0, "mean_ms": 10.8, "texts_per_s": 10.0})
     slower = slower.model_copy(update={"figures": figures, "load": slower.load.model_copy(update={"users": 3})})
     verdicts = {row.label: (row.ratio, row.verdict) for row in rows_of(report.figures, slower.figures)}
     assert verdicts["Throughput"] == (2.0, "better")
     assert verdicts["Latency p95"] == (pytest.approx(0.5), "better")
     assert verdicts["Latency p50"] == (1.0, "same")
+    assert verdicts["Latency mean"] == (pytest.approx(10 / 10.8), "same")  # runs of one server differ so much
     assert verdicts["Errors"] == (0.0, "better")
     assert {row.label: row.verdict for row in rows_of(slower.figures, report.figures)}["Errors"] == "worse"
     text = Page(render_html(report, slower)).text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, replace
 
 import pytest
@@ -19,8 +20,9 @@ from loadtest.recording import Cell, Trace
 from loadtest.report import LoadReport, check_slo, check_stream_slo, render_html, render_text
 from loadtest.rows import rows_of
 from loadtest.run import Evidence, LoadPlan, check_plan
-from loadtest.server import Identity, Snapshot, Target
+from loadtest.server import Identity, Snapshot, Target, snapshot
 from loadtest.streaming import Stream, require_generator, streams_text
+from runtime.triton import Ports
 from tests.test_loadtest_report import Page
 
 START = 1_000_000.0
@@ -49,6 +51,8 @@ def test_counters_of_a_generator_become_differences() -> None:
     assert again is not None
     assert again.output_tokens == 10
     assert generator_between(before, {}) is None
+    assert generator_between(None, after) is None  # else the whole life of the server would be the window
+    assert generator_between(before, None) is None
     assert generator_counters(_page(1, 1), "absent") == {}
 
 
@@ -85,9 +89,17 @@ class Limits:
 
 
 def _evidence(
-    *, answered: bool = True, ledger: Ledger | None = None, late_ms: float = 0.0, **changes: object
+    *,
+    answered: bool = True,
+    stays: bool = True,
+    ledger: Ledger | None = None,
+    late_ms: float = 0.0,
+    **changes: object,
 ) -> Evidence:
-    """In each of four measured seconds one stream of 8 tokens, one whose client leaves, and one refused."""
+    """In each of four measured seconds one stream of 8 tokens, one whose client leaves, and one refused.
+
+    Without `stays` the first is missing, and without `answered` the second too.
+    """
     fixed = {"model": "tiny", "texts_file": "t.txt", "users": 4, "duration_s": 4, "warm_up_s": 1}
     fixed["stream"] = StreamLoad()
     plan = LoadPlan.model_validate({**fixed, **changes})
@@ -96,8 +108,9 @@ def _evidence(
     for second in range(int(START), int(START) + plan.schedule.end_s):
         trace.sample_users(second, 4)
         trace.sample_late(second, late_ms)
-        if answered:
+        if answered and stays:
             trace.streamed("grpc", second, Stream(arrivals, ended_s=0.2, prompt_tokens=5))
+        if answered:
             trace.streamed("grpc", second, Stream(arrivals[:1], ended_s=0.1, left=True))
         trace.streamed("grpc", second, Stream([], ended_s=0.01, error=RequestError("UNAVAILABLE", "full")))
     pages = [generator_counters(_page(tokens, tokens // 2), "tiny") for tokens in (0, 40)]
@@ -115,7 +128,7 @@ def test_report_of_a_generator_counts_its_window() -> None:
     figures, stream = report.figures, report.figures.stream
     assert stream is not None
     assert (figures.requests, figures.errors, stream.cancelled) == (4, {"UNAVAILABLE": 4}, 4)
-    assert figures.error_rate == 0.5  # a client that leaves is neither an answer nor a failure
+    assert (figures.ended, figures.error_rate) == (12, 1 / 3)  # a client that leaves is no failure, but an end
     assert (stream.output_tokens, stream.prompt_tokens, stream.lost_tokens) == (4 * 9, 4 * 5, 0)
     assert stream.output_tokens_per_s == figures.throughput_per_s == 9
     assert stream.first_token.p99_ms == pytest.approx(100, rel=PERCENTILE_ERROR + 1e-9)
@@ -170,7 +183,7 @@ def test_page_of_a_generator(changes: dict[str, object], said: list[str]) -> Non
 
 def test_summary_of_a_generator_holds_its_figures() -> None:
     text = render_text(_report(rate_per_s=8))
-    for part in ("8 requests/s, grpc", "9 tokens/s", "first token p50 100", "UNAVAILABLE 4", "cancelled   4 by their"):
+    for part in ("8 requests/s, grpc", "9 tokens/s", "first token p50 100", "4 of 12   UNAVAILABLE 4", "cancelled   4"):
         assert part in text
     assert all(row.verdict in ("same", "") for row in rows_of(_report().figures, _report().figures))
 
@@ -212,6 +225,25 @@ def test_a_limit_on_what_was_never_seen_is_missed() -> None:
     ]
 
 
+def test_a_load_that_every_client_leaves_is_judged_by_what_it_shows() -> None:
+    report = _report(stays=False)
+    assert report.figures.requests == 0
+    assert check_slo(report, Limits(max_error_rate=0.5)) == []
+    (missed,) = check_slo(report, Limits(max_error_rate=0.4))
+    assert missed.startswith("Error rate is 50.0000% (4 of 8 requests: 4 UNAVAILABLE)")
+    (unknown,) = check_slo(report, Limits(p95_latency_ms=1))
+    assert unknown.startswith("p95 latency is unknown")
+
+
+def test_counters_that_could_not_be_read_are_no_zeros() -> None:
+    nobody = f"127.0.0.1:{Ports.free().grpc}"
+    unread = snapshot("tiny", Target(None, "2.51.0", ("tiny",)), nobody, nobody, os.getpid())
+    assert unread.generator is None
+    report = report_from_evidence(replace(_evidence(), before=unread), "spec")
+    assert report.generator is None
+    assert any("metrics" in note and "could not be read" in note for note in report.notes)
+
+
 def test_nothing_at_all_has_no_report() -> None:
     evidence = replace(_evidence(), trace=Trace(started_at=START))
     with pytest.raises(LoadRunError, match="no request ended"):
@@ -222,10 +254,11 @@ def test_nothing_at_all_has_no_report() -> None:
     ("ledger", "noted"),
     [
         (None, False),
-        (Ledger(received_tokens=9, made_tokens=9, left=0), False),
-        (Ledger(received_tokens=9, made_tokens=12, left=1), False),
-        (Ledger(received_tokens=9, made_tokens=12, left=0), True),
-        (Ledger(received_tokens=9, made_tokens=8, left=1), True),
+        (Ledger(received_tokens=9, made_tokens=9, owed_tokens=0), False),
+        (Ledger(received_tokens=9, made_tokens=12, owed_tokens=3), False),
+        (Ledger(received_tokens=9, made_tokens=12, owed_tokens=2), True),
+        (Ledger(received_tokens=9, made_tokens=12, owed_tokens=0), True),
+        (Ledger(received_tokens=9, made_tokens=8, owed_tokens=3), True),
     ],
 )
 def test_tokens_that_the_server_and_its_clients_count_differently_are_noted(ledger: Ledger | None, noted: bool) -> None:

@@ -32,7 +32,7 @@ def test_prompts_have_the_lengths_that_were_asked_for(seed: int, words: Lengths,
     assert tokens.low <= prompt.output_tokens <= tokens.high
     if prompt.leave_after is not None:
         assert share > 0
-        assert 1 <= prompt.leave_after <= max(1, prompt.output_tokens - 1)
+        assert 1 <= prompt.leave_after <= max(1, prompt.output_tokens // 2)
     assert share < 1 or prompt.leave_after is not None
     longest = longest_prompt(TEXTS, load)
     assert (len(longest.text.split()), longest.output_tokens) == (words.high, tokens.high)
@@ -75,7 +75,7 @@ def test_a_client_leaves_after_its_tokens_and_reads_no_further() -> None:
         raise AssertionError("the client had left")
 
     stream = _follow(pieces(), Prompt("x", 9, leave_after=2))
-    assert (stream.left, stream.tokens, stream.error) == (True, 3, None)
+    assert (stream.left, stream.asked, stream.tokens, stream.error) == (True, 9, 3, None)
     ended = _follow([Piece(9, "length", 1, 9)], Prompt("x", 9, leave_after=2))
     assert not ended.left  # the answer was over before the client could leave
 
@@ -141,6 +141,7 @@ streams = st.builds(
     prompt_tokens=st.integers(1, 9),
     left=st.booleans(),
     error=st.sampled_from([None, None, RequestError("UNAVAILABLE", "full")]),
+    asked=st.integers(0, 40),
 )
 
 
@@ -158,11 +159,13 @@ def test_every_token_and_every_request_is_counted_once(seen: list[tuple[float, S
     assert whole.errors == ({"UNAVAILABLE": failed} if failed else {})
     assert whole.answered == whole.latency.count == len(good) - left
     if whole.stream is None:
-        assert not [stream for stream in every if stream.arrivals or stream.error is None]
+        assert not every
         return
     kept = sum(stream.tokens for stream in good)
     assert (whole.stream.output_tokens, whole.stream.lost_tokens) == (kept, sum(s.tokens for s in every) - kept)
     assert whole.stream.cancelled == left
+    early = [stream for stream in every if stream.error is not None or stream.left]
+    assert whole.stream.owed_tokens == sum(max(0, stream.asked - stream.tokens) for stream in early)
     assert whole.stream.prompt_tokens == sum(stream.prompt_tokens for stream in good if not stream.left)
     gaps = [late[0] - early[0] for s in good for early, late in itertools.pairwise(s.arrivals)]
     assert whole.stream.gap.count == len(gaps)
