@@ -99,6 +99,7 @@ class Client:
                 except Empty:
                     raise ServiceError(f"{model} at {self._address} was silent for {timeout_s:.0f} s") from None
                 if error is not None:
+                    ended = True
                     raise _failure(model, self._address, error)
                 chunk = _chunk(result)
                 ended = chunk.finish is not None

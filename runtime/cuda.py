@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import BadEnvironment, ServerFault
+from runtime.gpu import named_devices
 
 _TO_DEVICE, _TO_HOST, _ON_DEVICE = 1, 2, 3  # cudaMemcpyKind
 _NON_BLOCKING = 1  # cudaStreamNonBlocking: TensorRT and graph capture want a stream apart from the default one
@@ -213,9 +214,17 @@ class Cuda:
 def pin_device(device: int) -> None:
     """This process sees GPU `device` alone, as its number 0 in every thread. Before CUDA wakes up.
 
+    `device` counts the GPUs that CUDA_VISIBLE_DEVICES shows. Raises BadEnvironment where it shows fewer.
     cudaSetDevice would not do: it holds for the thread that calls it, and steps run on another.
     """
-    os.environ["CUDA_DEVICE_ORDER"], os.environ["CUDA_VISIBLE_DEVICES"] = "PCI_BUS_ID", str(device)
+    named = named_devices()
+    if named is not None and device >= len(named):
+        raise BadEnvironment(
+            f"GPU {device} of this process: CUDA_VISIBLE_DEVICES shows {len(named)} ({', '.join(named) or 'none'}); "
+            "name more there, or use a lower number"
+        )
+    os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
+    os.environ["CUDA_VISIBLE_DEVICES"] = str(device) if named is None else named[device]
 
 
 def load_runtime() -> Any:

@@ -45,4 +45,8 @@ def dying(setting: Setting, limits: Limits | None, budget: Budget) -> Iterator[R
 def hanging(setting: Setting, limits: Limits | None, budget: Budget) -> Iterator[Row]:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     yield Row("process", "hanging", figures={"pid": float(os.getpid())})
+    wait_for_ever()
+
+
+def wait_for_ever() -> None:
     threading.Event().wait()

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import ctypes
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.cuda import Box, Copy3D, Cuda, load_shared
+from runtime.cuda import Box, Copy3D, Cuda, load_shared, pin_device
 from runtime.errors import BadEnvironment, ServerFault
+from runtime.gpu import visible_targets
 from tests.cuda_stand_in import StandIn
 
 SIZES = st.integers(1, 4)
@@ -125,6 +128,75 @@ def test_errors_name_the_call_and_tell_passing_from_lasting() -> None:
 
 def test_structures_have_the_sizes_of_cudas_header() -> None:
     assert ctypes.sizeof(Copy3D) == 8 + 24 + 32 + 8 + 24 + 32 + 24 + 8  # the kind is padded
+
+
+NVIDIA_SMI = """\
+#!/bin/sh
+case "$1" in
+  -L) echo "GPU 0: NVIDIA L4 (UUID: GPU-aaaa-1)"
+      echo "GPU 1: NVIDIA A100 (UUID: GPU-bbbb-2)"
+      echo "  MIG 1g.5gb     Device  0: (UUID: MIG-cccc-3)" ;;
+  --query-gpu=index,uuid,compute_cap)
+      printf '0, GPU-aaaa-1, 8.9\\n1, GPU-bbbb-2, 8.0\\n2, GPU-bbcc-4, 9.0\\n' ;;
+  *) exit 2 ;;
+esac
+"""
+
+
+@pytest.fixture
+def three_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text(NVIDIA_SMI)
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for name in ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"):
+        monkeypatch.setenv(name, "")  # so that what the code sets goes with the test
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.usefixtures("three_gpus")
+@pytest.mark.parametrize(
+    ("shown", "targets"),
+    [
+        (None, ["sm89", "sm80", "sm90"]),
+        ("", []),
+        ("2, 0", ["sm90", "sm89"]),
+        ("GPU-bbcc-4,1", ["sm90", "sm80"]),
+        ("GPU-aa,MIG-cccc-3", ["sm89", "sm80"]),
+        ("1,-1,0", ["sm80"]),  # as in CUDA, nothing is seen behind one that is not there
+        ("1,GPU-bb,0", ["sm80"]),  # of two GPUs
+    ],
+)
+def test_a_process_sees_the_gpus_it_was_given(
+    monkeypatch: pytest.MonkeyPatch, shown: str | None, targets: list[str]
+) -> None:
+    if shown is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
+    assert visible_targets() == targets
+    for device, target in enumerate(targets):
+        with monkeypatch.context() as undone:
+            undone.setenv("CUDA_VISIBLE_DEVICES", shown or "")
+            if shown is None:
+                undone.delenv("CUDA_VISIBLE_DEVICES")
+            pin_device(device)
+            assert visible_targets() == [target]
+            pin_device(0)  # once more changes nothing
+            assert visible_targets() == [target]
+            assert os.environ["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+
+
+def test_a_gpu_that_was_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    with pytest.raises(
+        BadEnvironment, match=r"GPU 2 of this process: CUDA_VISIBLE_DEVICES shows 2 \(2, 3\); name more"
+    ):
+        pin_device(2)
+
+
+def test_no_driver_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert visible_targets() == []
 
 
 def test_a_library_that_is_not_there() -> None:

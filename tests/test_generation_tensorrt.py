@@ -193,17 +193,27 @@ def test_a_shape_that_comes_back_is_captured_once_and_the_oldest_goes(
         for position in range(4):
             executor.run(_decode(0, 1, position))
         assert (cuda.captured, cuda.graphs, cuda.calls["cudaGraphLaunch"]) == (1, 1, 2)  # plain, captured, launched
-        for first, rows in ((0, 2), (2, 2), (0, 2), (0, 1), (2, 2)):  # the last one takes the place of 0, 2
-            executor.run(_decode(first, rows, 4))
-        assert (cuda.captured, cuda.graphs) == (3, 2)
-        executor.run(_decode(0, 1, 5))
-        assert (cuda.captured, cuda.calls["cudaGraphLaunch"]) == (3, 4)
-        executor.run(_decode(0, 2, 6))
-        assert (cuda.captured, cuda.graphs) == (4, 2)  # it had gone, and came again
-        # Parts of a pipeline's step: the graph of the first is on the stream when the third takes its place.
-        executor.run(_decode(4, 1, 0))
-        executor.run([*_decode(0, 2, 8), *_decode(2, 2, 8), *_decode(4, 1, 1)])
-        assert (cuda.captured, cuda.graphs) == (6, 2)
+        for rows in (2, 2, 3, 1, 3):  # the last one takes the place of 2
+            executor.run(_decode(0, rows, 4))
+        assert (cuda.captured, cuda.graphs, cuda.calls["cudaGraphLaunch"]) == (3, 2, 3)
+        for captured in (3, 4):  # 2 had gone: it must come back again, and takes the place of 1
+            executor.run(_decode(0, 2, 6))
+            assert (cuda.captured, cuda.graphs) == (captured, 2)
+        # A rank does not wait between steps: the graph of 3 is on the stream when another takes its place.
+        executor.run(_decode(0, 4, 7))
+        executor.run([*_decode(0, 3, 8), *_decode(0, 2, 8), *_decode(0, 4, 8)])
+        assert (cuda.captured, cuda.graphs, cuda.calls["cudaGraphLaunch"]) == (5, 2, 5)
+        executor.close()
+        assert cuda.taken == 0
+
+
+def test_rows_that_begin_anywhere_are_not_captured(decoder_graph: Path) -> None:
+    """Such as the last token of a prompt: as many shapes as rows, of which each comes back now and then."""
+    with standing_in(decoder_graph, CAPACITIES) as (cuda, engines):
+        executor = _executor(engines)
+        for first in (1, 2, 3, 1, 2, 3):
+            executor.run(_decode(first, 1, 0))
+        assert (cuda.captured, cuda.graphs) == (0, 0)
         executor.close()
         assert cuda.taken == 0
 
@@ -357,10 +367,12 @@ def test_a_lost_device_ends_the_step_thread(decoder_graph: Path) -> None:
     with standing_in(decoder_graph, CAPACITIES) as (cuda, engines):
         executor = _executor(engines)
         engine = engine_over(executor, CAPACITIES, SLOTS)
-        engine.submit(prompts(1)[0], GREEDY)
+        asked = {engine.submit(prompt, GREEDY) for prompt in prompts(SLOTS + 2)}
         cuda.broken = True
         with pytest.raises(DeviceLost):
             engine.step()
-        [update] = engine.take_updates()
-        assert isinstance(update.error, Unavailable)  # the client hears of it before the process ends
+        # Every client hears of it before the process ends, also those that wait for a row.
+        updates = engine.take_updates()
+        assert {update.request for update in updates} == asked
+        assert all(isinstance(update.error, Unavailable) for update in updates)
         executor.close()

@@ -115,6 +115,22 @@ def test_a_dead_rank_ends_what_runs_and_the_next_request_succeeds(graph: Path, t
 
 
 @pytest.mark.usefixtures("gpus")
+def test_a_group_that_ended_itself_is_lost_until_the_reset(graph: Path, tmp_path: Path) -> None:
+    step = [Batch(0, 0, np.ones((1, 2), np.int64), np.zeros(1, np.int64))]
+    executor = TensorRtRankExecutor(_manifest(graph, tmp_path, 1, 2), CAPACITIES, 6, worker=WORKER)
+    try:
+        os.kill(executor.processes[0], signal.SIGKILL)
+        with pytest.raises(ServerFault, match="all 2 ranks were ended"):
+            executor.run(step)
+        assert executor.lost()
+        executor.reset()
+        assert not executor.lost()
+        assert len(executor.run(step)[0]) == 1
+    finally:
+        executor.close()
+
+
+@pytest.mark.usefixtures("gpus")
 @pytest.mark.parametrize(
     ("device", "flavour", "capacities", "said"),
     [

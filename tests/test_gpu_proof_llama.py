@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from builders.bench.decoder import DecoderShape
+from builders.export import decoder
+from builders.gpu_proof import decoder_engines, setting
 from builders.gpu_proof.llama import Llama, TorchStepExecutor, llama_of, random_llama
 from builders.gpu_proof.step import KEPT, engine_over
 from runtime.generation.engine import generate
@@ -92,6 +96,27 @@ def test_the_serving_loop_gives_the_tokens_of_greedy_generation(network: Any, ll
             torch.from_numpy(prompt)[None], max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0
         )[0, len(prompt) :]
         assert tokens == expected.tolist()
+
+
+def test_a_graph_that_was_left_half_way_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A section may be ended while it exports, and the other flavour's asks for the same graph."""
+    small = setting.dry(tmp_path)
+    shape = replace(small.decoder, layers=1)
+    write = decoder.write_graph
+
+    def end_after(*arguments: Any) -> None:
+        write(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(decoder, "write_graph", end_after)
+        with pytest.raises(KeyboardInterrupt):
+            decoder_engines.decoder_graph(shape, small)
+    assert not list(tmp_path.iterdir())
+    first, _ = decoder_engines.decoder_graph(shape, small)
+    again, _ = decoder_engines.decoder_graph(shape, small)
+    assert first.file_path.is_file()
+    assert first == again
 
 
 def test_random_weights_are_the_same_twice_and_a_reset_forgets() -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from builders.artifacts import Engine, FileRecord, Partition, RankFiles, StagePort
-from builders.engine.top import LOGITS
 from builders.errors import EngineError
+from runtime.generation.executor.tensorrt_engine import LOGITS
 from runtime.ranks.engines import EngineManifest, Passed, RankEngines
 
 
@@ -38,7 +38,9 @@ def write_rank_manifest(partition: Partition, engines: Sequence[Engine], out: Pa
     ]
     if len({tuple(sorted(rank.files)) for rank in ranks}) > 1 or not ranks[0].files:
         raise EngineError(f"engines of {partition.source_file}: not the same targets and capacities for every rank")
-    logits = next(port for port in partition.outputs if port.name == LOGITS)
+    logits = next((port for port in partition.outputs if port.name == LOGITS), None)
+    if logits is None:
+        raise EngineError(f"{partition.source_file}: a decoder's ranks give {LOGITS}, these do not")
     manifest = EngineManifest(
         flavour=engines[0].flavour,
         tensor=partition.tensor,

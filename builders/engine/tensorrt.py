@@ -19,10 +19,11 @@ from types import ModuleType
 from typing import Any
 
 from builders.artifacts import Engine, FileRecord, OnnxGraph, Partition, TensorSpec
-from builders.engine.top import LOGITS, add_top
+from builders.engine.top import add_top
 from builders.errors import EngineError, MachineError, SpecError
 from builders.graph import describe, fix_dimension
 from builders.spec import Flavour, GraphPrecision, ProfileSlice, Range
+from runtime.generation.executor.tensorrt_engine import LOGITS
 from runtime.gpu import visible_targets
 
 _MODULES: dict[Flavour, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}

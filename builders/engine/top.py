@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from builders.errors import EngineError
+from runtime.generation.executor.tensorrt_engine import LOGITS, TOP
 
-LOGITS, TOP = "logits", "top"
 _LARGEST_VOCABULARY = 1 << 24  # a float32 holds every whole number up to it
 
 
@@ -14,13 +14,16 @@ def add_top(file: Path, folder: Path) -> Path:
     """A copy of the graph in `folder` that gives `top` besides: float32 [batch, 2], the largest logit and its token.
 
     The logit of a row that holds a NaN is NaN. Weights of their own are linked.
-    Raises EngineError for logits that are not float32 of a fixed, sensible vocabulary.
+    Raises EngineError for a graph without logits, or with others than float32 of a fixed, sensible vocabulary.
     """
     import onnx
     from onnx import TensorProto, helper
 
     model = onnx.load(str(file), load_external_data=False)
-    logits = next(value for value in model.graph.output if value.name == LOGITS).type.tensor_type
+    found = next((value for value in model.graph.output if value.name == LOGITS), None)
+    if found is None:
+        raise EngineError(f"{file.name}: no output {LOGITS}, only {', '.join(v.name for v in model.graph.output)}")
+    logits = found.type.tensor_type
     vocabulary = logits.shape.dim[-1].dim_value
     if logits.elem_type != TensorProto.FLOAT or not 1 <= vocabulary <= _LARGEST_VOCABULARY:
         raise EngineError(f"{file.name}: its logits are no float32 of 1 to {_LARGEST_VOCABULARY} tokens")

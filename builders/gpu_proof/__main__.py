@@ -1,18 +1,17 @@
 """`make gpu-proof`: what is true on this GPU, and what its limit is. `--dry` runs the same script on a CPU.
 
-Writes `<out>/<gpu>-<date>/` with proof.json, README.md and plots. Exit codes: 0 every section ran, or could not for a
-reason that is stated; 1 a section failed; 2 no GPU.
+Writes `<out>/<gpu>-<date>/` with proof.json, README.md and plots, also where a signal ends it half-way. Exit codes: 0
+every section ran, or could not for a reason that is stated; 1 a section failed; 2 no GPU, or a result of this name is
+there already; 128 + n ended by signal n.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import re
 import signal
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,10 +22,10 @@ from builders.gpu_proof import page, setting
 from builders.gpu_proof.machine import FLAVOURS, gpu_facts, processor_name
 from builders.gpu_proof.record import Proof, Section
 from builders.gpu_proof.running import Part, run_parts
-from builders.gpu_proof.setting import Budget, Setting
+from builders.gpu_proof.setting import Setting
 from runtime.gpu import visible_targets
 
-BUDGET_S = 450.0  # of the eight minutes that a proof may take: the rest is for the last case and for writing
+BUDGET_S = 450.0  # of the eight minutes that a proof may take: the rest is for starting, the last case and writing
 _HERE = "builders.gpu_proof"
 
 
@@ -69,15 +68,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--budget-s", type=float, default=BUDGET_S, help="seconds for all sections together")
     parser.add_argument("--json", action="store_true", help="print proof.json instead of the page")
     options = parser.parse_args(arguments)
-    budget = Budget(time.monotonic() + options.budget_s)
     with tempfile.TemporaryDirectory(prefix="gpu-proof-") as scratch:
         chosen = setting.dry(Path(scratch)) if options.dry else setting.on_gpu(require_gpu(), Path(scratch))
-        folder = new_folder(options.out or default_out(chosen), chosen)
-        sections = run_parts(parts(), chosen, budget, _tell)
-    proof = Proof(_today(), _device(chosen), chosen.dry, options.budget_s, sections)
-    write(proof, folder)
+        device = _device(chosen)
+        folder = new_folder(options.out or default_out(chosen), "dry-run" if chosen.dry else device)
+        sections: list[Section] = []
+
+        def report(section: Section) -> None:
+            sections.append(section)
+            _tell(section)
+
+        try:
+            run_parts(parts(), chosen, options.budget_s, report)
+        finally:  # what was measured until a signal came is written, too
+            proof = Proof(_today(), device, chosen.dry, options.budget_s, tuple(sections))
+            if sections:
+                write(proof, folder)
+    illustrate(proof, folder)
     print(proof.to_json() if options.json else page.render(proof, ()), end="")
-    print(f"written to {folder}", file=sys.stderr)
     if proof.failed:
         raise CheckError("; ".join(f"section {each.name} failed: {each.reason}" for each in proof.failed))
 
@@ -99,10 +107,9 @@ def default_out(chosen: Setting) -> Path:
     return Path(tempfile.mkdtemp(prefix="gpu-proof-dry-")) if chosen.dry else Path("docs/gpu")
 
 
-def new_folder(out: Path, chosen: Setting) -> Path:
-    """`<out>/<gpu>-<date>`. Raises InputError where there is one of today already: a result is never written over."""
-    slug = "dry-run" if chosen.dry else re.sub(r"[^a-z0-9]+", "-", _device(chosen).lower()).strip("-")
-    folder = out / f"{slug}-{_today()}"
+def new_folder(out: Path, device: str) -> Path:
+    """`<out>/<device>-<date>`. Raises InputError where there is one of today: a result is never written over."""
+    folder = out / f"{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}-{_today()}"
     if folder.exists():
         raise InputError(
             f"result {folder}", got="a folder that is there already", expected="none of this name",
@@ -112,17 +119,27 @@ def new_folder(out: Path, chosen: Setting) -> Path:
 
 
 def write(proof: Proof, folder: Path) -> None:
-    """JSON, page and plots, all or nothing. Without matplotlib the page has no plots."""
-    plots: dict[str, str] = {}
-    if importlib.util.find_spec("matplotlib") is not None:
-        from builders.gpu_proof.plots import draw
-
-        plots = draw(proof)
+    """JSON and page, all or nothing."""
     with atomic_directory(folder) as work:
         (work / "proof.json").write_text(proof.to_json())
-        (work / "README.md").write_text(page.render(proof, tuple(plots)))
+        (work / "README.md").write_text(page.render(proof, ()))
+    print(f"written to {folder}", file=sys.stderr)
+
+
+def illustrate(proof: Proof, folder: Path) -> None:
+    """Plots for a page that is written. Where they cannot be drawn, the page says why, and nothing else is lost."""
+    try:
+        from builders.gpu_proof.plots import draw
+
+        plots, note = draw(proof), ""
         for name, svg in plots.items():
-            (work / f"{name}.svg").write_text(svg)
+            (folder / f"{name}.svg").write_text(svg)
+    except Exception as error:  # noqa: BLE001 - the figures took minutes of a GPU, a drawing is made again from them
+        plots, note = {}, f"No plots: {type(error).__name__}: {error}"
+        print(note, file=sys.stderr)
+    page_file = folder / ".README.md"
+    page_file.write_text(page.render(proof, tuple(plots), note))
+    page_file.rename(folder / "README.md")
 
 
 def _device(chosen: Setting) -> str:
@@ -137,9 +154,14 @@ def _tell(section: Section) -> None:
     print(f"{section.seconds:6.1f} s  {section.name}: {section.status} {section.reason}".rstrip(), file=sys.stderr)
 
 
+def _exit(number: int, _: object) -> None:
+    signal.signal(number, signal.SIG_IGN)  # what this one makes us write is not cut short by a second
+    sys.exit(128 + number)
+
+
 def run(command: Callable[[], object]) -> None:
     """Errors to exit codes as the CLI has them, without the packages that the CLI needs."""
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    signal.signal(signal.SIGTERM, _exit)
     try:
         command()
     except TriremeError as error:

@@ -2,7 +2,7 @@
 
     sources.tar.gz.part00   the repository's sources, as the proof and tests/gpu need them
     wheels.tar.part00 …     packages that such a machine may lack, for its Python; left out where none could be fetched
-    manifest.json           every file with its size and SHA-256, the packages, and what is missing and why
+    manifest.json           every part with its size and SHA-256, the packages, and what is missing and why
     SHA256SUMS              the same digests, as sha256sum reads them
     run.sh                  joins, verifies, installs into a folder of its own, runs the proof: `bash run.sh FOLDER`
 

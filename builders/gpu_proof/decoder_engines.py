@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from builders.artifacts import Checkpoint, Generation, GenerationQuality, OnnxGraph
+from builders.atomic import atomic_directory
 from builders.bench.decoder import DecoderShape
 from builders.engine.tensorrt import build_decoder_engine, decoder_profiles
 from builders.errors import ParityError
@@ -90,10 +91,9 @@ def decoder_graph(shape: DecoderShape, setting: Setting) -> tuple[OnnxGraph, Lla
         made = LlamaForCausalLM(config)
     network = made.to("cpu", getattr(torch, setting.dtype)).eval()
     folder = setting.scratch / f"decoder-{shape.layers}"
-    file = folder / GRAPH_FILE
-    if not file.is_file():
-        folder.mkdir()
-        export.write_graph(network, _facts(shape, positions), [None] * shape.layers, file)
+    if not folder.is_dir():  # else the other flavour's section has made it
+        with atomic_directory(folder) as work:
+            export.write_graph(network, _facts(shape, positions), [None] * shape.layers, work / GRAPH_FILE)
     # Nothing judges random weights.
     unjudged = GenerationQuality(perplexity=np.nan, reference_perplexity=np.nan, tokens=0, executor="none")
     return record_graph(folder, setting.precision, unjudged, f"random, {shape.layers} layers"), llama_of(

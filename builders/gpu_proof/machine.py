@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from builders.gpu_proof.record import Row
 from builders.gpu_proof.roofline import Limits
 from builders.gpu_proof.setting import Budget, NotRun, Setting
 from builders.gpu_proof.timing import device_seconds, host_seconds
+from runtime.gpu import visible_gpus
 
 if TYPE_CHECKING:
     from builders.spec import Flavour
@@ -28,14 +28,8 @@ _QUERY = "name,driver_version,memory.total,clocks.max.sm,clocks.max.mem,power.li
 
 
 def gpu_facts() -> list[dict[str, str]]:
-    """What the driver says of each GPU; empty without one."""
-    command = ["nvidia-smi", f"--query-gpu={_QUERY}", "--format=csv,noheader"]
-    try:
-        output = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return []
-    names = _QUERY.split(",")
-    return [dict(zip(names, map(str.strip, line.split(",")), strict=True)) for line in output.splitlines() if line]
+    """What the driver says of each visible GPU; empty without one."""
+    return [dict(zip(_QUERY.split(","), facts, strict=True)) for facts in visible_gpus(_QUERY)]
 
 
 def processor_name() -> str:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import importlib
 import multiprocessing
 import socket
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -21,6 +22,7 @@ from builders.gpu_proof.setting import Budget, NotRun, Setting
 from builders.gpu_proof.timing import device_seconds
 
 _ROWS, _NEW_TOKENS = 4, 32
+_END_S = 3.0  # for all ranks together to end by themselves, and again once they are killed
 _LEAST_S = 40.0  # of the budget, to share out, to build and to start
 _LAYOUTS = ((4, 1), (2, 1), (2, 2), (1, 2))  # tensor x pipeline; LLAMA_100M has 4 key-value heads
 _SIZES = {"cuda": (8 << 10, 1 << 20, 256 << 20), "cpu": (8 << 10, 1 << 20)}
@@ -115,11 +117,21 @@ def measure(setting: Setting, limits: Limits | None, budget: Budget) -> Iterator
                 figures={"us": seconds * 1e6, "bus_gb_per_s": moved / seconds / 1e9},
             )
     finally:
-        for process in processes:
-            if process.pid is not None:
-                process.join(5)
-                process.kill()
-                process.join(5)
+        end_ranks([process for process in processes if process.pid is not None])
+
+
+def end_ranks(processes: Sequence[Any]) -> None:
+    """However many hang, it takes no longer than one: a section has only so much time to end."""
+    _join(processes)
+    for process in processes:
+        process.kill()
+    _join(processes)
+
+
+def _join(processes: Sequence[Any]) -> None:
+    deadline = time.monotonic() + _END_S
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
 
 
 def reduce_here(rank: int, ranks: int, port: int, setting: Setting, sender: Connection) -> None:

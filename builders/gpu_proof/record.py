@@ -70,7 +70,7 @@ class Proof:
 
 @dataclass(frozen=True)
 class Gap:
-    """The case that stays furthest from its limit in the fastest way that was measured."""
+    """The case that stays furthest from its limit in the fastest way that the limit holds for."""
 
     case: str
     how: str
@@ -80,10 +80,19 @@ class Gap:
     bound_by: str
 
 
+def _held(proof: Proof) -> list[Row]:
+    return [row for section in proof.sections for row in section.rows if "fraction" in row.figures]
+
+
+def beyond_limit(proof: Proof) -> tuple[Row, ...]:
+    """Rows that took less than their floor: it was not theirs, as `roofline` says, and tells nothing of them."""
+    return tuple(row for row in _held(proof) if row.figures["fraction"] > 1)
+
+
 def largest_gap(proof: Proof) -> Gap | None:
-    """None where nothing was held against the limits."""
+    """None where nothing was held against limits that hold for it."""
     best: dict[str, Row] = {}
-    for row in (row for section in proof.sections for row in section.rows if "fraction" in row.figures):
+    for row in (row for row in _held(proof) if row.figures["fraction"] <= 1):
         kept = best.get(row.case)
         if kept is None or row.figures["fraction"] > kept.figures["fraction"]:
             best[row.case] = row

@@ -1,7 +1,9 @@
 """The least time that a piece of work can take on a device: a roofline over limits measured in the same run.
 
 Counted is what no implementation gets around: every weight read once, the cache of every row read once, the products.
-Activations, norms and the table of words are left out, so a fraction is a little too low, never too high.
+Activations, norms and the table of words are left out, so the floor is a little too low, and a fraction with it. It is
+too high, and may be over 1, where the limits are others: weights that stay in the L2 cache are not read at the rate of
+the memory, and INT8 products are held against the rate of fp16.
 """
 
 from __future__ import annotations

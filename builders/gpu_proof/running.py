@@ -3,12 +3,16 @@
 A section that raises, hangs or takes its process down is written down with its reason, and the next one begins: a CUDA
 fault spoils a whole process, and two flavours of TensorRT do not fit into one. Rows cross a pipe as they are measured,
 so that what was measured before a fault is kept.
+
+Sections are forked from a server that imports torch once. That import, minutes from a cold disk, is over before the
+budget begins, and a section's clock runs from its own first word.
 """
 
 from __future__ import annotations
 
 import importlib
 import multiprocessing
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -21,11 +25,14 @@ from builders.gpu_proof.record import Row, Section, Status
 from builders.gpu_proof.roofline import Limits
 from builders.gpu_proof.setting import Budget, NotRun, Setting
 
+START_S = 180.0  # of the server: it imports from a disk that may be cold
+BEGIN_S = 60.0  # of a section's process, until its first word
 GRACE_S = 10.0  # for the case under way when a section's time is over
 _END_S = 5.0  # from asking a process to end to ending it
 # Imported once by the server that sections are forked from: none of them wakes CUDA by being imported.
 _PRELOADED = ["torch", "transformers.models.bert.modeling_bert", "transformers.models.llama.modeling_llama", "onnx"]
 _OURS = ("builders", "runtime")
+_ENDED = "the proof was ended before it was done"
 _STATUS: dict[str, Status] = {"done": "ran", "not run": "not run"}
 
 
@@ -46,67 +53,111 @@ class Part:
 
 
 def run_parts(
-    parts: Sequence[Part], setting: Setting, budget: Budget, report: Callable[[Section], None] = lambda section: None
+    parts: Sequence[Part], setting: Setting, seconds: float, report: Callable[[Section], None] = lambda section: None
 ) -> tuple[Section, ...]:
-    """One section a part, in order. Never raises for what happens inside one."""
+    """One section a part, in order, all within `seconds`. Never raises for what happens inside one.
+
+    What ends the whole (a signal) is raised once every part has been reported, with the rows that it has until then.
+    Raises MachineError where the server that sections are forked from does not start.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
+    _start_server(context)
+    budget = Budget(time.monotonic() + seconds)
     done: list[Section] = []
-    for part in parts:
-        left = budget.left_s
+    for number, part in enumerate(parts):
+        left, rows = budget.left_s, list[Row]()
         if left < part.least_s:
             section = Section(part.name, "not run", f"time: {max(left, 0):.0f} s of the budget were left", 0.0)
         else:
-            section = _run(context, part, setting, Limits.of(done), min(left, part.most_s))
+            try:
+                section = _run(context, part, setting, Limits.of(done), min(left, part.most_s), rows)
+            except (KeyboardInterrupt, SystemExit):
+                report(Section(part.name, "not run", _ENDED, 0.0, tuple(rows)))
+                for other in parts[number + 1 :]:
+                    report(Section(other.name, "not run", _ENDED, 0.0))
+                raise
         done.append(section)
         report(section)
     return tuple(done)
 
 
-def _run(context: Any, part: Part, setting: Setting, limits: Limits | None, seconds: float) -> Section:
+def _start_server(context: Any) -> None:
+    """Returns when it has forked an empty process. A server that comes too late finds its owner gone, and ends."""
+    ready = threading.Event()
+
+    def fork_one() -> None:  # in a thread, for nothing else bounds the wait for the server's answer
+        process = context.Process(target=int)
+        process.start()
+        ready.set()
+        _end(process, _END_S)
+
+    thread = threading.Thread(target=fork_one, daemon=True)
+    thread.start()
+    thread.join(START_S)
+    if not ready.is_set():
+        raise MachineError(
+            "the process that sections are forked from",
+            got=f"it died, or has not imported {', '.join(_PRELOADED)} within {START_S:.0f} s",
+            expected="all of them imported",
+            fix="import them by hand; what was read from a slow disk is read faster the next time",
+        )
+
+
+def _run(context: Any, part: Part, setting: Setting, limits: Limits | None, seconds: float, rows: list[Row]) -> Section:
+    """Appends to `rows` as they come."""
     began = time.monotonic()
-    budget = Budget(began + seconds)
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=measure_here, args=(part, setting, limits, budget, sender))
-    rows: list[Row] = []
+    process = context.Process(target=measure_here, args=(part, setting, limits, seconds, sender))
+    patience = 0.0  # none where this is ended from outside
     try:
         process.start()
         sender.close()  # this end; the process holds the other, and its death is the end of the pipe
-        kind, reason = _collect(receiver, rows, budget.deadline + GRACE_S)
+        kind, reason = _collect(receiver, rows, seconds)
+        patience = _END_S
     finally:
-        _end(process)
+        _end(process, patience)
         receiver.close()
     if kind == "died":
         reason = f"its process ended with exit code {process.exitcode}"
     return Section(part.name, _STATUS.get(kind, "failed"), reason, time.monotonic() - began, tuple(rows))
 
 
-def _collect(receiver: Connection, rows: list[Row], deadline: float) -> tuple[str, str]:
-    """Rows until the section says how it ended; "died" where it did not."""
+def _collect(receiver: Connection, rows: list[Row], seconds: float) -> tuple[str, str]:
+    """Rows until the section says how it ended; "died" where it did not. `seconds` count from its first word."""
+    deadline, late = time.monotonic() + BEGIN_S, f"its process did not begin within {BEGIN_S:.0f} s, and was ended"
     while True:
         if not receiver.poll(max(0.0, deadline - time.monotonic())):
-            return "late", "it did not end in its time, and was ended"
+            return "late", late
         try:
             kind, content = receiver.recv()
-        except EOFError:
+        except (EOFError, OSError):  # OSError: in the middle of a row
             return "died", ""
-        if kind != "row":
+        if kind == "begun":
+            deadline, late = time.monotonic() + seconds + GRACE_S, "it did not end in its time, and was ended"
+        elif kind == "row":
+            rows.append(content)
+        else:
             return kind, content
-        rows.append(content)
 
 
-def _end(process: Any) -> None:
+def _end(process: Any, patience: float) -> None:
     if process.pid is None:  # it was never started
         return
-    process.join(_END_S)
-    for stop in (process.terminate, process.kill):
+    try:
+        process.join(patience)
         if process.is_alive():
-            stop()
+            process.terminate()
             process.join(_END_S)
+    finally:  # also where a signal ends the waiting
+        process.kill()
+        process.join(_END_S)
 
 
-def measure_here(part: Part, setting: Setting, limits: Limits | None, budget: Budget, sender: Connection) -> None:
+def measure_here(part: Part, setting: Setting, limits: Limits | None, seconds: float, sender: Connection) -> None:
     """What a section's process does. What it lacks is "not run"; anything else that is raised has failed."""
+    sender.send(("begun", ""))
+    budget = Budget(time.monotonic() + seconds)
     try:
         measure = getattr(importlib.import_module(part.module), part.function)
         for row in measure(setting, limits, budget, **part.arguments):

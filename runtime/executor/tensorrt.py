@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.cuda import pin_device
 from runtime.errors import BadEnvironment
 from runtime.executor import Tensors
 from runtime.gpu import visible_targets
@@ -30,8 +31,7 @@ class TensorRtRtxExecutor:
                 "add the target to engine.targets and build again"
             )
         os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1"
-        # Each instance is a process of its own, so this pins it; it must come before CUDA wakes up.
-        os.environ["CUDA_DEVICE_ORDER"], os.environ["CUDA_VISIBLE_DEVICES"] = "PCI_BUS_ID", str(device)
+        pin_device(device)  # each instance is a process of its own
         import tensorrt_rtx
         from polygraphy.backend.common import bytes_from_path
         from polygraphy.backend.trt import TrtRunner, engine_from_bytes

@@ -2,8 +2,9 @@
 
 A context whose bindings changed must not run a graph that was captured from it before, and a graph holds the addresses
 that it was captured with. So a decode shape that comes back gets a context of its own, bound once; everything else
-shares one context for each profile. Contexts are many and run one after another, so all compute in the same scratch
-memory, which the first of them would otherwise take each for itself.
+shares one context for each profile. Only batches from row 0 on count as coming back: of these there are as many shapes
+as slots, whereas single tokens of prompts, and later parts of a pipeline's step, begin anywhere. Contexts are many and
+run one after another, so all compute in the same scratch memory, which each would otherwise take for itself.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from runtime.errors import BadEnvironment, ServerFault
 
 OWN, CROSS = ("key_cache_", "value_cache_"), ("cross_key_", "cross_value_")  # caches by the beginnings of their names
 LOGITS, TOP = "logits", "top"  # outputs of the last stage: [rows, vocabulary], and [rows, 2] with logit and token
-MOST_OWN = 64  # contexts that a pool keeps for shapes that came back, and their graphs
+MOST_OWN = 64  # contexts that a pool keeps for shapes that came back, and their graphs: they take memory
 ALIGNMENT = 256  # of addresses that are bound: what cudaMalloc gives, and kernels may count on
 
 
@@ -144,8 +145,8 @@ class EnginePool:
         self._memory = cuda.device(self._bytes)
         self._logits = cuda.device(rows * self._logits_pitch)
         self._shared = [launcher.context(engine, index) for index in range(engine.num_optimization_profiles)]
-        self._own: OrderedDict[tuple[int, int], _Own] = OrderedDict()
-        self._seen: set[tuple[int, int]] = set()
+        self._own: OrderedDict[int, _Own] = OrderedDict()  # by rows, from row 0 on; the last used last
+        self._seen: set[int] = set()
 
     @property
     def _bytes(self) -> int:
@@ -153,18 +154,18 @@ class EnginePool:
 
     def run(self, at: At) -> None:
         """Puts one call on the stream."""
-        key = (at.first, at.rows)
-        if at.length > 1 or key not in self._seen:
-            if at.length == 1:
-                self._seen.add(key)
+        comes_back = at.first == 0 and at.length == 1
+        if not comes_back or at.rows not in self._seen:
+            if comes_back:
+                self._seen.add(at.rows)
             context = self._shared[self._profile(at)]
             self._bind(context, at)
             self._launcher.run(context)
-        elif key not in self._own:
-            self._own[key] = self._bind_own(at)
+        elif at.rows not in self._own:
+            self._own[at.rows] = self._bind_own(at)
         else:
-            self._own.move_to_end(key)
-            own = self._own[key]
+            self._own.move_to_end(at.rows)
+            own = self._own[at.rows]
             if own.graph is None:
                 self._launcher.run(own.context)
             else:
@@ -213,7 +214,8 @@ class EnginePool:
         return _Own(context, self._launcher.capture(context))
 
     def _forget_oldest(self) -> None:
-        _, own = self._own.popitem(last=False)
+        rows, own = self._own.popitem(last=False)
+        self._seen.discard(rows)  # it must come back again: a capture costs more than many plain steps
         if own.graph is not None:
             self._cuda.drop(own.graph)
 
