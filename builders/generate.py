@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from builders.errors import InputError, ServiceError
+from runtime.generation.interface import split_status
 from runtime.supervisor import infer_input
 
 
@@ -87,9 +88,8 @@ class Client:
 
         answers: SimpleQueue[tuple[Any, Any]] = SimpleQueue()
         values = {**({} if text is None else {"text_input": text}), "stream": True, **options}
-        # With this header an error comes with its gRPC status, and ends the stream.
-        headers, ended = {"triton_grpc_error": "true"}, False
-        self._client.start_stream(lambda result, error: answers.put((result, error)), headers=headers)
+        ended = False
+        self._client.start_stream(lambda result, error: answers.put((result, error)))
         try:
             with contextlib.suppress(InferenceServerException):  # a stream that broke has told the callback why
                 self._client.async_stream_infer(model, [_tensor(name, value) for name, value in values.items()])
@@ -147,7 +147,8 @@ def _chunk(result: Any) -> Chunk:
 
 
 def _failure(model: str, address: str, error: Any) -> InputError | ServiceError:
-    message, status = str(error.message()), str(error.status())
+    own, message = split_status(str(error.message()))
+    status = own or str(error.status())
     if "INVALID_ARGUMENT" in status or "NOT_FOUND" in status or "unknown model" in message:
         return InputError(
             f"request to {model}", got=message, expected="a request that the model takes", fix="correct what is named"

@@ -18,7 +18,6 @@ from loadtest.interface import RequestError
 from loadtest.prompts import Prompt
 
 NEEDED = {"text_output", "output_ids", "finish_reason", "prompt_tokens", "completion_tokens"}
-_STATUS_OF_ERRORS = (("triton_grpc_error", "true"),)  # without it, an error in a stream has no status
 
 
 @dataclass(frozen=True)
@@ -105,11 +104,13 @@ class StreamConnection:
     def _pieces(self, request: Any) -> Generator[Piece]:
         import grpc
 
-        call = self._stub.ModelStreamInfer(iter([request]), timeout=self._timeout_s, metadata=_STATUS_OF_ERRORS)
+        call = self._stub.ModelStreamInfer(iter([request]), timeout=self._timeout_s)
         try:
             for response in call:
-                if response.error_message:
-                    raise RequestError("UNKNOWN", response.error_message)
+                if response.error_message:  # has no status of its own, so ours begin with it
+                    status, _, text = response.error_message.partition(": ")
+                    known = status in grpc.StatusCode.__members__
+                    raise RequestError(*((status, text) if known else ("UNKNOWN", response.error_message)))
                 yield _piece(response.infer_response)
         except grpc.RpcError as error:
             raise RequestError(kind_of_status(str(call.code())), call.details() or str(error)) from error

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import ServerFault
-from runtime.generation.interface import PROBE_ID
+from runtime.generation.interface import PROBE_ID, split_status
 from runtime.triton import Ports, TritonServer
 from runtime.versions import Versions
 
@@ -100,7 +100,6 @@ class Supervisor:
         self._client.start_stream(
             lambda result, error: answers.put((result, error)),
             stream_timeout=PROBE_TIMEOUT_S,
-            headers={"triton_grpc_error": "true"},  # without it an error has no status, and busy looks like broken
         )
         ended = False
         try:
@@ -199,6 +198,6 @@ def infer_input(name: str, array: NDArray[Any]) -> Any:
 
 def _failure(error: Any) -> Failure:
     """`busy` for a server that refuses work, as a full queue does."""
-    reason = str(error.message())
-    overloaded = any(code in str(error.status()) for code in ("UNAVAILABLE", "DEADLINE_EXCEEDED"))
+    status, reason = split_status(str(error.message()))
+    overloaded = any(code in (status or str(error.status())) for code in ("UNAVAILABLE", "DEADLINE_EXCEEDED"))
     return Failure(reason, busy=overloaded and "is not healthy" not in reason)

@@ -57,6 +57,9 @@ OUTPUTS = (
 )
 # A request with this id is the supervisor's: it is answered as any other, not counted as a request, and not kept.
 PROBE_ID = "trireme-probe"
+# An error in a stream has no gRPC status, so its text begins with it. (Triton gives one to clients that send the header
+# `triton_grpc_error`, but Triton 2.51 crashes on it once in some dozens of errors.)
+STATUSES = frozenset({"INVALID_ARGUMENT", "UNAVAILABLE", "INTERNAL", "CANCELLED"})
 _SAMPLING = ("top_k", "top_p", "min_p", "random_seed")
 
 
@@ -118,3 +121,9 @@ def _text(raw: NDArray[Any], name: str) -> list[str]:
         except UnicodeDecodeError as error:
             raise BadRequest(f"{name}[{index}]: byte {error.start} is not valid UTF-8; send UTF-8") from error
     return texts or [""]
+
+
+def split_status(said: str) -> tuple[str, str]:
+    """Status and text of an error in a stream; no status where it is not a generator's own."""
+    status, _, text = said.partition(": ")
+    return (status, text) if status in STATUSES else ("", said)

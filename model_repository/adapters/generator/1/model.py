@@ -172,8 +172,10 @@ def _response(stream: Stream, update: Update) -> Any:
 
 
 def _refuse(sender: Any, error: ServingError | None) -> None:
-    """Ends a stream without a result. No error: its client has gone."""
-    kinds = {BadRequest: pb_utils.TritonError.INVALID_ARG, Unavailable: pb_utils.TritonError.UNAVAILABLE}
-    kind = pb_utils.TritonError.CANCELLED if error is None else kinds.get(type(error), pb_utils.TritonError.INTERNAL)
-    message = "the request was cancelled" if error is None else str(error)
+    """Ends a stream without a result. No error: its client has gone. The text begins with the status."""
+    kinds = {BadRequest: "INVALID_ARGUMENT", Unavailable: "UNAVAILABLE"}
+    status = "CANCELLED" if error is None else kinds.get(type(error), "INTERNAL")
+    message = f"{status}: {'the request was cancelled' if error is None else error}"
+    # Triton's own name for the first is shorter.
+    kind = getattr(pb_utils.TritonError, status.removesuffix("UMENT"))
     sender.send(pb_utils.InferenceResponse(error=pb_utils.TritonError(message, kind)), FINAL)
