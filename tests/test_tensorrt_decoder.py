@@ -92,6 +92,7 @@ def test_a_decoder_engine_builds_for_a_fixed_capacity(graph: OnnxGraph, tmp_path
     assert [path.name for path in tmp_path.iterdir()] == [engine.file]
 
 
+@pytest.mark.slow
 def test_both_halves_of_an_encoder_decoder_build(tmp_path: Path) -> None:
     checkpoint = generator_checkpoint(save_generator(tmp_path / "checkpoint", "t5"), "seq2seq")
     (tmp_path / "graph").mkdir()
