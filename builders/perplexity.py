@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -146,11 +146,8 @@ def graph_perplexity(file: Path, rows: Ids, constants: Constants | None = None) 
     """exp of the mean loss over every token of `rows` but the first, and what computed it."""
     count, length = rows.shape
     session = DecoderSession(file, count, length, constants)
-    losses = []
-    for at in range(length - 1):
-        logits = session.step(np.ascontiguousarray(rows[:, at : at + 1]), np.ones(count, np.int64))[0]
-        losses.append(_losses(logits, rows[:, at + 1]))
-    return _exp(losses), session.description
+    ones = np.ones(count, np.int64)
+    return _by_token(rows, lambda at, ids: session.step(ids, ones)[0]), session.description
 
 
 def executor_perplexity(executor: StepExecutor, capacities: Sequence[int], rows: Ids) -> float:
@@ -159,11 +156,14 @@ def executor_perplexity(executor: StepExecutor, capacities: Sequence[int], rows:
     from runtime.generation.grouping import pool_for
 
     count, length = rows.shape
-    pool, losses = pool_for(length - 1, capacities), []  # nothing follows the last token
-    for at in range(length - 1):
-        batch = Batch(pool, 0, np.ascontiguousarray(rows[:, at : at + 1]), np.full(count, at))
-        losses.append(_losses(executor.run([batch])[0], rows[:, at + 1]))
-    return _exp(losses)
+    pool = pool_for(length - 1, capacities)  # nothing follows the last token
+    return _by_token(rows, lambda at, ids: executor.run([Batch(pool, 0, ids, np.full(count, at))])[0])
+
+
+def _by_token(rows: Ids, step: Callable[[int, Ids], NDArray[Any]]) -> float:
+    """exp of the mean loss; `step(at, ids)` gives the logits behind the tokens at one place of every row."""
+    places = range(rows.shape[1] - 1)
+    return _exp([_losses(step(at, np.ascontiguousarray(rows[:, at : at + 1])), rows[:, at + 1]) for at in places])
 
 
 def _losses(logits: NDArray[Any], targets: Ids) -> NDArray[np.float64]:

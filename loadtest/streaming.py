@@ -16,6 +16,7 @@ from loadtest.connection import kind_of_status
 from loadtest.errors import LoadInputError
 from loadtest.interface import RequestError
 from loadtest.prompts import Prompt
+from runtime.generation.interface import split_status
 
 NEEDED = {"text_output", "output_ids", "finish_reason", "prompt_tokens", "completion_tokens"}
 
@@ -107,10 +108,9 @@ class StreamConnection:
         call = self._stub.ModelStreamInfer(iter([request]), timeout=self._timeout_s)
         try:
             for response in call:
-                if response.error_message:  # has no status of its own, so ours begin with it
-                    status, _, text = response.error_message.partition(": ")
-                    known = status in grpc.StatusCode.__members__
-                    raise RequestError(*((status, text) if known else ("UNKNOWN", response.error_message)))
+                if response.error_message:
+                    status, text = split_status(response.error_message)
+                    raise RequestError(status or "UNKNOWN", text)
                 yield _piece(response.infer_response)
         except grpc.RpcError as error:
             raise RequestError(kind_of_status(str(call.code())), call.details() or str(error)) from error

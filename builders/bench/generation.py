@@ -29,6 +29,7 @@ from builders.pipeline import Build
 from builders.spec import DeploymentSpec
 from runtime.generation.bare import BareLoop, bare_loop, mean_loop
 from runtime.generation.executor import Batch, StepExecutor
+from runtime.generation.grouping import pool_for
 from runtime.generation.opening import open_engine
 from runtime.settings import GeneratorModelSettings
 from runtime.supervisor import ready_server
@@ -109,7 +110,7 @@ def _with_executor(built: Build, measure: Callable[[StepExecutor, GeneratorModel
 
 def _bare(executor: StepExecutor, settings: GeneratorModelSettings) -> dict[int, BareLoop]:
     """Two rounds for each number of rows, taken together: as noisy as what it is compared with."""
-    pool = next(at for at, size in enumerate(settings.capacities) if size >= PROMPT_TOKENS + NEW_TOKENS)
+    pool = pool_for(PROMPT_TOKENS + NEW_TOKENS, settings.capacities)
     rounds = [{rows: bare_loop(executor, pool, rows, PROMPT_TOKENS, NEW_TOKENS) for rows in STREAMS} for _ in range(2)]
     return {rows: mean_loop([done[rows] for done in rounds]) for rows in STREAMS}
 
@@ -118,7 +119,7 @@ def _contexts(executor: StepExecutor, settings: GeneratorModelSettings) -> dict[
     """Milliseconds of one decode step by (rows, context): the median of a few."""
     found = {}
     for context in CONTEXTS:
-        pool = next(at for at, size in enumerate(settings.capacities) if size >= context)
+        pool = pool_for(context, settings.capacities)
         for rows in CONTEXT_ROWS:
             ids, times = np.ones((rows, 1), np.int64), []
             for step in range(STEPS):

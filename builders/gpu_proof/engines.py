@@ -24,10 +24,10 @@ from builders.gpu_proof.roofline import EncoderShape, Limits
 from builders.gpu_proof.setting import Budget, Setting
 from builders.pipeline import Build
 from builders.spec import Flavour
+from runtime.generation.executor.tensorrt import load_engines
 
 LEAST_COSINE = {"fp16": 0.999, "int8": 0.98}  # of the worst text to the fp32 graph
 _TEXTS = 64
-_MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 
 
 def measure(setting: Setting, limits: Limits | None, budget: Budget, *, flavour: Flavour) -> Iterator[Row]:
@@ -96,17 +96,11 @@ class EngineRunner:
     """An engine over torch's memory and stream, so that torch's events time it. Not thread-safe."""
 
     def __init__(self, engine: Engine, names: tuple[str, ...]) -> None:
-        import importlib
-
         import torch
 
-        trt = importlib.import_module(_MODULES[engine.flavour])
         cuda: Any = torch.cuda
         cuda.set_stream(cuda.Stream())  # TensorRT synchronises more on the default one
-        self._runtime = trt.Runtime(trt.Logger(trt.Logger.WARNING))
-        self._engine = self._runtime.deserialize_cuda_engine(engine.file_path.read_bytes())
-        if self._engine is None:
-            raise ParityError(f"{engine.file}: {engine.flavour} {trt.__version__} does not load the engine it built")
+        _, [self._engine] = load_engines([engine.file_path], engine.flavour)
         self._context = self._engine.create_execution_context()
         self._names = names
         everything = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]

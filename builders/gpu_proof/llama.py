@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from builders.bench.decoder import DecoderShape
+from runtime.errors import ServerFault
 from runtime.generation.executor import Batch, Copy, Logits, Row, Tokens
 from runtime.generation.executor.tensorrt_logits import DeviceLogits
 
@@ -320,7 +321,7 @@ class TorchStepExecutor:
                 row[..., tokens:, :] = 0
 
     def encode(self, row: Row, source: Tokens) -> None:
-        raise NotImplementedError("a Llama has no encoder")
+        raise ServerFault("a Llama has no encoder")
 
     def lost(self) -> bool:
         return False

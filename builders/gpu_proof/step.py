@@ -8,7 +8,7 @@ CPU the outermost operators stand in for kernels.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -43,20 +43,30 @@ def engine_over(executor: StepExecutor, capacity: int, slots: int, chunk: int) -
 
 
 def measure(setting: Setting, limits: Limits | None, budget: Budget) -> Iterator[Row]:
+    capacity = min(setting.contexts)
+
+    def row(rows: int) -> Row:
+        case = f"{setting.decoder_name}, a step of the serving loop, batch {rows}, context {capacity}"
+        return Row(case, WAYS[0].name(setting), axes={"batch": rows})
+
+    return _by_rows(setting, budget, row, lambda engine, rows: split(setting, engine, capacity, rows, row(rows)))
+
+
+def _by_rows(
+    setting: Setting, budget: Budget, row: Callable[[int], Row], measured: Callable[[Engine, int], Row]
+) -> Iterator[Row]:
+    """What is `measured` by the serving loop over the torch executor, for each batch that fits; else why not."""
     require_torch(setting)
     shape, capacity = fitting_shape(setting), min(setting.contexts)
     model = random_llama(shape, capacity, setting.dtype, setting.device)
     for rows in setting.decode_rows:
-        case = f"{setting.decoder_name}, a step of the serving loop, batch {rows}, context {capacity}"
-        row = Row(case, WAYS[0].name(setting), axes={"batch": rows})
         reason = unfit(setting, shape, rows, capacity, budget)
         if reason:
-            yield replace(row, reason=reason)
+            yield replace(row(rows), reason=reason)
             continue
         executor = open_executor(setting, model, capacity, rows + KEPT, WAYS[0])
         try:
-            engine = engine_over(executor, capacity, rows, chunk=capacity)
-            yield split(setting, engine, capacity, rows, row)
+            yield measured(engine_over(executor, capacity, rows, chunk=capacity), rows)
         finally:
             executor.close()
 
@@ -156,26 +166,21 @@ def union_length(intervals: Iterable[Interval]) -> float:
 
 def in_process(setting: Setting, limits: Limits | None, budget: Budget) -> Iterator[Row]:
     """The serving loop over the torch executor, without a server: also where no engine and no server run."""
-    require_torch(setting)
-    shape, capacity = fitting_shape(setting), min(setting.contexts)
-    model = random_llama(shape, capacity, setting.dtype, setting.device)
+    capacity = min(setting.contexts)
+    new = min(NEW_TOKENS, capacity // 2)
     how = f"in process, no server: serving loop over {WAYS[0].name(setting)}"
-    for rows in setting.decode_rows:
-        row = Row(f"{setting.decoder_name}, {rows} streams to their end", how, {"batch": rows})
-        reason = unfit(setting, shape, rows, capacity, budget)
-        if reason:
-            yield replace(row, reason=reason)
-            continue
-        executor = open_executor(setting, model, capacity, rows + KEPT, WAYS[0])
-        try:
-            engine = engine_over(executor, capacity, rows, chunk=capacity)
-            random, new = np.random.default_rng(0), min(NEW_TOKENS, capacity // 2)
-            prompts = [random.integers(0, engine.executor.vocabulary, capacity - new) for _ in range(2 * rows)]
-            generated_per_second(engine, prompts[:rows], new)  # compiles and captures
-            figures = {"tokens_per_s": generated_per_second(engine, prompts[rows:], new)}
-            yield replace(row, figures=figures, note=f"prompts of {capacity - new} and {new} new tokens each")
-        finally:
-            executor.close()
+
+    def row(rows: int) -> Row:
+        return Row(f"{setting.decoder_name}, {rows} streams to their end", how, {"batch": rows})
+
+    def measured(engine: Engine, rows: int) -> Row:
+        random = np.random.default_rng(0)
+        prompts = [random.integers(0, engine.executor.vocabulary, capacity - new) for _ in range(2 * rows)]
+        generated_per_second(engine, prompts[:rows], new)  # compiles and captures
+        figures = {"tokens_per_s": generated_per_second(engine, prompts[rows:], new)}
+        return replace(row(rows), figures=figures, note=f"prompts of {capacity - new} and {new} new tokens each")
+
+    return _by_rows(setting, budget, row, measured)
 
 
 def generated_per_second(engine: Engine, prompts: Sequence[Tokens], new_tokens: int) -> float:

@@ -216,12 +216,7 @@ def _rank_cache(partition: Partition, vocabulary: int) -> RankCacheSettings:
 
 
 def require_gpu_executor(spec: DeploymentSpec) -> None:
-    """Raises UnsupportedError for generators that no GPU executor runs."""
-    if spec.parallel.ranks > 1 and spec.model.task == "seq2seq":
-        raise UnsupportedError(
-            "parallel", got=f"{spec.parallel.ranks} ranks of an encoder-decoder",
-            expected="one GPU a replica: ranks run decoders only", fix="set tensor and pipeline to 1",
-        )  # fmt: skip
+    """Raises UnsupportedError for generators that no GPU executor runs; ranks of encoder-decoders no spec has."""
     if spec.parallel.tensor > 1 and spec.engine.flavour == "tensorrt-rtx":
         raise UnsupportedError(
             "engine.flavour", got=f"tensorrt-rtx with {spec.parallel.tensor} tensor ranks",

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.errors import BadEnvironment, ServerFault
+from runtime.errors import ServerFault
 from runtime.generation.executor import Batch, Copy, Logits, Row, Tokens
 from runtime.generation.executor.paged import BLOCK, paged_model, weight_block
 
@@ -126,7 +126,7 @@ class OpenVinoStepExecutor:
                     cache[destination] = cache[origin]
 
     def encode(self, row: Row, source: Tokens) -> None:
-        raise BadEnvironment("encoder-decoders run on ONNX Runtime; set serving.executor: onnxruntime")
+        raise ServerFault("encoder-decoders run on ONNX Runtime; set serving.executor: onnxruntime")
 
     def close(self) -> None:
         self._caches.clear()

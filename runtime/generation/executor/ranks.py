@@ -12,21 +12,17 @@ from pathlib import Path
 
 import numpy as np
 
-from runtime.errors import ServerFault
-from runtime.generation.executor import Batch, Copy, Logits, Row, Tokens
+from runtime.generation.executor import Batch, Copy, Logits
+from runtime.generation.executor.rank_group import STEP_SECONDS, RankGroupHolder
 from runtime.generation.pools import CacheShape
 from runtime.ranks.group import RankGroup, RankStep
 from runtime.ranks.stored import load_programs
 
 _START_SECONDS = 120.0
-_STEP_SECONDS = 30.0  # of a rank that hangs; one that dies is noticed at once
 
 
-class RankStepExecutor:
-    """`shape` is that of every cache tensor on one rank. Raises BadEnvironment or ServerFault.
-
-    Ranks end with the thread that started them: make it, and call `reset`, in threads that live as long as it does.
-    """
+class RankStepExecutor(RankGroupHolder):
+    """`shape` is that of every cache tensor on one rank. Raises BadEnvironment or ServerFault."""
 
     def __init__(
         self,
@@ -38,6 +34,7 @@ class RankStepExecutor:
         vocabulary: int,
         threads: int,
     ) -> None:
+        super().__init__()
         stored = load_programs(manifest)
         self._stored = stored.with_threads(max(1, threads // stored.layout.ranks))
         self._capacities, self._rows, self._shape = tuple(capacities), rows, shape
@@ -47,16 +44,7 @@ class RankStepExecutor:
         caches = sum(len(program.states) for program in stored.programs)
         position_bytes = caches * shape.heads * shape.head_dim * np.dtype(shape.dtype).itemsize
         self.call_cost = weights // max(position_bytes, 1) // 2  # as of one process: all of it is shared out alike
-        self._group: RankGroup | None = None
         self.reset()
-
-    @property
-    def processes(self) -> list[int]:
-        """Process ids, by rank."""
-        return [] if self._group is None else self._group.processes
-
-    def lost(self) -> bool:
-        return self._group is None or self._group.wait_for_death(0)
 
     def reset(self) -> None:
         self.close()
@@ -72,26 +60,13 @@ class RankStepExecutor:
     def run(self, batches: Sequence[Batch]) -> list[Logits]:
         steps = [self._step(batch) for batch in batches]
         rows = [(batch.pool, batch.first, len(batch.input_ids)) for batch in batches]
-        results = self._running().run_rows(steps, rows, seconds=_STEP_SECONDS)
+        results = self.running.run_rows(steps, rows, seconds=STEP_SECONDS)
         logits = [np.asarray(result[self._maker]["logits"], np.float32) for result in results]
         return [array.reshape(len(array), self.vocabulary) for array in logits]
 
     def copy(self, copies: Sequence[Copy]) -> None:
         if copies:
-            self._running().copy_rows(copies, seconds=_STEP_SECONDS)
-
-    def encode(self, row: Row, source: Tokens) -> None:
-        raise ServerFault("encoder-decoders do not run on ranks")
-
-    def close(self) -> None:
-        if self._group is not None:
-            self._group.close()
-        self._group = None
-
-    def _running(self) -> RankGroup:
-        if self._group is None:
-            raise ServerFault("the rank group did not start again")
-        return self._group
+            self.running.copy_rows(copies, seconds=STEP_SECONDS)
 
     def _step(self, batch: Batch) -> list[RankStep]:
         rows, length = batch.input_ids.shape

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from runtime.errors import BadEnvironment, ServerFault
-from runtime.generation.executor import Batch, Copy, Logits, Row, Tokens
+from runtime.errors import BadEnvironment
+from runtime.generation.executor import Batch, Copy, Logits
+from runtime.generation.executor.rank_group import STEP_SECONDS, RankGroupHolder
 from runtime.generation.executor.tensorrt_logits import DeviceLogits
 from runtime.gpu import visible_targets
 from runtime.ranks.engine_worker import EngineProgram
@@ -23,19 +24,18 @@ from runtime.ranks.group import RankGroup
 
 _WORKER = "runtime.ranks.engine_worker"
 _START_SECONDS = 600.0  # engines of many gigabytes
-_STEP_SECONDS = 30.0  # of a rank that hangs; one that dies is noticed at once
 
 
-class TensorRtRankExecutor:
+class TensorRtRankExecutor(RankGroupHolder):
     """`manifest` is the `engines.json` beside the engines; the ranks take GPUs from `device` on.
 
-    Raises BadEnvironment or ServerFault. Ranks end with the thread that started them: make it, and call `reset`, in
-    threads that live as long as it does.
+    Raises BadEnvironment or ServerFault.
     """
 
     def __init__(
         self, manifest: Path, capacities: Sequence[int], rows: int, *, device: int = 0, worker: str = _WORKER
     ) -> None:
+        super().__init__()
         stored = load_manifest(manifest)
         _require_multi_device(stored)
         self._targets = _require_engines(stored, capacities, device)
@@ -44,18 +44,9 @@ class TensorRtRankExecutor:
         self.vocabulary, self.stages = stored.vocabulary, stored.pipeline
         self._maker = stored.layout.stage(stored.pipeline - 1).start
         self._calls = 0
-        self._group: RankGroup | None = None
         position_bytes = self._start()
         weights = sum(self._file(rank, self._capacities[0]).stat().st_size for rank in range(stored.layout.ranks))
         self.call_cost = weights // max(position_bytes, 1)
-
-    @property
-    def processes(self) -> list[int]:
-        """Process ids, by rank."""
-        return [] if self._group is None else self._group.processes
-
-    def lost(self) -> bool:
-        return self._group is None or self._group.wait_for_death(0)
 
     def reset(self) -> None:
         self._start()
@@ -64,22 +55,14 @@ class TensorRtRankExecutor:
         self._calls += 1
         ranks = self._stored.layout.ranks
         commands = [[("run_batch", (batch,))] * ranks for batch in batches]
-        answers = self._running().call(commands, seconds=_STEP_SECONDS)
+        answers = self.running.call(commands, seconds=STEP_SECONDS)
         logits = [self._logits(batch, answer[self._maker]) for batch, answer in zip(batches, answers, strict=True)]
         return cast("list[Logits]", logits)  # arrays in all that samplers do with them
 
     def copy(self, copies: Sequence[Copy]) -> None:
         if copies:
             command = ("copy_rows", (list(copies),))
-            self._running().call([[command] * self._stored.layout.ranks], seconds=_STEP_SECONDS)
-
-    def encode(self, row: Row, source: Tokens) -> None:
-        raise ServerFault("encoder-decoders do not run on ranks")
-
-    def close(self) -> None:
-        if self._group is not None:
-            self._group.close()
-        self._group = None
+            self.running.call([[command] * self._stored.layout.ranks], seconds=STEP_SECONDS)
 
     def _start(self) -> int:
         """A new group with its engines loaded. Bytes of one position in the caches of all ranks."""
@@ -115,11 +98,6 @@ class TensorRtRankExecutor:
     def _file(self, rank: int, capacity: int) -> Path:
         return self._folder / self._stored.ranks[rank].files[f"{self._targets[rank]}.{capacity}"]
 
-    def _running(self) -> RankGroup:
-        if self._group is None:
-            raise ServerFault("the rank group did not start again")
-        return self._group
-
     def _logits(self, batch: Batch, top: Any) -> DeviceLogits:
         call = self._calls
 
@@ -127,7 +105,7 @@ class TensorRtRankExecutor:
             if call != self._calls:
                 raise RuntimeError("logits are valid until the next run")
             command = ("fetch", (batch.pool, batch.first, list(rows)))
-            logits: Logits = self._running().call_one(self._maker, command, seconds=_STEP_SECONDS)
+            logits: Logits = self.running.call_one(self._maker, command, seconds=STEP_SECONDS)
             return logits
 
         return DeviceLogits(top, self.vocabulary, fetch)
