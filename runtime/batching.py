@@ -1,4 +1,4 @@
-"""Which sequences of mixed length run together. Pure arithmetic.
+"""Which sequences of mixed length run together, and where. Pure arithmetic over measured costs.
 
 Padding dominates the cost of a naive batch of mixed lengths, and many small batches pay a fixed cost each. The split
 here is the cheapest under a cost model, among batches of few distinct shapes: executors make kernels for a shape when
@@ -7,13 +7,12 @@ they first see it, so shapes must come back.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-# Cost of a batch beside its tokens, in tokens. MiniLM on one core: about 3 ms when the shape differs from the last
-# one's, against 0.09 ms a token.
-FIXED_TOKENS = 48
-# At this length attention over the sequence costs as much as the rest of a token (MiniLM: about 2000).
-QUADRATIC_LENGTH = 2000
+from runtime.cost import CostModel, Costs
+
 COUNTS = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -26,7 +25,58 @@ def padded_length(length: int, longest: int) -> int:
     return max(length, min(-(-length // step) * step, longest))
 
 
-def split_by_length(lengths: Sequence[int], max_tokens: int, longest: int) -> list[list[int]]:
+@dataclass(frozen=True)
+class Plan:
+    """Indices of the sequences of each part. First the `wide` parts, one after the other on all cores; then the
+    `narrow` ones, the dearest first, side by side on the lanes. `ms`: what that takes by the cost model."""
+
+    wide: list[list[int]]
+    narrow: list[list[int]]
+    ms: float
+
+
+_MOST_WIDE = 8  # parts that are tried with all cores: they are those that are left over when lanes run out of parts
+
+
+def plan(lengths: Sequence[int], max_tokens: int, longest: int, costs: Costs) -> Plan:
+    """The plan that ends first: of the cheapest cut into parts of `max_tokens`, and of cuts that all lanes share."""
+    total = sum(padded_length(max(length, 1), longest) for length in lengths)
+    limits = {max_tokens, *(min(max_tokens, -(-total // (share * costs.lanes))) for share in (1, 2))}
+    plans = [
+        _placed(split_by_length(lengths, limit, longest, costs.lane), lengths, longest, costs)
+        for limit in (sorted(limits, reverse=True) if costs.lanes > 1 else [max_tokens])
+    ]
+    return min(plans, key=lambda found: found.ms)
+
+
+def _placed(parts: list[list[int]], lengths: Sequence[int], longest: int, costs: Costs) -> Plan:
+    """How many of the dearest parts are better off with all cores."""
+
+    def shape(part: list[int]) -> tuple[int, int]:
+        return len(part), padded_length(max(1, *(lengths[index] for index in part)), longest)
+
+    timed = sorted(((costs.lane.of(*shape(part)), part) for part in parts), key=lambda item: -item[0])
+    alone = [part for _, part in timed]
+    best = Plan([], alone, _side_by_side([ms for ms, _ in timed], costs.lanes))
+    spent = 0.0
+    for count in range(1, min(len(timed), _MOST_WIDE) + 1 if costs.wide is not None else 1):
+        assert costs.wide is not None
+        spent += costs.wide.of(*shape(alone[count - 1]))
+        ms = spent + _side_by_side([ms for ms, _ in timed[count:]], costs.lanes)
+        if ms < best.ms:
+            best = Plan(alone[:count], alone[count:], ms)
+    return best
+
+
+def _side_by_side(times: Sequence[float], lanes: int) -> float:
+    """When the last of `times` ends: each, the longest first, goes to the lane that is free first."""
+    ends = [0.0] * lanes
+    for each in times:
+        heapq.heapreplace(ends, ends[0] + each)
+    return max(ends)
+
+
+def split_by_length(lengths: Sequence[int], max_tokens: int, longest: int, cost: CostModel) -> list[list[int]]:
     """Indices into `lengths`, cut into parts, the longest sequences first.
 
     A part holds a number of sequences from COUNTS, padded to `padded_length` of its longest, and at most `max_tokens`
@@ -43,9 +93,9 @@ def split_by_length(lengths: Sequence[int], max_tokens: int, longest: int) -> li
                 break
             padded = padded_length(max(lengths[order[end - count]], 1), longest)
             if count == 1 or count * padded <= max_tokens:
-                choices.append((best[end - count] + _cost(count, padded), count))
-        cost, count = min(choices)
-        best.append(cost)
+                choices.append((best[end - count] + cost.of(count, padded), count))
+        least, count = min(choices)
+        best.append(least)
         taken.append(count)
     parts = []
     end = len(order)
@@ -53,7 +103,3 @@ def split_by_length(lengths: Sequence[int], max_tokens: int, longest: int) -> li
         parts.append(order[end - taken[end] : end])
         end -= taken[end]
     return parts[::-1]
-
-
-def _cost(count: int, length: int) -> float:
-    return FIXED_TOKENS + count * length * (1 + length / QUADRATIC_LENGTH)

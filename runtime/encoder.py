@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.batching import padded_length, split_by_length
+from runtime.batching import padded_length, plan
+from runtime.cost import USUAL, Costs, Shape, measure, shapes
 from runtime.errors import BadEnvironment
 from runtime.executor import Executor, Tensors
 from runtime.executor.onnxruntime import OnnxRuntimeExecutor
@@ -29,6 +30,7 @@ class Encoder:
         self.executor = executor
         self.close = close or (lambda: None)
         self._tokens_per_batch, self._max_length = tokens_per_batch, max_length
+        self.costs = Costs(USUAL, executor.lanes)
 
     def run(self, requests: Sequence[Tensors]) -> list[NDArray[np.float32]]:
         """Vectors for each request, [rows, width].
@@ -38,12 +40,13 @@ class Encoder:
         """
         owner = [(index, row) for index, feeds in enumerate(requests) for row in range(len(feeds["input_ids"]))]
         lengths = [int(n) for feeds in requests for n in np.count_nonzero(feeds["attention_mask"], axis=1)]
-        parts = split_by_length(lengths, self._tokens_per_batch, self._max_length)
+        planned = plan(lengths, self._tokens_per_batch, self._max_length, self.costs)
+        parts = [*planned.wide, *planned.narrow]
         batches = [
             _gather(requests, [owner[i] for i in part], self._padded(max(lengths[i] for i in part))) for part in parts
         ]
         outputs: list[NDArray[np.float32] | None] = [None] * len(owner)
-        for part, vectors in zip(parts, self.executor.run_all(batches), strict=True):
+        for part, vectors in zip(parts, self.executor.run_all(batches, len(planned.wide)), strict=True):
             for position, vector in zip(part, vectors, strict=True):
                 outputs[position] = vector
         ends = np.cumsum([len(feeds["input_ids"]) for feeds in requests])
@@ -57,6 +60,19 @@ class Encoder:
         """One sequence of each length: kernels are made for shapes when these are first seen."""
         for length in lengths:
             self.run([{name: np.full((1, length), int(name == "attention_mask"), np.int64) for name in inputs}])
+
+    def fit(self, inputs: Sequence[str], seconds: float) -> Costs:
+        """Measures what parts cost on this machine, within about `seconds`, and splits by that from here on."""
+
+        def batch(shape: Shape) -> Tensors:
+            return {name: np.full(shape, int(name == "attention_mask"), np.int64) for name in inputs}
+
+        lanes, wanted = self.executor.lanes, shapes(self._tokens_per_batch, self._max_length)
+        share = seconds if lanes == 1 else seconds / 2
+        lane = measure(lambda shape: self.executor.run_all([batch(shape)] * lanes), wanted, share)
+        wide = None if lanes == 1 else measure(lambda shape: self.executor.run_all([batch(shape)], 1), wanted, share)
+        self.costs = Costs(lane, lanes, wide)
+        return self.costs
 
 
 def _gather(requests: Sequence[Tensors], rows: Sequence[tuple[int, int]], length: int) -> dict[str, NDArray[Any]]:

@@ -18,11 +18,12 @@ class SumExecutor:
     """Each row's vector is the sum of its real tokens: enough to recognise it."""
 
     description = "sum"
+    lanes = 1
 
     def __init__(self) -> None:
         self.tokens = 0
 
-    def run_all(self, batches: Sequence[Tensors]) -> list[np.ndarray]:  # type: ignore[type-arg]
+    def run_all(self, batches: Sequence[Tensors], wide: int = 0) -> list[np.ndarray]:  # type: ignore[type-arg]
         self.tokens = max([self.tokens, *(batch["input_ids"].size for batch in batches if len(batch["input_ids"]) > 1)])
         return [
             (batch["input_ids"] * batch["attention_mask"]).sum(axis=1, keepdims=True).astype(np.float32)
@@ -50,12 +51,37 @@ def test_warm_up_runs_each_length() -> None:
     seen = []
 
     class Recorder(SumExecutor):
-        def run_all(self, batches: Sequence[Tensors]) -> list[np.ndarray]:  # type: ignore[type-arg]
+        def run_all(self, batches: Sequence[Tensors], wide: int = 0) -> list[np.ndarray]:  # type: ignore[type-arg]
             seen.extend(batch["input_ids"].shape for batch in batches)
-            return super().run_all(batches)
+            return super().run_all(batches, wide)
 
     Encoder(Recorder(), 512, 64).warm_up(["input_ids", "attention_mask"], [16, 64])
     assert seen == [(1, 16), (1, 64)]
+
+
+def test_a_fit_times_the_machine_and_the_rows_still_come_back_to_their_owners() -> None:
+    class Lanes(SumExecutor):
+        lanes = 2
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls: list[tuple[int, int]] = []
+
+        def run_all(self, batches: Sequence[Tensors], wide: int = 0) -> list[np.ndarray]:  # type: ignore[type-arg]
+            self.calls.append((len(batches), wide))
+            return super().run_all(batches, wide)
+
+    executor = Lanes()
+    encoder = Encoder(executor, 128, 64)
+    costs = encoder.fit(["input_ids", "attention_mask"], 30.0)
+    assert costs.lanes == 2
+    assert costs.wide is not None
+    assert set(executor.calls) == {(2, 0), (1, 1)}  # every lane at work, then one part with all cores
+    assert costs.lane.tokens == (16, 32, 64, 128)
+    feeds = [
+        {"input_ids": np.full((1, n), n), "attention_mask": np.ones((1, n), np.int64)} for n in (3, 60, 17, 60, 1, 9)
+    ]
+    assert [float(rows[0, 0]) for rows in encoder.run(feeds)] == [9.0, 3600.0, 289.0, 3600.0, 1.0, 81.0]
 
 
 def test_numpy_2_is_refused_before_it_corrupts_anything() -> None:

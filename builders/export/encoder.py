@@ -100,7 +100,11 @@ class _EagerExecutor:
     def __init__(self, model: torch.nn.Module, checkpoint: Checkpoint) -> None:
         self._model, self._checkpoint = model, checkpoint
 
-    def run_all(self, batches: Sequence[Tensors]) -> list[NDArray[np.float32]]:
+    @property
+    def lanes(self) -> int:
+        return 1
+
+    def run_all(self, batches: Sequence[Tensors], wide: int = 0) -> list[NDArray[np.float32]]:
         return [self._run(batch) for batch in batches]
 
     def _run(self, batch: Tensors) -> NDArray[np.float32]:

@@ -1,4 +1,4 @@
-"""The loop: forward and backward in bf16 where the CPU has it, master weights and optimiser in fp32."""
+"""The loop: forward and backward in bf16 where the CPU has it, master weights and optimisers in fp32."""
 
 from __future__ import annotations
 
@@ -120,16 +120,17 @@ def _schedule(stream: Tokens, recipe: Recipe) -> Iterator[Tokens]:
 def _optimisers(model: Any, masters: list[torch.Tensor]) -> list[torch.optim.Optimizer]:
     """Muon for the matrices between embedding and head, Adam for embedding and norms.
 
-    Muon makes every direction of a matrix's update equally long (Jordan et al. 2024); `match_rms_adamw` scales it so
-    that one learning rate serves both.
+    One learning rate serves both.
     """
     import torch
+
+    from builders.small_model.muon import Muon
 
     names = [name for name, _ in model.named_parameters()]
     matrices = [m for name, m in zip(names, masters, strict=True) if m.ndim == 2 and "embed_tokens" not in name]
     others = [m for name, m in zip(names, masters, strict=True) if m.ndim != 2 or "embed_tokens" in name]
     return [
-        torch.optim.Muon(matrices, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        Muon(matrices, weight_decay=0.1),
         torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0),
     ]
 

@@ -18,5 +18,12 @@ class Executor(Protocol):
     def description(self) -> str:
         """Name, version and arithmetic, as reports print it: `OpenVINO 2026.4.1 bf16`."""
 
-    def run_all(self, batches: Sequence[Tensors]) -> list[NDArray[np.float32]]:
-        """The first output of the graph for each batch, in the order given."""
+    @property
+    def lanes(self) -> int:
+        """Batches that run side by side; with 1, each has all cores anyway."""
+
+    def run_all(self, batches: Sequence[Tensors], wide: int = 0) -> list[NDArray[np.float32]]:
+        """The first output of the graph for each batch, in the order given.
+
+        The first `wide` batches run one after the other, each on all cores; then the rest, side by side.
+        """

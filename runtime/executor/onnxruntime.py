@@ -28,5 +28,9 @@ class OnnxRuntimeExecutor:
     def description(self) -> str:
         return self._description
 
-    def run_all(self, batches: Sequence[Tensors]) -> list[NDArray[np.float32]]:
+    @property
+    def lanes(self) -> int:
+        return 1
+
+    def run_all(self, batches: Sequence[Tensors], wide: int = 0) -> list[NDArray[np.float32]]:
         return [self._session.run(self._outputs, dict(batch))[0] for batch in batches]

@@ -58,8 +58,16 @@ class RankExecutor:
         group = self._group
         return group.processes if group is not None else []
 
-    def run_all(self, batches: Sequence[Tensors]) -> list[NDArray[np.float32]]:
+    @property
+    def lanes(self) -> int:
+        """Stages of a pipeline work on a batch each."""
+        return self._stored.layout.pipeline
+
+    def run_all(self, batches: Sequence[Tensors], wide: int = 0) -> list[NDArray[np.float32]]:
         """The first output of the graph for each batch. Raises Unavailable when a rank fails, dies or is late."""
+        return [output for some in (*([each] for each in batches[:wide]), batches[wide:]) for output in self._run(some)]
+
+    def _run(self, batches: Sequence[Tensors]) -> list[NDArray[np.float32]]:
         with self._running:
             if self._group is None:
                 raise Unavailable("the rank group is starting again; try again shortly")

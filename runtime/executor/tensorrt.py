@@ -45,7 +45,11 @@ class TensorRtRtxExecutor:
     def description(self) -> str:
         return self._description
 
-    def run_all(self, batches: Sequence[Tensors]) -> list[NDArray[np.float32]]:
+    @property
+    def lanes(self) -> int:
+        return 1
+
+    def run_all(self, batches: Sequence[Tensors], wide: int = 0) -> list[NDArray[np.float32]]:
         with self._lock:
             outputs = [self._runner.infer(dict(batch), check_inputs=False) for batch in batches]
             return [next(iter(output.values())).copy() for output in outputs]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import traceback
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from runtime.errors import Unavailable
 from runtime.settings import EncoderModelSettings
 
 NICENESS = 10
+FIT_SECONDS = 3.0
 
 
 class TritonPythonModel:
@@ -32,6 +34,8 @@ class TritonPythonModel:
         files = {key: directory / name for key, name in settings.files.items()}
         self.encoder = open_encoder(settings, files, int(args["model_instance_device_id"]))
         self.encoder.warm_up(self.inputs, settings.warmup_lengths)
+        if args["model_instance_kind"] == "CPU":
+            print(f"encoder: {self.encoder.fit(self.inputs, FIT_SECONDS).summary}", file=sys.stderr, flush=True)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Rows of all requests are sorted by length and run together."""
