@@ -97,7 +97,7 @@ def measure(run: Callable[[Shape], object], wanted: Sequence[Shape], seconds: fl
 
 
 def fitted(best: dict[Shape, float]) -> CostModel:
-    """The model through shapes -> measured ms. Parts of usual length give the points, longer rows what attention adds."""
+    """The model through measured shapes: usual lengths give its points, longer rows what attention adds."""
     usual = sorted((count * length, ms) for (count, length), ms in best.items() if length <= USUAL_LENGTH)
     # Other work on the cores only adds: what a larger part took bounds a smaller one.
     least = list(accumulate((ms for _, ms in reversed(usual)), min))[::-1]

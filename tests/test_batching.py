@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -87,7 +89,7 @@ def test_whatever_noise_was_measured_more_work_costs_no_less(noisy: dict[tuple[i
     found = fitted(noisy)
     for length in (8, 32, 200):
         costs = [found.of(count, length) for count in COUNTS]
-        assert costs == sorted(costs)
+        assert all(a <= b * (1 + 1e-9) for a, b in pairwise(costs))
         assert costs[0] > 0
 
 
