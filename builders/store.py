@@ -1,8 +1,9 @@
 """Content-addressed results of stages.
 
 `<root>/<stage>/<key>/` holds the files of one artifact and its `record.json`. The key is the SHA-256 of everything
-that the result depends on: input digests, the spec slice, tool versions, and the source of the stage itself. A
-directory appears by a rename, so it is whole or absent. Two processes may build the same key: the first rename wins.
+that the result depends on: what the caller names (input digests, the spec slice), and the source and the libraries of
+the stage itself, which are found here. A directory appears by a rename, so it is whole or absent. Two processes may
+build the same key: the first rename wins.
 """
 
 from __future__ import annotations
@@ -12,41 +13,17 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from platform import machine
-from types import ModuleType
 from typing import Any, TypeVar
 
 from builders.artifacts import Artifact, file_digest
 from builders.atomic import atomic_directory as atomic_directory  # the rest of the house knows it from here
+from builders.closure import code_key
 from builders.errors import MachineError
 
 A = TypeVar("A", bound=Artifact)
 _RECORD = "record.json"
-
-
-def tool_versions(*distributions: str) -> dict[str, str]:
-    """Installed versions by distribution name, without importing anything; `absent` where there is none."""
-    versions = {}
-    for name in distributions:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = "absent"
-    return versions
-
-
-def source_digest(*modules: ModuleType) -> str:
-    """Digest of the modules' own source, so that a changed stage never meets an old result."""
-    return hashlib.sha256("".join(file_digest(Path(str(m.__file__))) for m in modules).encode()).hexdigest()
-
-
-def folder_digest(*folders: str) -> str:
-    """The same for whole rooms of the house, such as `builders/partition`."""
-    root = Path(__file__).parents[1]
-    files = sorted(path for folder in folders for path in (root / folder).rglob("*.py"))
-    return hashlib.sha256("".join(map(file_digest, files)).encode()).hexdigest()
 
 
 def processor() -> str:
@@ -77,10 +54,12 @@ class Store:
     ) -> tuple[A, bool]:
         """The artifact of `stage` for these inputs, and whether it was there already.
 
-        `build(directory)` writes files into an empty directory and returns the record. A stored artifact whose files
-        no longer have their digests is dropped and built again.
+        `build(directory)` writes files into an empty directory and returns the record; its own code is part of the key.
+        `inputs` are JSON: what has no order, or an address, would give another key in each process. A stored artifact
+        whose files no longer have their digests is dropped and built again.
         """
-        key = hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        content = json.dumps({**inputs, "made by": code_key(build)}, sort_keys=True)
+        key = hashlib.sha256(content.encode()).hexdigest()[:16]
         target = self.root / stage / key
         found = _load(target, kind)
         if found is not None:

@@ -178,13 +178,14 @@ def rank_programs(partition: Partition) -> list[RankProgram]:
         received = tuple(Transfer(port.name, port.from_stage) for port in stage.inputs if port.from_stage is not None)
         sent = tuple(Transfer(port.name, later) for later, other in enumerate(partition.stages)
                      for port in other.inputs if port.from_stage == index)  # fmt: skip
-        made, used = {port.name for port in stage.outputs}, {port.name for port in stage.inputs}
+        made, used = [port.name for port in stage.outputs], [port.name for port in stage.inputs]
+        elsewhere = {transfer.value for transfer in received}
         states = tuple((out, given) for out, given in partition.states if out in made and given in used)
         programs += [
             RankProgram(
                 folder=str(partition.directory.resolve()),
                 steps=program_steps(read_rank(partition.path(name))),
-                inputs=tuple(used - {transfer.value for transfer in received}),
+                inputs=tuple(name for name in used if name not in elsewhere),
                 outputs=tuple(made),
                 received=received,
                 sent=sent,

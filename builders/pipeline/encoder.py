@@ -5,19 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from builders import corpus, graph, quality
+from builders import corpus, quality
 from builders.artifacts import OnnxGraph, ServedQuality
-from builders.export import encoder, program
+from builders.closure import tool_versions
+from builders.export import encoder
 from builders.pipeline.result import Build, Report, done
 from builders.quality import HELD_OUT_TEXTS
-from builders.quantize import int8, smoothquant
+from builders.quantize import int8
 from builders.repository import contents
-from builders.store import Store, folder_digest, processor, source_digest, tool_versions
-from runtime import batching, tokenizer
-from runtime import encoder as serving_encoder
-from runtime.executor import onnxruntime, openvino, ranks
-
-_RUNTIME = (batching, tokenizer, serving_encoder, onnxruntime, openvino, ranks)  # what computes the checked figures
+from builders.store import Store, processor
 
 
 def export(built: Build, store: Store, report: Report) -> Build:
@@ -31,8 +27,7 @@ def export(built: Build, store: Store, report: Report) -> Build:
                 "checkpoint": checkpoint.model_dump(mode="json", exclude={"source"}),
                 "precision": precision,
                 "texts": corpus.corpus_key(texts_file),
-                "tools": tool_versions("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime"),
-                "code": source_digest(encoder, program, graph, quality),
+                "tools": tool_versions("onnxscript"),  # which torch.onnx imports for us
             },
             OnnxGraph,
             lambda out, precision=precision: encoder.export_encoder(  # type: ignore[misc]
@@ -71,8 +66,6 @@ def quantize(built: Build, store: Store, report: Report) -> Build:
             "checkpoint": checkpoint.digest,
             "budget": budget.model_dump(mode="json", exclude={"cpu", "gpu", "calibration_texts"}),
             "texts": corpus.corpus_key(budget.calibration_texts),
-            "tools": tool_versions("onnx", "onnx-ir", "onnxruntime", "tokenizers"),
-            "code": source_digest(int8, smoothquant, graph, quality, corpus, *_RUNTIME),
         },
         OnnxGraph,
         run,
@@ -110,8 +103,6 @@ def qualify(built: Build, store: Store, report: Report) -> Build:
             "budget": budget.model_dump(mode="json", exclude={"gpu", "calibration_texts"}),
             "settings": settings.model_dump(mode="json"),
             "texts": corpus.corpus_key(budget.calibration_texts),
-            "tools": tool_versions("openvino", "onnxruntime", "tokenizers", "torch"),
-            "code": [source_digest(quality, corpus, *_RUNTIME), folder_digest("runtime/ranks")],
         },
         ServedQuality,
         run,

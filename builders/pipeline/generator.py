@@ -7,13 +7,14 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from builders import corpus, graph, perplexity, quality
+from builders import corpus, perplexity, quality
 from builders.artifacts import GenerationQuality, OnnxGraph, ServedQuality
+from builders.closure import tool_versions
 from builders.export import decoder, seq2seq
 from builders.pipeline.result import Build, Report, done
 from builders.quantize import weight_only
 from builders.repository import contents
-from builders.store import Store, folder_digest, processor, source_digest, tool_versions
+from builders.store import Store, processor
 from runtime.generation.opening import open_executor
 from runtime.settings import ServedModel
 
@@ -38,8 +39,7 @@ def export(built: Build, store: Store, report: Report) -> Build:
                 "texts": corpus.corpus_key(texts_file),
                 "samples": built.spec.precision.calibration_samples,
                 "processor": processor(),  # perplexities are measured on it
-                "tools": tool_versions("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime"),
-                "code": [folder_digest("builders/export"), source_digest(graph, perplexity, quality)],
+                "tools": tool_versions("onnxscript"),  # which torch.onnx imports for us
             },
             OnnxGraph,
             run,
@@ -78,8 +78,6 @@ def quantize(built: Build, store: Store, report: Report) -> Build:
             "samples": budget.calibration_samples,
             "texts": corpus.corpus_key(budget.calibration_texts),
             "processor": processor(),
-            "tools": tool_versions("onnx", "onnx-ir", "onnxruntime", "tokenizers"),
-            "code": [folder_digest("builders/quantize"), source_digest(graph, perplexity, quality, corpus)],
         },
         OnnxGraph,
         run,
@@ -137,12 +135,6 @@ def qualify(built: Build, store: Store, report: Report) -> Build:
             ),
             "samples": spec.precision.calibration_samples,
             "texts": corpus.corpus_key(spec.precision.calibration_texts),
-            "tools": {**tools, **tool_versions("tokenizers")},
-            "code": [
-                source_digest(perplexity, quality, corpus),
-                folder_digest("runtime/generation/executor"),
-                folder_digest("runtime/ranks"),
-            ],
         },
         ServedQuality,
         run,

@@ -11,17 +11,18 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from builders import corpus, graph, quality
+from builders import corpus, quality
 from builders.artifacts import Engine, Partition, RankFiles
+from builders.closure import tool_versions
 from builders.engine import ranks as rank_engines
-from builders.engine import tensorrt, top
+from builders.engine import tensorrt
 from builders.partition import served
 from builders.partition.shard import partition_graph
 from builders.partition.verify import verify_partition
 from builders.perplexity import ENCODER_FILE
 from builders.pipeline.result import Build, Report, done
 from builders.spec import ProfileSlice
-from builders.store import Store, folder_digest, source_digest, tool_versions
+from builders.store import Store
 
 _SAMPLES = 4  # real texts that an encoder's partition is proven with, beside random inputs
 
@@ -43,7 +44,6 @@ def partition(built: Build, store: Store, report: Report) -> Build:
         return found
 
     report("partition", f"{parallel.tensor} x {parallel.pipeline} ranks")
-    code = {"code": folder_digest("builders/partition", "runtime/ranks")}
     item, hit = store.get_or_build(
         "partition",
         {
@@ -51,8 +51,6 @@ def partition(built: Build, store: Store, report: Report) -> Build:
             "parallel": parallel.model_dump(),
             "checkpoint": checkpoint.digest,
             "texts": corpus.corpus_key(texts_file),
-            "tools": tool_versions("onnx", "onnx-ir", "onnxruntime", "torch"),
-            **code,
         },
         Partition,
         run,
@@ -60,7 +58,7 @@ def partition(built: Build, store: Store, report: Report) -> Build:
     rank_files = None
     if built.platform == "cpu":
         rank_files, _ = store.get_or_build(
-            "ranks", {"partition": item.digest, **code}, RankFiles, lambda out: served.write_rank_files(item, out)
+            "ranks", {"partition": item.digest}, RankFiles, lambda out: served.write_rank_files(item, out)
         )
     megabytes, ideal = item.rank_bytes / 1e6, item.ideal_bytes / 1e6
     report("partition", done(f"proven equal; {megabytes:.1f} MB a rank at most, ideal {ideal:.1f}", hit))
@@ -75,6 +73,7 @@ def engines(built: Build, store: Store, report: Report) -> Build:
     if built.platform != "gpu":
         return built
     engine = built.spec.engine
+    library = engine.flavour.replace("-", "_")
     made = []
     for target, variant in itertools.product(engine.targets, _variants(built)):
         report("engine", f"{engine.flavour} {target} {variant.label}")
@@ -84,8 +83,7 @@ def engines(built: Build, store: Store, report: Report) -> Build:
                 **variant.key,
                 "flavour": engine.flavour,
                 "target": target,
-                "tools": tool_versions(engine.flavour, "polygraphy"),
-                "code": source_digest(tensorrt, top, graph),
+                "tools": tool_versions(library, f"{library}_libs"),
             },
             Engine,
             functools.partial(variant.build, target),
@@ -105,7 +103,6 @@ def _rank_manifest(built: Build, engines: Sequence[Engine], store: Store) -> Ran
         {
             "partition": partition.digest,
             "engines": sorted((engine.file, engine.digest) for engine in engines),
-            "code": source_digest(rank_engines),
         },
         RankFiles,
         lambda out: rank_engines.write_rank_manifest(partition, engines, out),

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from runtime.errors import ServerFault
 from runtime.generation.executor import Copy
 from runtime.generation.pools import CacheShape
+from runtime.leases import abandoned, owner
 from runtime.ranks.hosts import Gathering
 from runtime.ranks.process import CPU_WORKER, end_processes, start_rank
 from runtime.ranks.program import Layout, RankProgram
@@ -54,7 +55,7 @@ class RankGroup:
         """
         self.count, self._gathering, self._worker = count, gathering, worker
         _sweep_dead()
-        self._folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
+        self._folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{owner()}-"))
         self._processes: list[subprocess.Popen[bytes]] = []
         self._connections: list[Connection] = []
         try:
@@ -250,14 +251,5 @@ def _free_port() -> int:
 def _sweep_dead() -> None:
     """Removes folders of owners that were killed before they could tidy up."""
     for leftover in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*-*"):
-        owner = leftover.name.removeprefix(_PREFIX).split("-")[0]
-        if owner.isdigit() and not _lives(owner):
+        if abandoned(leftover, leftover.name.removeprefix(_PREFIX).split("-")[0]):
             shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _lives(pid: str) -> bool:
-    """A zombie does not: its parent has only not asked yet."""
-    try:
-        return Path("/proc", pid, "stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
