@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
 
 from builders import corpus, pipeline
 from builders.errors import QualityError
 from builders.pipeline import Build
+from builders.quantize.int8 import _calibrate
 from builders.quantize.smoothquant import (
+    ALPHAS,
     Calibration,
     activation_scale,
     best_smoothing,
@@ -23,8 +29,20 @@ from tests.conftest import tiny_spec
 
 
 @pytest.fixture(scope="module")
-def quantised(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Build:
-    spec = tiny_spec(tiny_bert, precision={"cpu": "int8", "calibration_samples": 32, "min_worst_cosine": 0.97})
+def pruned_bert(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One output channel holds zeros, another numbers whose scale would be subnormal in fp16."""
+    folder = Path(shutil.copytree(tiny_bert, tmp_path_factory.mktemp("pruned") / "bert"))
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if name.endswith("layer.0.intermediate.dense.weight"))
+    weights[name][5] = 0
+    weights[name][6] *= 1e-4 / np.abs(weights[name][6]).max()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def quantised(pruned_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Build:
+    spec = tiny_spec(pruned_bert, precision={"cpu": "int8", "calibration_samples": 32, "min_worst_cosine": 0.97})
     return pipeline.build(spec, "cpu", tmp_path_factory.mktemp("int8"), "qualify")
 
 
@@ -38,8 +56,6 @@ def test_the_service_itself_meets_the_budget(quantised: Build) -> None:
 
 
 def test_weights_are_int8_per_channel_and_activations_symmetric(quantised: Build) -> None:
-    import onnx
-
     model = onnx.load(str(quantised.graph("int8").file_path))
     initializers = {item.name: onnx.numpy_helper.to_array(item) for item in model.graph.initializer}
     for node in model.graph.node:
@@ -49,6 +65,8 @@ def test_weights_are_int8_per_channel_and_activations_symmetric(quantised: Build
         if node.op_type == "DequantizeLinear" and node.input[0] in initializers:
             assert initializers[node.input[0]].dtype == np.int8
             assert initializers[node.input[1]].shape == initializers[node.input[0]].shape[1:]
+            assert initializers[node.input[1]].dtype == np.float16
+            assert initializers[node.input[1]].min() >= np.finfo(np.float16).tiny  # TensorRT refuses zero
 
 
 def test_tensorrt_builds_the_very_graph_that_openvino_serves(quantised: Build, tmp_path: Path) -> None:
@@ -90,6 +108,56 @@ def test_smoothing_changes_nothing_before_rounding(seed: int, alpha: float) -> N
     quantized = quantize_weight(weight, factors)
     error = np.abs(quantized.weight * quantized.weight_scale - weight * factors[:, None])
     assert (error <= quantized.weight_scale / 2 + 1e-6).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize("largest", [0.0, 1e-12, 1e-6, 1e-3, 0.3])
+def test_scales_are_normal_numbers_of_the_graphs_type(dtype: type[np.floating[Any]], largest: float) -> None:
+    """What is rounded with a scale is restored with the very same, whatever the type rounds it to."""
+    weight = np.linspace(-largest, largest, 33, dtype=np.float32)[:, None]
+    found = quantize_weight(weight, np.ones(33, np.float32), dtype)
+    held = found.weight_scale.astype(dtype)
+    assert held.min() >= np.finfo(dtype).tiny
+    assert np.abs(found.weight * held.astype(np.float32) - weight).max() <= held.astype(np.float32).max() * 0.51
+    assert dtype(activation_scale(np.array([largest], np.float32), np.ones(1, np.float32), dtype)) > 0
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_factors_and_their_inverses_fit_fp16(alpha: float) -> None:
+    """A channel that is always zero has a factor of almost nothing, and the graph multiplies by its inverse."""
+    channel_max = np.array([0, 1, 1, 1e4], np.float32)
+    factors = smoothing_factors(channel_max, [np.array([[1], [1], [0], [1]], np.float32)], alpha)
+    for held in (factors.astype(np.float16), (1 / factors).astype(np.float16)):
+        assert np.isfinite(held).all()
+        assert held.min() >= np.finfo(np.float16).tiny
+
+
+def test_pooled_vectors_as_wide_as_the_text_is_long_are_not_taken_for_tokens(tmp_path: Path) -> None:
+    """[batch, 8] after pooling, where the batch is of 8 tokens: only the names of the dimensions tell."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    table, weight = np.eye(8, dtype=np.float32), np.ones((8, 3), np.float32)
+    graph = helper.make_graph(
+        [
+            helper.make_node("Gather", ["table", "input_ids"], ["tokens"]),
+            helper.make_node("MatMul", ["tokens", "square"], ["mixed"]),
+            helper.make_node("ReduceMean", ["mixed", "axis"], ["pooled"], keepdims=0),
+            helper.make_node("MatMul", ["pooled", "weight"], ["logits"]),
+            helper.make_node("Cast", ["attention_mask"], ["unused"], to=TensorProto.FLOAT),
+        ],
+        "pooled",
+        [helper.make_tensor_value_info(name, TensorProto.INT64, ["batch", "length"])
+         for name in ("input_ids", "attention_mask")],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 3])],
+        [numpy_helper.from_array(array, name) for name, array in
+         {"table": table, "square": table, "weight": weight, "axis": np.array([1])}.items()],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    onnx.save(onnx.shape_inference.infer_shapes(model), str(tmp_path / "pooled.onnx"))
+    mask = np.array([[1, 1, 1, 1, 0, 0, 0, 0]])
+    by_token, pooled = _calibrate(tmp_path / "pooled.onnx", [{"input_ids": np.arange(8)[None], "attention_mask": mask}])
+    assert by_token.channel_max.tolist() == [1, 1, 1, 1, 0, 0, 0, 0]  # padding does not count
+    assert pooled.channel_max.tolist() == [0.125] * 8
 
 
 def test_outlier_channels_get_most_of_the_smoothing() -> None:

@@ -43,6 +43,20 @@ def test_blocks_of_zeros_stay_zero() -> None:
     assert np.isfinite(round_to_nearest(weight, 4).restore()).all()
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("largest", [0.0, 1e-7, 1e-4, 1e-2])
+def test_scales_of_a_graph_in_fp16_are_normal_numbers_of_it(bits: Bits, largest: float) -> None:
+    """A block of zeros, and blocks whose scale would be subnormal: a scale of 0 is refused by TensorRT."""
+    weight = np.linspace(-largest, largest, BLOCK * 2, dtype=np.float32).reshape(BLOCK * 2, 1)
+    for found in (
+        round_to_nearest(weight, bits, BLOCK, np.float16),
+        gptq(weight, np.eye(64, dtype=np.float32), bits, np.float16),
+    ):
+        assert found.scales.min() >= np.finfo(np.float16).tiny
+        assert np.array_equal(found.scales, found.scales.astype(np.float16))  # what is rounded is what is restored
+        assert np.abs(found.restore() - weight).max() <= found.scales.max() * (0.51 if bits == 8 else 2.5)
+
+
 def test_gptq_loses_less_on_other_inputs_of_the_kind() -> None:
     generator = np.random.default_rng(0)
     mixing = generator.standard_normal((24, 160)) + 0.1  # inputs that hang together, as activations do

@@ -11,7 +11,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float32]
+from builders.quantize.scales import Floats, Type, representable
+
 Bits = Literal[4, 8]
 BLOCK = 32  # the shortest in use
 _SHRINK = np.linspace(0.72, 1.0, 15, dtype=np.float32)  # of a block's range, tried for the smallest error
@@ -47,37 +48,37 @@ def block_size(rows: int, longest: int, ranks: int) -> int:
     return size
 
 
-def round_to_nearest(weight: Floats, bits: Bits, size: int = BLOCK) -> Blocks:
-    """Each weight to the nearest step of its block."""
-    scales = block_scales(weight, bits, size)
+def round_to_nearest(weight: Floats, bits: Bits, size: int = BLOCK, dtype: Type = np.float32) -> Blocks:
+    """Each weight to the nearest step of its block, for a graph of `dtype`."""
+    scales = block_scales(weight, bits, size, dtype)
     return Blocks(_steps(weight, scales.repeat(size, axis=0), bits).astype(np.int8), scales, bits)
 
 
-def block_scales(weight: Floats, bits: Bits, size: int = BLOCK) -> Floats:
-    """[K / size, N]. Eight bits take the whole range of a block; four cut off its farthest weights where the others
-    gain more than these lose."""
+def block_scales(weight: Floats, bits: Bits, size: int, dtype: Type) -> Floats:
+    """[K / size, N], as a graph of `dtype` holds them. Eight bits take the whole range of a block; four cut off its
+    farthest weights where the others gain more than these lose."""
     blocks = weight.reshape(-1, size, weight.shape[1])
-    whole: Floats = (np.maximum(np.abs(blocks).max(axis=1), 1e-8) / (2 ** (bits - 1) - 1)).astype(np.float32)
+    whole = representable(np.abs(blocks).max(axis=1) / (2 ** (bits - 1) - 1), dtype)
     if bits == 8:
         return whole
     best, least = whole, np.full(whole.shape, np.inf, np.float32)
     for shrink in _SHRINK:
-        scales = whole * shrink
+        scales = representable(whole * shrink, dtype)
         error = ((_steps(blocks, scales[:, None], bits) * scales[:, None] - blocks) ** 2).sum(axis=1)
         best, least = np.where(error < least, scales, best), np.minimum(error, least)
     return best
 
 
-def gptq(weight: Floats, hessian: Floats, bits: Bits) -> Blocks:
+def gptq(weight: Floats, hessian: Floats, bits: Bits, dtype: Type = np.float32) -> Blocks:
     """Row by row along K; what rounding one row loses on the calibration inputs, the rows still to come make up for.
 
-    `hessian` is X^T X [K, K] of the inputs. Rows with the largest inputs come first, and blocks keep the scales of the
-    original weights, so that the order is free. Frantar et al., "GPTQ: Accurate Post-Training Quantization for
-    Generative Pre-trained Transformers", 2022.
+    `hessian` is X^T X [K, K] of the inputs; the graph that gets the blocks is of `dtype`. Rows with the largest inputs
+    come first, and blocks keep the scales of the original weights, so that the order is free. Frantar et al., "GPTQ:
+    Accurate Post-Training Quantization for Generative Pre-trained Transformers", 2022.
     """
     order = np.argsort(-np.diag(hessian), kind="stable")
     inverse = _inverse_factor(hessian[np.ix_(order, order)])
-    scales = block_scales(weight, bits)
+    scales = block_scales(weight, bits, BLOCK, dtype)
     left = weight[order].astype(np.float32)
     values = np.zeros(weight.shape, np.int8)
     for start in range(0, len(left), _CHUNK):

@@ -21,9 +21,9 @@ from builders.artifacts import Checkpoint, OnnxGraph, Quality
 from builders.errors import ParityError, QualityError, UnsupportedError
 from builders.graph import GRAPH_FILE, record_graph, require_standard
 from builders.quality import graph_outputs, measure, require_budget, sample_requests
+from builders.quantize.scales import Floats
 from builders.quantize.smoothquant import (
     Calibration,
-    Floats,
     activation_scale,
     best_smoothing,
     quantize_weight,
@@ -178,6 +178,7 @@ def _calibrate(file: Path, requests: Sequence[Tensors]) -> list[Calibration]:
             fix="use fp16 for this model",
         )  # fmt: skip
     wanted = {str(value.name): value for value in read}
+    by_token = {name for name, value in wanted.items() if _is_by_token(model, value)}
     model.graph.outputs.extend(value for value in wanted.values() if value not in model.graph.outputs)
     names = list(wanted)
     maxima: dict[str, Floats] = {}
@@ -192,12 +193,21 @@ def _calibrate(file: Path, requests: Sequence[Tensors]) -> list[Calibration]:
             real = feeds["attention_mask"].astype(bool)
             for name, array in zip(names, session.run(names, feeds), strict=True):
                 # A layer on pooled vectors is [batch, K]; one on tokens is [batch, length, K], padding left out.
-                tokens = array[real] if array.shape[:2] == real.shape else array.reshape(-1, array.shape[-1])
+                tokens = array[real] if name in by_token else array.reshape(-1, array.shape[-1])
                 peak = np.abs(tokens).max(axis=0).astype(np.float32)
                 maxima[name] = np.maximum(maxima.get(name, peak), peak)
                 rows[name].append(thin_out(tokens.astype(np.float32), _ROWS_KEPT * _BATCH // len(requests) + 1))
     kept = {name: Calibration(maxima[name], np.concatenate(rows[name])) for name in names}
     return [kept[str(value.name)] for value in read]
+
+
+def _is_by_token(model: ir.Model, value: ir.Value) -> bool:
+    """Whether `value` begins with the batch and the length of the ids: by the names of the dimensions, since sizes may
+    be the same by chance."""
+    ids = next(given for given in model.graph.inputs if given.name == "input_ids")
+    if value.shape is None or ids.shape is None:
+        raise ParityError(f"activation {value.name} has no shape in the graph, so its tokens cannot be told")
+    return len(value.shape) > 2 and list(value.shape[:2]) == list(ids.shape)
 
 
 def _stack(requests: Sequence[Tensors]) -> list[dict[str, np.ndarray]]:  # type: ignore[type-arg]
@@ -258,8 +268,7 @@ def _rewrite(
         first = group.members[0]
         if first not in chosen:
             continue
-        scale = activation_scale(calibrations[first].channel_max, smoothing[first])
-        smoothed = _insert_activation(model.graph, linears[first], smoothing[first], scale)
+        smoothed = _insert_activation(model.graph, linears[first], smoothing[first], calibrations[first].channel_max)
         for index in group.members:
             _insert_weight(model.graph, linears[first], linears[index], smoothing[first])
             linears[index].replace_input_with(0, smoothed)
@@ -281,12 +290,12 @@ def _smoothing(source: Path, calibrations: Sequence[Calibration]) -> dict[int, F
     }
 
 
-def _insert_activation(graph: ir.Graph, before: ir.Node, factors: Floats, scale: float) -> ir.Value:
+def _insert_activation(graph: ir.Graph, before: ir.Node, factors: Floats, channel_max: Floats) -> ir.Value:
     """activation -> Mul(1 / factors) -> QuantizeLinear -> DequantizeLinear."""
     activation = _input(before, 0)
     name, dtype = str(activation.name), _input(before, 1).const_value.numpy().dtype  # type: ignore[union-attr]
     inverse = _constant(graph, f"{name}_smooth", (1 / factors).astype(dtype))
-    scale_value = _constant(graph, f"{name}_scale", np.array(scale, dtype))
+    scale_value = _constant(graph, f"{name}_scale", np.array(activation_scale(channel_max, factors, dtype), dtype))
     zero = _constant(graph, f"{name}_zero", np.zeros((), np.int8))
     smooth = ir.node("Mul", [activation, inverse], name=f"{name}_smooth_mul")
     quantize = ir.node("QuantizeLinear", [smooth.outputs[0], scale_value, zero], name=f"{name}_quantize")
@@ -301,7 +310,7 @@ def _insert_weight(graph: ir.Graph, before: ir.Node, node: ir.Node, factors: Flo
     """INT8 weight -> DequantizeLinear along the output channels, as the new weight of `node`."""
     old = _input(node, 1)
     name, dtype = str(old.name), old.const_value.numpy().dtype  # type: ignore[union-attr]
-    quantized = quantize_weight(_weight(node), factors)
+    quantized = quantize_weight(_weight(node), factors, dtype)
     inputs = [
         _constant(graph, f"{name}_int8", quantized.weight),
         _constant(graph, f"{name}_scale", quantized.weight_scale.astype(dtype)),

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float32]
+from builders.quantize.scales import FACTORS, Floats, Type, representable
+
 _TINY = 1e-5
 ALPHAS = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
@@ -29,7 +30,7 @@ class QuantizedLinear:
 
 
 def smoothing_factors(channel_max: Floats, weights: list[Floats], alpha: float) -> Floats:
-    """One factor a channel, shared by all weights that read the same activation; geometric mean 1.
+    """One factor a channel, shared by all weights that read the same activation; geometric mean 1, but within FACTORS.
 
     An activation channel with large values is divided by its factor and the weight row multiplied by it, so that the
     difficulty is shared out: alpha 0 leaves the activations as they are, alpha 1 makes their channels equal.
@@ -37,20 +38,20 @@ def smoothing_factors(channel_max: Floats, weights: list[Floats], alpha: float) 
     weight_max = np.maximum.reduce([np.abs(weight).max(axis=1) for weight in weights])
     factors = np.maximum(channel_max, _TINY) ** alpha / np.maximum(weight_max, _TINY) ** (1 - alpha)
     scaled: Floats = (factors / np.exp(np.log(factors).mean())).astype(np.float32)
-    return scaled
+    return scaled.clip(*FACTORS)
 
 
-def activation_scale(channel_max: Floats, factors: Floats) -> float:
-    """Symmetric per-tensor scale of the smoothed activation."""
-    return float(np.maximum((channel_max / factors).max(), _TINY) / 127)
+def activation_scale(channel_max: Floats, factors: Floats, dtype: Type = np.float16) -> float:
+    """Symmetric per-tensor scale of the smoothed activation, for a graph of `dtype`."""
+    return float(representable((channel_max / factors).max() / 127, dtype))
 
 
-def quantize_weight(weight: Floats, factors: Floats) -> QuantizedLinear:
-    """Symmetric per output channel. `weight` is [K, N]."""
+def quantize_weight(weight: Floats, factors: Floats, dtype: Type = np.float16) -> QuantizedLinear:
+    """Symmetric per output channel, for a graph of `dtype`. `weight` is [K, N]."""
     smoothed = weight * factors[:, None]
-    scale = np.maximum(np.abs(smoothed).max(axis=0), 1e-8) / 127
+    scale = representable(np.abs(smoothed).max(axis=0) / 127, dtype)
     quantized = np.clip(np.rint(smoothed / scale), -127, 127).astype(np.int8)
-    return QuantizedLinear(quantized, scale.astype(np.float32))
+    return QuantizedLinear(quantized, scale)
 
 
 def best_smoothing(calibration: Calibration, weights: list[Floats]) -> Floats:

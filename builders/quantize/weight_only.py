@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,9 +37,11 @@ from builders.perplexity import (
     token_rows,
     within_budget,
 )
-from builders.quantize.blocks import BLOCK, Bits, Blocks, Floats, block_size, gptq, round_to_nearest
+from builders.quantize.blocks import BLOCK, Bits, Blocks, block_size, gptq, round_to_nearest
+from builders.quantize.scales import Floats, Type
 
 _MIN_QUANTISED = 0.5  # below this share of the product weights the graph is quantised in name only
+_BEHIND_HEAD = ("Cast", "Identity", "Add", "Mul", "Div", "Tanh", "Clip", "Gather", "Reshape", "Squeeze")  # soft caps
 _HESSIAN_BYTES = 1 << 31  # held at a time; calibration runs once for each such share
 
 
@@ -95,7 +97,8 @@ def quantize_weights(
     for recipe in RECIPES[precision]:
         if recipe.gptq and not compensated:
             material = _material(checkpoint, calibration_texts, reference.directory)
-            compensated = compensate(reference.file_path, *material, progress)
+            dtype = find_products(ir.load(graph.file_path))[0].dtype
+            compensated = compensate(reference.file_path, *material, progress, dtype)
         progress(recipe.name)
         write_quantised(graph.file_path, recipe, compensated, file, ranks)
         require_standard(file)
@@ -144,6 +147,11 @@ class Product:
     def input_name(self) -> str:
         return str(self.node.inputs[0].name) if self.node.inputs[0] is not None else ""
 
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        assert self.weight.const_value is not None
+        return self.weight.const_value.dtype.numpy()
+
     def array(self) -> Floats:
         assert self.weight.const_value is not None
         array: Floats = self.weight.const_value.numpy().astype(np.float32)
@@ -152,7 +160,7 @@ class Product:
 
 def find_products(model: ir.Model) -> list[Product]:
     """In graph order, which the fp32 and the fp16 export of one model share."""
-    logits = model.graph.outputs[0].shape
+    head = _head(model)
     found = []
     for node in model.graph:
         weight = node.inputs[1] if node.op_type == "MatMul" else None
@@ -162,9 +170,16 @@ def find_products(model: ir.Model) -> list[Product]:
             weight = producer.inputs[0]
         if weight is None or not weight.is_initializer() or weight.shape is None or len(weight.shape) != 2:
             continue
-        item = Product(node, weight, transposed, False)
-        found.append(replace(item, is_head=logits is not None and item.shape[1] == logits[-1]))
+        found.append(Product(node, weight, transposed, node is head))
     return found
+
+
+def _head(model: ir.Model) -> ir.Node | None:
+    """The product that the first output, the logits, comes from by way of operators on single elements."""
+    node = model.graph.outputs[0].producer()
+    while node is not None and node.op_type != "MatMul":
+        node = node.inputs[0].producer() if node.op_type in _BEHIND_HEAD and node.inputs[0] is not None else None
+    return node
 
 
 def write_quantised(
@@ -188,7 +203,7 @@ def write_quantised(
             bits = recipe.head_bits if item.is_head else recipe.bits
             better = recipe.gptq and bits == 4
             size = block_size(item.shape[0], recipe.longest_block, ranks)
-            blocks = compensated[index] if better else round_to_nearest(item.array(), bits, size)
+            blocks = compensated[index] if better else round_to_nearest(item.array(), bits, size, item.dtype)
             done[key] = _insert(model.graph, item, blocks)
         item.node.replace_input_with(1, done[key])
     RemoveUnusedNodesPass()(model)
@@ -211,11 +226,11 @@ def _insert(graph: ir.Graph, item: Product, blocks: Blocks) -> ir.Value:
     import ml_dtypes
 
     assert item.weight.const_value is not None
-    name, dtype = f"{item.weight.name}{'_transposed' if item.transposed else ''}", item.weight.const_value.numpy().dtype
+    name = f"{item.weight.name}{'_transposed' if item.transposed else ''}"
     integers = blocks.values if blocks.bits == 8 else blocks.values.astype(ml_dtypes.int4)
     inputs = [
         _constant(graph, f"{name}_int{blocks.bits}", integers),
-        _constant(graph, f"{name}_scale", blocks.scales.astype(dtype)),
+        _constant(graph, f"{name}_scale", blocks.scales.astype(item.dtype)),
     ]
     attributes = {"axis": 0, "block_size": blocks.size}
     node = ir.node("DequantizeLinear", inputs, attributes=attributes, name=f"{name}_dequantize")
@@ -236,15 +251,19 @@ def compensate(
     rows: Ids,
     constants: Constants | None = None,
     progress: Callable[[str], None] = lambda message: None,
+    dtype: Type = np.float32,
 ) -> dict[int, Blocks]:
-    """GPTQ at four bits for every product of a decoder graph, on what it reads while it predicts `rows`."""
+    """GPTQ at four bits for every product of a decoder graph, on what it reads while it predicts `rows`.
+
+    `dtype` is that of the graph that gets the weights.
+    """
     products = find_products(ir.load(source))
     done: dict[int, Blocks] = {}
     for share in _shares(products):
         hessians = _hessians(source, {products[index].input_name for index in share}, rows, constants)
         for index in share:
             progress(f"GPTQ {len(done) + 1} of {len(products)}")
-            done[index] = gptq(products[index].array(), hessians[products[index].input_name], 4)
+            done[index] = gptq(products[index].array(), hessians[products[index].input_name], 4, dtype)
     return done
 
 
