@@ -97,7 +97,10 @@ class Quality(Record):
     """A model against the fp32 checkpoint on held-out texts.
 
     `mean_cosine` and `worst_cosine` compare embeddings text by text. Scores of classifiers and rerankers are compared
-    label by label instead: the cosine of the centred scores over all texts, which is Pearson's correlation.
+    label by label instead: the cosine of the centred scores over all texts, which is Pearson's correlation. That is
+    blind to a shift and to a scale, so they have two figures more. `logit_error` is the root mean square difference of
+    the worst label, over the spread of the reference's scores; `agreement` the share of texts with the same highest
+    label, or, of a single score, of pairs of texts that stand in the same order.
     """
 
     mean_cosine: float
@@ -105,10 +108,15 @@ class Quality(Record):
     max_abs_difference: float
     texts: int
     executor: str
+    logit_error: float | None = None
+    agreement: float | None = None
 
     @property
     def summary(self) -> str:
-        return f"cosine to fp32 mean {self.mean_cosine:.5f}, worst {self.worst_cosine:.5f} ({self.executor})"
+        scores = ""
+        if self.logit_error is not None and self.agreement is not None:
+            scores = f", logits within {self.logit_error:.1%} of their spread, {self.agreement:.1%} agree"
+        return f"cosine to fp32 mean {self.mean_cosine:.5f}, worst {self.worst_cosine:.5f}{scores} ({self.executor})"
 
 
 class GenerationQuality(Record):

@@ -40,7 +40,9 @@ def measure(reference: NDArray[Any], candidate: NDArray[Any], task: Task, execut
     A NaN or infinity anywhere gives cosine 0: it must never pass a budget.
     """
     a, b = reference.astype(np.float64), candidate.astype(np.float64)
+    error = agreement = None
     if task != "embedding":
+        error, agreement = _logit_error(a, b), _agreement(a, b)
         a, b = (a - a.mean(axis=0)).T, (b - b.mean(axis=0)).T
     cosines = _cosines(a, b)
     cosines = np.where(np.isfinite(b).all(), cosines, 0.0)
@@ -50,7 +52,27 @@ def measure(reference: NDArray[Any], candidate: NDArray[Any], task: Task, execut
         max_abs_difference=float(np.nan_to_num(np.abs(reference - candidate), nan=np.inf).max()),
         texts=len(reference),
         executor=executor,
+        logit_error=error,
+        agreement=agreement,
     )
+
+
+def _logit_error(reference: NDArray[np.float64], candidate: NDArray[np.float64]) -> float:
+    """Root mean square difference of the worst label, over the standard deviation of the reference's logits from text
+    to text (of all labels together: one that hardly moves decides little)."""
+    spread = np.sqrt(np.square(reference - reference.mean(axis=0)).mean())
+    errors = np.sqrt(np.square(candidate - reference).mean(axis=0))
+    return float(np.nan_to_num(errors, nan=np.inf).max() / max(spread, 1e-6 * np.abs(reference).max(), 1e-30))
+
+
+def _agreement(reference: NDArray[np.float64], candidate: NDArray[np.float64]) -> float:
+    """Several labels: texts with the same highest one. One score: pairs of texts in the same order, of those that
+    differ at all."""
+    if reference.shape[1] > 1:
+        return float((reference.argmax(axis=1) == candidate.argmax(axis=1)).mean())
+    first, second = np.triu_indices(len(reference), k=1)
+    order, found = (np.sign(scores[first, 0] - scores[second, 0]) for scores in (reference, candidate))
+    return float((order == found)[order != 0].mean()) if order.any() else 1.0
 
 
 def _cosines(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -61,12 +83,18 @@ def _cosines(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float
 
 def require_budget(quality: Quality, budget: PrecisionSlice, what: str) -> None:
     """Raises QualityError with the figures when `quality` misses the spec's budget."""
-    if quality.mean_cosine >= budget.min_mean_cosine and quality.worst_cosine >= budget.min_worst_cosine:
+    error = quality.logit_error
+    near = error is None or error <= budget.max_logit_error
+    if near and quality.mean_cosine >= budget.min_mean_cosine and quality.worst_cosine >= budget.min_worst_cosine:
         return
+    scores = "" if error is None or quality.agreement is None else (
+        f", logits off by {error:.1%} of their spread (budget {budget.max_logit_error:.0%}), "
+        f"{quality.agreement:.1%} of the decisions the same"
+    )  # fmt: skip
     raise QualityError(
         f"{what} misses the quality budget on {quality.texts} held-out texts ({quality.executor}): "
         f"mean cosine {quality.mean_cosine:.5f} (budget {budget.min_mean_cosine}), "
-        f"worst {quality.worst_cosine:.5f} (budget {budget.min_worst_cosine}). "
+        f"worst {quality.worst_cosine:.5f} (budget {budget.min_worst_cosine}){scores}. "
         "Choose a wider precision, give calibration_texts closer to your traffic, or lower the budget knowingly"
     )
 

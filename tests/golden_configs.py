@@ -43,7 +43,8 @@ def _stages(spec: DeploymentSpec, build_dir: Path) -> Sequence[PipelineStage]:
     if spec.parallel.pipeline == 1:
         return ()
     built = pipeline.build(_for_gpu(spec), "cpu", build_dir, "export")
-    return plan_graph(built.graph("fp16").file_path, spec.parallel.tensor, spec.parallel.pipeline)
+    planned = plan_graph(built.graph("fp16").file_path, spec.parallel.tensor, spec.parallel.pipeline)
+    return tuple(stage.record for stage in planned)
 
 
 def _for_gpu(spec: DeploymentSpec) -> DeploymentSpec:

@@ -91,6 +91,38 @@ def test_nan_and_noise_never_pass_a_budget() -> None:
     require_budget(fine, budget, "candidate")
 
 
+def test_shifted_and_scaled_logits_never_pass_a_budget() -> None:
+    """Correlation sees neither, and both change which label wins."""
+    reference = np.random.default_rng(0).normal(size=(200, 2)) * 3
+    wrong = reference * [0.2, 1] + [5, 0]
+    budget = PrecisionSlice()
+    for candidate in (wrong, reference * 0.5, reference + np.array([1, 0])):
+        found = measure(reference, candidate, "classification", "test")
+        assert found.mean_cosine > 0.99999
+        with pytest.raises(QualityError, match=r"logits off by \d+\.\d% of their spread \(budget 20%\)"):
+            require_budget(found, budget, "candidate")
+    found = measure(reference, wrong, "classification", "test")
+    assert found.agreement == (reference.argmax(axis=1) == wrong.argmax(axis=1)).mean() < 0.6
+    assert "agree" in found.summary
+    near = measure(
+        reference, reference + 0.1 * np.random.default_rng(1).normal(size=(200, 2)), "classification", "test"
+    )
+    require_budget(near, budget, "candidate")
+    assert near.agreement is not None
+    assert near.agreement > 0.95
+
+
+def test_of_one_score_the_order_counts() -> None:
+    scores = np.arange(10.0)[:, None]
+    swapped = scores[[1, 0, *range(2, 10)]]
+    assert measure(scores, scores * 2 + 1, "reranking", "test").agreement == 1
+    assert measure(scores, -scores, "reranking", "test").agreement == 0
+    assert measure(scores, swapped, "reranking", "test").agreement == pytest.approx(44 / 45)
+    constant = measure(np.ones((5, 1)), np.ones((5, 1)), "reranking", "test")
+    assert (constant.logit_error, constant.agreement) == (0, 1)
+    assert measure(scores, scores, "embedding", "test").logit_error is None
+
+
 def test_weights_of_another_shape_are_refused(bert_copy: Path, edit_json: Any, tmp_path: Path) -> None:
     edit_json(bert_copy / "config.json", {"intermediate_size": 48})
     checkpoint = load_checkpoint(tiny_spec(bert_copy).model)

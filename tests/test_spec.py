@@ -44,6 +44,10 @@ def test_the_digest_follows_the_content(tmp_path: Path) -> None:
         ({"compress": {"prune": 0.5}}, "no key here yet"),
         ({"parallel": {"tensor": 2}}, "needs serving.executor=onnxruntime"),
         ({"generation": {"slots": 3}}, "generation.slots=3 says nothing to model.task=embedding"),
+        (
+            {"precision": {"max_logit_error": 0.1}},
+            "precision.max_logit_error=0.1 says nothing to model.task=embedding",
+        ),
         ({"serving": {"max_batch_size": "many"}}, "serving.max_batch_size"),
         ({"serving": {"max_batch_size": 65}}, "fits no engine.profiles entry"),
         ({"serving": {"length_buckets": [16, 128]}}, "must end with model.max_length=256"),

@@ -62,6 +62,7 @@ def quantize(
     calibration: Annotated[Path | None, typer.Option(help="UTF-8 file, one text a line")] = None,
     min_mean_cosine: Annotated[float, typer.Option(min=0, max=1)] = 0.998,
     min_worst_cosine: Annotated[float, typer.Option(min=0, max=1)] = 0.98,
+    max_logit_error: Annotated[float, typer.Option(min=0, help="classification, reranking: of the spread")] = 0.2,
     as_json: JsonFlag = False,
 ) -> None:
     """One graph to INT8 with explicit QDQ, refused when it misses the quality budget."""
@@ -69,7 +70,10 @@ def quantize(
     from builders.spec import PrecisionSlice
 
     budget = PrecisionSlice(
-        min_mean_cosine=min_mean_cosine, min_worst_cosine=min_worst_cosine, calibration_texts=calibration
+        min_mean_cosine=min_mean_cosine,
+        min_worst_cosine=min_worst_cosine,
+        max_logit_error=max_logit_error,
+        calibration_texts=calibration,
     )
     with status(f"quantize {graph} to {scheme}", as_json):
         result = single.quantize(graph, budget, output)

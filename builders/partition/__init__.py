@@ -10,8 +10,9 @@ pipeline    where stages are cut                                         LocalGr
 weights     slices of weights, streamed from file to files
 shard       the whole: partition_graph                                   file -> directory
 segments    one rank's graph in pieces between collectives
-feeds       inputs for a graph that nobody described
+feeds       inputs for a graph that nobody described    edges  those at the ends of what it takes
 contents    a partition's plan and weights against the graph it came from
+structure   a rank's graph against the one that the plan makes, node by node
 verify      runs every rank, compares with the whole: verify_partition   directory, file -> VerifyReport
 tables      what the solver looks for: products with weights, the table of words
 served      a partition as the files that the CPU service runs

@@ -13,7 +13,7 @@ from builders.artifacts import Partition, PipelineStage, PlacedWeight
 from builders.errors import CheckError
 from builders.partition.placement import REPLICATE, Block, Placement, Shard
 from builders.partition.segments import collectives, read_rank
-from builders.partition.shard import plan_graph
+from builders.partition.shard import PlannedStage, plan_graph
 from builders.partition.solve import Embeddings
 from builders.partition.source import Source
 from builders.partition.weights import Buffer, slices
@@ -22,14 +22,18 @@ EMBEDDINGS: tuple[Embeddings, ...] = ("whole", "split")  # the two plans that th
 _INLINE_LIMIT = 4096  # unlisted constants over this are weights; the rewriting adds sizes only
 
 
-def plan_faults(partition: Partition, against: Path) -> list[str]:
-    """Shards the graph again, on paper, and compares: with the table of words whole or split, as it was asked for."""
+def plan_faults(partition: Partition, against: Path) -> tuple[list[str], tuple[PlannedStage, ...]]:
+    """Shards the graph again, on paper, and compares: with the table of words whole or split, as it was asked for.
+
+    The plan that comes nearest is returned with what it has otherwise.
+    """
     found = []
     for embeddings in EMBEDDINGS:
-        found.append(_plan_faults(partition, plan_graph(against, partition.tensor, partition.pipeline, embeddings)))
-        if not found[-1]:
+        planned = plan_graph(against, partition.tensor, partition.pipeline, embeddings)
+        found.append((_plan_faults(partition, [stage.record for stage in planned]), planned))
+        if not found[-1][0]:
             break
-    return min(found, key=len)
+    return min(found, key=lambda each: len(each[0]))
 
 
 def _plan_faults(partition: Partition, expected: Sequence[PipelineStage]) -> list[str]:
@@ -43,6 +47,8 @@ def _plan_faults(partition: Partition, expected: Sequence[PipelineStage]) -> lis
             faults.append(
                 f"stage {index} has {len(stage.collectives)} collectives, planned {len(planned.collectives)}, or others"
             )
+        if stage.files != planned.files:
+            faults.append(f"stage {index} is in {', '.join(stage.files)}, planned {', '.join(planned.files)}")
         if (stage.inputs, stage.outputs) != (planned.inputs, planned.outputs):
             faults.append(f"stage {index} has other inputs or outputs than the plan")
     if len(partition.stages) != len(expected):

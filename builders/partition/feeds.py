@@ -16,7 +16,7 @@ Role = Literal["ids", "positions", "index", "mask", "state", "values"]
 Arrays = dict[str, NDArray[Any]]
 
 _PASSING = ("Cast", "Reshape", "Unsqueeze", "Squeeze", "Expand", "Clip", "Identity", "Flatten", "Transpose")
-_SLOTS = 24  # positions of a cache whose length is dynamic
+SLOTS = 24  # positions of a cache whose length is dynamic
 _OTHER = 7  # size of any other dynamic dimension
 _WORST_ID = 30_000
 
@@ -35,10 +35,14 @@ class InputRole:
 
 @dataclass
 class Case:
-    """Steps that follow each other. States begin with the first step and are left out afterwards."""
+    """Steps that follow each other. States begin with the first step and are left out afterwards.
+
+    `optional`: the whole graph may refuse it; of those of one name, the first that it takes is enough.
+    """
 
     name: str
     steps: list[Arrays] = field(default_factory=list)
+    optional: bool = False
 
 
 def roles(source: Source, states: Mapping[str, str]) -> list[InputRole]:
@@ -57,12 +61,12 @@ def _role(source: Source, value: ir.Value, states: Mapping[str, str]) -> InputRo
         node = next(iter(value.consumers()))
         axis = node.attributes["axis"].as_int() if "axis" in node.attributes else -2
         return replace(found, role="state", axis=axis % len(found.dims))
-    uses = list(_uses(value))
+    met = list(uses(value))
     if found.dtype.kind == "f":
         return found
-    if any(node.op_type == "TensorScatter" and slot == 2 for node, slot in uses):
+    if any(node.op_type == "TensorScatter" and slot == 2 for node, slot in met):
         return replace(found, role="positions")
-    looked_up = [node for node, slot in uses if node.op_type in ("Gather", "GatherElements", "GatherND") and slot == 1]
+    looked_up = [node for node, slot in met if node.op_type in ("Gather", "GatherElements", "GatherND") and slot == 1]
     tables = [shape_of(node.inputs[0]) for node in looked_up if node.inputs[0] in source.constant]
     rows = [shape[0] for shape in tables if shape and isinstance(shape[0], int)]
     if looked_up and len(tables) < len(looked_up):
@@ -72,7 +76,7 @@ def _role(source: Source, value: ir.Value, states: Mapping[str, str]) -> InputRo
     return replace(found, role="mask" if len(found.dims) >= 2 else "index")
 
 
-def _uses(value: ir.Value) -> list[tuple[ir.Node, int]]:
+def uses(value: ir.Value) -> list[tuple[ir.Node, int]]:
     """Where the value goes, through operators that pass its elements on."""
     found: list[tuple[ir.Node, int]] = []
     queue, seen = [value], {value}
@@ -94,35 +98,37 @@ def cases(inputs: Sequence[InputRole], seed: int) -> list[Case]:
         case = Case(f"batch {batch} x length {length}")
         rows = np.sort(generator.integers(1, length + 1, batch))[::-1].copy()
         rows[0] = length
-        case.steps.append(_step(inputs, batch, length, rows, np.zeros(batch, np.int64), generator))
+        case.steps.append(step(inputs, batch, length, rows, np.zeros(batch, np.int64), generator))
         if stateful and any(item.role == "positions" for item in inputs):
             begun = {item.name for item in inputs if item.role == "state"}
             kept = {item.name: case.steps[0][item.name] for item in inputs if item.role in ("values", "mask")}
             for offset in range(2):
-                step = _step(inputs, batch, 1, np.ones(batch, np.int64), rows + offset, generator) | kept
-                case.steps.append({name: array for name, array in step.items() if name not in begun})
+                following = step(inputs, batch, 1, np.ones(batch, np.int64), rows + offset, generator) | kept
+                case.steps.append({name: array for name, array in following.items() if name not in begun})
         found.append(case)
     return found
 
 
-def _step(
+def step(
     inputs: Sequence[InputRole],
     batch: int,
     length: int,
     rows: NDArray[Any],
     starts: NDArray[Any],
     generator: np.random.Generator,
+    slots: int = SLOTS,
 ) -> Arrays:
-    symbols = _sizes(inputs, batch, length)
+    """`rows`: tokens of each row of the batch; `starts`: positions that they begin at."""
+    symbols = _sizes(inputs, batch, length, slots)
     return {item.name: _array(item, _resolve(item, symbols), rows, starts, length, generator) for item in inputs}
 
 
-def _sizes(inputs: Sequence[InputRole], batch: int, length: int) -> dict[str, int]:
+def _sizes(inputs: Sequence[InputRole], batch: int, length: int, slots: int) -> dict[str, int]:
     """A size for every dynamic dimension: batch leads, ids are [batch, length], states count positions."""
     symbols: dict[str, int] = {}
     for item in inputs:
         if item.role == "state" and isinstance(item.dims[item.axis], str):
-            symbols[str(item.dims[item.axis])] = _SLOTS
+            symbols[str(item.dims[item.axis])] = slots
         if item.role == "ids" and len(item.dims) > 1 and isinstance(item.dims[1], str):
             symbols[str(item.dims[1])] = length
         if item.dims and isinstance(item.dims[0], str):

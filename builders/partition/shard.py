@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
@@ -55,19 +56,19 @@ def partition_graph(
     source_bytes = source.weight_bytes
     solution = solve(source, tensor, embeddings)
     local = localise(source, solution)
-    stages = cut_stages(local, pipeline, graph_file.name)
+    planned = [_plan(stage, local) for stage in cut_stages(local, pipeline, graph_file.name)]
     with atomic_directory(out) as work:
-        written = _write_stages(stages, local, work)
+        written = _write_stages(planned, work)
         partition = Partition(
             directory=work,
-            files=tuple(record for _, records in written for record in records),
+            files=tuple(written),
             tensor=tensor,
             pipeline=pipeline,
             opset=source.graph.opset_imports[""],
             source_file=graph_file.name,
             source_digest=file_digest(graph_file),
             source_bytes=source_bytes,
-            stages=tuple(stage for stage, _ in written),
+            stages=tuple(stage.record for stage in planned),
             inputs=inputs,
             outputs=outputs,
             states=tuple(_states(local.model.graph)),
@@ -79,18 +80,28 @@ def partition_graph(
 
 def plan_graph(
     graph_file: Path, tensor: int, pipeline: int, embeddings: Embeddings = "auto"
-) -> tuple[PipelineStage, ...]:
+) -> tuple[PlannedStage, ...]:
     """What `partition_graph` would write, without writing it."""
     source = read(graph_file)
     local = localise(source, solve(source, tensor, embeddings))
-    planned = []
-    for stage in cut_stages(local, pipeline, graph_file.name):
-        names, held = _names(stage, local), _held(stage, local)
-        for name, value in held.items():
-            assert value.const_value is not None
-            value.const_value = _external(value, value.const_value, local.weights[name][1], 0)
-        planned.append(_describe_stage(stage, local, names, held))
-    return tuple(planned)
+    return tuple(_plan(stage, local) for stage in cut_stages(local, pipeline, graph_file.name))
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """A stage on paper. `content`: weights for the ranks' files; `small`: those of each rank that stay in its graph."""
+
+    index: int
+    record: PipelineStage
+    content: Sequence[Placed]
+    small: dict[str, list[bytes]]
+    model: onnx.ModelProto
+
+    def graph(self, rank: int) -> onnx.ModelProto:
+        """The graph of one rank; it is valid until another one is asked for."""
+        _address(self.model, rank, self.record.files[rank], self.small)
+        onnx.helper.set_model_props(self.model, {"trireme.stage": str(self.index), "trireme.rank": str(rank)})
+        return self.model
 
 
 def ports(source: Source) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
@@ -116,24 +127,29 @@ def load_partition(directory: Path) -> Partition:
         ) from error
 
 
-def _write_stages(
-    stages: Sequence[Stage], local: LocalGraph, work: Path
-) -> list[tuple[PipelineStage, list[FileRecord]]]:
+def _plan(stage: Stage, local: LocalGraph) -> PlannedStage:
+    content, small = _place(stage, local)
+    names = [f"stage{stage.index}.rank{rank}.onnx" for rank in range(local.ranks)]
+    record = _describe_stage(stage, local, names, _held(stage, local))
+    return PlannedStage(stage.index, record, content, small, ir.to_proto(stage.model))
+
+
+def _write_stages(planned: Sequence[PlannedStage], work: Path) -> list[FileRecord]:
     """Weights of all ranks side by side, then the graphs, which say where in the files the weights lie."""
-    placed = [_place(stage, local) for stage in stages]
     files = [
-        RankFile(work / f"{name}.data", rank, local.ranks, content)
-        for stage, (content, _) in zip(stages, placed, strict=True)
-        for rank, name in enumerate(_names(stage, local))
-        if content
+        RankFile(work / f"{name}.data", rank, len(stage.record.files), stage.content)
+        for stage in planned
+        for rank, name in enumerate(stage.record.files)
+        if stage.content
     ]
     data = {record.name: record for record in write_files(files)}
     written = []
-    for stage, (_, small) in zip(stages, placed, strict=True):
-        names = _names(stage, local)
-        records = [data[f"{name}.data"] for name in names if f"{name}.data" in data]
-        records += _write_graphs(stage, names, small, work)
-        written.append((_describe_stage(stage, local, names, _held(stage, local)), records))
+    for stage in planned:
+        names = stage.record.files
+        written += [data[f"{name}.data"] for name in names if f"{name}.data" in data]
+        for rank, name in enumerate(names):
+            (work / name).write_bytes(stage.graph(rank).SerializeToString(deterministic=True))
+        written += [FileRecord.of(work / name) for name in names]
     return written
 
 
@@ -156,19 +172,6 @@ def _place(stage: Stage, local: LocalGraph) -> tuple[list[Placed], dict[str, lis
     for (value, tensor, placement), placed in zip(large, content, strict=True):
         value.const_value = _external(value, tensor, placement, placed.offset)
     return content, small
-
-
-def _write_graphs(stage: Stage, names: Sequence[str], small: dict[str, list[bytes]], work: Path) -> list[FileRecord]:
-    proto = ir.to_proto(stage.model)
-    for rank, name in enumerate(names):
-        _address(proto, rank, name, small)
-        onnx.helper.set_model_props(proto, {"trireme.stage": str(stage.index), "trireme.rank": str(rank)})
-        (work / name).write_bytes(proto.SerializeToString(deterministic=True))
-    return [FileRecord.of(work / name) for name in names]
-
-
-def _names(stage: Stage, local: LocalGraph) -> list[str]:
-    return [f"stage{stage.index}.rank{rank}.onnx" for rank in range(local.ranks)]
 
 
 def _held(stage: Stage, local: LocalGraph) -> dict[str, ir.Value]:

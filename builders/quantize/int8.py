@@ -39,6 +39,7 @@ _BATCH = 16
 # a sample says less about the worst of another than the mean does.
 _MEAN_MARGIN = 0.75
 _WORST_MARGIN = 0.5
+_LOGIT_MARGIN = 0.85  # a root: about that of the mean's margin
 _MIN_QUANTISED = 0.5  # below this share of the weights the graph is INT8 in name only
 
 
@@ -81,10 +82,11 @@ def quantize_int8(
     count = _largest(len(groups), lambda number: search.good_enough(groups[:number], len(groups), progress))
     share = sum(group.weights for group in groups[:count]) / sum(group.weights for group in groups)
     if share < _MIN_QUANTISED:
+        scores = "" if checkpoint.task == "embedding" else f" and max_logit_error={budget.max_logit_error}"
         raise QualityError(
             f"INT8 of {checkpoint.source}: only {count} of {len(groups)} groups of matrix products ({share:.0%} of "
             f"their weights) stay within min_mean_cosine={budget.min_mean_cosine} and "
-            f"min_worst_cosine={budget.min_worst_cosine}; use bf16 or fp16, or lower the budget knowingly"
+            f"min_worst_cosine={budget.min_worst_cosine}{scores}; use bf16 or fp16, or lower the budget knowingly"
         )
     rewrite(graph, groups[:count])
     require_standard(file)
@@ -133,7 +135,8 @@ class _Search:
             f"cosine {quality.mean_cosine:.5f}, worst {quality.worst_cosine:.5f}"
         )
         return (
-            1 - quality.mean_cosine <= _MEAN_MARGIN * (1 - self._budget.min_mean_cosine)
+            (quality.logit_error or 0.0) <= _LOGIT_MARGIN * self._budget.max_logit_error
+            and 1 - quality.mean_cosine <= _MEAN_MARGIN * (1 - self._budget.min_mean_cosine)
             and 1 - quality.worst_cosine <= _WORST_MARGIN * (1 - self._budget.min_worst_cosine)
         )  # fmt: skip
 

@@ -30,8 +30,9 @@ _UNREAD: dict[str, dict[str, tuple[str, ...]]] = {
         "generation": (), "precision": ("max_perplexity_ratio",),
         "slo": ("p99_first_token_ms", "p99_inter_token_ms", "min_output_tokens_per_s"),
     },
+    "embedding": {"precision": ("max_logit_error",)},
     "generator": {
-        "precision": ("min_mean_cosine", "min_worst_cosine"),
+        "precision": ("min_mean_cosine", "min_worst_cosine", "max_logit_error"),
         "engine": ("profiles",),
         "serving": (
             "max_batch_size", "length_buckets", "tokens_per_batch", "instances", "queue_delay_us", "queue_timeout_us",
@@ -90,8 +91,8 @@ class DeploymentSpec(Slice):
 
     def _require_read_keys(self) -> None:
         """A key that the task does not read must not look as if it did something."""
-        kind = "generator" if self.generates else "encoder"
-        for slice_name, keys in _UNREAD[kind].items():
+        kinds = ("generator",) if self.generates else ("encoder", self.model.task)
+        for slice_name, keys in (item for kind in kinds for item in _UNREAD.get(kind, {}).items()):
             given: Slice = getattr(self, slice_name)
             unused = type(given)()
             for key in keys or type(given).model_fields:

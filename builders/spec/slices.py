@@ -59,6 +59,11 @@ class PrecisionSlice(Slice):
     gpu: Literal["fp16", "int8", "w4"] = "fp16"
     min_mean_cosine: Fraction = Field(0.998, description="against the fp32 model, mean over held-out texts")
     min_worst_cosine: Fraction = Field(0.98, description="against the fp32 model, the worst held-out text")
+    max_logit_error: Annotated[float, Field(gt=0)] = Field(
+        0.2,
+        description="classification and reranking: root mean square difference to the fp32 model's logits, over their "
+        "spread; 0.2 is what noise alone makes of a correlation of 0.98, the default of min_worst_cosine",
+    )
     max_perplexity_ratio: Annotated[float, Field(ge=1)] = Field(
         1.03, description="generation: perplexity on held-out texts over that of the fp32 model"
     )
