@@ -47,27 +47,24 @@ def closure(imported: Iterable[str], root: Path = _ROOT) -> dict[str, str]:
     found: dict[str, str] = {}
     queue, seen = sorted(imported), set(imported)
     while queue:
-        *packages, module = _path(queue[-1], root) or [""]
-        symbol = queue.pop().rpartition(":")[2]
-        for each in (*packages, module) if module else ():
-            found[each] = found.get(each) or _file(each, root).read_text()
-        fresh = _handed_on(found[module], symbol) - seen if module else set()
+        modules, symbol = _path(queue.pop(), root)
+        for module in modules:
+            found[module] = found.get(module) or _file(module, root).read_text()
+        fresh = _handed_on(found[modules[-1]], symbol) - seen if modules else set()
         seen |= fresh
         queue.extend(sorted(fresh))
     return found
 
 
-def _path(name: str, root: Path) -> list[str]:
-    """The packages down to the module that `name` means, and that one; nothing for a library's name."""
+def _path(name: str, root: Path) -> tuple[list[str], str]:
+    """The packages down to the module that `name` means, that one, and what is meant in it; no module for a library."""
     sure, _, rest = name.partition(":")
-    parts = sure.split(".")
+    parts, symbols = sure.split("."), [part for part in rest.split(":") if part]
     if parts[0] not in _HOUSE:
-        return []
-    for part in filter(None, rest.split(":")):
-        if not _candidates(".".join([*parts, part]), root):
-            break
-        parts.append(part)
-    return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+        return [], ""
+    while symbols and _candidates(".".join([*parts, symbols[0]]), root):
+        parts.append(symbols.pop(0))
+    return [".".join(parts[:end]) for end in range(1, len(parts) + 1)], ":".join(symbols)
 
 
 def _handed_on(text: str, symbol: str) -> frozenset[str]:

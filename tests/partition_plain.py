@@ -27,7 +27,7 @@ class Shape:
     qkv: Literal["separate", "split", "slices", "stacked"] = "separate"
     linear: Literal["matmul", "gemm"] = "matmul"
     gate: Literal["none", "separate", "split"] = "none"
-    norm: Literal["layer", "rms"] = "layer"
+    norm: Literal["layer", "rms", "rms_operator"] = "layer"
     first: bool = True  # norm before each part, else behind it
     bias: bool = True
     rotary: bool = False
@@ -91,6 +91,8 @@ def _residual(b: _Builder, shape: Shape, x: str, part: Any) -> str:
 def _norm(b: _Builder, shape: Shape, x: str) -> str:
     if shape.norm == "layer":
         return b.add("LayerNormalization", x, b.weight(shape.hidden), b.weight(shape.hidden))
+    if shape.norm == "rms_operator":
+        return b.add("RMSNormalization", x, b.weight(shape.hidden), epsilon=1e-5)
     square = b.add("ReduceMean", b.add("Pow", x, b.constant(np.float32(2))), b.constant([-1]), keepdims=1)
     scale = b.add("Sqrt", b.add("Add", square, b.constant(np.float32(1e-5))))
     return b.add("Mul", b.add("Div", x, scale), b.weight(shape.hidden))

@@ -22,7 +22,10 @@ FILES = {
     "builders/stage/handed.py": "made = 1\n",
     "builders/beside.py": "other = 2\n",
     "builders/cli.py": "import builders.run\n",
-    "builders/deep.py": "def late():\n    from runtime import pools\n    return pools\n",
+    "builders/deep.py": (
+        "from builders.stage import made as deep\n"  # a module may bind its own name
+        "def late():\n    from runtime import pools\n    return pools\n"
+    ),
     "runtime/__init__.py": "",
     "runtime/pools.py": "import onnx\nWORKER = 'runtime.worker'\n",
     "runtime/worker.py": "",

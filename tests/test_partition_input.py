@@ -172,3 +172,16 @@ def test_pooler_and_classifier_stay_whole(tmp_path: Path) -> None:
     partition = partition_graph(file, 2, 1, tmp_path / "out", "whole")
     assert [item.operation for item in partition.stages[0].collectives] == ["all_reduce"] * 4
     assert any("beside the residual stream" in reason for reason in partition.kept_whole.values())
+
+
+def test_names_come_from_the_graph_alone(tmp_path: Path) -> None:
+    """Nodes without names share a transposed weight: names of the copies may not hold where objects lie in memory."""
+    nodes = [
+        helper.make_node("Transpose", ["w"], ["turned"], perm=[1, 0]),
+        helper.make_node("MatMul", ["x", "turned"], ["y"]),
+        helper.make_node("MatMul", ["y", "turned"], ["z"]),
+    ]
+    file = graph(tmp_path / "g.onnx", nodes, {"x": [2, 4]}, {"z": [2, 4]}, {"w": np.eye(4)})
+    sources = [read(file) for _ in range(2)]  # both alive, so that no address serves twice
+    names = [[value.name for node in source.graph for value in node.outputs] for source in sources]
+    assert names[0] == names[1]

@@ -5,9 +5,11 @@ Every mutation is signed again, so that digests say nothing.
 
 from __future__ import annotations
 
+import copy
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,7 +18,10 @@ from onnx import numpy_helper
 
 from builders.artifacts import FileRecord, Partition
 from builders.errors import CheckError, ParityError
+from builders.partition.contents import plan_faults
+from builders.partition.edges import boundary_ids
 from builders.partition.shard import load_partition, partition_graph, write_manifest
+from builders.partition.structure import differences, structure_faults
 from builders.partition.verify import verify_partition
 from runtime.ranks.group import RankGroup
 from tests import partition_plain, partition_running
@@ -142,6 +147,139 @@ def test_rank_that_answers_for_words_it_does_not_hold(
         node.input[:] = [rows]
 
     caught(mutated(split_words[1], tmp_path / "m", unmask), split_words[0], group)
+
+
+def test_shard_of_words_that_is_one_row_short(split_words: tuple[Path, Path], tmp_path: Path, group: RankGroup) -> None:
+    """One word in sixty-four is answered with zeros: random words seldom meet it, those at the boundaries always."""
+
+    def shorten(model: onnx.ModelProto, _: str) -> None:
+        rows = next(tensor for tensor in model.graph.initializer if tensor.name.endswith("/row_count"))
+        rows.raw_data = (numpy_helper.to_array(rows) - 1).tobytes()
+
+    said = caught(mutated(split_words[1], tmp_path / "m", shorten), split_words[0], group)
+    assert "at boundary words" in said
+    assert "/row_count is INT64 [] 0x000000000000001f, the plan INT64 [] 0x0000000000000020" in said
+
+
+@pytest.fixture(scope="module", params=["layer", "rms", "rms_operator"])
+def normed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A graph with every kind of norm in turn, written by hand, and a sound partition of it."""
+    folder = tmp_path_factory.mktemp(request.param)
+    file = partition_plain.transformer(Shape(norm=request.param, head=True, hidden=16), folder / "g.onnx")
+    partition_graph(file, 2, 1, folder / "ranks", "split")
+    return file, folder / "ranks"
+
+
+def test_epsilon_of_every_kind_of_norm(normed: tuple[Path, Path], tmp_path: Path, group: RankGroup) -> None:
+    """Three times the epsilon is lost among activations of ordinary size."""
+
+    def widen(model: onnx.ModelProto, _: str) -> None:
+        for node in model.graph.node:
+            for item in node.attribute:
+                if item.name == "epsilon":
+                    item.f *= 3
+            if node.op_type == "LayerNormalization" and not node.attribute:
+                node.attribute.append(onnx.helper.make_attribute("epsilon", 3e-5))
+        for tensor in model.graph.initializer:
+            array = numpy_helper.to_array(tensor)
+            if array.dtype == np.float32 and array.size == 1 and array.item() == np.float32(1e-5):
+                tensor.raw_data = (array * 3).tobytes()
+
+    with pytest.raises(CheckError, match=r"epsilon is .*, the plan|is not rank 0's part of w\d+"):
+        verify_partition(mutated(normed[1], tmp_path / "m", widen), normed[0], group=group)
+
+
+def test_weights_of_one_shape_that_are_swapped(tmp_path: Path, group: RankGroup) -> None:
+    """Keys and values: first which node reads them, then what they hold."""
+    file = partition_plain.transformer(Shape(hidden=16, bias=False), tmp_path / "g.onnx")
+    partition = partition_graph(file, 2, 1, tmp_path / "ranks", "whole")
+    shapes: dict[tuple[int, ...], list[str]] = {}
+    for weight in partition.stages[0].weights:
+        if weight.cut is not None:
+            shapes.setdefault(weight.dims, []).append(weight.name)
+    first, second = next(names for names in shapes.values() if len(names) > 1)[:2]
+
+    def swap_readers(model: onnx.ModelProto, _: str) -> None:
+        for node in model.graph.node:
+            node.input[:] = [{first: second, second: first}.get(name, name) for name in node.input]
+
+    def swap_content(model: onnx.ModelProto, _: str) -> None:
+        names = {tensor.name: tensor for tensor in model.graph.initializer}
+        names[first].name, names[second].name = second, first
+
+    assert "has input [" in caught(mutated(tmp_path / "ranks", tmp_path / "m", swap_readers), file, group)
+    said = caught(mutated(tmp_path / "ranks", tmp_path / "n", swap_content), file, group)
+    assert "is not rank 0's part" in said
+
+
+@pytest.mark.parametrize(("name", "value"), [("nb_rank", 3), ("groups", [0]), ("reduce_op", "max"), ("root", 0)])
+def test_collective_over_another_group(
+    name: str, value: object, gpt2: tuple[Path, Path], tmp_path: Path, group: RankGroup
+) -> None:
+    def change(model: onnx.ModelProto, _: str) -> None:
+        node = first_reduction(model)
+        kept = [item for item in node.attribute if item.name != name]
+        del node.attribute[:]
+        node.attribute.extend([*kept, onnx.helper.make_attribute(name, value)])
+
+    with pytest.raises(CheckError, match=name):
+        verify_partition(mutated(gpt2[1], tmp_path / "m", change), gpt2[0], group=group)
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms_operator"])
+def test_no_attribute_input_or_constant_can_change_unseen(norm: Any, tmp_path: Path) -> None:
+    """Every one in turn, against the plan alone: no numbers are computed here."""
+    shape = Shape(norm=norm, head=True, hidden=16, linear="gemm", gate="split", attention="operator_flat", qkv="slices")
+    file = partition_plain.transformer(shape, tmp_path / "g.onnx")
+    partition = partition_graph(file, 2, 1, tmp_path / "ranks", "split")
+    faults, planned = plan_faults(partition, file)
+    assert not faults
+    assert not structure_faults(partition, planned)
+    sound = onnx.load(str(tmp_path / "ranks" / "stage0.rank1.onnx"), load_external_data=False)
+    listed = {weight.name for weight in partition.stages[0].weights}
+    plan = planned[0].graph(1)
+    changed = list(_each_change(sound, listed))
+    assert len(changed) > 200
+    unseen = [what for what, model in changed if not list(differences(model, plan, listed, tmp_path / "ranks"))]
+    assert not unseen
+
+
+def _each_change(sound: onnx.ModelProto, listed: set[str]) -> Iterator[tuple[str, onnx.ModelProto]]:
+    """The graph with one thing changed, for each thing."""
+    for at, node in enumerate(sound.graph.node):
+        for kind in ("op_type", "input", "output", *(f"attribute {index}" for index in range(len(node.attribute)))):
+            model = copy.deepcopy(sound)
+            other = model.graph.node[at]
+            if kind == "op_type":
+                other.op_type = "Identity" if node.op_type != "Identity" else "Abs"
+            elif kind in ("input", "output"):
+                getattr(other, kind)[0] += "/other"
+            else:
+                item = other.attribute[int(kind.split()[1])]
+                value = onnx.helper.get_attribute_value(item)
+                numbers = [*value, 1] if isinstance(value, Sequence) and not isinstance(value, bytes) else None
+                changed = numbers or (value + (b"x" if isinstance(value, bytes) else 1))
+                item.CopyFrom(onnx.helper.make_attribute(item.name, changed, attr_type=item.type))
+            yield f"{kind} of {node.op_type} {node.name}", model
+        model = copy.deepcopy(sound)
+        del model.graph.node[at]
+        yield f"no {node.op_type} {node.name}", model
+    for at, tensor in enumerate(sound.graph.initializer):
+        model = copy.deepcopy(sound)
+        model.graph.initializer[at].data_type = onnx.TensorProto.DOUBLE
+        yield f"type of {tensor.name}", model
+        if tensor.name not in listed:
+            model = copy.deepcopy(sound)
+            array = numpy_helper.to_array(tensor).copy()
+            array.reshape(-1)[0] = ~array.reshape(-1)[0] if array.dtype.kind in "bi" else array.reshape(-1)[0] + 1
+            model.graph.initializer[at].CopyFrom(numpy_helper.from_array(array, tensor.name))
+            yield f"constant {tensor.name}", model
+
+
+def test_the_boundaries_of_every_shard_are_fed() -> None:
+    assert boundary_ids(64, 2) == [0, 31, 32, 63]
+    assert boundary_ids(10, 4) == [0, 2, 3, 5, 6, 8, 9]  # 3 rows a rank, one for the last
+    assert boundary_ids(2, 8) == [0, 1]
 
 
 def test_slice_along_the_wrong_axis(gpt2: tuple[Path, Path], tmp_path: Path, group: RankGroup) -> None:

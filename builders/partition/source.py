@@ -212,7 +212,11 @@ def _one_use_each(source: Source) -> None:
         if node.op_type in _WEIGHT_CHAIN and node.outputs[0] in constant and not node.outputs[0].is_graph_output():
             for user, index in list(node.outputs[0].uses())[1:]:
                 copy = ir.Node("", node.op_type, node.inputs, node.attributes.values(), num_outputs=1)
-                _like(copy.outputs[0], node.outputs[0], f"{node.outputs[0].name}/{user.name or id(user)}.{index}")
+                _like(
+                    copy.outputs[0],
+                    node.outputs[0],
+                    f"{node.outputs[0].name}/{user.name or user.outputs[0].name}.{index}",
+                )
                 graph.insert_before(node, copy)
                 user.replace_input_with(index, copy.outputs[0])
     for name, value in list(graph.initializers.items()):
