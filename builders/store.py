@@ -61,10 +61,12 @@ class Store:
         content = json.dumps({**inputs, "made by": code_key(build)}, sort_keys=True)
         key = hashlib.sha256(content.encode()).hexdigest()[:16]
         target = self.root / stage / key
+        damaged = target.is_dir()  # asked first: what appears while we look is another process's, and whole
         found = _load(target, kind)
         if found is not None:
             return found, True
-        shutil.rmtree(target, ignore_errors=True)
+        if damaged:
+            shutil.rmtree(target, ignore_errors=True)
         with atomic_directory(target) as work:
             record = build(work)
             (work / _RECORD).write_text(record.model_dump_json(indent=2) + "\n")
