@@ -212,7 +212,7 @@ def test_weights_of_one_shape_that_are_swapped(tmp_path: Path, group: RankGroup)
     assert "is not rank 0's part" in said
 
 
-@pytest.mark.parametrize(("name", "value"), [("nb_rank", 3), ("groups", [0]), ("reduce_op", "max"), ("root", 0)])
+@pytest.mark.parametrize(("name", "value"), [("groups", [0]), ("reduce_op", "max"), ("root", 0)])
 def test_collective_over_another_group(
     name: str, value: object, gpt2: tuple[Path, Path], tmp_path: Path, group: RankGroup
 ) -> None:
