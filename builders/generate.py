@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from builders.errors import InputError, ServiceError
 from runtime.generation.interface import split_status
-from runtime.supervisor import infer_input
+from runtime.probing import infer_input
 
 
 @dataclass(frozen=True)

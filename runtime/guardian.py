@@ -2,9 +2,10 @@
 
     python -I -S guardian.py <shared memory prefix> <scratch folder> <grace seconds>
 
-Standard input is a pipe that only the launcher holds; through it comes the server's process id. Its end means that the
-launcher is gone, by `stop` or by `kill -9`: the server is asked to leave, its process group is ended, its shared memory
-and scratch files are removed.
+Standard input is a pipe that only the launcher holds. Through it come a line "+<process id>" for each server that is
+started, before it starts, and "-<process id>" when nothing of it is left. The pipe's end means that the launcher is
+gone, by `stop` or by `kill -9`: a server is asked to leave, its process group is ended, its shared memory and scratch
+files are removed.
 Only the standard library, and started with -I -S, so that it costs next to nothing.
 """
 
@@ -23,11 +24,21 @@ def main() -> None:
     prefix, work, grace_s = sys.argv[1], sys.argv[2], float(sys.argv[3])
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(name, signal.SIG_IGN)  # a Ctrl-C for the launcher is not for us
-    said = sys.stdin.buffer.read()  # returns at the end of the pipe
-    if said:
-        end_group(int(said), grace_s)
+    for group in left(sys.stdin.read()):  # returns at the end of the pipe
+        end_group(group, grace_s)
     sweep(prefix)
     shutil.rmtree(work, ignore_errors=True)
+
+
+def left(said: str) -> set[int]:
+    """Process groups that were started and not seen to end."""
+    groups: set[int] = set()
+    for line in said.splitlines():
+        if line[:1] == "+":
+            groups.add(int(line[1:]))
+        elif line[:1] == "-":
+            groups.discard(int(line[1:]))
+    return groups
 
 
 def end_group(group: int, grace_s: float) -> None:

@@ -1,7 +1,8 @@
 """Health over HTTP for a kubelet: asking costs no process and no inference.
 
-/ready   200 while a real inference succeeded lately and nobody asked the server to stop
-/live    200 while the launcher's own loop turns
+/ready   200 while a real inference succeeded lately, or the server was seen to work on others' requests, and nobody
+         asked it to stop; 503 with the reason otherwise, for example while it starts again
+/live    200 while the launcher's own loop turns: it restarts the server itself, and exits when that does not help
 
 Whoever holds the control secret may also ask for a model version to be laid out beside the one that serves
 (POST /versions/<n>), for it to be given up again (DELETE), and which one has answered (GET). The answer names the
@@ -19,13 +20,11 @@ from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from runtime.errors import BadEnvironment
-from runtime.supervisor import Failure
+from runtime.probing import Failure
 from runtime.versions import Versions
 
 READY_WITHIN_S = 15.0  # a few intervals of the supervisor's probe, each with its timeout
-# A full queue refuses the probe too. Were the pod taken out for it, its load would fall on the others, one by one.
-BUSY_WITHIN_S = 60.0
-LIVE_WITHIN_S = 240.0  # a repair loads every model again, and may take a minute for each
+LIVE_WITHIN_S = 240.0  # going back to a version loads every model again, and may take a minute for each
 _REQUEST_S = 5.0
 _VERSIONS = "/versions/"
 SECRET_HEADER = "trireme-admin"
@@ -43,12 +42,27 @@ class Health:
         self._draining = False
 
     def observed(self, failure: Failure | None) -> None:
-        """The result of a probe; None is a success. That there is one shows that the loop turns."""
+        """The result of a probe; None is a success. That there is one shows that the loop turns.
+
+        A full queue refuses the probe too. Were the pod taken out for it, its load would fall on the others, one by
+        one: a server that works on other requests serves.
+        """
         with self._lock:
             self._turned = self._clock()
             self._failure = failure
-            if failure is None:
+            if failure is None or failure.moving:
                 self._served = self._turned
+
+    def turned(self) -> None:
+        """The launcher's loop is alive."""
+        with self._lock:
+            self._turned = self._clock()
+
+    def restarting(self, reason: str) -> None:
+        """The server has been ended and is not back yet."""
+        with self._lock:
+            self._served = float("-inf")
+            self._failure = Failure(f"restarting: {reason}")
 
     def drain(self) -> None:
         """From here on never ready again."""
@@ -60,8 +74,7 @@ class Health:
         with self._lock:
             if self._draining:
                 return "draining"
-            busy = self._failure is not None and self._failure.busy
-            if self._clock() - self._served <= (BUSY_WITHIN_S if busy else READY_WITHIN_S):
+            if self._clock() - self._served <= READY_WITHIN_S:
                 return None
             return self._failure.reason if self._failure else "no inference has succeeded lately"
 

@@ -1,4 +1,4 @@
-"""Serves one model repository in the foreground: the whole life of a server, from start to drain."""
+"""Serves one model repository in the foreground: the whole life of a server, from start through restarts to drain."""
 
 from __future__ import annotations
 
@@ -27,19 +27,20 @@ def serve_repository(
 
     `versions`: those that may be loaded while it runs, with what the last run left behind put in order.
 
-    Raises BadEnvironment before the start, ServerFault when the server does not come up or dies.
+    Raises BadEnvironment before the start, ServerFault when the server does not come up, or breaks so often that
+    starting it again is no help.
     """
     health = health or Health()
     started = time.monotonic()
     with stop_requests() as asked_to_stop:
         with TritonServer(repository, ports, exposure=exposure) as server:
-            supervisor = Supervisor(server, versions)
+            supervisor = Supervisor(server, versions, health)
             try:
                 supervisor.wait_ready(ready_timeout_s, asked_to_stop)
                 if not asked_to_stop.is_set():
                     health.observed(None)
                     _announce(server, time.monotonic() - started, as_json)
-                supervisor.watch(asked_to_stop.wait, _log, health.observed)
+                supervisor.watch(asked_to_stop, ready_timeout_s, _log)
             finally:
                 health.drain()
                 supervisor.close()

@@ -1,7 +1,7 @@
-"""Readiness by a true inference, and repair of a dead Python stub.
+"""Keeps one server answering: readiness by a true inference, and repair by a new start.
 
-Triton's own health checks stay green when a stub has crashed: every request then fails, and nothing restarts it. So
-readiness here is one real request through the ensemble, and the repair is a reload of the models that fail.
+Triton 2.51 neither starts a dead Python stub again nor ends the streams that it held, and its own health checks stay
+green. So whatever is wrong, it is ended at once, which tells every client that waits, and started again.
 """
 
 from __future__ import annotations
@@ -9,169 +9,168 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from runtime.errors import ServerFault
-from runtime.generation.interface import PROBE_ID, split_status
+from runtime.errors import BadEnvironment, ServerFault
+from runtime.health import Health
+from runtime.probing import PROBE_TIMEOUT_S, Failure, Probe
+from runtime.progress import Progress
+from runtime.supervision import STANDSTILL_S, Act, Action, Event, Supervision
 from runtime.triton import Ports, TritonServer
 from runtime.versions import Versions
 
-PROBE_TEXT = "trireme readiness probe"
-PROBE_INTERVAL_S = 2.0
-PROBE_TIMEOUT_S = 5.0
-FAILURES_BEFORE_REPAIR = 2
-MOST_REPAIRS = 5  # without a success between; then a new process is the better repair
+_LOOK_S = 0.1  # between two looks at whether something has died, and at being asked to stop
 
 
 @dataclass(frozen=True)
-class Failure:
-    """Why a probe failed. `busy`: the server refused or was slow, as a full queue does; nothing is broken."""
+class Pace:
+    """`interval_s` between probes; `standstill_s`: so long may nothing be done while work waits."""
 
-    reason: str
-    busy: bool = False
+    interval_s: float = 2.0
+    timeout_s: float = PROBE_TIMEOUT_S
+    standstill_s: float = STANDSTILL_S
 
 
 class Supervisor:
-    """Watches one server through its gRPC port. `versions`: those that may be loaded into it while it runs."""
+    """Watches one server. `versions`: those that may be loaded into it while it runs; `health` hears how it is."""
 
-    def __init__(self, server: TritonServer, versions: Versions | None = None) -> None:
-        from tritonclient.grpc import InferenceServerClient
-
+    def __init__(
+        self,
+        server: TritonServer,
+        versions: Versions | None = None,
+        health: Health | None = None,
+        pace: Pace | None = None,
+    ) -> None:
         self._server, self._versions = server, versions
-        self._client = InferenceServerClient(server.grpc_address)
+        self._health, self._pace = health or Health(), pace or Pace()
+        self._prober = ThreadPoolExecutor(1, "probe")
+        self._probing: Future[Failure | None] | None = None
+        self._due = 0.0
+        self._open()
+
+    def _open(self) -> None:
+        self._client = Probe(self._server.grpc_address, self._server.probe_id, self._pace.timeout_s)
+        self._progress = Progress(self._server.metrics_address, self._server.settings.ensemble)
 
     def close(self) -> None:
-        self._client.close()
+        """Does not wait for a probe that is under way."""
+        self._prober.submit(self._client.close)
+        self._prober.shutdown(wait=False)
 
     def wait_ready(self, timeout_s: float, asked_to_stop: threading.Event) -> None:
-        """Returns after the first successful inference, or when asked to stop.
+        """Returns after the first successful inference, or when asked to stop. The one gate of every start.
 
         Raises ServerFault when the server exits or is not ready in time.
         """
         end = time.monotonic() + timeout_s
         reason = "no probe was made"
         while time.monotonic() < end and not asked_to_stop.is_set():
+            self._health.turned()
             self._server.require_alive()
             failure = self.probe()
             if failure is None:
                 return
             reason = failure.reason
-            asked_to_stop.wait(0.1)
+            asked_to_stop.wait(_LOOK_S)
         if asked_to_stop.is_set():
             return
         raise ServerFault(f"Triton is not ready after {timeout_s:.0f} s ({reason}). Log:\n{self._server.log_tail()}")
 
     def probe(self) -> Failure | None:
-        """One real inference, an ensemble's or one token of a generator's; None when it is sound."""
-        from tritonclient.utils import InferenceServerException
-
-        name = self._server.settings.ensemble
-        text = f"{PROBE_TEXT} {time.time_ns()}"  # never twice the same, or a response cache would answer
-        try:
-            metadata = self._client.get_model_metadata(name, client_timeout=PROBE_TIMEOUT_S)
-            names = [tensor.name for tensor in metadata.inputs]
-            if "text_input" in names:
-                return self._probe_generator(name, text)
-            inputs = [infer_input(item, np.array([[text.encode()]], dtype=np.object_)) for item in names]
-            result = self._client.infer(name, inputs, client_timeout=PROBE_TIMEOUT_S)
-            values = result.as_numpy(metadata.outputs[0].name)
-        except InferenceServerException as error:
-            return _failure(error)
-        if values is None or values.size == 0 or not np.isfinite(values).all():
-            return Failure(f"{name} answered with {'nothing' if values is None else 'values that are not finite'}")
-        self._answered(result)
+        """One real inference; None when it is sound."""
+        answer = self._client.ask(self._server.settings.ensemble)
+        if isinstance(answer, Failure):
+            return answer if not answer.busy else Failure(answer.reason, busy=True, moving=self._progress.moved())
+        self._answered(answer)
         return None
 
-    def _probe_generator(self, name: str, text: str) -> Failure | None:
-        """A decoupled model answers on a stream."""
-        from queue import Empty, SimpleQueue
-
-        answers: SimpleQueue[tuple[Any, Any]] = SimpleQueue()
-        inputs = [
-            infer_input("text_input", np.array([[text.encode()]], np.object_)),
-            infer_input("max_tokens", np.array([[1]], np.int32)),
-        ]
-        self._client.start_stream(
-            lambda result, error: answers.put((result, error)),
-            stream_timeout=PROBE_TIMEOUT_S,
-        )
-        ended = False
-        try:
-            self._client.async_stream_infer(name, inputs, request_id=PROBE_ID)
-            result, error = answers.get(timeout=PROBE_TIMEOUT_S)
-            ended = True
-        except Empty:
-            return Failure(f"{name} made no token within {PROBE_TIMEOUT_S:.0f} s", busy=True)
-        finally:
-            # Triton 2.51 can crash on a cancellation that meets the end of its stream.
-            self._client.stop_stream(cancel_requests=not ended)
-        if error is not None:
-            return _failure(error)
-        if result.as_numpy("output_ids") is None:
-            return Failure(f"{name} answered without a token")
-        self._answered(result)
-        return None
-
-    def _answered(self, result: Any) -> None:
+    def _answered(self, version: int) -> None:
         """A version that was loaded beside the one of the start, and now answers, is the server's from here on."""
-        settings = self._versions.answered(int(result.get_response().model_version)) if self._versions else None
+        settings = self._versions.answered(version) if self._versions else None
         if settings is not None:
             self._server.settings = settings
+        if self._staged() is None:  # else a stub may belong to a version that does not serve yet, and may not work
+            self._server.learn_stubs()
 
-    def watch(
-        self,
-        stopped: Callable[[float], bool],
-        report: Callable[[str], None],
-        observe: Callable[[Failure | None], None] = lambda failure: None,
-    ) -> None:
-        """Probes until `stopped(seconds)` returns true; it is also the wait between probes. `observe` hears
-        each result.
+    def _staged(self) -> int | None:
+        return self._versions.state()[1] if self._versions is not None else None
 
-        A server that exits, or that no repair mends, raises ServerFault. A probe that fails twice running reloads the
-        models; a server that is merely too busy to answer is left alone, because a reload would make it busier.
-        """
-        failures, repairs = 0, 0
-        while not stopped(PROBE_INTERVAL_S):
-            self._server.require_alive()
-            failure = self.probe()
-            observe(failure)
-            if failure is None:
-                if repairs:
-                    report("serving again")
-                failures, repairs = 0, 0
-            elif not failure.busy:
-                failures += 1
-                if failures >= FAILURES_BEFORE_REPAIR:
-                    report(f"probe failed ({failure.reason}); loading the models again")
-                    if repairs == MOST_REPAIRS:
-                        raise ServerFault(f"{repairs} repairs did not help: {failure.reason}")
-                    self._repair()
-                    failures, repairs = 0, repairs + 1
+    def watch(self, asked_to_stop: threading.Event, start_timeout_s: float, report: Callable[[str], None]) -> None:
+        """Repairs what breaks, until asked to stop. Raises ServerFault when repairs do not help."""
+        plan = Supervision(time.monotonic(), self._pace.standstill_s)
+        found: tuple[Event, str] | None = None
+        while True:
+            if found is None:
+                found = (Event.ASKED_TO_STOP, "") if asked_to_stop.wait(_LOOK_S) else self._look()
+                self._health.turned()
+                continue
+            action = plan.hear(found[0], time.monotonic(), found[1])
+            found = None
+            if action.act is Act.STOP:
+                return
+            if action.act is Act.GIVE_UP:
+                raise ServerFault(action.reason)
+            if action.act is Act.REPAIR:
+                report(f"{action.reason}; repairing (for the {plan.repairs}. time since the start)")
+                found = self._repair(action, asked_to_stop, start_timeout_s)
+                if found[0] is Event.REPAIRED:
+                    report(f"serving again; Triton is process {self._server.pid}")
 
-    def _repair(self) -> None:
-        """Loads every model again, of the version that is known to work.
+    def _look(self) -> tuple[Event, str] | None:
+        """What has happened since the last look."""
+        died = self._server.dead()
+        if died is not None:
+            return Event.DIED, died
+        if self._probing is None:
+            if time.monotonic() >= self._due:
+                self._probing = self._prober.submit(self.probe)
+            return None
+        if not self._probing.done():
+            return None
+        failure = self._probing.result()
+        self._probing, self._due = None, time.monotonic() + self._pace.interval_s
+        self._health.observed(failure)
+        if failure is None:
+            return Event.ANSWERED, ""
+        if failure.moving:
+            return Event.MOVING, failure.reason
+        return Event.BUSY if failure.busy else Event.FAILED, failure.reason
 
-        Triton skips an unchanged model, so its files are touched first.
-        """
-        from tritonclient.utils import InferenceServerException
-
+    def _repair(self, action: Action, asked_to_stop: threading.Event, start_timeout_s: float) -> tuple[Event, str]:
+        """Back to the version before, where one was loaded that does not work; else a new start of all."""
+        if self._versions is not None and self._staged() is not None and self._server.dead() is None:
+            self._versions.discard()
+            self._client.load(self._server.settings.load_order, self._server.control_headers)
+            return Event.REPAIRED, ""
+        self._health.restarting(action.reason)
+        self._server.kill()
+        self._forget_probe()
         if self._versions is not None:
             self._versions.discard()
-        settings = self._server.settings
-        for name in settings.load_order:
-            adapter = self._server.repository / name / str(settings.version) / "model.py"
-            if adapter.is_file():
-                adapter.touch()
-            try:
-                self._client.load_model(name, headers=self._server.control_headers, client_timeout=60)
-            except InferenceServerException:
-                continue  # the next probe says whether it matters, and the repair is tried again
+        end = time.monotonic() + action.pause_s
+        while time.monotonic() < end and not asked_to_stop.wait(_LOOK_S):
+            self._health.turned()
+        try:
+            if not asked_to_stop.is_set():
+                self._server.start_again()
+                self.wait_ready(start_timeout_s, asked_to_stop)
+        except (ServerFault, BadEnvironment) as error:
+            return Event.NOT_REPAIRED, str(error)
+        if asked_to_stop.is_set():
+            return Event.ASKED_TO_STOP, ""
+        self._health.observed(None)
+        return Event.REPAIRED, ""
+
+    def _forget_probe(self) -> None:
+        """What it asked of the server of before fails now. The old channel would wait before it connects again."""
+        if self._probing is not None:
+            wait([self._probing], 2 * self._pace.timeout_s)
+            self._probing = None
+        self._client.close()
+        self._open()
 
 
 @contextmanager
@@ -184,20 +183,3 @@ def ready_server(repository: Path, timeout_s: float = 120) -> Iterator[TritonSer
         with closing(Supervisor(server)) as supervisor:
             supervisor.wait_ready(timeout_s, threading.Event())
         yield server
-
-
-def infer_input(name: str, array: NDArray[Any]) -> Any:
-    """A request's tensor, with the shape and the type of the array."""
-    from tritonclient.grpc import InferInput
-    from tritonclient.utils import np_to_triton_dtype
-
-    item = InferInput(name, list(array.shape), np_to_triton_dtype(array.dtype))
-    item.set_data_from_numpy(array)
-    return item
-
-
-def _failure(error: Any) -> Failure:
-    """`busy` for a server that refuses work, as a full queue does."""
-    status, reason = split_status(str(error.message()))
-    overloaded = any(code in (status or str(error.status())) for code in ("UNAVAILABLE", "DEADLINE_EXCEEDED"))
-    return Failure(reason, busy=overloaded and "is not healthy" not in reason)

@@ -1,13 +1,12 @@
-"""Starts and stops one Triton server, and leaves nothing behind.
+"""Starts, restarts and stops one Triton server, and leaves nothing behind.
 
-The server is the one inside the nvidia-pytriton wheel, or that of NVIDIA's container image. It runs in a process group
-of its own with a guardian beside it (see `runtime.guardian`), so that processes, shared memory and scratch files go
-away whatever this process dies of.
+It runs in a process group of its own with a guardian beside it (see `runtime.guardian`), so that processes, shared
+memory and scratch files go away whatever this process dies of.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import contextlib
 import os
 import secrets
 import shutil
@@ -15,23 +14,35 @@ import signal
 import socket
 import subprocess
 import sys
-import sysconfig
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.encoder import require_numpy_1
 from runtime.errors import BadEnvironment, ServerFault
+from runtime.generation.interface import PROBE_ID_VARIABLE
+from runtime.guardian import sweep
+from runtime.installation import Installation
 from runtime.settings import ServerSettings
+from runtime.stubs import SETTLED_S, Stubs
 
 LOOPBACK = "127.0.0.1"
 EXIT_TIMEOUT_S = 15  # Triton finishes what is in flight within this, then leaves
 _STUB_TIMEOUT_S = 300
 _SHM_BYTES = 1 << 20
 _SECRET_HEADER = "trireme-admin"
-# What a client must not do: load code, map memory, or name files that the server then writes (logs and traces).
-_RESTRICTED = "model-repository,shared-memory,trace,logging"
-_SYSTEM = Path("/opt/tritonserver")  # where NVIDIA's image keeps it
+# What no client may do: map memory, or name files that the server then writes (logs and traces). And load code, which
+# is for the holder of a control secret where there is one, and for nobody otherwise.
+_CLOSED = "shared-memory,trace,logging"
+_CONTROL = "model-repository"
+# Triton opens a protocol to whoever sends a header, and everybody on this machine can read its command line. So the
+# header has a name that cannot be sent: a line ends in it, which neither HTTP nor gRPC lets through.
+_NO_HEADER = "no\nheader=opens-this"
+# Waits for a word, so that the guardian knows of the process before it becomes a server.
+_GATE = 'read -r _ && exec "$@" < /dev/null'
+_POLL_S = 0.1
+_DRAIN_SETTLED_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -52,18 +63,27 @@ class Ports:
             for item in sockets:
                 item.close()
 
-    def require_free(self) -> None:
-        """Raises BadEnvironment that names the busy port and the option that moves it."""
+    def hold(self, exposure: Exposure) -> list[socket.socket]:
+        """Keeps the ports from everybody but a server that reuses addresses, as Triton does, until they are closed:
+        while it starts again, no other program gets one by chance.
+
+        Raises BadEnvironment that names the busy port and the option that moves it.
+        """
+        held: list[socket.socket] = []
         for name, port in (("http", self.http), ("grpc", self.grpc), ("metrics", self.metrics)):
-            with socket.socket() as item:
-                item.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                try:
-                    item.bind((LOOPBACK, port))
-                except OSError as error:
-                    raise BadEnvironment(
-                        f"{name} port {port} on {LOOPBACK} cannot be used ({error.strerror}); "
-                        f"stop what listens there, or choose another with --{name}-port"
-                    ) from error
+            item = socket.socket()
+            held.append(item)
+            item.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                item.bind((getattr(exposure, name), port))
+            except OSError as error:
+                for one in held:
+                    one.close()
+                raise BadEnvironment(
+                    f"{name} port {port} on {getattr(exposure, name)} cannot be used ({error.strerror}); "
+                    f"stop what listens there, or choose another with --{name}-port"
+                ) from error
+        return held
 
 
 @dataclass(frozen=True)
@@ -73,7 +93,8 @@ class Exposure:
     HTTP has no business on another address: one malformed request ends the server. `connection_age_s` closes
     connections gently after a while, so that clients spread over new replicas. `log_to_stderr`: Triton's log joins
     ours, where a container's log is read, instead of a file that grows. `control_secret` opens repository control to
-    whoever sends it; without one, a secret is made that only this process knows.
+    whoever sends it; it stands on the server's command line, so it is for a container, whose processes nobody else
+    sees. Without one, repository control is off.
     """
 
     http: str = LOOPBACK
@@ -85,60 +106,11 @@ class Exposure:
     control_secret: str | None = None
 
 
-@dataclass(frozen=True)
-class Installation:
-    """Where the pieces of Triton lie. `stub` is to be put beside the Python backend; None where it lies there."""
-
-    server: Path
-    backends: Path
-    stub: Path | None
-    caches: Path
-    libraries: Path
-
-    @staticmethod
-    def find(system: Path = _SYSTEM) -> Installation:
-        """The bundled server, else the system's. Raises BadEnvironment without either, or without a Python stub."""
-        spec = importlib.util.find_spec("pytriton")
-        if spec is not None and spec.submodule_search_locations:
-            return Installation._bundled(Path(next(iter(spec.submodule_search_locations))))
-        if (system / "bin" / "tritonserver").is_file():
-            return Installation._of_the_system(system)
-        raise BadEnvironment(
-            f"no Triton: pip install nvidia-pytriton (Linux, Python 3.11 or 3.12), or use an image with {system}"
-        )
-
-    @staticmethod
-    def _bundled(package: Path) -> Installation:
-        root = package / "tritonserver"
-        version = f"{sys.version_info.major}.{sys.version_info.minor}"
-        stub = root / "python_backend_stubs" / version / "triton_python_backend_stub"
-        if not stub.is_file():
-            raise BadEnvironment(f"the embedded Triton has no Python {version} stub; use Python 3.11 or 3.12")
-        return Installation(
-            server=root / "bin" / "tritonserver",
-            backends=root / "backends",
-            stub=stub,
-            caches=root / "caches",
-            libraries=package.parent / "nvidia_pytriton.libs",
-        )
-
-    @staticmethod
-    def _of_the_system(root: Path) -> Installation:
-        if not (root / "backends" / "python" / "triton_python_backend_stub").is_file():
-            raise BadEnvironment(f"{root} has no Python backend; use an image whose tag ends in -py3")
-        return Installation(
-            server=root / "bin" / "tritonserver",
-            backends=root / "backends",
-            stub=None,
-            caches=root / "caches",
-            libraries=root / "lib",
-        )
-
-
 class TritonServer:
     """One server over one repository. Use as a context manager, or call `stop`.
 
-    `secret` must be sent to reach repository control and shared memory; every other call is open on loopback.
+    It may be started again in place: ports, log and scratch folder stay, and so does the guardian. `probe_id` is the
+    request id that its generator counts as no request; nobody else can know it.
     """
 
     def __init__(
@@ -147,52 +119,70 @@ class TritonServer:
         require_numpy_1()
         self.repository, self.ports, self.exposure = repository.resolve(), ports, exposure or Exposure()
         self.settings = load_server_settings(self.repository)
-        self.secret = self.exposure.control_secret or secrets.token_hex(16)
-        ports.require_free()
-        installation = Installation.find()
+        self._installation = Installation.find()
+        self._held = ports.hold(self.exposure)
         self._work = Path(tempfile.mkdtemp(prefix="trireme-triton-"))
         self.log = log or self._work / "triton.log"
         self.shm_prefix = f"trireme_{os.getpid()}_{secrets.token_hex(4)}_"
+        self.probe_id = secrets.token_hex(16)
         self._guardian = _start_guardian(self.shm_prefix, self._work, self.exposure.exit_timeout_s)
         try:
-            if installation.stub is not None:
-                _lay_out_backend(installation, self._work / "backends" / "python")
-            self._process = self._start(installation)
+            self._backends = self._installation.backend_folder(self._work)
+            self.log.write_bytes(b"")
+            self._process = self._start()
         except BaseException:
-            self._dismiss_guardian()
+            self._leave()
             raise
+        self._stubs = Stubs(self.pid)
 
-    def _start(self, installation: Installation) -> subprocess.Popen[bytes]:
-        with open(2, "wb", closefd=False) if self.exposure.log_to_stderr else self.log.open("wb") as stream:
+    def _start(self) -> subprocess.Popen[bytes]:
+        with open(2, "wb", closefd=False) if self.exposure.log_to_stderr else self.log.open("ab") as stream:
             process = subprocess.Popen(
-                self._command(installation),
-                env=_environment(installation),
-                stdin=subprocess.DEVNULL,
+                ["/bin/sh", "-c", _GATE, "sh", *self._command()],
+                env=self._installation.environment() | {PROBE_ID_VARIABLE: self.probe_id},
+                stdin=subprocess.PIPE,
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C reaches us alone, and stubs share one group to end
+                umask=0o077,  # shared memory holds what clients send
             )
-        assert self._guardian.stdin is not None
-        self._guardian.stdin.write(str(process.pid).encode())
-        self._guardian.stdin.flush()
+        assert process.stdin is not None
+        self._tell_guardian(f"+{process.pid}")
+        process.stdin.write(b"go\n")
+        process.stdin.close()
+        self._gone = False
         return process
 
-    def _command(self, installation: Installation) -> list[str]:
-        restricted = f"{_SECRET_HEADER}={self.secret}"
+    def kill(self) -> None:
+        """Ends every process of the server at once; who waits for an answer sees the connection break."""
+        if self._gone:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self._process.wait(30)
+        _await_group(self.pid)
+        self._tell_guardian(f"-{self.pid}")
+        self._gone = True
+        sweep(self.shm_prefix)
+
+    def start_again(self) -> None:
+        """After `kill`: serves what the repository now holds, on the same ports. Raises BadEnvironment as at first."""
+        self.settings = load_server_settings(self.repository)
+        self._process = self._start()
+        self._stubs = Stubs(self.pid)
+
+    def _command(self) -> list[str]:
         command = [
-            str(installation.server),
-            f"--model-repository={self.repository}",
-            "--model-control-mode=explicit",
-            *(f"--load-model={name}" for name in self.settings.load_order),
+            str(self._installation.server),
+            *self._models(),
             "--disable-auto-complete-config",  # else every Python model is imported twice
-            f"--backend-directory={self._work / 'backends' if installation.stub else installation.backends}",
-            f"--cache-directory={installation.caches}",
+            f"--backend-directory={self._backends}",
+            f"--cache-directory={self._installation.caches}",
             *(f"--{kind}-address={getattr(self.exposure, kind)}" for kind in ("http", "grpc", "metrics")),
             f"--http-port={self.ports.http}",
             f"--grpc-port={self.ports.grpc}",
             f"--metrics-port={self.ports.metrics}",
-            f"--http-restricted-api={_RESTRICTED}:{restricted}",
-            f"--grpc-restricted-protocol={_RESTRICTED}:{restricted}",
+            *self._restrictions(),
             f"--exit-timeout-secs={self.exposure.exit_timeout_s}",
             "--pinned-memory-pool-byte-size=0",
             "--log-format=ISO8601",
@@ -208,6 +198,26 @@ class TritonServer:
         if self.settings.rate_limited:
             command.append("--rate-limit=execution_count")
         return command
+
+    def _models(self) -> list[str]:
+        """Which models are served, and whether others may be loaded later."""
+        if self.exposure.control_secret is not None:
+            loaded = [f"--load-model={name}" for name in self.settings.load_order]
+            return [f"--model-repository={self.repository}", "--model-control-mode=explicit", *loaded]
+        # Without control Triton loads all that it finds, so it is shown the models of this build alone.
+        shown = self._work / "models"
+        shutil.rmtree(shown, ignore_errors=True)
+        shown.mkdir()
+        for name in self.settings.models:
+            (shown / name).symlink_to(self.repository / name)
+        return [f"--model-repository={shown}", "--model-control-mode=none"]
+
+    def _restrictions(self) -> list[str]:
+        secret = self.exposure.control_secret
+        control = _NO_HEADER if secret is None else f"{_SECRET_HEADER}={secret}"
+        rules = (f"{_CLOSED}:{_NO_HEADER}", f"{_CONTROL}:{control}")
+        options = ("http-restricted-api", "grpc-restricted-protocol")
+        return [f"--{option}={rule}" for option in options for rule in rules]
 
     @property
     def pid(self) -> int:
@@ -227,15 +237,33 @@ class TritonServer:
 
     @property
     def control_headers(self) -> dict[str, str]:
-        """gRPC metadata that opens repository control."""
-        return {f"triton-grpc-protocol-{_SECRET_HEADER}": self.secret}
+        """gRPC metadata that opens repository control, where a control secret was given."""
+        secret = self.exposure.control_secret
+        return {} if secret is None else {f"triton-grpc-protocol-{_SECRET_HEADER}": secret}
 
     def require_alive(self) -> None:
         """Raises ServerFault with the end of the log when the server has exited."""
+        ended = self._ended()
+        if ended is not None:
+            raise ServerFault(f"{ended}. Last of its log:\n{self.log_tail()}")
+
+    def _ended(self) -> str | None:
         code = self._process.poll()
-        if code is not None:
-            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
-            raise ServerFault(f"Triton {how}. Last of its log:\n{self.log_tail()}")
+        if code is None:
+            return None
+        return f"Triton was killed by {signal.Signals(-code).name}" if code < 0 else f"Triton exited with {code}"
+
+    def learn_stubs(self) -> None:
+        """From here on the death of one that runs now is the server's death (see `dead`)."""
+        self._stubs.learn()
+
+    def dead(self, settled_s: float = SETTLED_S) -> str | None:
+        """How the server died: itself, or one of its stubs, without which it serves nothing (see `runtime.stubs`)."""
+        ended = self._ended()
+        if ended is not None:
+            return ended
+        stub = self._stubs.dead(settled_s)
+        return None if stub is None else f"a Python stub of Triton died (process {stub})"
 
     def log_tail(self, lines: int = 15) -> str:
         text = self.log.read_text(errors="replace") if self.log.exists() else ""
@@ -246,17 +274,28 @@ class TritonServer:
         """Drains and ends the server. What is in flight gets the exit timeout; new connections are refused at once."""
         if self._process.poll() is None:
             self._process.terminate()
-            try:
-                self._process.wait(self.exposure.exit_timeout_s + 10)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait(10)
-        self._dismiss_guardian()
+        end = time.monotonic() + self.exposure.exit_timeout_s + 10
+        # Requests that a dead stub held never end. But stubs do end now, and a server that is busy may see it late.
+        while self.dead(_DRAIN_SETTLED_S) is None and time.monotonic() < end:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_POLL_S)
+        if self._process.poll() is None:
+            self.kill()
+        self._leave()
 
-    def _dismiss_guardian(self) -> None:
-        """It sees its pipe close, ends stubs that are left, and sweeps."""
+    def _tell_guardian(self, line: str) -> None:
         assert self._guardian.stdin is not None
-        self._guardian.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # then somebody ended the guardian, and the server is worth more
+            self._guardian.stdin.write(f"{line}\n".encode())
+            self._guardian.stdin.flush()
+
+    def _leave(self) -> None:
+        """The guardian sees its pipe close, ends stubs that are left, and sweeps."""
+        for item in self._held:
+            item.close()
+        assert self._guardian.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._guardian.stdin.close()
         try:
             self._guardian.wait(self.exposure.exit_timeout_s + 15)
         except subprocess.TimeoutExpired:
@@ -283,31 +322,18 @@ def load_server_settings(repository: Path) -> ServerSettings:
     return settings
 
 
-def _lay_out_backend(installation: Installation, target: Path) -> None:
-    """The backend directory wants the stub of this Python beside the library."""
-    assert installation.stub is not None
-    target.mkdir(parents=True)
-    python = installation.backends / "python"
-    for source in (
-        python / "libtriton_python.so",
-        python / "triton_python_backend_utils.py",
-        installation.stub,
-    ):
-        shutil.copy(source, target / source.name)
-    (target / installation.stub.name).chmod(0o755)
-
-
-def _environment(installation: Installation) -> dict[str, str]:
-    libraries = [str(installation.libraries), str(sysconfig.get_config_var("LIBDIR"))]
-    libraries += filter(None, [os.environ.get("LD_LIBRARY_PATH")])
-    return {
-        **os.environ,
-        "LD_LIBRARY_PATH": ":".join(libraries),
-        "PATH": f"{sys.exec_prefix}/bin:{os.environ.get('PATH', '')}",  # the stub finds its prefix by `python3`
-        "PYTHONDONTWRITEBYTECODE": "1",  # a new __pycache__ looks like a changed model
-        "TOKENIZERS_PARALLELISM": "false",
-        "OMP_WAIT_POLICY": "PASSIVE",  # idle threads must not take the cores from the other processes
-    }
+def _await_group(group: int) -> None:
+    """Until no process of it is left. The server's orphans are ours where this is the first process of a container."""
+    end = time.monotonic() + 10
+    while time.monotonic() < end:
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-group, os.WNOHANG) != (0, 0):
+                pass
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.01)
 
 
 def _start_guardian(shm_prefix: str, work: Path, grace_s: int) -> subprocess.Popen[bytes]:

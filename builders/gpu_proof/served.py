@@ -24,7 +24,8 @@ from builders.gpu_proof.roofline import Limits
 from builders.gpu_proof.setting import Budget, NotRun, Setting
 from builders.spec import DeploymentSpec, Flavour
 from runtime.errors import BadEnvironment
-from runtime.supervisor import infer_input, ready_server
+from runtime.probing import infer_input
+from runtime.supervisor import ready_server
 
 _NEW_TOKENS = 32
 _TEXTS_A_REQUEST = 32

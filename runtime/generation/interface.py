@@ -55,8 +55,9 @@ OUTPUTS = (
     Tensor("completion_tokens", "TYPE_INT32", 1),
     Tensor("finish_reason", "TYPE_STRING", 1),
 )
-# A request with this id is the supervisor's: it is answered as any other, not counted as a request, and not kept.
-PROBE_ID = "trireme-probe"
+# The environment variable in which the launcher gives a server's models a fresh secret id. A request that bears it is
+# the launcher's own probe: it is answered as any other, not counted as a request, and not kept.
+PROBE_ID_VARIABLE = "TRIREME_PROBE_ID"
 # An error in a stream has no gRPC status, so its text begins with it. (Triton gives one to clients that send the header
 # `triton_grpc_error`, but Triton 2.51 crashes on it once in some dozens of errors.)
 STATUSES = frozenset({"INVALID_ARGUMENT", "UNAVAILABLE", "INTERNAL", "CANCELLED"})

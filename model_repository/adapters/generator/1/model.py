@@ -21,7 +21,7 @@ import triton_python_backend_utils as pb_utils
 
 from runtime.encoder import require_numpy_1
 from runtime.errors import BadRequest, ServingError, Unavailable
-from runtime.generation.interface import INPUTS, PROBE_ID, read_request
+from runtime.generation.interface import INPUTS, PROBE_ID_VARIABLE, read_request
 from runtime.generation.metrics import Exporter
 from runtime.generation.opening import open_engine
 from runtime.generation.request import Update, coalesce, join
@@ -54,6 +54,7 @@ class TritonPythonModel:
         directory = Path(args["model_repository"]) / args["model_version"]
         self.settings = GeneratorModelSettings.load(directory)
         self.engine, self.tokenizer = open_engine(self.settings, directory, int(args["model_instance_device_id"]))
+        self.probe_id = os.environ.get(PROBE_ID_VARIABLE)  # other users of the machine cannot read it
         self.streams: dict[int, Stream] = {}
         self.lock = threading.Lock()  # a request must be in `streams` before its first update is sent
         self.early: set[int] = set()  # streams whose tokens are held because they got some just now
@@ -92,7 +93,7 @@ class TritonPythonModel:
         prompt = self.tokenizer.prompt(asked)
         timeout_s = request.timeout() / 1e6 or self.settings.timeout_s
         with self.lock:
-            probe = request.request_id() == PROBE_ID
+            probe = request.request_id() == self.probe_id
             number = self.engine.submit(prompt, asked.params, timeout_s=timeout_s, probe=probe)
             self.streams[number] = Stream(sender, asked.stream, asked.params.logprobs, len(prompt))
 
