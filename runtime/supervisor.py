@@ -13,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from runtime.errors import BadEnvironment, ServerFault
 from runtime.health import Health
@@ -32,6 +33,10 @@ class Pace:
     interval_s: float = 2.0
     timeout_s: float = PROBE_TIMEOUT_S
     standstill_s: float = STANDSTILL_S
+
+
+class _Probed(NamedTuple):
+    failure: Failure | None
 
 
 class Supervisor:
@@ -67,17 +72,19 @@ class Supervisor:
         """
         end = time.monotonic() + timeout_s
         reason = "no probe was made"
-        while time.monotonic() < end and not asked_to_stop.is_set():
+        while time.monotonic() < end and not asked_to_stop.wait(_LOOK_S):
             self._health.turned()
+            self._server.learn_stubs()
             self._server.require_alive()
-            failure = self.probe()
-            if failure is None:
+            probed = self._probed()
+            if probed is None:
+                continue
+            if probed.failure is None:
                 return
-            reason = failure.reason
-            asked_to_stop.wait(_LOOK_S)
+            reason = probed.failure.reason
         if asked_to_stop.is_set():
             return
-        raise ServerFault(f"Triton is not ready after {timeout_s:.0f} s ({reason}). Log:\n{self._server.log_tail()}")
+        raise ServerFault(f"Triton is not ready after {timeout_s:.0f} s ({reason})\nLog:\n{self._server.log_tail()}")
 
     def probe(self) -> Failure | None:
         """One real inference; None when it is sound."""
@@ -114,7 +121,7 @@ class Supervisor:
             if action.act is Act.GIVE_UP:
                 raise ServerFault(action.reason)
             if action.act is Act.REPAIR:
-                report(f"{action.reason}; repairing (for the {plan.repairs}. time since the start)")
+                report(f"{action.reason.splitlines()[0]}; repair {plan.repairs} since the start")
                 found = self._repair(action, asked_to_stop, start_timeout_s)
                 if found[0] is Event.REPAIRED:
                     report(f"serving again; Triton is process {self._server.pid}")
@@ -124,20 +131,30 @@ class Supervisor:
         died = self._server.dead()
         if died is not None:
             return Event.DIED, died
-        if self._probing is None:
-            if time.monotonic() >= self._due:
-                self._probing = self._prober.submit(self.probe)
+        if time.monotonic() < self._due:
             return None
-        if not self._probing.done():
+        probed = self._probed()
+        if probed is None:
             return None
-        failure = self._probing.result()
-        self._probing, self._due = None, time.monotonic() + self._pace.interval_s
+        failure = probed.failure
+        self._due = time.monotonic() + self._pace.interval_s
         self._health.observed(failure)
         if failure is None:
             return Event.ANSWERED, ""
         if failure.moving:
             return Event.MOVING, failure.reason
         return Event.BUSY if failure.busy else Event.FAILED, failure.reason
+
+    def _probed(self) -> _Probed | None:
+        """What a probe found; None while it is under way, for a server that dies meanwhile is not waited for."""
+        if self._probing is None:
+            self._probing = self._prober.submit(self.probe)
+            wait([self._probing], _LOOK_S)
+        if not self._probing.done():
+            return None
+        failure = self._probing.result()
+        self._probing = None
+        return _Probed(failure)
 
     def _repair(self, action: Action, asked_to_stop: threading.Event, start_timeout_s: float) -> tuple[Event, str]:
         """Back to the version before, where one was loaded that does not work; else a new start of all."""

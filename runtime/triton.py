@@ -242,10 +242,10 @@ class TritonServer:
         return {} if secret is None else {f"triton-grpc-protocol-{_SECRET_HEADER}": secret}
 
     def require_alive(self) -> None:
-        """Raises ServerFault with the end of the log when the server has exited."""
-        ended = self._ended()
-        if ended is not None:
-            raise ServerFault(f"{ended}. Last of its log:\n{self.log_tail()}")
+        """Raises ServerFault with the end of the log when the server has died."""
+        how = self.dead()
+        if how is not None:
+            raise ServerFault(f"{how}\nLast of its log:\n{self.log_tail()}")
 
     def _ended(self) -> str | None:
         code = self._process.poll()
