@@ -23,13 +23,14 @@ from builders.__main__ import run
 from builders.commands.manifests import publish as publish_spec
 from builders.pipeline import Build
 from runtime.errors import BadEnvironment
-from runtime.health import BUSY_WITHIN_S, LIVE_WITHIN_S, READY_WITHIN_S, Health, HealthServer
+from runtime.health import LIVE_WITHIN_S, READY_WITHIN_S, Health, HealthServer
+from runtime.installation import Installation
 from runtime.layout import Layout, lay_out
 from runtime.model_store import EngineKey, Publication, misfit, publications, publish, wait_for
 from runtime.node import Node, same_release
+from runtime.probing import Failure
 from runtime.settings import EncoderModelSettings
-from runtime.supervisor import Failure
-from runtime.triton import Installation, Ports
+from runtime.triton import Ports
 from tests.conftest import tiny_spec, wait_until
 
 L4 = Node({"tensorrt": "11.1.0.106", "tensorrt-rtx": "1.7.1.116"}, "sm89")
@@ -178,18 +179,28 @@ def test_health_follows_the_probes() -> None:
     assert health.ready() == "starting"
     health.observed(None)
     assert health.ready() is None
+    for _ in range(20):
+        now[0] += READY_WITHIN_S - 1
+        health.observed(Failure("queue is full", busy=True, moving=True))
+        assert health.ready() is None  # a server that works for others is not broken
+    now[0] += READY_WITHIN_S + 1
     health.observed(Failure("queue is full", busy=True))
-    now[0] = READY_WITHIN_S + 1
-    assert health.ready() is None  # busy is not broken
-    now[0] = BUSY_WITHIN_S + 1
-    assert health.ready() == "queue is full"  # but a server that only ever refuses serves nobody
+    assert health.ready() == "queue is full"  # but one that only ever refuses serves nobody
     health.observed(None)
     health.observed(Failure("stub is dead"))
     assert health.ready() is None  # one failure may pass
     now[0] += READY_WITHIN_S + 1
     assert health.ready() == "stub is dead"
+    health.observed(None)
+    health.restarting("Triton was killed by SIGKILL")
+    assert health.ready() == "restarting: Triton was killed by SIGKILL"
     assert health.live() is None
-    now[0] += LIVE_WITHIN_S
+    now[0] += LIVE_WITHIN_S - 1
+    health.turned()
+    now[0] += LIVE_WITHIN_S - 1
+    assert health.live() is None  # the launcher still works at it
+    health.observed(None)
+    now[0] += LIVE_WITHIN_S + 1
     assert "has not turned" in (health.live() or "")
     health.observed(None)
     health.drain()
@@ -276,7 +287,10 @@ def test_a_pod_serves_refuses_and_drains(pod: tuple[subprocess.Popen[str], Ports
         for call in refused:
             with pytest.raises(InferenceServerException, match="restricted"):
                 call()
-        client.load_model("tiny", headers={"triton-grpc-protocol-trireme-admin": "a-secret-of-the-test"})
+        secret = {"triton-grpc-protocol-trireme-admin": "a-secret-of-the-test"}
+        client.load_model("tiny", headers=secret)
+        with pytest.raises(InferenceServerException, match="restricted"):
+            client.get_system_shared_memory_status(headers=secret)  # for nobody
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 0
     assert subprocess.run(_command("probe", "--health-port", health), timeout=30, check=False).returncode == 1

@@ -105,15 +105,6 @@ def test_a_wrong_tensor_is_refused(server: TritonServer, dtype: str, shape: list
     assert "INVALID_ARGUMENT" in str(caught.value.status())
 
 
-def test_repository_control_wants_the_secret(server: TritonServer) -> None:
-    with triton_grpc.InferenceServerClient(server.grpc_address) as client:
-        with pytest.raises(InferenceServerException, match="restricted"):
-            client.load_model("minilm")
-        with pytest.raises(InferenceServerException, match="restricted"):
-            client.get_system_shared_memory_status()
-        client.load_model("minilm", headers=server.control_headers)
-
-
 def test_metrics_name_what_is_served(server: TritonServer, minilm: Build) -> None:
     import urllib.request
 
@@ -167,13 +158,33 @@ class _Serving:
         self.facts = json.loads(line)
         self.triton = psutil.Process(self.facts["pid"])
         self.stubs = self.triton.children(recursive=True)
+        folder = next(word for word in self.triton.cmdline() if word.startswith("--backend-directory="))
+        self.scratch = folder.partition("=")[2].removesuffix("/backends")
+
+    def processes(self, program: str = "") -> list[psutil.Process]:
+        """Every server and stub of this launcher that lives, of whichever start: the prefix is in their arguments."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                command = process.cmdline()
+                alive = process.status() != psutil.STATUS_ZOMBIE
+            except psutil.Error:
+                continue
+            ours = any(f"trireme_{self.process.pid}_" in word for word in command)
+            if ours and alive and command[0].endswith(program):
+                found.append(process)
+        return found
+
+    def wait_again(self, before: psutil.Process) -> psutil.Process:
+        """The server that runs in place of another."""
+        assert wait_until(lambda: any(p.pid != before.pid for p in self.processes("tritonserver")), 60)
+        return next(p for p in self.processes("tritonserver") if p.pid != before.pid)
 
     def leftovers(self) -> list[str]:
         """Processes, shared memory and scratch folders that this server has left."""
-        alive = [p for p in (self.triton, *self.stubs) if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
-        prefix = f"trireme_{self.process.pid}_"
-        memory = [path.name for path in Path("/dev/shm").glob(f"{prefix}*")]
-        return [str(p) for p in alive] + memory
+        memory = [path.name for path in Path("/dev/shm").glob(f"trireme_{self.process.pid}_*")]
+        scratch = [self.scratch] if self.scratch and Path(self.scratch).exists() else []
+        return [str(p) for p in self.processes()] + memory + scratch
 
 
 @contextmanager
@@ -222,24 +233,45 @@ def test_killing_the_launcher_leaves_nothing(serving: _Serving) -> None:
     assert wait_until(lambda: not serving.leftovers(), 40), serving.leftovers()
 
 
-def test_killing_triton_ends_the_launcher_with_the_reason(serving: _Serving) -> None:
-    serving.triton.kill()
-    assert serving.process.wait(40) == 1
+def _answers(serving: _Serving) -> bool:
+    try:
+        return bool(_infer(serving.facts["grpc"], [b"hello"], "tiny").as_numpy("embedding").shape == (1, 32))
+    except InferenceServerException:
+        return False
+
+
+@pytest.mark.parametrize("victim", ["triton", "tokenizer", "encoder"])
+def test_what_is_killed_comes_back_on_the_same_ports(serving: _Serving, victim: str) -> None:
+    dies = serving.triton
+    if victim != "triton":
+        (dies,) = [stub for stub in serving.stubs if any(f"tiny-{victim}/" in word for word in stub.cmdline())]
+    dies.kill()
+    serving.wait_again(serving.triton)
+    assert wait_until(lambda: _answers(serving), 60)
+    serving.process.send_signal(signal.SIGTERM)
+    assert serving.process.wait(60) == 0
     assert serving.process.stderr is not None
-    assert "Triton was killed by SIGKILL" in serving.process.stderr.read()
+    said = serving.process.stderr.read()
+    assert ("Triton was killed by SIGKILL" if victim == "triton" else "a Python stub of Triton died") in said
+    assert "repair 1 since the start" in said
 
 
-def test_a_killed_stub_comes_back(serving: _Serving) -> None:
-    serving.stubs[0].send_signal(signal.SIGKILL)
+def test_killing_the_launcher_while_it_starts_triton_again_leaves_nothing(serving: _Serving) -> None:
+    serving.triton.kill()
+    serving.wait_again(serving.triton)
+    serving.process.kill()
+    assert wait_until(lambda: not serving.leftovers(), 40), serving.leftovers()
 
-    def answers() -> bool:
-        try:
-            return _infer(serving.facts["grpc"], [b"hello"], "tiny").as_numpy("embedding").shape == (1, 32)
-        except InferenceServerException:
-            return False
 
-    assert wait_until(lambda: not answers(), 10) or answers()
-    assert wait_until(answers, 60)
+def test_a_server_that_cannot_start_again_ends_the_launcher_with_the_reason(serving: _Serving, tmp_path: Path) -> None:
+    (repository,) = (tmp_path / "build").rglob("model_repository")
+    (repository / "settings.json").rename(repository / "gone.json")
+    serving.triton.kill()
+    assert serving.process.wait(120) == 1
+    assert serving.process.stderr is not None
+    said = serving.process.stderr.read()
+    assert "5 repairs in a row did not help" in said
+    assert "settings.json: missing" in said
 
 
 def test_a_busy_server_is_not_repaired(tiny_bert: Path, tmp_path: Path) -> None:
