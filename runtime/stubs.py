@@ -24,12 +24,13 @@ class Stubs:
 
     def learn(self) -> None:
         """Takes the server's children of now. A kernel that does not tell them leaves deaths to the probe."""
-        self._known = set()
+        known: set[int] = set()
         for path in self._proc.glob(f"{self._server}/task/*/children"):
             try:
-                self._known |= {int(number) for number in path.read_text().split()}
+                known |= {int(number) for number in path.read_text().split()}
             except OSError:
                 continue  # a thread that has ended meanwhile
+        self._known = known
 
     def dead(self, settled_s: float = SETTLED_S) -> int | None:
         """The process id of a stub that died, and has been nobody's concern for `settled_s`."""

@@ -65,21 +65,22 @@ class Supervisor:
         self._prober.submit(self._client.close)
         self._prober.shutdown(wait=False)
 
-    def wait_ready(self, timeout_s: float, asked_to_stop: threading.Event) -> None:
+    def wait_ready(self, timeout_s: float, asked_to_stop: threading.Event, again: bool = False) -> None:
         """Returns after the first successful inference, or when asked to stop. The one gate of every start.
 
-        Raises ServerFault when the server exits or is not ready in time.
+        A server that starts `again` may have its queue filled by those who wait for it, so that no probe gets in: then
+        it is enough that their work is done. Raises ServerFault when the server dies or is not ready in time.
         """
         end = time.monotonic() + timeout_s
         reason = "no probe was made"
         while time.monotonic() < end and not asked_to_stop.wait(_LOOK_S):
             self._health.turned()
-            self._server.learn_stubs()
+            self._server.adopt()
             self._server.require_alive()
             probed = self._probed()
             if probed is None:
                 continue
-            if probed.failure is None:
+            if probed.failure is None or (again and probed.failure.moving):
                 return
             reason = probed.failure.reason
         if asked_to_stop.is_set():
@@ -100,7 +101,7 @@ class Supervisor:
         if settings is not None:
             self._server.settings = settings
         if self._staged() is None:  # else a stub may belong to a version that does not serve yet, and may not work
-            self._server.learn_stubs()
+            self._server.adopt()
 
     def _staged(self) -> int | None:
         return self._versions.state()[1] if self._versions is not None else None
@@ -173,7 +174,7 @@ class Supervisor:
         try:
             if not asked_to_stop.is_set():
                 self._server.start_again()
-                self.wait_ready(start_timeout_s, asked_to_stop)
+                self.wait_ready(start_timeout_s, asked_to_stop, again=True)
         except (ServerFault, BadEnvironment) as error:
             return Event.NOT_REPAIRED, str(error)
         if asked_to_stop.is_set():

@@ -144,7 +144,6 @@ class TritonServer:
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C reaches us alone, and stubs share one group to end
-                umask=0o077,  # shared memory holds what clients send
             )
         assert process.stdin is not None
         self._tell_guardian(f"+{process.pid}")
@@ -167,7 +166,9 @@ class TritonServer:
 
     def start_again(self) -> None:
         """After `kill`: serves what the repository now holds, on the same ports. Raises BadEnvironment as at first."""
-        self.settings = load_server_settings(self.repository)
+        # A pod's repository may hold a version that was to be loaded, beside the one that its configurations name.
+        managed = self.exposure.control_secret is not None
+        self.settings = ServerSettings.load(self.repository) if managed else load_server_settings(self.repository)
         self._process = self._start()
         self._stubs = Stubs(self.pid)
 
@@ -253,9 +254,14 @@ class TritonServer:
             return None
         return f"Triton was killed by {signal.Signals(-code).name}" if code < 0 else f"Triton exited with {code}"
 
-    def learn_stubs(self) -> None:
-        """From here on the death of one that runs now is the server's death (see `dead`)."""
+    def adopt(self) -> None:
+        """Takes in what the server has made by now: the death of a stub that runs is its own death from here on (see
+        `dead`), and its shared memory, which holds what clients send, is closed to other users: the stubs' library
+        opens it to everybody, whatever the umask."""
         self._stubs.learn()
+        for region in Path("/dev/shm").glob(f"{self.shm_prefix}*"):
+            with contextlib.suppress(FileNotFoundError):
+                region.chmod(0o600)
 
     def dead(self, settled_s: float = SETTLED_S) -> str | None:
         """How the server died: itself, or one of its stubs, without which it serves nothing (see `runtime.stubs`)."""

@@ -3,6 +3,7 @@ API server's websocket between them and the rollout."""
 
 from __future__ import annotations
 
+import http.client
 import json
 import shutil
 import signal
@@ -16,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from numpy.typing import NDArray
 from tritonclient import grpc as triton_grpc
+from tritonclient.utils import InferenceServerException
 
 from builders import pipeline
 from builders.deploy.client.deployment import deploy
@@ -26,13 +29,14 @@ from builders.deploy.client.models import Pace, PodPorts, load_version
 from builders.deploy.client.observe import observe
 from builders.errors import RolloutError
 from runtime.errors import BadEnvironment
+from runtime.health import SECRET_HEADER
 from runtime.layout import Layout
 from runtime.model_store import PUBLISHED, Publication, choose, publications, publish
 from runtime.node import Node
 from runtime.settings import ServerSettings
 from runtime.triton import Ports
 from runtime.versions import Versions
-from tests.conftest import tiny_spec
+from tests.conftest import tiny_spec, wait_until
 from tests.deploy_objects import CONFIG_MAPS, PATIENCE, SERVER, connected, deployment, silent
 from tests.fake_cluster import FakeCluster
 
@@ -281,6 +285,33 @@ def test_a_version_goes_through_the_pods(builds: list[Path], tmp_path: Path) -> 
             for pod in pods.values():
                 with suppress(OSError, AssertionError):
                     pod.stop()
+
+
+@pytest.mark.triton
+def test_a_server_that_dies_while_a_version_is_laid_out_comes_back_without_it(
+    builds: list[Path], tmp_path: Path
+) -> None:
+    publish(builds[0], "cpu", tmp_path / "store")
+    pod = RunningPod(tmp_path / "store", tmp_path / "pod", tmp_path / "version")
+    triton = psutil.Process(pod.start()["pid"])
+    try:
+        old = pod.answer()
+        publish(builds[1], "cpu", tmp_path / "store")
+        control = http.client.HTTPConnection("127.0.0.1", pod.health, timeout=60)
+        control.request("POST", "/versions/2", headers={SECRET_HEADER: SECRET})
+        assert control.getresponse().status == 200
+        control.close()
+        assert (tmp_path / "pod" / "repository" / "tiny-encoder" / "2").is_dir()
+        triton.kill()
+
+        def answers() -> bool:
+            with suppress(InferenceServerException):
+                return _same(pod.answer(), old)
+            return False
+
+        assert wait_until(answers, 60)
+    finally:
+        pod.stop()
 
 
 def test_what_is_half_published_is_not_offered_for_a_load(builds: list[Path], tmp_path: Path) -> None:

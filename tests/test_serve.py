@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -200,9 +201,18 @@ def _serve(spec: DeploymentSpec, folder: Path, build_dir: Path) -> Iterator[_Ser
     assert wait_until(lambda: not running.leftovers(), 40), running.leftovers()
 
 
+@pytest.fixture(scope="module")
+def tiny_build(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A build directory in which `trireme serve` finds everything made."""
+    folder = tmp_path_factory.mktemp("tiny") / "build"
+    pipeline.build(tiny_spec(tiny_bert), "cpu", folder, "repository")
+    return folder
+
+
 @pytest.fixture
-def serving(tmp_path: Path, tiny_bert: Path) -> Iterator[_Serving]:
-    with _serve(tiny_spec(tiny_bert), tmp_path, tmp_path / "build") as running:
+def serving(tmp_path: Path, tiny_bert: Path, tiny_build: Path) -> Iterator[_Serving]:
+    build = Path(shutil.copytree(tiny_build, tmp_path / "build", symlinks=True))  # a test may damage it
+    with _serve(tiny_spec(tiny_bert), tmp_path, build) as running:
         yield running
 
 
@@ -308,8 +318,6 @@ def test_a_response_cache_answers_again(minilm: Build, tmp_path: Path) -> None:
 
 def test_a_stub_that_cannot_start_says_why(minilm: Build, tmp_path: Path) -> None:
     """A damaged version directory: not ready, with Triton's own reason, and nothing left running."""
-    import shutil
-
     from runtime.errors import ServerFault
 
     assert minilm.entry is not None

@@ -66,7 +66,7 @@ class TritonPythonModel:
         def run() -> None:
             try:
                 work()
-            except BaseException:  # noqa: BLE001 - without this thread nobody gets an answer: the supervisor reloads
+            except BaseException:  # noqa: BLE001 - without this thread nobody gets an answer: the launcher starts anew
                 traceback.print_exc()
                 time.sleep(LAST_WORDS_S)
                 os._exit(1)
