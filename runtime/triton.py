@@ -42,6 +42,7 @@ _NO_HEADER = "no\nheader=opens-this"
 # Waits for a word, so that the guardian knows of the process before it becomes a server.
 _GATE = 'read -r _ && exec "$@" < /dev/null'
 _POLL_S = 0.1
+_KILL_S = 30
 _DRAIN_SETTLED_S = 2.0
 
 
@@ -147,18 +148,25 @@ class TritonServer:
             )
         assert process.stdin is not None
         self._tell_guardian(f"+{process.pid}")
-        process.stdin.write(b"go\n")
-        process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it has died already, which `dead` will say
+            process.stdin.write(b"go\n")
+            process.stdin.close()
         self._gone = False
         return process
 
     def kill(self) -> None:
-        """Ends every process of the server at once; who waits for an answer sees the connection break."""
+        """Ends every process of the server at once; who waits for an answer sees the connection break.
+
+        Raises ServerFault when the system does not let go of it.
+        """
         if self._gone:
             return
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
-        self._process.wait(30)
+        try:
+            self._process.wait(_KILL_S)
+        except subprocess.TimeoutExpired as error:
+            raise ServerFault(f"Triton (process {self.pid}) is still there {_KILL_S} s after SIGKILL") from error
         _await_group(self.pid)
         self._tell_guardian(f"-{self.pid}")
         self._gone = True
