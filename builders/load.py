@@ -13,9 +13,11 @@ from pydantic import ValidationError
 from builders import corpus
 from builders.errors import InputError
 from builders.spec import DeploymentSpec
+from loadtest.plan import LoadPlan, Progress
 from loadtest.prompts import Lengths, StreamLoad, parse_lengths
-from loadtest.report import LoadReport, render_html
-from loadtest.run import LoadPlan, Progress, run_load
+from loadtest.report import LoadReport, judge, render_html
+from loadtest.run import run_load
+from loadtest.stopping import Stop
 
 DOCSTRINGS = 2000
 TIMEOUT_S, GENERATION_TIMEOUT_S = 10.0, 60.0
@@ -35,20 +37,29 @@ class LoadRequest:
     warm_up_s: int = 5
     texts: Path | None = None
     rate_per_s: float | None = None  # none: closed loop
+    texts_per_request: int | None = None  # none: 1; read for encoders alone
+    steps: int | None = None  # none: 5; read for the shape `steps` alone
+    seed: int = 0
+    processes: int = 1
     timeout_s: float | None = None  # none: 10 s, and 60 s for a generator
     prompt_words: str | None = None  # this and the next two are read for generators alone
     output_tokens: str | None = None
-    cancel_share: float = 0.0
+    cancel_share: float | None = None
 
 
 def measure(
-    spec: DeploymentSpec, request: LoadRequest, output: Path, on_progress: Callable[[Progress], None]
+    spec: DeploymentSpec,
+    request: LoadRequest,
+    output: Path,
+    on_progress: Callable[[Progress], None],
+    stop: Stop | None = None,
 ) -> LoadReport:
-    """Runs the load and writes `output` (JSON) and the page beside it."""
+    """Runs the load, holds it to the spec's limits, and writes `output` (JSON) and the page beside it."""
     require_json_name(output)
     with tempfile.TemporaryDirectory(prefix="trireme-texts-") as folder:
         texts = request.texts or _docstrings(Path(folder))
-        report = run_load(_plan(spec, request, texts), spec_name=spec.name, on_progress=on_progress)
+        report = run_load(_plan(spec, request, texts), spec_name=spec.name, on_progress=on_progress, stop=stop)
+    report = report.model_copy(update={"slo": judge(report, spec.slo)})
     report.save(output)
     output.with_suffix(".html").write_text(render_html(report), encoding="utf-8")
     return report
@@ -65,7 +76,25 @@ def require_json_name(output: Path) -> None:
         )
 
 
+def _require_read_options(spec: DeploymentSpec, request: LoadRequest) -> None:
+    """An option that this load does not read must not look as if it did something."""
+    ramp, streams, texts = "--shape steps", "a model that streams text", "an encoder; prompts are sent one by one"
+    for option, value, read, expected in (
+        ("--steps", request.steps, request.shape == "steps", ramp),
+        ("--texts-per-request", request.texts_per_request, not spec.generates, texts),
+        ("--prompt-words", request.prompt_words, spec.generates, streams),
+        ("--output-tokens", request.output_tokens, spec.generates, streams),
+        ("--cancel-share", request.cancel_share, spec.generates, streams),
+    ):
+        if value is not None and not read:
+            given = f"--shape {request.shape}" if expected == ramp else f"model.task={spec.model.task}"
+            got, fix = f"{value}, which says nothing with {given}", f"leave {option} out, or use it with {expected}"
+            raise InputError(option, got=got, expected=expected, fix=fix)
+
+
 def _plan(spec: DeploymentSpec, request: LoadRequest, texts: Path) -> LoadPlan:
+    _require_read_options(spec, request)
+    given = {"steps": request.steps, "texts_per_request": request.texts_per_request}
     try:
         return LoadPlan(
             model=spec.name,
@@ -81,6 +110,9 @@ def _plan(spec: DeploymentSpec, request: LoadRequest, texts: Path) -> LoadPlan:
             rate_per_s=request.rate_per_s,
             request_timeout_s=request.timeout_s or (GENERATION_TIMEOUT_S if spec.generates else TIMEOUT_S),
             stream=_stream_load(spec, request),
+            seed=request.seed,
+            processes=request.processes,
+            **{name: value for name, value in given.items() if value is not None},
         )
     except ValidationError as error:
         fault = error.errors()[0]
@@ -92,14 +124,6 @@ def _plan(spec: DeploymentSpec, request: LoadRequest, texts: Path) -> LoadPlan:
 def _stream_load(spec: DeploymentSpec, request: LoadRequest) -> StreamLoad | None:
     """By default, what fits the model: docstrings cut to a length, a user's own texts as they are."""
     if not spec.generates:
-        asked = (request.prompt_words, request.output_tokens, request.cancel_share or None)
-        if any(value is not None for value in asked):
-            raise InputError(
-                "--prompt-words, --output-tokens, --cancel-share",
-                got=f"model.task={spec.model.task}",
-                expected="a model that streams text",
-                fix="leave them out, or give the spec of a generator",
-            )
         return None
     tokens, words = min(128, spec.model.max_length // 4), min(128, spec.model.max_length // 16)  # 12 tokens a word fit
     by_default = None if request.texts else Lengths(low=max(1, words // 8), high=words)
@@ -108,7 +132,7 @@ def _stream_load(spec: DeploymentSpec, request: LoadRequest) -> StreamLoad | Non
         output_tokens=parse_lengths(request.output_tokens, "--output-tokens")
         if request.output_tokens
         else Lengths(low=max(1, tokens // 4), high=tokens),
-        cancel_share=request.cancel_share,
+        cancel_share=request.cancel_share or 0.0,
     )
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from builders.artifacts import Partition
 from builders.pipeline import Build, Report
-from loadtest.run import Progress
+from loadtest.plan import Progress
 
 if TYPE_CHECKING:
     from builders.partition.verify import VerifyReport

@@ -12,25 +12,30 @@ from typing import TYPE_CHECKING
 
 from loadtest.counters import generator_between, statistics_between
 from loadtest.errors import LoadRunError
-from loadtest.figures import Counted, Figures, figures_of, measured_keys, merged, points_of, steps_of
+from loadtest.figures import Counted, Figures, figures_of, measured_keys, merged, plateaux_of, points_of, steps_of
 from loadtest.histogram import CURVE_PERCENTS, LatencyHistogram, union
 from loadtest.interface import TOKEN_COUNT, TRUNCATED
-from loadtest.recording import Cell
-from loadtest.report import Load, LoadReport, Machine, Processor
+from loadtest.intervals import Interval, blocks_of, resampled
+from loadtest.notes import notes_of
+from loadtest.recording import Cell, Trace
+from loadtest.report import Load, LoadReport, Machine, Processor, Stopped
+from loadtest.rows import few_of, intervals_by_line
 from loadtest.server import Identity, Snapshot
 from loadtest.texts import digest_texts
 
 if TYPE_CHECKING:
-    from loadtest.run import Evidence, LoadPlan
-
-LATE = 0.1  # of what is measured: above it, the lateness of the generator's own timers matters
-BUSY = 0.9  # of the cores that the generator can use: above it, the figures are partly its own
+    from loadtest.plan import Evidence, LoadPlan
 
 
 def report_from_evidence(evidence: Evidence, spec_name: str) -> LoadReport:
-    """Raises LoadRunError when no request at all was started in the measured window."""
+    """Raises LoadRunError when no request at all ended, or the run was stopped before the first measured second."""
     plan, trace = evidence.plan, evidence.trace
     keys = measured_keys(trace, plan.schedule)
+    if not keys:
+        raise LoadRunError(
+            f"the load test was stopped within its warm-up of {plan.warm_up_s} s, before a whole second was measured; "
+            "there is nothing to report. Let it run for longer, or give a shorter --warm-up-s"
+        )
     measured = {
         protocol: [cell for key, cell in cells.items() if key in keys]
         for protocol, cells in sorted(trace.cells.items())
@@ -42,9 +47,7 @@ def report_from_evidence(evidence: Evidence, spec_name: str) -> LoadReport:
     everything = merged(cell for cells in measured.values() for cell in cells)
     whole = figures_of([everything], seconds, counted)
     if whole.ended == 0:
-        raise LoadRunError(
-            f"no request ended in {seconds} measured seconds; use a longer duration or a shorter timeout"
-        )
+        raise _nothing_ended(plan, everything, seconds)
     late = union(histogram for key, histogram in trace.late.items() if key in keys)
     processor = _processor(evidence.before, evidence.after, late)
     return LoadReport(
@@ -58,15 +61,45 @@ def report_from_evidence(evidence: Evidence, spec_name: str) -> LoadReport:
         points=points_of(trace, keys, counted),
         curves=_curves(everything),
         interval_s=trace.interval_s,
+        stopped=_stopped(plan, trace, whole, everything.started, seconds),
+        intervals=_intervals(evidence, counted, whole),
+        few=few_of(whole),
         error_examples={kind: text for kind, text in sorted(trace.examples.items()) if kind in whole.errors},
         models=statistics_between(evidence.before.statistics, evidence.after.statistics),
         generator=generator_between(evidence.before.generator, evidence.after.generator),
         ledger=evidence.ledger,
+        requests=evidence.requests,
         processor=processor,
         machine=this_machine(),
         tools={"triton": evidence.target.triton_version, **_tools()},
-        notes=(*_notes(evidence), *_notes_on_client(evidence, whole, processor), *_notes_on_ledger(evidence)),
+        notes=notes_of(evidence, whole, processor),
     )
+
+
+def _nothing_ended(plan: LoadPlan, seen: Cell, seconds: int) -> LoadRunError:
+    waiting = "none was started, so the load generator did not get to its work; use fewer users or more --processes"
+    if seen.started:
+        waiting = (
+            f"{seen.started} were started and wait still, so the server does not answer; use fewer users, a longer "
+        )
+        waiting += "--duration-s or a shorter --timeout-s, and look at the server's log"
+    return LoadRunError(f"no request ended in {seconds} measured seconds with {plan.users} users: {waiting}")
+
+
+def _stopped(plan: LoadPlan, trace: Trace, whole: Figures, started: int, seconds: int) -> Stopped | None:
+    if trace.stopped_at is None or seconds >= plan.duration_s // trace.interval_s * trace.interval_s:
+        return None
+    return Stopped(planned_s=plan.duration_s, measured_s=seconds, under_way=max(0, started - whole.ended))
+
+
+def _intervals(evidence: Evidence, counted: Counted, whole: Figures) -> dict[str, Interval]:
+    trace, cells = evidence.trace, dict[int, Cell]()
+    for of_protocol in trace.cells.values():
+        for key, cell in of_protocol.items():
+            cells.setdefault(key, Cell()).merge(cell)
+    plateaux = plateaux_of(trace, evidence.plan.schedule)
+    strata = [blocks_of(cells, keys, trace.interval_s) for keys in plateaux if keys]
+    return intervals_by_line(whole, resampled(strata, counted))
 
 
 def _curves(cell: Cell) -> dict[str, tuple[float, ...]]:
@@ -84,55 +117,6 @@ def _load(plan: LoadPlan, texts: tuple[str, ...]) -> Load:
         texts_lines=len(texts),
         **plan.model_dump(include=set(Load.model_fields) - {"texts_file"}),
     )
-
-
-def _notes(evidence: Evidence) -> list[str]:
-    before, after = evidence.before, evidence.after
-    notes = list(dict.fromkeys([*before.faults, *after.faults]))
-    if before.identity is None and after.identity is None:
-        notes.append("the service does not name its weights (metric trireme_model_info is missing)")
-    elif before.identity is None or after.identity is None:
-        when = "end" if after.identity is None else "start"
-        notes.append(f"the service did not name its weights at the {when} of the window")
-    elif before.identity != after.identity:
-        old, new = before.identity, after.identity
-        notes.append(
-            "the service named other weights at the end than at the start, so the figures belong to no single version: "
-            f"version {old.version} {old.digest[:16]}, then version {new.version} {new.digest[:16]}"
-        )
-    return notes
-
-
-def _notes_on_client(evidence: Evidence, whole: Figures, processor: Processor) -> list[str]:
-    """Where the load generator itself may be what was measured."""
-    notes = []
-    if processor.client_cores > BUSY * min(evidence.plan.processes, os.cpu_count() or 1):
-        notes.append(
-            f"the load generator kept {processor.client_cores:.2f} cores busy with {evidence.plan.processes} "
-            "process(es), so latency and throughput are partly its own; use more processes, or another machine"
-        )
-    measured = whole.p50_ms if whole.stream is None else whole.stream.gap.p99_ms
-    late = processor.client_late_p99_ms
-    if late is not None and measured is not None and late > LATE * measured:
-        what = "p50 latency" if whole.stream is None else "p99 of the gaps between tokens"
-        notes.append(
-            f"the load generator came to its work up to {late:.3g} ms late (p99), and {what} is {measured:.3g} ms: "
-            "part of it may be the generator's own; give it cores that the server does not use"
-        )
-    lost = sum(evidence.trace.users.get(key) is None for key in measured_keys(evidence.trace, evidence.plan.schedule))
-    if lost:
-        notes.append(f"{lost} interval(s) have no sample of the number of users: the load generator was late")
-    return notes
-
-
-def _notes_on_ledger(evidence: Evidence) -> list[str]:
-    ledger = evidence.ledger
-    if ledger is None or 0 <= ledger.made_tokens - ledger.received_tokens <= ledger.owed_tokens:
-        return []
-    return [
-        f"the server counts {ledger.made_tokens} tokens over the whole run, {ledger.received_tokens} came, and streams "
-        f"that failed or were left lack {ledger.owed_tokens} at most: others used the server too, or its counters lag"
-    ]
 
 
 def _processor(before: Snapshot, after: Snapshot, late: LatencyHistogram) -> Processor:

@@ -50,6 +50,22 @@ class Ledger(Record):
     owed_tokens: int  # asked for, and not received, of streams that failed or were left: some of them may be made
 
 
+class RequestLedger(Record):
+    """Over the whole run, warm-up and drain included: every request that was started, and what became of it.
+
+    `started` = `answered` + all of `failed` + `left` + `under_way`.
+    """
+
+    started: int
+    answered: int
+    failed: dict[str, int]
+    left: int  # of a generator: their client hung up, as it was asked to
+    under_way: int  # the load generator ended before they did
+    server_succeeded: int | None = None  # as the server counts in the same time; None: it does not say, or a generator
+    server_failed: int | None = None
+    probes: int = 0  # at most: requests of the server's own readiness probes in that time
+
+
 def statistics_between(before: Counters, after: Counters) -> tuple[ModelStatistics, ...]:
     """One record for each model and version that was asked for in between. A model loaded anew counts from zero."""
     records = []

@@ -32,17 +32,34 @@ class Distribution(Record):
     max_ms: float | None
 
 
+class WithFailures(Record):
+    """Percentiles over everything that was asked for: what failed counts as later than anything that came.
+
+    None where a failure stands at that rank, or where nothing was asked for (`count` is 0).
+    """
+
+    count: int  # those that failed included
+    failed: int
+    p95_ms: float | None
+    p99_ms: float | None
+
+
 class StreamFigures(Record):
     """What a generator's answers show beside their latency, which is that of the whole answer.
 
     Times are of streams that did not fail. A gap is the time between two responses with tokens of one stream: what its
-    reader waits. A response holds what was made since the last one, so `per_token` is the pace whatever the grouping.
+    reader waits, which `stream_interval_ms` sets. A response holds what was made since the last one, so `inter_token`
+    and `per_token` are the pace whatever the grouping.
     """
 
     first_token: Distribution
     gap: Distribution
     largest_gap: Distribution  # one a stream
     per_token: Distribution  # one a stream: time from its first response to its last, over the tokens after the first
+    inter_token: Distribution | None = None  # one a token: the gap before its response, over the tokens in that
+    all_first_tokens: WithFailures | None = None  # a failed request had none
+    all_gaps: WithFailures | None = None  # a failed request has one gap that never ended
+    all_inter_tokens: WithFailures | None = None  # every token that a failed request asked for is late
     output_tokens: int  # that arrived in the window
     output_tokens_per_s: float
     prompt_tokens: int  # of requests answered in the window
@@ -53,7 +70,9 @@ class StreamFigures(Record):
 
 
 class Figures(Record):
-    """One population of requests. Latencies are of answered requests; None when there are none."""
+    """One population of requests. Latencies are of answered requests, None when there are none; only `all_requests`
+    knows of those that failed.
+    """
 
     requests: int  # started in the window and answered
     texts_per_s: float
@@ -63,6 +82,7 @@ class Figures(Record):
     p95_ms: float | None
     p99_ms: float | None
     max_ms: float | None
+    all_requests: WithFailures | None = None  # None: a report from before failures were counted as late
     errors: dict[str, int]  # started in the window and failed, by kind
     tokens_per_text: float | None  # None: the model does not count tokens
     truncated_share: float | None  # of texts
@@ -125,10 +145,15 @@ class Step(Record):
 
 
 def measured_keys(trace: Trace, schedule: Schedule) -> range:
-    """Intervals of the measured window: whole ones, the first that begins after the warm-up."""
+    """Intervals of the measured window: whole ones, the first that begins after the warm-up. Of a run that was
+    stopped, those that were over by then.
+    """
     width = trace.interval_s
     first = math.ceil((trace.started_at + schedule.warm_up_s) / width) * width
-    return range(first, first + max(1, schedule.duration_s // width) * width, width)
+    last = first + max(1, schedule.duration_s // width) * width
+    if trace.stopped_at is not None:
+        last = min(last, math.floor(trace.stopped_at / width) * width)
+    return range(first, max(first, last), width)
 
 
 @dataclass(frozen=True)
@@ -153,10 +178,11 @@ def figures_of(cells: Iterable[Cell], seconds: float, counted: Counted) -> Figur
         p95_ms=latency.percentile(95),
         p99_ms=latency.percentile(99),
         max_ms=latency.max_ms if latency.counts else None,
+        all_requests=with_failures(latency, sum(whole.errors.values())),
         errors=dict(sorted(whole.errors.items())),
         tokens_per_text=whole.tokens / texts if counted.tokens and whole.texts else None,
         truncated_share=whole.truncated / texts if counted.truncated and whole.texts else None,
-        stream=_stream_figures(whole.stream or StreamCell(), seconds) if counted.stream else None,
+        stream=_stream_figures(whole, seconds) if counted.stream else None,
     )
 
 
@@ -168,12 +194,27 @@ def merged(cells: Iterable[Cell]) -> Cell:
     return whole
 
 
-def _stream_figures(cell: StreamCell, seconds: float) -> StreamFigures:
+def with_failures(histogram: LatencyHistogram, failed: int) -> WithFailures:
+    p95, p99 = (histogram.percentile(percent, failed) for percent in (95, 99))
+    return WithFailures(
+        count=histogram.count + failed,
+        failed=failed,
+        p95_ms=None if p95 == math.inf else p95,
+        p99_ms=None if p99 == math.inf else p99,
+    )
+
+
+def _stream_figures(whole: Cell, seconds: float) -> StreamFigures:
+    cell, failed = whole.stream or StreamCell(), sum(whole.errors.values())
     return StreamFigures(
         first_token=distribution_of(cell.first_token),
         gap=distribution_of(cell.gap),
         largest_gap=distribution_of(cell.largest_gap),
         per_token=distribution_of(cell.per_token),
+        inter_token=distribution_of(cell.inter_token),
+        all_first_tokens=with_failures(cell.first_token, failed),
+        all_gaps=with_failures(cell.gap, failed),
+        all_inter_tokens=with_failures(cell.inter_token, cell.failed_tokens),
         output_tokens=cell.output_tokens,
         output_tokens_per_s=cell.output_tokens / seconds,
         prompt_tokens=cell.prompt_tokens,
@@ -226,21 +267,32 @@ def _stream_point(cell: StreamCell, seconds: float) -> StreamPoint:
     )
 
 
+def plateaux_of(trace: Trace, schedule: Schedule, settle_s: float = 0) -> list[list[int]]:
+    """Intervals of each plateau, without its first seconds. The shape `constant` is one."""
+    begin = trace.started_at + schedule.warm_up_s
+    if len(schedule.plateaux) == 1:
+        return [list(measured_keys(trace, schedule))]
+    return [
+        [
+            key
+            for key in measured_keys(trace, schedule)
+            if begin + number * schedule.step_s + settle_s <= key
+            and key + trace.interval_s <= begin + (number + 1) * schedule.step_s
+        ]
+        for number in range(len(schedule.plateaux))
+    ]
+
+
 def steps_of(trace: Trace, schedule: Schedule, counted: Counted) -> tuple[Step, ...]:
-    """Figures of each plateau; none for the shape `constant`."""
+    """Figures of each plateau that was reached; none for the shape `constant`."""
     if schedule.shape == "constant":
         return ()
     steps = []
-    for number, users in enumerate(schedule.plateaux):
-        begins = trace.started_at + schedule.warm_up_s + number * schedule.step_s
-        keys = [
-            key
-            for key in measured_keys(trace, schedule)
-            if begins + SETTLE_S <= key and key + trace.interval_s <= begins + schedule.step_s
-        ]
+    for users, keys in zip(schedule.plateaux, plateaux_of(trace, schedule, SETTLE_S), strict=True):
+        if not keys:  # the run was stopped before
+            continue
         cells = [cell for cells in trace.cells.values() for key, cell in cells.items() if key in keys]
-        seconds = max(1, len(keys)) * trace.interval_s
-        steps.append(Step(users=users, figures=figures_of(cells, seconds, counted)))
+        steps.append(Step(users=users, figures=figures_of(cells, len(keys) * trace.interval_s, counted)))
     return tuple(steps)
 
 

@@ -25,7 +25,7 @@ from loadtest.figures import Counted, figures_of, measured_keys, merged
 from loadtest.interface import RequestError
 from loadtest.prompts import StreamLoad, parse_lengths
 from loadtest.recording import PROGRESS_PREFIX, Trace, interval_for
-from loadtest.shapes import DRAIN_SLACK_S, Schedule
+from loadtest.shapes import DRAIN_SLACK_S, EARLY_DRAIN_S, Schedule
 from loadtest.summary import figures_lines
 from loadtest.texts import read_texts
 from loadtest.users import TritonUser
@@ -72,20 +72,20 @@ class ScheduledShape(LoadTestShape):  # type: ignore[misc]  # locust is untyped 
     """Locust asks `tick` once a second. After the schedule's end users drain, so that hanging requests are counted."""
 
     use_common_options = True
-    over = False
+    ended_at: float | None = None  # the load was ended early; time.monotonic()
 
     def end(self) -> None:
-        """The next tick is the last."""
-        self.over = True
+        """From the next tick on nobody asks any more. Locust tells its workers how long users may take to finish."""
+        self.ended_at = self.ended_at or time.monotonic()
+        self.runner.environment.stop_timeout = EARLY_DRAIN_S
 
     def tick(self) -> tuple[int, float] | None:
         options = self.runner.environment.parsed_options
         plan, elapsed_s = schedule(options), self.get_run_time()
-        users = plan.users_at(elapsed_s)
-        drained = (
-            self.get_current_user_count() == 0 or elapsed_s > plan.end_s + options.request_timeout_s + DRAIN_SLACK_S
-        )
-        if self.over or (users == 0 and drained):
+        users, late_s = plan.users_at(elapsed_s), elapsed_s - plan.end_s - options.request_timeout_s - DRAIN_SLACK_S
+        if self.ended_at is not None:
+            users, late_s = 0, time.monotonic() - self.ended_at - EARLY_DRAIN_S - DRAIN_SLACK_S
+        if users == 0 and (self.get_current_user_count() == 0 or late_s > 0):
             return None
         return users, float(plan.users)
 
@@ -96,7 +96,7 @@ def prepare(environment: Any, **_: Any) -> None:
 
     options, runner = environment.parsed_options, environment.runner
     trace = Trace(interval_s=interval_for(options.duration_s))
-    stop_on_signals(environment)
+    stop_on_signals(environment, trace)
     environment.stop_timeout = options.request_timeout_s + DRAIN_SLACK_S  # users may finish, or answers are lost
     if not isinstance(runner, MasterRunner):
         grpc.experimental.gevent.init_gevent()
@@ -109,15 +109,20 @@ def prepare(environment: Any, **_: Any) -> None:
     keep_trace(environment, trace)
 
 
-def stop_on_signals(environment: Any) -> None:
+def stop_on_signals(environment: Any, trace: Trace) -> None:
     """An orderly end. Locust heeds SIGTERM only after a headless shape has ended, so a deleted pod would lose its
     trace, and a KeyboardInterrupt strikes any greenlet, so users would not be asked to finish.
     """
+
+    def end() -> None:
+        trace.stopped_at = trace.stopped_at or time.time()
+        environment.shape_class.end()
+
     if isinstance(environment.runner, WorkerRunner):
         gevent.signal_handler(signal.SIGINT, environment.runner.quit)
     elif environment.parsed_options.headless:
         for number in (signal.SIGINT, signal.SIGTERM):
-            gevent.signal_handler(number, environment.shape_class.end)
+            gevent.signal_handler(number, end)
 
 
 def give_orders(environment: Any) -> None:
@@ -159,6 +164,8 @@ def record_requests(environment: Any, trace: Trace) -> None:
         else:
             trace.answered(request_type, start_time, response_time, **context)
 
+    environment.trace = trace  # users tell it what they start
+
     def on_user_error(user_instance: Any, exception: BaseException, **_: Any) -> None:
         """A fault in our own code: Locust lets the user go on, so it must show as an error."""
         user = getattr(user_instance, "user", user_instance)  # Locust gives the task set of a user
@@ -171,13 +178,15 @@ def record_requests(environment: Any, trace: Trace) -> None:
 
 
 def sample_users(environment: Any, trace: Trace) -> None:
-    """Users that run or, where they wait for no answer, requests under way; in the middle of each interval."""
+    """Users that have begun to ask or, where they wait for no answer, requests under way; amid each interval."""
     while True:  # until Locust ends this process
         now = time.time()
         gevent.sleep(trace.key(now) + 1.5 * trace.interval_s - now)
-        users = environment.runner.user_count
+        asking = [greenlet.args[0] for greenlet in environment.runner.user_greenlets]
         if environment.orders.rate_per_user is not None:
-            users = sum(len(greenlet.args[0].under_way) for greenlet in environment.runner.user_greenlets)
+            users = sum(len(user.under_way) for user in asking)
+        else:
+            users = sum(user.asks for user in asking)
         trace.sample_users(time.time(), users)
 
 
@@ -204,19 +213,29 @@ def keep_trace(environment: Any, trace: Trace) -> None:
         if options.trace_out:
             Path(options.trace_out).write_text(trace.to_json())
         elif options.headless:  # nobody makes a report of it, as in a cluster
-            print("\n".join(window_lines(trace, schedule(options))), flush=True)
+            lines, measured = window_lines(trace, schedule(options))
+            print("\n".join(lines), flush=True)
+            if not measured:
+                environment.process_exit_code = 1
 
     events.test_start.add_listener(on_test_start)
     events.quitting.add_listener(on_quitting)
 
 
-def window_lines(trace: Trace, plan: Schedule) -> list[str]:
-    """What Locust's own table lacks: only the measured window, and of a generator first tokens and gaps."""
+def window_lines(trace: Trace, plan: Schedule) -> tuple[list[str], bool]:
+    """What Locust's own table lacks: only the measured window, and of a generator first tokens and gaps. And whether
+    anything was measured.
+    """
     keys = measured_keys(trace, plan)
+    seconds = len(keys) * trace.interval_s
     whole = merged(cells[key] for cells in trace.cells.values() for key in keys if key in cells)
-    counted = Counted(stream=whole.stream is not None)
-    figures = figures_of([whole], len(keys) * trace.interval_s, counted)
-    return [f"{plan.duration_s} s after {plan.warm_up_s} s of warm-up", *figures_lines(figures)]
+    measured = bool(seconds and (whole.answered or (whole.stream and whole.stream.output_tokens)))
+    figures = figures_of([whole], max(1, seconds), Counted(stream=whole.stream is not None))
+    part = "" if trace.stopped_at is None else f" (stopped early: {plan.duration_s} s were planned)"
+    lines = [f"{seconds} s{part} after {plan.warm_up_s} s of warm-up", *figures_lines(figures)]
+    if not measured:
+        lines.append(f"error: nothing was answered in these {seconds} s; use fewer users, or a longer --duration-s")
+    return lines, measured
 
 
 def tell_progress(environment: Any, trace: Trace) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +9,9 @@ from typing import Any
 
 from loadtest import plots
 from loadtest.figures import Point, knee_of
+from loadtest.histogram import samples_for
 from loadtest.report import LoadReport
-from loadtest.rows import lines_of, rows_of
+from loadtest.rows import few_of, lines_of, number, pair_rows, rows_of, span
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def _encoder_cards(report: LoadReport, old: Sequence[Point]) -> list[Card]:
 
 def _stream_cards(report: LoadReport, baseline: LoadReport | None) -> list[Card]:
     cards = [Card("First token and gaps", "Waits over time", plots.stream_times_over_time(report.points))]
-    for name, title in (("first_token", "Time to the first token"), ("gap", "Gaps between tokens")):
+    for name, title in (("first_token", "Time to the first token"), ("gap", "Gaps between responses")):
         curve = report.curves.get(name, ())
         old = baseline.curves.get(name, ()) if baseline is not None else ()
         svg = plots.distribution(name, curve, old) if curve else ""
@@ -87,12 +87,15 @@ def render(report: LoadReport, baseline: LoadReport | None) -> str:
         lstrip_blocks=True,
     )
     environment.filters["number"] = number
+    environment.filters["span"] = span
+    environment.globals |= {"few_of": few_of, "samples_for": samples_for}
     environment.filters["drawn"] = Markup  # safe: matplotlib escapes the texts in its SVG
     environment.filters["moment"] = lambda iso: iso.replace("T", " ").replace("+00:00", " UTC")
     values: dict[str, Any] = {
         "report": report,
         "baseline": baseline,
-        "rows": rows_of(report.figures, baseline.figures if baseline is not None else None),
+        "few": few_of(report.figures),
+        "rows": rows_of(report.figures, None, report.intervals) if baseline is None else pair_rows(report, baseline),
         "differences": differences(report, baseline) if baseline is not None else [],
         "protocols": {"grpc": "gRPC", "http": "HTTP", "both": "gRPC and HTTP"},
         "knee": knee_of(report.steps),
@@ -100,14 +103,3 @@ def render(report: LoadReport, baseline: LoadReport | None) -> str:
         "cards": _cards(report, baseline),
     }
     return environment.get_template("report.html").render(values)
-
-
-def number(value: float | None) -> str:
-    """Three significant digits or more: `0.0123`, `4.56`, `78.9`, `12,345`."""
-    if value is None:
-        return "\N{EN DASH}"
-    if value == 0:
-        return "0"
-    digits = max(0, 2 - math.floor(math.log10(abs(value))))
-    text = f"{value:,.{min(digits, 6)}f}"
-    return text.rstrip("0").rstrip(".") if "." in text else text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import random
 import re
 from collections.abc import Sequence
@@ -12,6 +13,9 @@ from pydantic import Field, model_validator
 
 from loadtest.errors import LoadInputError
 from loadtest.figures import Record
+
+CANDIDATES = 3  # by each measure
+LETTERS_A_PIECE = 6
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -83,11 +87,28 @@ def draw_prompt(dice: random.Random, texts: Sequence[str], load: StreamLoad) -> 
     return Prompt(text, tokens, dice.randint(1, max(1, tokens // 2)) if leaves else None)
 
 
-def longest_prompt(texts: Sequence[str], load: StreamLoad) -> Prompt:
-    """About the largest request that `draw_prompt` can give: a server that takes it takes the load."""
-    longest = max(texts, key=len)
+def longest_prompts(texts: Sequence[str], load: StreamLoad) -> tuple[Prompt, ...]:
+    """About the largest requests that `draw_prompt` can give: a server that takes them takes the load.
+
+    Which of them has the most tokens only the server's tokenizer knows, so these are the longest few by each of the
+    measures that tokenizers go by.
+    """
+    long = list(texts)
     if load.prompt_words is not None:
-        words = longest.split()
-        count = load.prompt_words.high
-        longest = " ".join((words * (count // len(words) + 1))[:count])
-    return Prompt(longest, load.output_tokens.high)
+        long = [_repeated(text.split(), load.prompt_words.high) for text in texts]
+    few = dict.fromkeys(
+        text
+        for measure in (len, lambda text: len(text.encode()), _pieces)
+        for text in heapq.nlargest(CANDIDATES, long, key=measure)
+    )
+    return tuple(Prompt(text, load.output_tokens.high) for text in few)
+
+
+def _repeated(words: list[str], count: int) -> str:
+    return " ".join((words * (count // len(words) + 1))[:count])
+
+
+def _pieces(text: str) -> int:
+    """About as many as a tokenizer makes: a few for a word, one for each digit, mark and character of other scripts."""
+    words = re.findall(r"[A-Za-z]+|[^A-Za-z\s]", text)
+    return sum(-(-len(word) // LETTERS_A_PIECE) for word in words)

@@ -8,7 +8,7 @@ in which they were ANSWERED. Both are what a reader expects of the word, and nei
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -30,26 +30,33 @@ class StreamCell:
     first_token: LatencyHistogram = field(default_factory=LatencyHistogram)  # requests started here, until tokens came
     gap: LatencyHistogram = field(default_factory=LatencyHistogram)  # that began here
     largest_gap: LatencyHistogram = field(default_factory=LatencyHistogram)  # one a request that started here
+    inter_token: LatencyHistogram = field(
+        default_factory=LatencyHistogram
+    )  # one a token: its gap over the gap's tokens
     per_token: LatencyHistogram = field(default_factory=LatencyHistogram)  # the same: mean, after the first response
     responses: int = 0  # with tokens, that arrived here
     output_tokens: int = 0  # that arrived here
     lost_tokens: int = 0  # that arrived here, in streams that failed in the end; not among the others
+    failed_tokens: int = 0  # of requests started here that failed: asked for
     owed_tokens: int = 0  # of requests started here that failed or whose client left: asked for, and not received
     prompt_tokens: int = 0  # of requests answered here
     cancelled: int = 0  # requests started here whose client left
 
     def merge(self, other: StreamCell) -> None:
         """Modifies self only."""
-        for name in ("first_token", "gap", "largest_gap", "per_token"):
-            getattr(self, name).merge(getattr(other, name))
-        for name in ("responses", "output_tokens", "lost_tokens", "owed_tokens", "prompt_tokens", "cancelled"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for part in fields(self):
+            mine, theirs = getattr(self, part.name), getattr(other, part.name)
+            if isinstance(mine, LatencyHistogram):
+                mine.merge(theirs)
+            else:
+                setattr(self, part.name, mine + theirs)
 
 
 @dataclass
 class Cell:
     """One protocol in one interval."""
 
+    started: int = 0  # requests, whatever became of them
     latency: LatencyHistogram = field(default_factory=LatencyHistogram)  # requests started here and answered
     errors: dict[str, int] = field(default_factory=dict)  # requests started here and failed, by kind
     answered: int = 0  # requests answered here
@@ -60,6 +67,7 @@ class Cell:
 
     def merge(self, other: Cell) -> None:
         """Modifies self only."""
+        self.started += other.started
         self.latency.merge(other.latency)
         for kind, count in other.errors.items():
             self.errors[kind] = self.errors.get(kind, 0) + count
@@ -86,6 +94,11 @@ class Trace:
     users: dict[int, int] = field(default_factory=dict)  # interval -> users that ran then; each process counts its own
     late: dict[int, LatencyHistogram] = field(default_factory=dict)  # interval -> how late timers of the generator were
     examples: dict[str, str] = field(default_factory=dict)  # kind of error -> the first message of that kind
+    stopped_at: float | None = None  # seconds since the epoch; None: the run went to its planned end
+
+    def started(self, protocol: str, started_at: float) -> None:
+        """Modifies self. Each request is told of here once, and once more when it ends."""
+        self._cell(protocol, started_at).started += 1
 
     def answered(
         self, protocol: str, started_at: float, latency_ms: float, *, texts: int, tokens: int, truncated: int
@@ -109,6 +122,7 @@ class Trace:
         if stream.error is not None or stream.left:
             self._stream_cell(protocol, started_at).owed_tokens += max(0, stream.asked - stream.tokens)
         if stream.error is not None:
+            self._stream_cell(protocol, started_at).failed_tokens += stream.asked
             for arrived_s, count in stream.arrivals:
                 self._stream_cell(protocol, started_at + arrived_s).lost_tokens += count
             self.failed(protocol, started_at, stream.error.kind, stream.error.message)
@@ -120,7 +134,9 @@ class Trace:
             cell.output_tokens += count
             if before_s is not None:
                 gap_ms = (arrived_s - before_s) * 1000
-                self._stream_cell(protocol, started_at + before_s).gap.add(gap_ms)
+                began = self._stream_cell(protocol, started_at + before_s)
+                began.gap.add(gap_ms)
+                began.inter_token.add(gap_ms / count, count)
             before_s = arrived_s
         self._times(self._stream_cell(protocol, started_at), stream.arrivals)
         if stream.left:

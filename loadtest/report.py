@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 from pydantic import Field, ValidationError
 
-from loadtest.counters import GeneratorStatistics, Ledger, ModelStatistics
+from loadtest.counters import GeneratorStatistics, Ledger, ModelStatistics, RequestLedger
 from loadtest.errors import LoadInputError
 from loadtest.figures import Figures, Point, Record, Step
 from loadtest.histogram import PERCENTILE_ERROR
+from loadtest.intervals import Interval
 from loadtest.prompts import StreamLoad
+from loadtest.rows import Few
 from loadtest.server import Identity
+from loadtest.slo import Judgement, Limits, check_slo, judge
+
+__all__ = ["FORMAT", "Limits", "Load", "LoadReport", "Machine", "Processor", "Stopped", "check_slo", "judge",
+           "read_report", "render_comparison", "render_html", "render_text"]  # fmt: skip
 
 FORMAT: Literal["trireme-load-report-1"] = "trireme-load-report-1"
 
@@ -68,6 +74,14 @@ class Processor(Record):
     server_share: float | None  # of all cores of the machine, 0..1
 
 
+class Stopped(Record):
+    """The run was stopped before its planned end, so the report is of a part of it."""
+
+    planned_s: int
+    measured_s: int
+    under_way: int  # requests started in the window that had not ended: they are in no figure
+
+
 class LoadReport(Record):
     """Everything that a reader needs to trust, compare or repeat the figures."""
 
@@ -81,16 +95,25 @@ class LoadReport(Record):
     steps: tuple[Step, ...]
     points: tuple[Point, ...]
     interval_s: int
+    stopped: Stopped | None = None  # None: it went to its planned end
+    slo: tuple[Judgement, ...] | None = None  # None: it was held to no limits
+    intervals: dict[str, Interval] = Field(default_factory=dict)  # 95 %, by figure
+    few: dict[str, Few] = Field(default_factory=dict)  # percentiles of too few samples, by figure
     curves: dict[str, tuple[float, ...]] = Field(default_factory=dict)  # of a generator: ms at CURVE_PERCENTS
     error_examples: dict[str, str]
     models: tuple[ModelStatistics, ...]
     generator: GeneratorStatistics | None = None
     ledger: Ledger | None = None
+    requests: RequestLedger | None = None
     processor: Processor
     machine: Machine
     tools: dict[str, str]  # name -> version
     notes: tuple[str, ...]  # what a reader must know before trusting the figures
     percentile_error: float = PERCENTILE_ERROR  # relative, at most
+
+    @property
+    def measured_s(self) -> int:
+        return len(self.points) * self.interval_s
 
     def save(self, path: Path) -> None:
         path.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
@@ -118,84 +141,18 @@ def read_report(path: Path) -> LoadReport:
         raise LoadInputError(f"report {path}", got=got, expected=f"the keys of {FORMAT!r}", fix=fix) from error
 
 
-class Limits(Protocol):
-    """What a load test must show. The spec's slice `slo` has these, and so can any record."""
-
-    @property
-    def p95_latency_ms(self) -> float | None: ...
-    @property
-    def min_throughput_per_s(self) -> float | None: ...
-    @property
-    def max_error_rate(self) -> float: ...
-
-
-class StreamLimits(Protocol):
-    """What a generator's load test must show beside `Limits`."""
-
-    @property
-    def p99_first_token_ms(self) -> float | None: ...
-    @property
-    def p99_inter_token_ms(self) -> float | None: ...
-    @property
-    def min_output_tokens_per_s(self) -> float | None: ...
-
-
-def check_slo(report: LoadReport, limits: Limits) -> list[str]:
-    """One sentence for each value that was missed; empty: all were met. Throughput is in texts, a generator's in
-    requests; its latency is that of a whole answer.
-
-    For the shape `steps` the whole ramp is judged, its last plateau included.
-    """
-    seen, missed = report.figures, []
-    if seen.ended == seen.failed:
-        missed.append(f"No request was answered in {report.load.duration_s} s; {seen.failed} failed.")
-    elif limits.p95_latency_ms is not None:
-        missed += _over("p95 latency", seen.p95_ms, limits.p95_latency_ms)
-    if limits.min_throughput_per_s is not None:
-        unit = "texts/s" if seen.stream is None else "requests/s"
-        missed += _under("Throughput", seen.texts_per_s, limits.min_throughput_per_s, unit)
-    if seen.error_rate > limits.max_error_rate:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in seen.errors.items())
-        missed.append(
-            f"Error rate is {seen.error_rate:.4%} ({seen.failed} of {seen.ended} requests: {kinds}), "
-            f"over the limit of {limits.max_error_rate:.4%}."
-        )
-    return missed
-
-
-def check_stream_slo(report: LoadReport, limits: StreamLimits) -> list[str]:
-    """The same for what a generator's report alone has. A limit on times that nothing was seen of is missed."""
-    seen, missed = report.figures.stream, list[str]()
-    if seen is None:
-        return missed
-    if limits.p99_first_token_ms is not None:
-        missed += _over("p99 of the time to the first token", seen.first_token.p99_ms, limits.p99_first_token_ms)
-    if limits.p99_inter_token_ms is not None:
-        missed += _over("p99 of the gaps between tokens", seen.gap.p99_ms, limits.p99_inter_token_ms)
-    if limits.min_output_tokens_per_s is not None:
-        missed += _under("Output", seen.output_tokens_per_s, limits.min_output_tokens_per_s, "tokens/s")
-    return missed
-
-
-def _over(name: str, seen_ms: float | None, limit_ms: float) -> list[str]:
-    if seen_ms is None:
-        return [f"{name} is unknown, because nothing was seen; the limit is {limit_ms:g} ms."]
-    if seen_ms <= limit_ms:
-        return []
-    return [f"{name} is {seen_ms:.4g} ms, which is {seen_ms / limit_ms:.2f} times the limit of {limit_ms:g} ms."]
-
-
-def _under(name: str, seen: float, least: float, unit: str) -> list[str]:
-    if seen >= least:
-        return []
-    return [f"{name} is {seen:.4g} {unit}, which is {seen / least:.2f} times the required {least:g} {unit}."]
-
-
 def render_text(report: LoadReport) -> str:
     """A summary for a terminal: at most 80 characters wide where the names allow."""
     from loadtest.summary import render
 
     return render(report)
+
+
+def render_comparison(report: LoadReport, baseline: LoadReport) -> str:
+    """Two reports side by side for a terminal."""
+    from loadtest.summary import render_pair
+
+    return render_pair(report, baseline)
 
 
 def render_html(report: LoadReport, baseline: LoadReport | None = None) -> str:

@@ -7,7 +7,7 @@ import http.client
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from loadtest.connection import Connection, Protocol
@@ -16,7 +16,7 @@ from loadtest.errors import LoadInputError
 from loadtest.figures import Record
 from loadtest.interface import Interface, RequestError, interface_from_metadata
 from loadtest.prompts import Prompt
-from loadtest.streaming import StreamConnection, require_generator, streams_text
+from loadtest.streaming import Stream, StreamConnection, require_generator, streams_text
 
 UNKNOWN = "unknown"
 CONTROL_TIMEOUT_S = 5.0
@@ -40,7 +40,8 @@ class Target:
     interface: Interface | None  # None: a generator
     triton_version: str
     models: tuple[str, ...]  # the model itself and, of an ensemble, its parts
-    trial_tokens: int = 0  # of a generator's answer
+    trial_tokens: int = 0  # of a generator's answers
+    trial_requests: int = 0  # of an encoder
 
     @property
     def ensemble(self) -> str | None:
@@ -67,12 +68,12 @@ def _client(address: str) -> Any:
 
 
 def probe(
-    model: str, addresses: Mapping[Protocol, str], grpc_address: str, rows: Sequence[str], prompt: Prompt | None
+    model: str, addresses: Mapping[Protocol, str], grpc_address: str, rows: Sequence[str], prompts: Sequence[Prompt]
 ) -> Target:
     """Asks everything that a run needs once, so that a wrong plan fails in a second and not after an hour.
 
-    `rows` are asked of an encoder, `prompt` of a generator. Raises LoadInputError: nobody listens, no such model, not
-    ready, a model of another kind, or the trial request fails.
+    `rows` are asked of an encoder; of a generator, that one of the `prompts` that has the most tokens.
+    Raises LoadInputError: nobody listens, no such model, not ready, a model of another kind, or a trial fails.
     """
     from tritonclient.utils import InferenceServerException
 
@@ -93,11 +94,11 @@ def probe(
         client.close()
     steps = config.get("ensemble_scheduling", {}).get("step", [])
     models = tuple(dict.fromkeys([model, *(step["model_name"] for step in steps)]))
-    if prompt is not None:
-        tokens = _try_stream(grpc_address, model, prompt)
+    if prompts:
+        tokens = _try_streams(grpc_address, model, prompts)
         return Target(interface=None, triton_version=triton_version, models=models, trial_tokens=tokens)
     interfaces = [_try_once(protocol, address, model, rows) for protocol, address in addresses.items()]
-    return Target(interface=interfaces[0], triton_version=triton_version, models=models)
+    return Target(interfaces[0], triton_version, models, trial_requests=len(interfaces))
 
 
 def _not_ready(client: Any, model: str) -> LoadInputError:
@@ -137,8 +138,10 @@ def _try_once(protocol: Protocol, address: str, model: str, rows: Sequence[str])
     return interface
 
 
-def _try_stream(address: str, model: str, prompt: Prompt) -> int:
-    """Tokens that came: as many as were asked for."""
+def _try_streams(address: str, model: str, prompts: Sequence[Prompt]) -> int:
+    """Tokens that came. Only the server knows its tokens: each prompt is asked for one, and the one that it calls the
+    longest is asked for its whole answer.
+    """
     connection = Connection("grpc", address, CONTROL_TIMEOUT_S)
     try:
         metadata = connection.metadata(model)
@@ -150,13 +153,24 @@ def _try_stream(address: str, model: str, prompt: Prompt) -> int:
         raise _other_kind(model, "a model that does not stream text", "a generator")
     require_generator(metadata, "grpc")
     streams = StreamConnection(address, CONTROL_TIMEOUT_S * 12)  # the longest answer, and lazy loading
-    try:
+    tokens = 0
+
+    def ask(prompt: Prompt) -> Stream:
         stream = streams.ask(model, prompt, time.perf_counter())
+        if stream.error is not None:
+            raise _trial_failed(model, address, stream.error)
+        return stream
+
+    try:
+        if len(prompts) > 1:
+            short = [ask(replace(prompt, output_tokens=1)) for prompt in prompts]
+            tokens += sum(stream.tokens for stream in short)
+            longest = max(zip(short, prompts, strict=True), key=lambda pair: pair[0].prompt_tokens)[1]
+        else:
+            (longest,) = prompts
+        return tokens + ask(longest).tokens
     finally:
         streams.close()
-    if stream.error is not None:
-        raise _trial_failed(model, address, stream.error)
-    return stream.tokens
 
 
 def _trial_failed(model: str, address: str, error: RequestError) -> LoadInputError:
@@ -210,21 +224,25 @@ def snapshot(model: str, target: Target, grpc_address: str, metrics_address: str
     )
 
 
-def made_tokens(metrics_address: str | None, model: str, at_least: float = 0, patience_s: float = 0) -> float | None:
-    """Tokens that a generator has made since it was loaded; None where it does not say.
+def request_counts(grpc_address: str, model: str) -> tuple[int, int] | None:
+    """Requests of a model that its server has answered and failed since it was loaded; None when it does not say.
 
-    It says so once a second: with `patience_s`, this waits so long for `at_least`.
+    The same counters as `nv_inference_request_success` and `nv_inference_request_failure`.
     """
-    end = time.monotonic() + patience_s
-    while True:
-        try:
-            page = fetch(f"http://{metrics_address}/metrics") if metrics_address else ""
-        except (OSError, http.client.HTTPException):
-            return None
-        made = generator_counters(page, model).get("output_tokens_total")
-        if made is None or made >= at_least or time.monotonic() >= end:
-            return made
-        time.sleep(0.1)
+    from tritonclient.utils import InferenceServerException
+
+    client = _client(grpc_address)
+    try:
+        answer = client.get_inference_statistics(model, as_json=True, client_timeout=CONTROL_TIMEOUT_S)
+    except InferenceServerException:
+        return None
+    finally:
+        client.close()
+    parts = [entry.get("inference_stats", {}) for entry in answer.get("model_stats", [])]
+    return (
+        sum(int(part.get("success", {}).get("count", 0)) for part in parts),
+        sum(int(part.get("fail", {}).get("count", 0)) for part in parts),
+    )
 
 
 def fetch(url: str) -> str:

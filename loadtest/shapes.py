@@ -10,6 +10,7 @@ from loadtest.recording import interval_for
 
 Shape = Literal["constant", "steps"]
 DRAIN_SLACK_S = 2  # over the request timeout, for the last users to notice the end
+EARLY_DRAIN_S = 3  # for requests under way when the load is ended early: who stops a run does not want to wait for it
 SETTLE_S = 2  # Locust looks at its shape once a second, so the start of a step still shows the users of the last
 
 

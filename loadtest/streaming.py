@@ -16,7 +16,6 @@ from loadtest.connection import kind_of_status
 from loadtest.errors import LoadInputError
 from loadtest.interface import RequestError
 from loadtest.prompts import Prompt
-from runtime.generation.interface import split_status
 
 NEEDED = {"text_output", "output_ids", "finish_reason", "prompt_tokens", "completion_tokens"}
 
@@ -104,6 +103,8 @@ class StreamConnection:
 
     def _pieces(self, request: Any) -> Generator[Piece]:
         import grpc
+
+        from runtime.generation.interface import split_status  # which needs numpy
 
         call = self._stub.ModelStreamInfer(iter([request]), timeout=self._timeout_s)
         try:

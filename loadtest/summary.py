@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
-from loadtest.figures import Distribution, Figures, StreamFigures, knee_of
+from loadtest.figures import Distribution, Figures, StreamFigures, WithFailures, knee_of
 from loadtest.report import LoadReport
+from loadtest.rows import few_of, lines_of, number, pair_rows, span
 from loadtest.server import UNKNOWN
 
 
 def render(report: LoadReport) -> str:
     lines = [*_heading(report), *figures_lines(report.figures)]
-    lines += _server(report) + _processor(report) + _steps(report)
+    lines += _ledger(report) + _server(report) + _processor(report) + _steps(report) + _slo(report)
     return "\n".join(lines + [f"  note: {note}" for note in report.notes])
+
+
+def render_pair(report: LoadReport, baseline: LoadReport) -> str:
+    """Both runs, and each figure of both with its 95 % interval."""
+    lines = ["now:", *_heading(report), "baseline:", *_heading(baseline)]
+    table = [("", "now", "", "baseline", "", "ratio", "")]
+    for row in pair_rows(report, baseline):
+        label = f"{row.label}{', ' if row.line.unit else ''}{row.line.unit}"
+        ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
+        now, before = ((number(row.value), span(row.interval)), (number(row.baseline), span(row.baseline_interval)))
+        table.append((label, *now, *before, ratio, row.verdict))
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for label, *cells, verdict in table:
+        padded = [cell.rjust(width) for cell, width in zip(cells, widths[1:-1], strict=True)]
+        lines.append(f"  {label.ljust(widths[0])}  {'  '.join(padded)}  {verdict}".rstrip())
+    lines.append("  beside each figure: its 95 % interval; noise: the two overlap; same: they differ by 10 % at most")
+    notes = [f"  note: now: {note}" for note in report.notes] + [f"  note: baseline: {n}" for n in baseline.notes]
+    return "\n".join([*lines, *notes])
 
 
 def figures_lines(seen: Figures) -> list[str]:
@@ -19,6 +38,7 @@ def figures_lines(seen: Figures) -> list[str]:
         f"  errors      {seen.failed} of {seen.ended}"
         + "".join(f"   {kind} {count}" for kind, count in seen.errors.items())
     )
+    lines += _failures_late(seen) + _few(seen)
     if seen.stream is not None and seen.stream.cancelled:
         lines.append(f"  cancelled   {seen.stream.cancelled} by their clients, as asked")
     if seen.tokens_per_text is not None:
@@ -29,11 +49,67 @@ def figures_lines(seen: Figures) -> list[str]:
 
 def _heading(report: LoadReport) -> list[str]:
     load, identity = report.load, report.identity
+    partial = []
+    if report.stopped is not None:
+        part = report.stopped
+        partial.append(
+            f"PARTIAL: stopped after {part.measured_s} of {part.planned_s} s; {part.under_way} requests that were "
+            "under way are in no figure"
+        )
     what = f"{load.texts_per_request} text(s) a request" if load.stream is None else str(load.stream)
     return [
         f"{identity.model} version {identity.version} ({identity.precision}), weights {identity.digest[:16]}",
         f"{load.level(load.users)}, {load.protocol}, {load.shape}, {load.duration_s} s after {load.warm_up_s} s of "
         f"warm-up, {what}",
+        *partial,
+    ]
+
+
+def _failures_late(seen: Figures) -> list[str]:
+    """Percentiles over all requests, where they differ from those of the answers."""
+    if not seen.failed or seen.all_requests is None:
+        return []
+    named: list[tuple[str, WithFailures | None]] = [("", seen.all_requests)]
+    if seen.stream is not None:
+        named = [
+            ("first token ", seen.stream.all_first_tokens),
+            ("gaps ", seen.stream.all_gaps),
+            ("inter-token ", seen.stream.all_inter_tokens),
+            ("whole ", seen.all_requests),
+        ]
+    parts = [(name, of) for name, of in named if of is not None]
+    shown = "   ".join(f"{name}p95 {_late(of, of.p95_ms)}   p99 {_late(of, of.p99_ms)}" for name, of in parts)
+    return [f"  with {seen.failed} failures as late as can be: {shown}"]
+
+
+def _late(seen: WithFailures, value: float | None) -> str:
+    return "failed" if value is None and seen.failed else _ms(value)
+
+
+def _few(seen: Figures) -> list[str]:
+    few = few_of(seen)
+    lines = [line for line in lines_of(seen) if line.key in few and (seen.failed or not line.failures_late)]
+    said = [f"{line.label} has {few[line.key].seen} of {few[line.key].needed}" for line in lines]
+    return [f"  too few samples for 99 % confidence: {'; '.join(said)}"] if said else []
+
+
+def _ledger(report: LoadReport) -> list[str]:
+    seen = report.requests
+    if seen is None:
+        return []
+    parts = [f"{seen.answered} answered", f"{sum(seen.failed.values())} failed"]
+    parts += [f"{seen.left} left"] if seen.left else []
+    line = f"  whole run   {seen.started} requests started = {' + '.join(parts)} + {seen.under_way} under way"
+    if seen.server_succeeded is None:
+        return [line]
+    server = f"  the server counts {seen.server_succeeded} answered and {seen.server_failed} failed"
+    return [line, f"            {server}, up to {seen.probes} of its own probes among them"]
+
+
+def _slo(report: LoadReport) -> list[str]:
+    return [
+        f"  SLO {'met   ' if one.met else 'MISSED'}  {one.name}: {one.said}{f' ({one.thin})' if one.thin else ''}"
+        for one in report.slo or ()
     ]
 
 
@@ -52,7 +128,8 @@ def _generator(seen: Figures, stream: StreamFigures) -> list[str]:
         f"  first token {_spread(stream.first_token)}",
         f"  gaps        {_spread(stream.gap)}{grouped}",
         f"  largest gap {_spread(stream.largest_gap)}",
-        f"  a token     {_spread(stream.per_token)}",
+        *([f"  inter-token {_spread(stream.inter_token)}"] if stream.inter_token is not None else []),
+        f"  a stream's mean a token  {_spread(stream.per_token)}",
         f"  whole       {_latency(seen)}",
     ]
 

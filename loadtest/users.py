@@ -17,6 +17,7 @@ from gevent.pool import Pool
 from locust import User
 
 from loadtest.clients import Client, Orders, Outcome, open_client
+from loadtest.errors import LoadInputError
 from loadtest.interface import RequestError
 from loadtest.texts import dice_of_user
 
@@ -39,6 +40,7 @@ class TritonUser(User):  # type: ignore[misc]  # locust is untyped here
         protocols = sorted(self.orders.addresses)
         self.protocol = protocols[number % len(protocols)]
         self.client: Client | None = None
+        self.asks = False  # it has started its first request
         self.under_way = Pool()
 
     def on_start(self) -> None:
@@ -58,8 +60,9 @@ class TritonUser(User):  # type: ignore[misc]  # locust is untyped here
 
     def _ask(self) -> Outcome:
         """Asking for the metadata comes before the first request and is not timed; its failure is a failed request."""
-        fault = self._connect()
-        return self._request(time.perf_counter()) if fault is None else self._tell(time.perf_counter(), fault)
+        fault, due = self._connect(), time.perf_counter()
+        started_at = self._start(due)
+        return self._request(due, started_at) if fault is None else self._tell(due, started_at, fault)
 
     def _arrive(self) -> None:
         """Starts the next request when it is due, or returns soon. Late or not, every one that is due is started."""
@@ -68,14 +71,14 @@ class TritonUser(User):  # type: ignore[misc]  # locust is untyped here
         if wait_s > LOOK_S:
             return
         due, self.due = self.due, self.due + self._pause_s()
-        fault = self._connect()
+        started_at, fault = self._start(due), self._connect()
         if fault is None and len(self.under_way) >= MOST_UNDER_WAY:
             message = f"{MOST_UNDER_WAY} requests of one user are under way; use more users, or a lower rate"
             fault = Outcome(error=RequestError("NOT_SENT", message))
         if fault is None:
-            self.under_way.spawn(self._request, due).link_exception(self._report_fault)
+            self.under_way.spawn(self._request, due, started_at).link_exception(self._report_fault)
         else:
-            self._tell(due, fault)
+            self._tell(due, started_at, fault)
 
     def _pause_s(self) -> float:
         rate = self.orders.rate_per_user
@@ -89,13 +92,22 @@ class TritonUser(User):  # type: ignore[misc]  # locust is untyped here
                 self.client = open_client(self.orders, self.protocol, parallel)
         except RequestError as error:
             return Outcome(error=error)
+        except LoadInputError as error:  # the model became another since it was probed
+            return Outcome(error=RequestError("CLIENT_ERROR", str(error)))
         return None
 
-    def _request(self, due: float) -> Outcome:
-        assert self.client is not None
-        return self._tell(due, self.client.ask(self.dice, due))
+    def _start(self, due: float) -> float:
+        """When the request was due, in seconds since the epoch; noted now, so that one that never ends is known."""
+        self.asks = True
+        started_at = time.time() - (time.perf_counter() - due)
+        self.environment.trace.started(self.protocol, started_at)
+        return started_at
 
-    def _tell(self, due: float, outcome: Outcome) -> Outcome:
+    def _request(self, due: float, started_at: float) -> Outcome:
+        assert self.client is not None
+        return self._tell(due, started_at, self.client.ask(self.dice, due))
+
+    def _tell(self, due: float, started_at: float, outcome: Outcome) -> Outcome:
         elapsed_s = time.perf_counter() - due
         self.environment.events.request.fire(
             request_type=self.protocol,
@@ -104,7 +116,7 @@ class TritonUser(User):  # type: ignore[misc]  # locust is untyped here
             response_length=outcome.bytes,
             exception=outcome.error,
             context=outcome.context,
-            start_time=time.time() - elapsed_s,
+            start_time=started_at,
         )
         return outcome
 

@@ -16,9 +16,10 @@ import yaml
 
 from loadtest.counters import generator_counters
 from loadtest.errors import LoadInputError
+from loadtest.plan import LoadPlan, Progress
 from loadtest.prompts import Lengths, Prompt, StreamLoad
 from loadtest.report import read_report
-from loadtest.run import LoadPlan, Progress, run_load
+from loadtest.run import run_load
 from loadtest.server import fetch
 from loadtest.streaming import StreamConnection
 from runtime.supervisor import ready_server
@@ -70,7 +71,7 @@ def _spec(folder: Path, **slo: float) -> Path:
 
 def test_command_measures_a_generator_and_exits_1_when_its_slo_is_missed(server: TritonServer, tmp_path: Path) -> None:
     output = tmp_path / "load.json"
-    spec = _spec(tmp_path, p99_first_token_ms=0.001, p99_inter_token_ms=1e6)
+    spec = _spec(tmp_path, p99_first_token_ms=0.001, p99_response_gap_ms=1e6)
     arguments = [
         "loadtest", spec, "-o", output, "--grpc", server.grpc_address, "--metrics", server.metrics_address,
         "--users", 3, "--duration-s", 3, "--warm-up-s", 1,
@@ -80,7 +81,7 @@ def test_command_measures_a_generator_and_exits_1_when_its_slo_is_missed(server:
     )
     assert done.returncode == 1, done.stderr
     assert "p99 of the time to the first token is" in done.stderr
-    assert "gaps between tokens" not in done.stderr
+    assert "gaps between responses" not in done.stderr
     assert "tokens/s" in done.stdout
     assert "<svg" in output.with_suffix(".html").read_text()
     report = read_report(output)

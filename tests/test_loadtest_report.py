@@ -13,11 +13,10 @@ import pytest
 from loadtest.assemble import report_from_evidence
 from loadtest.errors import LoadInputError, LoadRunError
 from loadtest.interface import Interface
-from loadtest.page import number
+from loadtest.plan import Evidence, LoadPlan
 from loadtest.recording import Trace
 from loadtest.report import LoadReport, check_slo, read_report, render_html, render_text
-from loadtest.rows import rows_of
-from loadtest.run import Evidence, LoadPlan
+from loadtest.rows import number, rows_of
 from loadtest.server import Identity, Snapshot, Target
 
 START = 1_000_000.4  # the window of a plan with one second of warm-up begins at 1000002
@@ -29,6 +28,10 @@ class Limits:
     p95_latency_ms: float | None = None
     min_throughput_per_s: float | None = None
     max_error_rate: float = 0.0
+    p99_first_token_ms: float | None = None
+    p99_response_gap_ms: float | None = None
+    p99_inter_token_ms: float | None = None
+    min_output_tokens_per_s: float | None = None
 
 
 def _batches(*sizes: tuple[int, int]) -> list[dict[str, object]]:
@@ -149,7 +152,7 @@ def test_slo_is_missed_when_nothing_was_answered() -> None:
         cell.latency.counts.clear()
         cell.answered = cell.texts = 0
     missed = check_slo(report_from_evidence(evidence, "spec"), Limits(p95_latency_ms=5, min_throughput_per_s=1))
-    assert len(missed) == 3
+    assert len(missed) == 4
     assert missed[0] == "No request was answered in 4 s; 12 failed."
 
 

@@ -16,9 +16,11 @@ from loadtest.connection import kind_of_status
 from loadtest.counters import statistics_between
 from loadtest.errors import LoadInputError, LoadRunError
 from loadtest.interface import Interface, RequestError, interface_from_metadata
-from loadtest.run import LoadPlan, Progress, _generator, _progress_of, check_plan, run_load
+from loadtest.plan import LoadPlan, Progress, check_plan
+from loadtest.run import _generator, _progress_of, run_load
 from loadtest.server import identity_from_metrics, listening_process
 from loadtest.shapes import Schedule
+from loadtest.stopping import Stop
 from loadtest.texts import dice_of_user, read_texts
 
 
@@ -208,7 +210,7 @@ def test_server_elsewhere_has_no_process_here() -> None:
 
 def _run(code: str, folder: Path, plan: LoadPlan) -> list[Progress]:
     with _generator([sys.executable, "-c", code], folder / "log") as process:
-        seen = list(_progress_of(process, plan))
+        seen = list(_progress_of(process, plan, Stop()))
     assert process.poll() is not None
     return seen
 

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from loadtest.errors import LoadInputError
+from loadtest.plan import LoadPlan, Progress
 from loadtest.report import LoadReport, check_slo, read_report, render_html, render_text
-from loadtest.run import LoadPlan, Progress, run_load
+from loadtest.run import run_load
 from runtime.settings import ServerSettings
 from runtime.triton import Ports, TritonServer
 

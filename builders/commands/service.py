@@ -45,6 +45,9 @@ def loadtest(
     duration_s: Annotated[int, typer.Option(min=3)] = 30,
     warm_up_s: Annotated[int, typer.Option(min=0, help="does not count")] = 5,
     shape: Annotated[Literal["constant", "steps"], typer.Option(help="steps: a ramp that finds the knee")] = "constant",
+    steps: Annotated[
+        int | None, typer.Option(min=2, max=50, help="of the ramp, each for 5 s or more; default: 5")
+    ] = None,
     rate: Annotated[
         float | None, typer.Option(min=0.001, help="requests/s, started whatever the answers do; default: users wait")
     ] = None,
@@ -52,49 +55,69 @@ def loadtest(
         float | None, typer.Option(min=0.1, help="of a whole answer; default: 10, a generator's 60")
     ] = None,
     texts: Annotated[Path | None, typer.Option(help="UTF-8, one text a line; default: docstrings")] = None,
+    texts_per_request: Annotated[int | None, typer.Option(min=1, help="encoders; default: 1")] = None,
+    seed: Annotated[int, typer.Option(help="the same seed draws the same texts, lengths and moments")] = 0,
+    processes: Annotated[
+        int,
+        typer.Option(min=1, help="load generators, which share the users; more where one core cannot make the load"),
+    ] = 1,
     prompt_words: Annotated[str | None, typer.Option(help="generators: 64, or 16-128; default: what fits")] = None,
     output_tokens: Annotated[str | None, typer.Option(help="generators: 64, or 16-128; default: what fits")] = None,
     cancel_share: Annotated[
-        float, typer.Option(min=0, max=1, help="generators: of requests that their client leaves early")
-    ] = 0.0,
+        float | None, typer.Option(min=0, max=1, help="generators: of requests that their client leaves early")
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Measures a running service with Locust. Exit 1 when the spec's SLO is missed."""
+    """Measures a running service with Locust. Exit 1 when the spec's SLO is missed, or the test was stopped: Ctrl-C and
+    SIGTERM end it early, with a report of what was measured.
+    """
     from builders import present
     from builders.load import LoadRequest, measure, require_json_name
     from builders.spec import load_spec
-    from loadtest.report import check_slo, check_stream_slo, render_text
+    from loadtest.report import render_text
+    from loadtest.stopping import Stop
 
     found = load_spec(spec)
     require_json_name(output)
     request = LoadRequest(
         grpc=grpc, http=http, metrics=metrics, protocol=protocol, shape=shape, users=users, duration_s=duration_s,
         warm_up_s=warm_up_s, texts=texts, rate_per_s=rate, timeout_s=timeout_s, prompt_words=prompt_words,
-        output_tokens=output_tokens, cancel_share=cancel_share,
+        output_tokens=output_tokens, cancel_share=cancel_share, texts_per_request=texts_per_request, steps=steps,
+        seed=seed, processes=processes,
     )  # fmt: skip
-    with present.load_progress(quiet=as_json) as progress:
-        report = measure(found, request, output, progress)
+    with Stop() as stop, present.load_progress(quiet=as_json) as progress:
+        report = measure(found, request, output, progress, stop)
     if as_json:
         print(report.model_dump_json(indent=2))
     else:
         print(f"{render_text(report)}\nreport: {output.with_suffix('.html')}")
-    missed = check_slo(report, found.slo) + check_stream_slo(report, found.slo)
+    faults = []
+    if report.stopped is not None:
+        measured, planned = report.stopped.measured_s, report.stopped.planned_s
+        faults.append(f"the load test was stopped: the report is of {measured} of {planned} s")
+    missed = [one.said for one in report.slo or () if not one.met]
     if missed:
-        fail("the SLO is missed. " + " ".join(missed), 1)
+        faults.append("the SLO is missed. " + " ".join(missed))
+    if faults:
+        fail("; ".join(faults), 1)
 
 
 def report(
     current: Annotated[Path, typer.Argument(help="report A.json")],
     baseline: Annotated[Path | None, typer.Argument(help="report B.json to compare with")] = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="HTML file to write")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="HTML file to write; default: A.html, or A-vs-B.html")
+    ] = None,
 ) -> None:
-    """Draws a load report, or compares two."""
-    from loadtest.report import read_report, render_html, render_text
+    """Draws a load report, or compares two: A with B, which is the baseline."""
+    from loadtest.report import read_report, render_comparison, render_html, render_text
 
     found = read_report(current)
     other = read_report(baseline) if baseline else None
-    target = output or current.with_suffix(".html")
+    name = current.stem if baseline is None else f"{current.stem}-vs-{baseline.stem}"
+    target = output or current.with_name(f"{name}.html")
     if target.suffix != ".html":
         raise InputError("--output", got=target, expected="a file that ends in .html", fix="choose such a name")
     target.write_text(render_html(found, other), encoding="utf-8")
-    print(f"{render_text(found)}\nreport: {target}")
+    shown = render_text(found) if other is None else render_comparison(found, other)
+    print(f"{shown}\nreport: {target}")

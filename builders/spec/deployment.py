@@ -28,7 +28,7 @@ GENERATES = ("generation", "seq2seq")
 _UNREAD: dict[str, dict[str, tuple[str, ...]]] = {
     "encoder": {
         "generation": (), "precision": ("max_perplexity_ratio",),
-        "slo": ("p99_first_token_ms", "p99_inter_token_ms", "min_output_tokens_per_s"),
+        "slo": ("p99_first_token_ms", "p99_response_gap_ms", "p99_inter_token_ms", "min_output_tokens_per_s"),
     },
     "embedding": {"precision": ("max_logit_error",)},
     "generator": {

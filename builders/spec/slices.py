@@ -169,15 +169,20 @@ class GenerationSlice(Slice):
 
 
 class SloSlice(Slice):
-    """What a load test must show. A missed value makes `trireme loadtest` exit 1."""
+    """What a load test must show. A missed value makes `trireme loadtest` exit 1. Limits on times are over all
+    requests, and one that failed counts as later than any answer.
+    """
 
     p95_latency_ms: Annotated[float, Field(gt=0)] | None = Field(None, description="of a generator: its whole answer")
     min_throughput_per_s: Annotated[float, Field(gt=0)] | None = Field(
         None, description="texts; of a generator: requests"
     )
     p99_first_token_ms: Annotated[float, Field(gt=0)] | None = Field(None, description="generation")
+    p99_response_gap_ms: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="generation: between two responses of a stream, which generation.stream_interval_ms spaces"
+    )
     p99_inter_token_ms: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="generation: between two responses of a stream"
+        None, description="generation: a token, which is its share of the gap before the response that brought it"
     )
     min_output_tokens_per_s: Annotated[float, Field(gt=0)] | None = Field(None, description="generation")
     max_error_rate: Fraction = 0.0

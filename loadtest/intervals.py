@@ -1,0 +1,65 @@
+"""How far a figure of one run may be trusted: 95 % intervals by a bootstrap over the seconds of the run.
+
+Seconds that follow each other are alike (a queue that is full stays full), so blocks of them are drawn, not single
+seconds, and each draw is figured out as the whole run is. What differs between one run and the next beyond that, such
+as a neighbour on the machine, no single run can show.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+
+from loadtest.figures import Counted, Figures, Record, figures_of, merged
+from loadtest.recording import Cell
+
+RESAMPLES = 300
+LEAST_BLOCKS, MOST_BLOCKS = 5, 40
+TAIL = 0.025
+
+
+class Interval(Record):
+    """None at an end: a failed request, which is later than any answer."""
+
+    low: float | None
+    high: float | None
+
+    def overlaps(self, other: Interval) -> bool:
+        return self._low <= other._high and other._low <= self._high
+
+    @property
+    def _low(self) -> float:
+        return math.inf if self.low is None else self.low
+
+    @property
+    def _high(self) -> float:
+        return math.inf if self.high is None else self.high
+
+
+Block = tuple[Cell, float]  # and the seconds that it was recorded in
+
+
+def blocks_of(cells: Mapping[int, Cell], keys: Sequence[int], width_s: int) -> list[Block]:
+    """Neighbouring intervals of the clock, about the cube root of their number in each block."""
+    size = max(1, round(len(keys) ** (1 / 3)), math.ceil(len(keys) / MOST_BLOCKS))
+    parts = [keys[at : at + size] for at in range(0, len(keys), size)]
+    return [(merged(cells[key] for key in part if key in cells), len(part) * width_s) for part in parts]
+
+
+def resampled(strata: Sequence[Sequence[Block]], counted: Counted) -> list[Figures]:
+    """Figures of runs that might have been; each stratum (a plateau of the load) keeps its share. Empty: too short."""
+    if sum(len(blocks) for blocks in strata) < LEAST_BLOCKS:
+        return []
+    dice, found = random.Random(0), []
+    for _ in range(RESAMPLES):
+        drawn = [block for blocks in strata if blocks for block in dice.choices(blocks, k=len(blocks))]
+        found.append(figures_of([cell for cell, _ in drawn], sum(seconds for _, seconds in drawn), counted))
+    return found
+
+
+def interval_of(values: Sequence[float]) -> Interval:
+    """`values` of resampled runs; infinite: a failed request."""
+    ordered = sorted(values)
+    low, high = (ordered[round(share * (len(ordered) - 1))] for share in (TAIL, 1 - TAIL))
+    return Interval(low=None if low == math.inf else low, high=None if high == math.inf else high)
