@@ -58,7 +58,7 @@ def measure(
     require_json_name(output)
     with tempfile.TemporaryDirectory(prefix="trireme-texts-") as folder:
         texts = request.texts or _docstrings(Path(folder))
-        report = run_load(_plan(spec, request, texts), spec_name=spec.name, on_progress=on_progress, stop=stop)
+        report = run_load(plan_of(spec, request, texts), spec_name=spec.name, on_progress=on_progress, stop=stop)
     report = report.model_copy(update={"slo": judge(report, spec.slo)})
     report.save(output)
     output.with_suffix(".html").write_text(render_html(report), encoding="utf-8")
@@ -92,7 +92,7 @@ def _require_read_options(spec: DeploymentSpec, request: LoadRequest) -> None:
             raise InputError(option, got=got, expected=expected, fix=fix)
 
 
-def _plan(spec: DeploymentSpec, request: LoadRequest, texts: Path) -> LoadPlan:
+def plan_of(spec: DeploymentSpec, request: LoadRequest, texts: Path) -> LoadPlan:
     _require_read_options(spec, request)
     given = {"steps": request.steps, "texts_per_request": request.texts_per_request}
     try:

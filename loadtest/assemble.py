@@ -15,7 +15,7 @@ from loadtest.errors import LoadRunError
 from loadtest.figures import Counted, Figures, figures_of, measured_keys, merged, plateaux_of, points_of, steps_of
 from loadtest.histogram import CURVE_PERCENTS, LatencyHistogram, union
 from loadtest.interface import TOKEN_COUNT, TRUNCATED
-from loadtest.intervals import Interval, blocks_of, resampled
+from loadtest.intervals import Interval, blocks_of, resampled, widening
 from loadtest.notes import notes_of
 from loadtest.recording import Cell, Trace
 from loadtest.report import Load, LoadReport, Machine, Processor, Stopped
@@ -99,7 +99,7 @@ def _intervals(evidence: Evidence, counted: Counted, whole: Figures) -> dict[str
             cells.setdefault(key, Cell()).merge(cell)
     plateaux = plateaux_of(trace, evidence.plan.schedule)
     strata = [blocks_of(cells, keys, trace.interval_s) for keys in plateaux if keys]
-    return intervals_by_line(whole, resampled(strata, counted))
+    return intervals_by_line(whole, resampled(strata, counted), widening(strata))
 
 
 def _curves(cell: Cell) -> dict[str, tuple[float, ...]]:

@@ -16,7 +16,7 @@ from loadtest.recording import Cell
 
 RESAMPLES = 300
 LEAST_BLOCKS, MOST_BLOCKS = 5, 40
-TAIL = 0.025
+TAIL, NORMAL = 0.025, 1.96
 
 
 class Interval(Record):
@@ -41,10 +41,21 @@ Block = tuple[Cell, float]  # and the seconds that it was recorded in
 
 
 def blocks_of(cells: Mapping[int, Cell], keys: Sequence[int], width_s: int) -> list[Block]:
-    """Neighbouring intervals of the clock, about the cube root of their number in each block."""
-    size = max(1, round(len(keys) ** (1 / 3)), math.ceil(len(keys) / MOST_BLOCKS))
+    """Neighbouring intervals of the clock: few long blocks rather than many that depend on each other."""
+    size = max(1, min(round(math.sqrt(len(keys))), len(keys) // LEAST_BLOCKS), math.ceil(len(keys) / MOST_BLOCKS))
     parts = [keys[at : at + size] for at in range(0, len(keys), size)]
     return [(merged(cells[key] for key in part if key in cells), len(part) * width_s) for part in parts]
+
+
+def widening(strata: Sequence[Sequence[Block]]) -> float:
+    """How much wider than its resamples an interval must be, because the blocks are few: Student's t over the normal
+    quantile (Cornish-Fisher), and the resamples' variance is short by one block of each stratum.
+    """
+    blocks = sum(len(stratum) for stratum in strata)
+    free = max(1, blocks - len(strata))
+    student = NORMAL + (NORMAL**3 + NORMAL) / (4 * free)
+    student += (5 * NORMAL**5 + 16 * NORMAL**3 + 3 * NORMAL) / (96 * free**2)
+    return student / NORMAL * math.sqrt(blocks / free)
 
 
 def resampled(strata: Sequence[Sequence[Block]], counted: Counted) -> list[Figures]:
@@ -58,8 +69,10 @@ def resampled(strata: Sequence[Sequence[Block]], counted: Counted) -> list[Figur
     return found
 
 
-def interval_of(values: Sequence[float]) -> Interval:
-    """`values` of resampled runs; infinite: a failed request."""
-    ordered = sorted(values)
+def interval_of(value: float, resampled: Sequence[float], wider: float) -> Interval:
+    """About `value`, by its values in resampled runs; infinite: a failed request."""
+    ordered = sorted(resampled)
     low, high = (ordered[round(share * (len(ordered) - 1))] for share in (TAIL, 1 - TAIL))
+    if math.isfinite(value):
+        low, high = max(0.0, value - wider * max(0.0, value - low)), value + wider * max(0.0, high - value)
     return Interval(low=None if low == math.inf else low, high=None if high == math.inf else high)

@@ -172,14 +172,14 @@ def few_of(figures: Figures) -> dict[str, Few]:
     return found
 
 
-def intervals_by_line(whole: Figures, resampled: Sequence[Figures]) -> dict[str, Interval]:
-    """Of each figure that more or less of is better, by the key of its line."""
+def intervals_by_line(whole: Figures, resampled: Sequence[Figures], wider: float) -> dict[str, Interval]:
+    """Of each figure that more or less of is better, by the key of its line. `wider`: than the resamples alone say."""
     found = {}
     for line in lines_of(whole):
         seen = [value for value in map(line.value, resampled) if value is not None]
-        if line.more_is_better is None or not seen or len(seen) < len(resampled):
-            continue
-        found[line.key] = interval_of(seen)
+        value = line.value(whole)
+        if value is not None and line.more_is_better is not None and seen and len(seen) == len(resampled):
+            found[line.key] = interval_of(value, seen, wider)
     if _ERRORS.key in found and not whole.failed:
         found[_ERRORS.key] = Interval(low=0.0, high=min(100.0, 100 * RULE_OF_THREE / max(1, whole.ended)))
     return found

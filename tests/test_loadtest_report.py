@@ -13,6 +13,7 @@ import pytest
 from loadtest.assemble import report_from_evidence
 from loadtest.errors import LoadInputError, LoadRunError
 from loadtest.interface import Interface
+from loadtest.intervals import Interval
 from loadtest.plan import Evidence, LoadPlan
 from loadtest.recording import Trace
 from loadtest.report import LoadReport, check_slo, read_report, render_html, render_text
@@ -234,13 +235,18 @@ def test_page_sets_figures_beside_the_baseline() -> None:
     report, slower = _report(), _report(failures=1)
     figures = slower.figures.model_copy(update={"p95_ms": 20.0, "mean_ms": 10.8, "texts_per_s": 10.0})
     slower = slower.model_copy(update={"figures": figures, "load": slower.load.model_copy(update={"users": 3})})
-    verdicts = {row.label: (row.ratio, row.verdict) for row in rows_of(report.figures, slower.figures)}
+    narrow = {row.line.key: Interval(low=row.value, high=row.value) for row in rows_of(report.figures, None)}
+    below = {row.line.key: Interval(low=row.value, high=row.value) for row in rows_of(slower.figures, None)}
+    rows = rows_of(report.figures, slower.figures, narrow, below)
+    verdicts = {row.label: (row.ratio, row.verdict) for row in rows}
     assert verdicts["Throughput"] == (2.0, "better")
     assert verdicts["Latency p95"] == (pytest.approx(0.5), "better")
     assert verdicts["Latency p50"] == (1.0, "same")
     assert verdicts["Latency mean"] == (pytest.approx(10 / 10.8), "same")  # runs of one server differ so much
     assert verdicts["Errors"] == (0.0, "better")
-    assert {row.label: row.verdict for row in rows_of(slower.figures, report.figures)}["Errors"] == "worse"
+    back = {row.label: row.verdict for row in rows_of(slower.figures, report.figures, below, narrow)}
+    assert back["Errors"] == "worse"
+    assert back["Latency p99, failures late"] == "worse"  # a failure stands there
     text = Page(render_html(report, slower)).text
     assert "users 2 against 3" in text
     assert "2.00 \N{MULTIPLICATION SIGN} baseline" in text

@@ -92,6 +92,7 @@ class Limits:
 def _evidence(
     *,
     answered: bool = True,
+    refused: bool = True,
     stays: bool = True,
     ledger: Ledger | None = None,
     late_ms: float = 0.0,
@@ -99,7 +100,7 @@ def _evidence(
 ) -> Evidence:
     """In each of four measured seconds one stream of 8 tokens, one whose client leaves, and one refused.
 
-    Without `stays` the first is missing, and without `answered` the second too.
+    Without `stays` the first is missing, and without `answered` the second too; without `refused` the last.
     """
     fixed = {"model": "tiny", "texts_file": "t.txt", "users": 4, "duration_s": 4, "warm_up_s": 1}
     fixed["stream"] = StreamLoad()
@@ -113,7 +114,9 @@ def _evidence(
             trace.streamed("grpc", second, Stream(arrivals, ended_s=0.2, prompt_tokens=5))
         if answered:
             trace.streamed("grpc", second, Stream(arrivals[:1], ended_s=0.1, left=True))
-        trace.streamed("grpc", second, Stream([], ended_s=0.01, error=RequestError("UNAVAILABLE", "full")))
+        if refused:
+            error = RequestError("UNAVAILABLE", "full")
+            trace.streamed("grpc", second, Stream([], ended_s=0.01, error=error, asked=8))
     pages = [generator_counters(_page(tokens, tokens // 2), "tiny") for tokens in (0, 40)]
     known = Identity(model="tiny", digest="d")
     ends = [Snapshot(at, {}, at, None, known, page) for at, page in zip((10, 14), pages, strict=True)]
@@ -193,14 +196,19 @@ def test_summary_of_a_generator_holds_its_figures() -> None:
 @pytest.mark.parametrize(
     ("limits", "said"),
     [
-        (Limits(p95_latency_ms=201, p99_first_token_ms=101, p99_inter_token_ms=41, min_output_tokens_per_s=9), None),
+        (Limits(p95_latency_ms=201, p99_first_token_ms=101, p99_response_gap_ms=41, min_output_tokens_per_s=9), None),
+        (Limits(p99_inter_token_ms=10.1), None),  # 3 tokens in 20 ms, 4 in 40 ms
+        (
+            Limits(p99_inter_token_ms=5),  # 9.987 ms is the middle of a bucket
+            "p99 of the time a token is 9.987 ms, which is 2.00 times the limit of 5 ms.",
+        ),
         (
             Limits(p99_first_token_ms=50),
             "p99 of the time to the first token is 100 ms, which is 2.00 times the limit of 50 ms.",
         ),
         (
-            Limits(p99_inter_token_ms=20),  # 40 ms is in a bucket whose middle is 39.82 ms
-            "p99 of the gaps between tokens is 39.82 ms, which is 1.99 times the limit of 20 ms.",
+            Limits(p99_response_gap_ms=20),  # 40 ms is in a bucket whose middle is 39.82 ms
+            "p99 of the gaps between responses is 39.82 ms, which is 1.99 times the limit of 20 ms.",
         ),
         (
             Limits(min_output_tokens_per_s=18),
@@ -213,18 +221,29 @@ def test_summary_of_a_generator_holds_its_figures() -> None:
     ],
 )
 def test_slo_of_a_generator(limits: Limits, said: str | None) -> None:
-    report = _report()
+    report = _report(refused=False)
     assert check_slo(report, limits) == ([said] if said else [])
 
 
+@pytest.mark.parametrize(
+    ("name", "share"), [("p99_first_token_ms", 1 / 3), ("p99_response_gap_ms", 1 / 3), ("p99_inter_token_ms", 8 / 15)]
+)
+def test_a_failed_stream_is_late_for_every_limit_on_its_times(name: str, share: float) -> None:
+    """In each second one of three streams, or of two gaps and one that never ended, or 8 of 15 tokens."""
+    assert check_slo(_report(refused=False), Limits(**{name: 1e9})) == []
+    (missed,) = check_slo(_report(), Limits(**{name: 1e9}))
+    assert f"over all requests (failures count as late) is later than any answer, because {share:.1%} failed" in missed
+    assert "failed" in render_text(_report())
+
+
 def test_a_limit_on_what_was_never_seen_is_missed() -> None:
-    limits = Limits(p99_first_token_ms=1e9, p99_inter_token_ms=1e9)
+    limits = Limits(p95_latency_ms=1e9, p99_first_token_ms=1e9, p99_response_gap_ms=1e9, p99_inter_token_ms=1e9)
     missed = check_slo(_report(answered=False), limits)
-    assert [sentence.split(" is unknown")[0] for sentence in missed] == [
-        "No request was answered in 4 s; 4 failed.",
-        "p99 of the time to the first token",
-        "p99 of the gaps between tokens",
-    ]
+    assert missed[0] == "No request was answered in 4 s; 4 failed."
+    assert len(missed) == 5
+    assert all("later than any answer, because 100.0% failed" in sentence for sentence in missed[1:])
+    unknown = check_slo(_report(stays=False, refused=False), Limits(p99_response_gap_ms=1e9))
+    assert [sentence.split(" is unknown")[0] for sentence in unknown] == ["p99 of the gaps between responses"]
 
 
 def test_a_load_that_every_client_leaves_is_judged_by_what_it_shows() -> None:
@@ -234,7 +253,7 @@ def test_a_load_that_every_client_leaves_is_judged_by_what_it_shows() -> None:
     (missed,) = check_slo(report, Limits(max_error_rate=0.4))
     assert missed.startswith("Error rate is 50.0000% (4 of 8 requests: 4 UNAVAILABLE)")
     (unknown,) = check_slo(report, Limits(p95_latency_ms=1))
-    assert unknown.startswith("p95 latency is unknown")
+    assert unknown.startswith("p95 latency over all requests (failures count as late) is later than any answer")
 
 
 def test_counters_that_could_not_be_read_are_no_zeros() -> None:
