@@ -62,7 +62,7 @@ class RequestLedger(Record):
     left: int  # of a generator: their client hung up, as it was asked to
     under_way: int  # the load generator ended before they did
     server_succeeded: int | None = None  # as the server counts in the same time; None: it does not say, or a generator
-    server_failed: int | None = None
+    server_failed: int | None = None  # Triton 2.51 counts a failed request of an ensemble twice
     probes: int = 0  # at most: requests of the server's own readiness probes in that time
 
 

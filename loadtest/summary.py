@@ -102,8 +102,9 @@ def _ledger(report: LoadReport) -> list[str]:
     line = f"  whole run   {seen.started} requests started = {' + '.join(parts)} + {seen.under_way} under way"
     if seen.server_succeeded is None:
         return [line]
-    server = f"  the server counts {seen.server_succeeded} answered and {seen.server_failed} failed"
-    return [line, f"            {server}, up to {seen.probes} of its own probes among them"]
+    twice = " (Triton counts those of an ensemble twice)" if seen.server_failed else ""
+    server = f"the server counts {seen.server_succeeded} answered and {seen.server_failed} failed{twice}"
+    return [line, f"              {server}, up to {seen.probes} of its own probes among them"]
 
 
 def _slo(report: LoadReport) -> list[str]:

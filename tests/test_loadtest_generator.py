@@ -207,11 +207,21 @@ def test_input_is_checked_before_anything_starts(server: TritonServer, texts: Pa
             run_load(_plan(server, texts, **changes))
 
 
+def test_the_trial_prompt_is_the_longest_in_tokens(server: TritonServer, texts: Path) -> None:
+    """A character of the second text is three tokens, so with its answer it is too long for the model. The first has
+    more characters, and fits.
+    """
+    texts.write_text("a file " * 250 + "\n" + "\u6f22" * 1200 + "\n", encoding="utf-8")
+    load = StreamLoad(output_tokens=Lengths(low=1, high=LONGEST - 3 * 1200 + 1))
+    with pytest.raises(LoadInputError, match="INVALID_ARGUMENT"):
+        run_load(_plan(server, texts, stream=load))
+
+
 @pytest.mark.parametrize(
     ("spec", "options", "said"),
     [
         ("generation", ["--output-tokens", "9-3"], "--output-tokens: got '9-3'"),
-        ("minilm", ["--cancel-share", "0.5"], "give the spec of a generator"),
+        ("minilm", ["--cancel-share", "0.5"], "use it with a model that streams text"),
     ],
 )
 def test_wrong_options_exit_2_with_a_cure(spec: str, options: list[str], said: str, tmp_path: Path) -> None:

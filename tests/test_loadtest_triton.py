@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +17,11 @@ from loadtest.errors import LoadInputError
 from loadtest.plan import LoadPlan, Progress
 from loadtest.report import LoadReport, check_slo, read_report, render_html, render_text
 from loadtest.run import run_load
+from loadtest.server import request_counts
+from loadtest.stopping import Stop
 from runtime.settings import ServerSettings
 from runtime.triton import Ports, TritonServer
+from tests.conftest import wait_until
 
 pytestmark = pytest.mark.triton
 
@@ -132,6 +137,7 @@ class Limits:
     p95_latency_ms = None
     min_throughput_per_s = 0.001
     max_error_rate = 0.0
+    p99_first_token_ms = p99_response_gap_ms = p99_inter_token_ms = min_output_tokens_per_s = None
 
 
 def test_both_protocols_give_a_report_that_names_the_weights(server: TritonServer, texts: Path, tmp_path: Path) -> None:
@@ -156,6 +162,11 @@ def test_both_protocols_give_a_report_that_names_the_weights(server: TritonServe
     assert core.mean_batch is not None
     assert 1 <= core.mean_batch <= 4
     assert report.processor.server_seconds is not None
+    ledger = report.requests
+    assert ledger is not None  # every request that was started was answered, and the server counts as many
+    assert ledger.started == ledger.answered == ledger.server_succeeded
+    assert (ledger.failed, ledger.under_way, ledger.server_failed) == ({}, 0, 0)
+    assert ledger.answered > report.figures.requests
     assert not _texts_or_paths_leak(report, texts)
     report.save(tmp_path / "report.json")
     assert read_report(tmp_path / "report.json") == report
@@ -193,13 +204,21 @@ def test_open_loop_starts_requests_at_its_rate_over_both_protocols(server: Trito
 
 
 def test_failures_are_counted_by_kind(server: TritonServer, texts: Path) -> None:
-    texts.write_text("fine\nrefuse\nnan\n")
+    texts.write_text("a text that is fine\nrefuse\nnan\n")  # the longest is the trial
     report = run_load(_plan(server, texts, protocol="both"))
     assert set(report.figures.errors) == {"INVALID_ARGUMENT", "BAD_OUTPUT"}
     assert set(report.error_examples) == {"INVALID_ARGUMENT", "BAD_OUTPUT"}
     assert report.figures.requests > 0
     (missed,) = check_slo(report, Limits())
     assert missed.startswith("Error rate is ")
+    ledger = report.requests
+    assert ledger is not None
+    assert ledger.started == ledger.answered + sum(ledger.failed.values())
+    assert (
+        ledger.server_failed == 2 * ledger.failed["INVALID_ARGUMENT"]
+    )  # Triton 2.51 counts those of an ensemble twice
+    assert ledger.server_succeeded == ledger.answered + ledger.failed["BAD_OUTPUT"]  # the server thought them good
+    assert not any("over the whole run" in note for note in report.notes)
 
 
 def test_late_answers_are_timeouts(server: TritonServer, texts: Path) -> None:
@@ -240,6 +259,62 @@ def test_input_is_checked_before_anything_starts(server: TritonServer, texts: Pa
     ):
         with pytest.raises(LoadInputError, match=said):
             run_load(_plan(server, texts, **changes))
+
+
+def test_a_run_that_is_stopped_reports_what_it_measured(server: TritonServer, texts: Path) -> None:
+    """By two workers, whose last words still reach the report."""
+    stop = Stop()
+
+    def ask_to_stop(progress: Progress) -> None:
+        stop.asked = progress.elapsed_s >= 5
+
+    report = run_load(_plan(server, texts, processes=2, duration_s=60), on_progress=ask_to_stop, stop=stop)
+    assert report.stopped is not None
+    assert 1 <= report.stopped.measured_s == len(report.points) < 30
+    assert report.stopped.planned_s == 60
+    assert report.figures.requests > 0
+    assert report.figures.failed == 0
+    assert report.requests is not None
+    assert report.requests.started == report.requests.answered == report.requests.server_succeeded
+    assert "PARTIAL" in render_text(report)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_a_report_of_the_command(
+    server: TritonServer, texts: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    spec, output = tmp_path / "spec.yaml", tmp_path / "load.json"
+    spec.write_text("name: toy\nmodel: {source: nowhere, task: embedding}\n")
+    options = ["--grpc", server.grpc_address, "--metrics", server.metrics_address, "--texts", texts, "--users", 2]
+    options += ["--duration-s", 300, "--warm-up-s", 0]
+    before = _answered(server)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "builders", "loadtest", str(spec), "-o", str(output), *map(str, options)],
+        cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert wait_until(lambda: _answered(server) > before + 1, 120)  # one more than the trial
+        begun = time.monotonic()
+        assert wait_until(lambda: time.monotonic() - begun > 4, 10)  # so that whole seconds are measured
+        process.send_signal(number)
+        printed, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
+        process.wait(10)
+    assert process.returncode == 1, errors
+    assert "the load test was stopped: the report is of" in errors
+    assert "PARTIAL: stopped after" in printed
+    report = read_report(output)
+    assert report.stopped is not None
+    assert report.figures.requests > 0
+    assert report.slo is not None
+    assert "partial: stopped after" in output.with_suffix(".html").read_text()
+
+
+def _answered(server: TritonServer) -> int:
+    counts = request_counts(server.grpc_address, "toy")
+    assert counts is not None
+    return counts[0]
 
 
 def test_nothing_is_left_running(server: TritonServer, texts: Path) -> None:
