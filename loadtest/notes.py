@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from loadtest.figures import Figures, measured_keys
+from loadtest.rows import number
 
 if TYPE_CHECKING:
     from loadtest.plan import Evidence
@@ -56,8 +57,8 @@ def _on_client(evidence: Evidence, whole: Figures, processor: Processor) -> list
     if late is not None and (late > STARVED_MS or (measured is not None and late > LATE * measured)):
         what = "p50 latency" if whole.stream is None else "p99 of the gaps between tokens"
         notes.append(
-            f"the load generator came to its work up to {late:.3g} ms late (p99), and {what} is "
-            f"{'unknown' if measured is None else f'{measured:.3g} ms'}: part of it may be the generator's own; "
+            f"the load generator came to its work up to {number(late)} ms late (p99), and {what} is "
+            f"{'unknown' if measured is None else f'{number(measured)} ms'}: part of it may be the generator's own; "
             "give it cores that the server does not use, more processes, or fewer users"
         )
     notes += _on_users(evidence)
@@ -70,8 +71,8 @@ def _on_client(evidence: Evidence, whole: Figures, processor: Processor) -> list
 def _on_users(evidence: Evidence) -> list[str]:
     """A load that was never what the report says it was."""
     plan, trace = evidence.plan, evidence.trace
-    first = measured_keys(trace, plan.schedule).start
-    asking, planned = trace.users.get(first), plan.schedule.plateaux[0]
+    keys, planned = measured_keys(trace, plan.schedule), plan.schedule.plateaux[0]
+    asking = next((trace.users[key] for key in keys if key in trace.users), None)
     if plan.rate_per_s is not None or asking is None or asking >= ASKING * planned:
         return []
     return [

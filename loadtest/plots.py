@@ -177,8 +177,11 @@ def _line(axes: Axes, points: Sequence[Point], key: str, **style: Any) -> None:
 
 
 def _curve(axes: Axes, points: Sequence[Point], values: Sequence[float], **style: Any) -> None:
-    marker = "o" if len(points) < 4 else ""  # a line of one point would be invisible
-    axes.plot([point.elapsed_s for point in points], values, linewidth=1.6, marker=marker, markersize=4, **style)
+    # a value without neighbours would be an invisible line
+    seen = [False, *(value == value for value in values), False]
+    alone = [at for at in range(len(values)) if seen[at + 1] and not seen[at] and not seen[at + 2]]
+    style |= {"linewidth": 1.6, "marker": "o" if alone else "", "markersize": 4}
+    axes.plot([point.elapsed_s for point in points], values, markevery=alone, **style)
 
 
 def _or_nan(value: float | None) -> float:
