@@ -279,7 +279,7 @@ def test_a_run_that_is_stopped_reports_what_it_measured(server: TritonServer, te
     assert "PARTIAL" in render_text(report)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_leaves_a_report_of_the_command(
     server: TritonServer, texts: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
