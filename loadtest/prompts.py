@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from loadtest.errors import LoadInputError
 from loadtest.figures import Record
 
-CANDIDATES = 3  # by each measure
+CANDIDATES = 2  # by each measure
 LETTERS_A_PIECE = 6
 
 Positive = Annotated[int, Field(gt=0)]

@@ -212,7 +212,7 @@ def test_the_trial_prompt_is_the_longest_in_tokens(server: TritonServer, texts: 
     more characters, and fits.
     """
     texts.write_text("a file " * 250 + "\n" + "\u6f22" * 1200 + "\n", encoding="utf-8")
-    load = StreamLoad(output_tokens=Lengths(low=1, high=LONGEST - 3 * 1200 + 1))
+    load = StreamLoad(output_tokens=Lengths(low=1, high=LONGEST - 3 * 1200 + 64))
     with pytest.raises(LoadInputError, match="INVALID_ARGUMENT"):
         run_load(_plan(server, texts, stream=load))
 
