@@ -51,7 +51,7 @@ def with_ledgers(evidence: Evidence, before: Counts) -> Evidence:
 
 
 def _with_server(seen: RequestLedger, evidence: Evidence, before: Counts, early: tuple[int, int]) -> RequestLedger:
-    from runtime.supervisor import PROBE_INTERVAL_S
+    from runtime.supervisor import Pace
 
     plan, trials = evidence.plan, evidence.target.trial_requests
     least = early[0] + trials + seen.answered
@@ -62,7 +62,7 @@ def _with_server(seen: RequestLedger, evidence: Evidence, before: Counts, early:
         update={
             "server_succeeded": late[0] - early[0] - trials,
             "server_failed": late[1] - early[1],
-            "probes": round((time.monotonic() - before.at) / PROBE_INTERVAL_S) + 2,
+            "probes": round((time.monotonic() - before.at) / Pace().interval_s) + 2,
         }
     )
 
