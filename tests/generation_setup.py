@@ -62,11 +62,15 @@ def engine_over(
     queue: int = 1000,
     call_cost: int | None = None,
     end_ids: tuple[int, ...] = (),
+    start: int | None = None,
 ) -> Engine:
+    """`start` is the token that outputs begin with where an encoder reads the prompts."""
     cache = SlotCache(capacities, slots, kept)
     cost = executor.call_cost if call_cost is None else call_cost
-    scheduler = Scheduler(cache, chunk_tokens=chunk, queue_size=queue, call_cost=cost, stages=executor.stages)
-    return Engine(executor, scheduler, Limits(executor.vocabulary, capacities[-1], 16, end_ids))
+    scheduler = Scheduler(
+        cache, chunk_tokens=chunk, queue_size=queue, call_cost=cost, stages=executor.stages, encoder=start is not None
+    )
+    return Engine(executor, scheduler, Limits(executor.vocabulary, capacities[-1], 16, end_ids, start))
 
 
 def real_engine(graph: Path, capacities: Sequence[int], slots: int, **options: int) -> Engine:

@@ -9,82 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from numpy.typing import NDArray
 
-from runtime.errors import ServerFault, Unavailable
+from runtime.errors import Unavailable
 from runtime.generation.engine import Engine, generate
-from runtime.generation.executor import Batch, Copy, Logits, Row, Tokens
 from runtime.generation.grouping import choose_pools, pool_for, regroup
 from runtime.generation.request import SamplingParams, Update
+from tests.generation_ledger import VOCABULARY, Ledger, continuation
 from tests.generation_setup import engine_over
 
-VOCABULARY = 50
-
-
-class Ledger:
-    """An executor whose cache holds the tokens themselves, and whose logits depend on all of a row's tokens.
-
-    It fails where a real one would go wrong in silence: a position written twice or left out, a row outside its pool.
-    """
-
-    vocabulary, stages, call_cost = VOCABULARY, 1, 10
-
-    def __init__(self, capacities: Sequence[int], rows: int, stages: int = 1) -> None:
-        self._capacities, self._rows, self.stages = capacities, rows, stages
-        self.steps: list[int] = []  # tokens of each step
-        self.broken = False
-        self.reset()
-
-    def reset(self) -> None:
-        self._cells = [np.full((self._rows, capacity), -1, np.int64) for capacity in self._capacities]
-
-    def run(self, batches: Sequence[Batch]) -> list[Logits]:
-        if self.broken:
-            self.broken = False
-            raise ServerFault("pulled the plug")
-        self.steps.append(sum(batch.input_ids.size for batch in batches))
-        touched = [(batch.pool, row) for batch in batches for row in batch.rows]
-        assert len(touched) == len(set(touched)), "two batches of one step share a row"
-        return [self._run(batch) for batch in batches]
-
-    def _run(self, batch: Batch) -> Logits:
-        cells, length = self._cells[batch.pool], batch.input_ids.shape[1]
-        assert length == 1 or (length > 1 and len(batch.input_ids) == 1)
-        logits = np.zeros((len(batch.input_ids), VOCABULARY), np.float32)
-        for index, (row, start) in enumerate(zip(batch.rows, batch.write_indices, strict=True)):
-            assert start + length <= cells.shape[1], "written past the capacity"
-            cells[row, start : start + length] = batch.input_ids[index]
-            held = cells[row, : start + length]
-            assert (held >= 0).all(), "a position was never written"
-            logits[index, follower(held)] = 1.0
-        return logits
-
-    def copy(self, copies: Sequence[Copy]) -> None:
-        for source, target, tokens in copies:
-            cells = self._cells[target.pool][target.place]
-            if source is not None:
-                cells[:tokens] = self._cells[source.pool][source.place][:tokens]
-            cells[tokens:] = -1
-
-    def encode(self, row: Row, source: Tokens) -> None:
-        raise AssertionError("no encoder")
-
-    def close(self) -> None: ...
-
-
-def follower(tokens: NDArray[np.int64]) -> int:
-    return int((tokens * np.arange(1, len(tokens) + 1)).sum() * 7 + len(tokens)) % VOCABULARY
-
-
-def continuation(prompt: Sequence[int], count: int) -> list[int]:
-    """What one request alone must give."""
-    tokens = list(prompt)
-    for _ in range(count):
-        tokens.append(follower(np.array(tokens)))
-    return tokens[len(prompt) :]
-
-
-SLOTS, QUEUE = 3, 4
+START = 1  # of outputs, where an encoder reads the prompts
 # Few distinct tokens, so that prompts share beginnings.
 PROMPTS = st.lists(st.integers(0, 1), min_size=1, max_size=20)
 
@@ -98,23 +31,34 @@ class Traffic(RuleBasedStateMachine):
         chunk=st.integers(1, 12),
         cost=st.integers(0, 40),
         stages=st.integers(1, 2),
+        slots=st.sampled_from([3, 24]),  # few, and more than a chunk has tokens
+        encoder=st.booleans(),
     )
-    def start(self, capacities: tuple[int, ...], kept: int, chunk: int, cost: int, stages: int) -> None:
-        self.now = 0.0
-        self.ledger = Ledger(capacities, SLOTS + kept, stages)
-        engine = engine_over(self.ledger, capacities, SLOTS, kept=kept, chunk=chunk, queue=QUEUE, call_cost=cost)
+    def start(
+        self, capacities: tuple[int, ...], kept: int, chunk: int, cost: int, stages: int, slots: int, encoder: bool
+    ) -> None:
+        self.now, self.encoder = 0.0, encoder
+        self.ledger = Ledger(capacities, slots + kept, stages, encoder=encoder)
+        engine = engine_over(
+            self.ledger, capacities, slots, kept=kept, chunk=chunk, queue=slots + 1, call_cost=cost,
+            start=START if encoder else None,
+        )  # fmt: skip
         self.engine = Engine(engine.executor, engine.scheduler, engine.limits, clock=lambda: self.now)
         self.prompts: dict[int, list[int]] = {}
         self.room: dict[int, int] = {}
         self.outputs: dict[int, list[int]] = {}
         self.ended: dict[int, Update] = {}
-        self.lost: set[int] = set()
 
     @rule(prompt=PROMPTS, count=st.integers(1, 12), timeout=st.none() | st.integers(1, 30))
     def submit(self, prompt: list[int], count: int, timeout: int | None) -> None:
         params = SamplingParams(max_tokens=count)
         number = self.engine.submit(np.array(prompt, np.int64), params, timeout_s=timeout)
         self.prompts[number], self.room[number], self.outputs[number] = prompt, count, []
+
+    @rule(prompts=st.lists(PROMPTS, min_size=15, max_size=30), count=st.integers(1, 12))
+    def rush(self, prompts: list[list[int]], count: int) -> None:
+        for prompt in prompts:
+            self.submit(prompt, count, None)
 
     @rule(which=st.integers(0, 1000))
     def cancel(self, which: int) -> None:
@@ -133,7 +77,6 @@ class Traffic(RuleBasedStateMachine):
     @rule()
     def fail(self) -> None:
         self.ledger.broken = True
-        self.lost |= set(self.engine.scheduler.running)
 
     def _collect(self) -> None:
         for update in self.engine.take_updates():
@@ -146,9 +89,12 @@ class Traffic(RuleBasedStateMachine):
     def sound(self) -> None:
         if not hasattr(self, "engine"):
             return
-        self.engine.scheduler.cache.check_integrity()
+        self.engine.scheduler.check_integrity()
+        assert not self.ledger.misused
         for number, tokens in self.outputs.items():
-            assert tokens == continuation(self.prompts[number], len(tokens))
+            prompt = self.prompts[number]
+            alone = ([START], len(tokens), prompt) if self.encoder else (prompt, len(tokens))
+            assert tokens == continuation(*alone)
             end = self.ended.get(number)
             if end is not None and end.finish == "length":
                 assert len(tokens) == self.room[number]
@@ -162,6 +108,8 @@ class Traffic(RuleBasedStateMachine):
             self.step(1)
         assert set(self.ended) == set(self.prompts)
         assert not self.engine.step()
+        assert self.engine.gauges().running == 0
+        assert self.engine.scheduler.cache.running == 0
 
 
 TestTraffic = Traffic.TestCase
@@ -201,7 +149,34 @@ def test_rows_move_aside_where_none_is_free() -> None:
     asked = [np.arange(20), np.array([30, 31, 32]), np.array([12, 12, 7])]  # the later ones are ready to decode first
     outputs = generate(engine, asked, SamplingParams(max_tokens=8))
     assert outputs == [continuation(prompt.tolist(), 8) for prompt in asked]
-    engine.scheduler.cache.check_integrity()
+    engine.scheduler.check_integrity()
+
+
+@pytest.mark.parametrize(("slots", "chunk"), [(64, 16), (192, 128)])
+def test_every_row_keeps_its_source_where_prompts_wait_for_their_turn(slots: int, chunk: int) -> None:
+    """More rows than tokens in a step: some are moved before their first token."""
+    random = np.random.default_rng(0)
+    sources = [random.integers(0, VOCABULARY, size) for size in random.integers(1, 60, 400)]
+    engine = engine_over(
+        Ledger((16, 32, 64), slots + 2, encoder=True), (16, 32, 64), slots, chunk=chunk, queue=400, start=START
+    )
+    numbers = [engine.submit(s, SamplingParams(max_tokens=int(random.integers(1, 40)))) for s in sources]
+    outputs: dict[int, list[int]] = {number: [] for number in numbers}
+    while engine.step():
+        engine.scheduler.check_integrity()
+        for update in engine.take_updates():
+            outputs[update.request] += update.tokens
+    alone = [continuation([START], len(outputs[n]), s.tolist()) for n, s in zip(numbers, sources, strict=True)]
+    assert list(outputs.values()) == alone
+    assert engine.gauges().kept == 0  # nothing is shared, so nothing is kept
+
+
+def test_what_an_earlier_tenant_left_is_gone_before_a_row_that_moved_is_computed() -> None:
+    """Also where no source is: masked or not, a NaN behind a row's tokens would spoil it."""
+    engine = engine_over(Ledger((64,), 66), (64,), 64, chunk=16, queue=400)
+    prompts = [np.full(1 + number % 7, number % VOCABULARY) for number in range(300)]
+    outputs = generate(engine, prompts, SamplingParams(max_tokens=9))
+    assert outputs == [continuation(prompt.tolist(), 9) for prompt in prompts]
 
 
 def test_rows_that_moved_as_the_last_stream_ended_can_be_shared() -> None:

@@ -50,6 +50,14 @@ def test_tokens_are_those_of_the_model(graphs: Path) -> None:
     assert generate(_engine(graphs, (32,), 1), sources, params) == got
 
 
+def test_more_rows_than_a_chunk_has_tokens(graphs: Path) -> None:
+    """Rows that wait for their first token are moved, and their sources with them."""
+    random = np.random.default_rng(5)
+    sources = [random.integers(4, 300, size).astype(np.int64) for size in random.integers(1, 30, 60)]
+    params = SamplingParams(max_tokens=NEW_TOKENS)
+    assert generate(_engine(graphs, (16, 32), 24), sources, params) == generate(_engine(graphs, (32,), 1), sources, params)
+
+
 def test_source_and_output_are_limited_each(graphs: Path) -> None:
     engine = _engine(graphs, (16, 32), 2)
     assert len(generate(engine, [np.arange(4, 36)], SamplingParams(max_tokens=32))[0]) == 32

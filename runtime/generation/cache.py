@@ -13,6 +13,10 @@ continues a kept row in place where that is a prefix of the prompt as a whole, a
 from any row otherwise, running ones too. Copying a token costs microseconds, computing it most of a millisecond.
 
 What is decided here happens later: `take_copies` are to be carried out in order, before the next run.
+
+Whatever is bound to a row goes with its tenant: a move is always a copy, also of a row that holds no token yet, for its
+source (of an encoder-decoder) may be there, and behind its tokens every row holds zeros. What else belongs to a
+request (random numbers, penalties, text) is bound to its `Sequence` and never moves.
 """
 
 from __future__ import annotations
@@ -31,7 +35,11 @@ from runtime.generation.request import Tokens
 
 @dataclass(eq=False)
 class Slot:
-    """A row and its tenant. The row holds keys and values of `tokens[:filled]`."""
+    """A row and its tenant. The row holds keys and values of `tokens[:filled]`, and zeros behind them.
+
+    Whoever computed tokens raises `filled`; `row` and `state` are the cache's alone, and any call to it may change the
+    `row` of any slot: look it up when the plan is complete, do not keep it.
+    """
 
     owner: int
     tokens: Tokens
@@ -42,7 +50,11 @@ class Slot:
 
 
 class SlotCache:
-    """`slots` sequences at most run at once; each pool has `kept` more rows. Not thread-safe."""
+    """`slots` sequences at most run at once; each pool has `kept` more rows. Not thread-safe: the scheduler's alone.
+
+    A slot is opened "prefilling", activated once, to "decoding", and closed once, to "kept" or to nothing.
+    `open`, `activate`, `place` and `close` may move tenants, each by an entry in `take_copies`; none touches tokens.
+    """
 
     def __init__(self, capacities: Sequence[int], slots: int, kept: int) -> None:
         if kept < 1 or slots < 1 or not capacities or list(capacities) != sorted(set(capacities)):
@@ -71,6 +83,9 @@ class SlotCache:
         return [slot for slot in self._pools[pool][: self._active[pool]] if slot is not None]
 
     def take_copies(self) -> list[Copy]:
+        """Everything that has moved since the last time, in order; the caller carries it out before anything else is
+        computed. A row that is encoded or computed in the same step is so where it lies after them.
+        """
         copies, self._copies = self._copies, []
         return copies
 
@@ -78,11 +93,15 @@ class SlotCache:
         """A row for `tokens[:length]`, holding `need` positions; what other rows share of it is there already.
 
         Call it only while `running < slots`. At least the last token is left to compute: its logits are wanted.
+        Copies what is shared, or zeros where nothing is; moves and forgets kept rows, and no running one. Where rows
+        have sources, `share` must be off: equal tokens after another source have other keys and values.
         """
         source, shared = self._longest_shared(tokens[: length - 1]) if share else (None, 0)
         pool = pool_for(max(need, shared), self.capacities)
         if source is not None and self._continues(source, shared, pool):
             row = source.row
+            if shared < source.filled:
+                self._copies.append(Copy(row, row, shared))  # what lay behind goes
         else:
             row = self._beside(pool)
             self._copies.append(Copy(None if source is None else source.row, row, shared))
@@ -93,7 +112,9 @@ class SlotCache:
         return slot
 
     def activate(self, slot: Slot) -> None:
-        """The prompt is computed: the row joins the decoding ones."""
+        """The prompt is computed: the row joins the decoding ones. Whoever lies in its new place moves aside, running
+        or not.
+        """
         pool, end = slot.row.pool, self._active[slot.row.pool]
         if slot.row.place != end:
             self._vacate(Row(pool, end))
@@ -102,7 +123,9 @@ class SlotCache:
         slot.state = "decoding"
 
     def place(self, slot: Slot, pool: int) -> None:
-        """Moves a running row to another pool."""
+        """Moves a running row to another pool, which must hold its tokens and its source. A hole among decoding rows is
+        closed by the last of them.
+        """
         if slot.row.pool == pool:
             return
         if slot.state == "prefilling":
@@ -115,21 +138,22 @@ class SlotCache:
         self._close_hole(old)
 
     def close(self, slot: Slot, *, keep: bool = True) -> None:
-        """The sequence has ended; what it computed stays for others, if `keep`, as long as there is room."""
-        slot.used, was = next(self._clock), slot.state
+        """The sequence has ended; what it computed stays for others, if `keep`, as long as there is room. A hole among
+        decoding rows is closed by the last of them. The slot is the caller's no more.
+        """
+        row, was = slot.row, slot.state
+        slot.used, slot.state = next(self._clock), "kept"
         slot.filled *= keep
         slot.tokens = slot.tokens[: slot.filled]
-        if was == "decoding":
-            row, last = slot.row, self._active[slot.row.pool] - 1
-            if row.place != last:
-                self._vacate(row)
-            self._close_hole(row)
-        slot.state = "kept"
         if not slot.filled:
-            self._set(slot.row, None)
+            self._set(row, None)
+        elif was == "decoding" and row.place != self._active[row.pool] - 1:
+            self._vacate(row)
+        if was == "decoding":
+            self._close_hole(row)
 
     def clear(self) -> None:
-        """Forgets everything: the memory behind it is gone."""
+        """Forgets everything, copies that were not taken too: the memory behind it is gone. No slot is valid after."""
         self._pools = [[None] * self.rows for _ in self.capacities]
         self._active = [0] * len(self.capacities)
         self._copies = []
@@ -187,8 +211,8 @@ class SlotCache:
             self._move(tenant, Row(row.pool, free))
 
     def _move(self, slot: Slot, row: Row) -> None:
-        if slot.filled:
-            self._copies.append(Copy(slot.row, row, slot.filled))
+        """To a row without a tenant, with all that is bound to it, and zeros behind."""
+        self._copies.append(Copy(slot.row, row, slot.filled))
         self._set(slot.row, None)
         self._set(row, slot)
         slot.row = row

@@ -35,7 +35,10 @@ class Work:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What one step does, in this order. `expired` have waited too long, and are gone."""
+    """What one step does, in this order. `expired` have waited too long, and are gone.
+
+    `encodes` are sources of rows that are new, each where its row lies after `copies`.
+    """
 
     expired: list[Sequence]
     copies: list[Copy]
@@ -81,7 +84,8 @@ class Scheduler:
             self.waiting.remove(sequence)
             return
         del self.running[sequence.request.id]
-        self.cache.close(sequence.slot, keep=keep and not sequence.request.probe)
+        # Rows with sources share nothing, so nobody would use what they leave.
+        self.cache.close(sequence.slot, keep=keep and not sequence.request.probe and not self._encoder)
         sequence.slot, self._regroup = None, True
 
     def clear(self) -> list[Sequence]:
@@ -97,12 +101,15 @@ class Scheduler:
         expired = self._expire(now)
         self._activate()
         self._make_room()
-        encodes = self._admit()
+        admitted = self._admit()
         decodes = self._decodes()
         budget = max(self._chunk_tokens - sum(len(work.sequences) for work in decodes), _SMALLEST_CHUNK)
         work = decodes + self._prefills(budget)
-        # Without work nothing is carried out, and what rows that ended left to copy waits for the next plan.
-        return Plan(expired, self.cache.take_copies() if work else [], encodes, work)
+        if not work:  # nothing is carried out; what rows that ended left to copy waits for the next plan
+            assert not admitted, "a prompt was admitted, and no chunk of any planned"
+            return Plan(expired, [], [], [])
+        encodes = [(s.slot.row, s.request.prompt) for s in admitted if s.slot is not None] if self._encoder else []
+        return Plan(expired, self.cache.take_copies(), encodes, work)
 
     def done(self, work: Work) -> None:
         """The batch has run: its tokens are in the cache."""
@@ -142,10 +149,11 @@ class Scheduler:
             self.cache.place(slot, pool)
         self._regroup = False
 
-    def _admit(self) -> list[tuple[Row, Tokens]]:
-        encodes = []
+    def _admit(self) -> list[Sequence]:
+        """Who got a row; where it lies may change until the plan is complete."""
+        admitted = []
         while self.waiting and len(self.running) < self.cache.slots:
-            sequence = self.waiting.popleft()
+            sequence = self.waiting[0]  # in the queue until it has its row: nobody may be in neither
             first = min(sequence.length, self._chunk_tokens)
             sequence.slot = self.cache.open(
                 sequence.request.id,
@@ -154,12 +162,11 @@ class Scheduler:
                 need=max(first, self._source_length(sequence)),
                 share=not self._encoder,
             )
-            self.running[sequence.request.id] = sequence
+            self.running[sequence.request.id] = self.waiting.popleft()
             if not sequence.request.probe:
                 self.reused_tokens += sequence.filled
-            if self._encoder:
-                encodes.append((sequence.slot.row, sequence.request.prompt))
-        return encodes
+            admitted.append(sequence)
+        return admitted
 
     def _source_length(self, sequence: Sequence) -> int:
         """Of an encoder-decoder: the cross-attention cache lies in the same row and needs its own positions."""
@@ -199,6 +206,17 @@ class Scheduler:
             batch = Batch(slot.row.pool, slot.row.place, ids, np.array([slot.filled], np.int64))
             works.append(Work(batch, [chosen], last=end == chosen.length))
         return works
+
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError where the books do not add up, also those of the cache. For tests."""
+        self.cache.check_integrity()
+        assert all(sequence.slot is None for sequence in self.waiting), "who waits has a row"
+        for number, sequence in self.running.items():
+            slot = sequence.slot
+            assert slot is not None and slot.owner == number == sequence.request.id, f"the row of {number} is another's"
+            assert slot.state != "kept" and slot.filled < sequence.length, f"{number} has {slot}"
+        assert self.cache.running == len(self.running), "a row runs for nobody"
 
 
 def _split(items: Collection[Slot], parts: int) -> list[Collection[Slot]]:

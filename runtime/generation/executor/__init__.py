@@ -23,7 +23,8 @@ class Row(NamedTuple):
 class Copy(NamedTuple):
     """The first `tokens` positions of one row, to another; pools may differ. The rest of the target becomes zero.
 
-    Without a source, all of it does: a NaN that an earlier tenant left would spoil sums, masked or not.
+    Without a source, all of it does: a NaN that an earlier tenant left would spoil sums, masked or not. A row may be its
+    own source: then only the rest of it becomes zero. Copies of 0 tokens still move what is not by tokens: cross caches.
     """
 
     source: Row | None

@@ -120,7 +120,7 @@ class OpenVinoStepExecutor:
     def copy(self, copies: Sequence[Copy]) -> None:
         """Whole blocks. What lies behind the tokens of a row is never read, so nothing is zeroed."""
         for source, target, tokens in copies:
-            if source is not None:
+            if source is not None and source != target:
                 origin, destination = self._blocks(source, tokens), self._blocks(target, tokens)
                 for cache in self._caches:
                     cache[destination] = cache[origin]

@@ -184,7 +184,8 @@ class EnginePool:
             if source is not None:
                 origin, row = source
                 length = tokens if kind is OWN else min(self.capacity, origin.capacity)
-                self._cuda.copy_box(self.row(place, of=kind), origin.row(row, of=kind), length * self.line)
+                if (origin, row) != (self, place):  # a copy onto itself is not defined
+                    self._cuda.copy_box(self.row(place, of=kind), origin.row(row, of=kind), length * self.line)
             self._cuda.zero_box(self.row(place, of=kind, skip=length), (self.capacity - length) * self.line)
 
     def logits(self, first: int, row: int = 0) -> int:

@@ -153,6 +153,7 @@ class DeviceSteps:
     def reset(self) -> None:
         self.calls += 1
         self.wait()
+        self._source_lengths[:] = 1
         for pool in self.pools:
             pool.reset()
 
