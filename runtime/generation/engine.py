@@ -1,7 +1,13 @@
 """The loop of generation, and the thread-safe front before it.
 
 One thread calls `run` (or `step`); any thread calls `submit`, `cancel` and `gauges`. What the steps bring is
-fetched with `take_updates` by whoever delivers it.
+fetched with `take_updates` by whoever delivers it. Every request gets one last update, whatever happens:
+
+a fault of one request (its sampling, its text)     ends that request
+a fault of the executor, or in its lazy logits      ends all that run; waiting ones go on with a fresh executor
+a fresh executor that does not come                 requests are refused until it does (see `recovery`)
+too many faults in a row, a device that is lost,    ends all and the loop: the process ends with it, and the supervisor
+or a fault of the loop itself                       loads the model again
 """
 
 from __future__ import annotations
@@ -11,20 +17,24 @@ import queue
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Collection
+from contextlib import contextmanager
 
-from runtime.cuda import DeviceLost
 from runtime.errors import ServerFault, ServingError, Unavailable
 from runtime.generation.detokenizer import Decoder, Detokenizer
 from runtime.generation.executor import Logits, StepExecutor
 from runtime.generation.metrics import Counters, Gauges
+from runtime.generation.recovery import Recovery
 from runtime.generation.request import Limits, Request, SamplingParams, Tokens, Update
 from runtime.generation.sampler import sample
 from runtime.generation.scheduler import Plan, Scheduler, Work
 from runtime.generation.sequence import Sequence
 
 _IDLE_SECONDS = 0.2
+
+Sampler = Callable[[Logits, Collection[Sequence]], tuple[list[int], list[float]]]
 
 
 class Engine:
@@ -37,12 +47,16 @@ class Engine:
         limits: Limits,
         decoder: Decoder | None = None,
         clock: Callable[[], float] = time.monotonic,
+        sampler: Sampler = sample,
     ) -> None:
         self.executor, self.scheduler, self.limits, self.clock = executor, scheduler, limits, clock
         self.counters = Counters()
         self._outbox: queue.SimpleQueue[list[Update]] = queue.SimpleQueue()
-        self._decoder = decoder
-        self._inbox: queue.SimpleQueue[Sequence | int] = queue.SimpleQueue()  # an int cancels that request
+        self._decoder, self._sampler = decoder, sampler
+        self._recovery = Recovery(executor, clock)
+        self._arrived = threading.Condition()  # guards the next two
+        self._inbox: deque[Sequence | int] = deque()  # an int cancels that request
+        self._refusal: str | None = None  # why nothing is taken in
         self._ids = itertools.count(1)
 
     def submit(
@@ -52,12 +66,21 @@ class Engine:
         now = self.clock()
         request = Request(next(self._ids), prompt, params, None if timeout_s is None else now + timeout_s, probe)
         detokenizer = None if self._decoder is None else Detokenizer(self._decoder, params.stop)
-        self._inbox.put(Sequence.start(request, self.limits, detokenizer, now))
+        sequence = Sequence.start(request, self.limits, detokenizer, now)
+        with self._arrived:
+            refusal = self._refusal
+            if refusal is None:
+                self._inbox.append(sequence)
+                self._arrived.notify()
+        if refusal is not None:
+            self._outbox.put([_failed(sequence, Unavailable(refusal))])
         return request.id
 
     def cancel(self, request: int) -> None:
         """Its last update says `cancelled`, unless it ended before."""
-        self._inbox.put(request)
+        with self._arrived:
+            self._inbox.append(request)
+            self._arrived.notify()
 
     def take_updates(self, *, wait_s: float = 0.0) -> list[Update]:
         """What has come and was not taken yet; waits at most `wait_s` for the first."""
@@ -70,44 +93,53 @@ class Engine:
             return updates
 
     def run(self, stopped: threading.Event) -> None:
-        """Steps until `stopped`; sleeps while there is nothing to do."""
-        while not stopped.is_set():
-            if not self.step():
-                try:
-                    self._inbox.put(self._inbox.get(timeout=_IDLE_SECONDS))
-                except queue.Empty:
-                    if self.executor.lost():  # nobody waits: the next request need not learn of it
-                        self._recover(ServerFault("the executor was lost while idle"))
+        """Steps until `stopped`; sleeps while there is nothing to do. Whatever it raises, every request has ended."""
+        with self._last_words():
+            while not stopped.is_set():
+                if not self._step() and not self._wait() and self._recovery.lost():
+                    self._recover(ServerFault("the executor was lost while idle"))  # the next request need not learn it
 
     def step(self) -> bool:
-        """One token for every running stream and one budget of prompts; False when there was nothing to do."""
+        """One token for every running stream and one budget of prompts; False when there was nothing to do. Whatever
+        it raises, every request has ended.
+        """
+        with self._last_words():
+            return self._step()
+
+    def _step(self) -> bool:
         began = self.clock()
-        updates = self._receive()
+        received = self._receive()
+        if received:
+            self._outbox.put(received)
+        if self._recovery.pending:
+            return self._reset() if self._recovery.due() else False
         plan = self.scheduler.plan(began)
-        updates += [_failed(late, Unavailable("the request's time ran out")) for late in plan.expired]
+        updates = [_failed(late, Unavailable("the request's time ran out")) for late in plan.expired]
         if plan.work:
             try:
-                logits = self._execute(plan)
+                self._carry_out(plan, updates)
             except Exception as error:  # noqa: BLE001 - whatever broke, the streams must hear of it and others go on
                 self._outbox.put(updates)
-                updates = []
                 self._recover(error)
-            else:
-                for work, rows in zip(plan.work, logits, strict=True):
-                    updates += self._advance(work, rows)
+                return True
+            self._recovery.worked()
             self.counters.steps += 1
             self.counters.step_seconds += self.clock() - began
         if updates:
             self._outbox.put(updates)
-        return bool(plan.work or updates)
+        return bool(plan.work or updates or received)
+
+    def _wait(self) -> bool:
+        """Whether something has arrived, within a moment."""
+        with self._arrived:
+            return self._arrived.wait_for(lambda: bool(self._inbox), _IDLE_SECONDS)
 
     def _receive(self) -> list[Update]:
+        with self._arrived:
+            messages = list(self._inbox)
+            self._inbox.clear()
         updates: list[Update] = []
-        while True:
-            try:
-                message = self._inbox.get_nowait()
-            except queue.Empty:
-                return updates
+        for message in messages:
             if isinstance(message, Sequence):
                 try:
                     self.scheduler.add(message)
@@ -118,6 +150,15 @@ class Engine:
             if sequence is not None:
                 self.scheduler.remove(sequence)
                 updates.append(Update(message, finish="cancelled"))
+        return updates
+
+    def _carry_out(self, plan: Plan, updates: list[Update]) -> None:
+        """Adds to `updates` what the plan brings. Whatever it raises is a fault of the executor."""
+        logits = self._execute(plan)
+        self.scheduler.done(plan)
+        for work, rows in zip(plan.work, logits, strict=True):
+            if work.last:
+                self._advance(work, rows, updates)
 
     def _execute(self, plan: Plan) -> list[Logits]:
         began = self.clock()
@@ -128,18 +169,38 @@ class Engine:
         self.counters.executor_seconds += self.clock() - began
         return logits
 
-    def _advance(self, work: Work, logits: Logits) -> list[Update]:
-        """Books what the batch computed, and gives each of its sequences its next token."""
-        self.scheduler.done(work)
-        if not work.last:
-            return []
+    def _advance(self, work: Work, logits: Logits, updates: list[Update]) -> None:
+        """Gives each sequence of the batch its next token; a fault in that ends the sequence alone."""
         now = self.clock()
-        tokens, logprobs = sample(logits, work.sequences)
+        chosen = self._choose(logits, work.sequences)
         self.counters.sample_seconds += self.clock() - now
-        return [
-            self._append(sequence, token, logprob, now)
-            for sequence, token, logprob in zip(work.sequences, tokens, logprobs, strict=True)
-        ]
+        for sequence, choice in zip(work.sequences, chosen, strict=True):
+            try:
+                if isinstance(choice, Exception):
+                    raise choice
+                updates.append(self._append(sequence, *choice, now))
+            except Exception as error:  # noqa: BLE001 - its text cannot be made, say: the others' can
+                traceback.print_exception(error)
+                updates.append(_failed(sequence, ServerFault("the request failed; the server log has the cause")))
+                self.scheduler.remove(sequence, keep=False)
+
+    def _choose(self, logits: Logits, sequences: Collection[Sequence]) -> list[tuple[int, float] | Exception]:
+        """Token and log-probability of each, or its fault. Raises ServerFault: lazy logits were lost with their device.
+
+        A fault among many is looked for one by one, and each draws its random number again.
+        """
+        drawing = [sequence.random.bit_generator for sequence in sequences if sequence.request.params.temperature > 0]
+        states = [generator.state for generator in drawing]
+        try:
+            return list(zip(*self._sampler(logits, sequences), strict=True))
+        except ServerFault:
+            raise
+        except Exception as error:  # noqa: BLE001 - ends those that it comes from
+            if len(sequences) == 1:
+                return [error]
+        for generator, state in zip(drawing, states, strict=True):
+            generator.state = state
+        return [self._choose(logits[at : at + 1], [one])[0] for at, one in enumerate(sequences)]
 
     def _append(self, sequence: Sequence, token: int, logprob: float, now: float) -> Update:
         if token < 0:
@@ -178,19 +239,43 @@ class Engine:
         ended = [_failed(item, Unavailable(f"{reason}; send the request again")) for item in self.scheduler.clear()]
         if ended:
             self._outbox.put(ended)  # before the reset, which may take seconds
+        self._reset()
+
+    def _reset(self) -> bool:
+        """Tries for a fresh executor; True, for that was something to do. Until there is one, requests are refused.
+
+        Raises what only a new process mends.
+        """
+        refusal = self._recovery.reset()
+        if refusal is None:
+            with self._arrived:
+                self._refusal = None
+        else:
+            self._turn_away(refusal)
+        return True
+
+    def _turn_away(self, refusal: str) -> None:
+        """Ends who waits, and all who come from here on."""
+        with self._arrived:
+            self._refusal = refusal
+            arrived = [message for message in self._inbox if isinstance(message, Sequence)]
+            self._inbox.clear()
+        ended = [_failed(item, Unavailable(refusal)) for item in (*self.scheduler.waiting, *arrived)]
+        self.scheduler.waiting.clear()
+        if ended:
+            self._outbox.put(ended)
+
+    @contextmanager
+    def _last_words(self) -> Iterator[None]:
+        """Who waits for an answer must not learn from silence that the loop has ended."""
         try:
-            self.executor.reset()
-        except ServerFault as again:
-            # The next step fails on the same executor and comes back here: waiting requests end one batch at a time.
-            traceback.print_exception(again)
-            if isinstance(again, DeviceLost):
-                # The process ends with its step thread, and the supervisor loads the model again.
-                refused = self._receive()
-                ended = [
-                    _failed(item, Unavailable(f"{reason}; send the request again")) for item in self.scheduler.waiting
-                ]
-                self._outbox.put([*refused, *ended])
-                raise
+            yield
+        except BaseException as error:
+            reason = str(error) if isinstance(error, ServingError) else "the generator failed; the server log says why"
+            refusal = f"{reason}; the model is loaded again; send the request again"
+            self.scheduler.waiting.extend(self.scheduler.clear())
+            self._turn_away(refusal)
+            raise
 
     def gauges(self) -> Gauges:
         scheduler, cache = self.scheduler, self.scheduler.cache

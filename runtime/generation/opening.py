@@ -57,6 +57,7 @@ def open_engine(settings: GeneratorModelSettings, directory: Path, device: int =
     executor = open_executor(settings, {key: directory / name for key, name in settings.files.items()}, device)
     try:
         tokenizer = TextTokenizer(directory / TOKENIZER_FILE, executor.vocabulary)
+        limits = _limits(settings, executor.vocabulary)
     except BaseException:
         executor.close()  # rank processes would live on
         raise
@@ -68,14 +69,28 @@ def open_engine(settings: GeneratorModelSettings, directory: Path, device: int =
         stages=executor.stages,
         encoder=settings.decoder_start_id is not None,
     )
+    return Engine(executor, scheduler, limits, tokenizer.fast), tokenizer
+
+
+def _limits(settings: GeneratorModelSettings, vocabulary: int) -> Limits:
+    """Raises BadEnvironment for ids that the model does not have."""
     limits = Limits(
-        vocabulary=executor.vocabulary,
+        vocabulary=vocabulary,
         max_length=min(settings.max_length, settings.capacities[-1]),
         default_max_tokens=settings.default_max_tokens,
         end_ids=settings.end_ids,
         decoder_start_id=settings.decoder_start_id,
     )
-    return Engine(executor, scheduler, limits, tokenizer.fast), tokenizer
+    start = settings.decoder_start_id
+    if start is not None and not 0 <= start < vocabulary:
+        raise BadEnvironment(f"outputs start with token {start}; token ids of this model are 0 to {vocabulary - 1}")
+    if settings.end_ids and not limits.possible_end_ids:
+        ids = ", ".join(map(str, settings.end_ids))
+        raise BadEnvironment(
+            f"outputs end with token {ids}, and token ids of this model are 0 to {vocabulary - 1}: none would end; set "
+            "eos_token_id in the checkpoint's generation_config.json and build again"
+        )
+    return limits
 
 
 def open_executor(settings: GeneratorModelSettings, files: Mapping[str, Path], device: int = 0) -> StepExecutor:

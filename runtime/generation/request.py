@@ -126,6 +126,13 @@ class Limits:
     end_ids: tuple[int, ...] = ()
     decoder_start_id: int | None = None  # set for encoder-decoders: the prompt goes to the encoder
 
+    @property
+    def possible_end_ids(self) -> tuple[int, ...]:
+        """Checkpoints name ids that their models cannot make, -1 for one: these never end anything, and no logit is
+        theirs.
+        """
+        return tuple(token for token in self.end_ids if 0 <= token < self.vocabulary)
+
     def room(self, request: Request) -> int:
         """How many tokens the output may have. Raises BadRequest where the request does not fit the model."""
         prompt, asked = request.prompt, request.params.max_tokens

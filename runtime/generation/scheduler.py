@@ -111,11 +111,14 @@ class Scheduler:
         encodes = [(s.slot.row, s.request.prompt) for s in admitted if s.slot is not None] if self._encoder else []
         return Plan(expired, self.cache.take_copies(), encodes, work)
 
-    def done(self, work: Work) -> None:
-        """The batch has run: its tokens are in the cache."""
-        for sequence in work.sequences:
-            assert sequence.slot is not None
-            sequence.slot.filled += work.batch.input_ids.shape[1]
+    def done(self, plan: Plan) -> None:
+        """The plan has run: its tokens are in the cache. Before anything is removed, for that moves rows as far as they
+        are filled: rows of the same plan, too.
+        """
+        for work in plan.work:
+            for sequence in work.sequences:
+                assert sequence.slot is not None
+                sequence.slot.filled += work.batch.input_ids.shape[1]
 
     def _expire(self, now: float) -> list[Sequence]:
         late = [
@@ -207,15 +210,16 @@ class Scheduler:
             works.append(Work(batch, [chosen], last=end == chosen.length))
         return works
 
-
     def check_integrity(self) -> None:
         """Raises AssertionError where the books do not add up, also those of the cache. For tests."""
         self.cache.check_integrity()
         assert all(sequence.slot is None for sequence in self.waiting), "who waits has a row"
         for number, sequence in self.running.items():
             slot = sequence.slot
-            assert slot is not None and slot.owner == number == sequence.request.id, f"the row of {number} is another's"
-            assert slot.state != "kept" and slot.filled < sequence.length, f"{number} has {slot}"
+            assert slot is not None, f"{number} runs without a row"
+            assert slot.owner == number == sequence.request.id, f"the row of {number} is another's"
+            assert slot.state != "kept", f"the row of {number} is free for others"
+            assert slot.filled < sequence.length, f"{slot.filled} tokens of {number} are computed, of {sequence.length}"
         assert self.cache.running == len(self.running), "a row runs for nobody"
 
 

@@ -42,7 +42,7 @@ class Sequence:
             length=len(prompt),
             prompt_length=len(prompt),
             room=room,
-            end_ids=frozenset((*limits.end_ids, *request.params.stop_token_ids)),
+            end_ids=frozenset((*limits.possible_end_ids, *request.params.stop_token_ids)),
             arrived=now,
             random=np.random.Generator(np.random.Philox(request.params.seed)),
             detokenizer=detokenizer,

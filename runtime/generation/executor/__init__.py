@@ -23,8 +23,8 @@ class Row(NamedTuple):
 class Copy(NamedTuple):
     """The first `tokens` positions of one row, to another; pools may differ. The rest of the target becomes zero.
 
-    Without a source, all of it does: a NaN that an earlier tenant left would spoil sums, masked or not. A row may be its
-    own source: then only the rest of it becomes zero. Copies of 0 tokens still move what is not by tokens: cross caches.
+    Without a source, all of it does: a NaN that an earlier tenant left would spoil sums, masked or not. A row may be
+    its own source: then only its rest becomes zero. With a source, cross caches come along, also for 0 tokens.
     """
 
     source: Row | None
@@ -47,7 +47,11 @@ class Batch:
 
 
 class StepExecutor(Protocol):
-    """Owns the caches. Called from one thread. Whatever it raises, its caches count as lost; `reset` starts anew."""
+    """Owns the caches. Called from one thread. Whatever it raises, its caches count as lost; `reset` starts anew.
+
+    Logits may come when somebody looks at them. What they raise then ends the request that is looked at, but a
+    ServerFault is the executor's, as if `run` had raised it.
+    """
 
     vocabulary: int
     stages: int  # batches that can be under way at once: the stages of a pipeline
@@ -66,6 +70,8 @@ class StepExecutor(Protocol):
         """Whether it can only be `reset`: a part of it has died."""
 
     def reset(self) -> None:
-        """Ready again after a fault, with empty caches. Raises ServerFault."""
+        """Ready again after a fault, with empty caches. May take long, but not for ever. Whatever it raises, it may be
+        called again, but for DeviceLost: that only a new process mends.
+        """
 
     def close(self) -> None: ...

@@ -22,6 +22,7 @@ class DeviceLogits:
 
     def __init__(self, top: NDArray[np.float32], vocabulary: int, fetch: Fetch) -> None:
         """`top` is [rows, 2]: the largest logit, and its token. `fetch` brings rows from the device."""
+        self._top = top
         self._largest, self._tokens = top[:, 0], top[:, 1].astype(np.int64)
         self.shape = (len(top), vocabulary)
         self._fetch = fetch
@@ -37,7 +38,12 @@ class DeviceLogits:
         return self._tokens.copy()
 
     def __getitem__(self, index: Any) -> Any:
-        """`logits[[0, 3]]`: a copy of these rows. `logits[rows, tokens]`: a value each."""
+        """`logits[[0, 3]]`: a copy of these rows. `logits[rows, tokens]`: a value each. `logits[1:3]`: a view, as lazy
+        as the whole.
+        """
+        if isinstance(index, slice):
+            rows = range(len(self))[index]
+            return DeviceLogits(self._top[index], self.shape[1], lambda some: self._take([rows[row] for row in some]))
         if isinstance(index, list):
             return self._take(index)
         if isinstance(index, tuple) and len(index) == 2 and all(isinstance(part, np.ndarray) for part in index):
