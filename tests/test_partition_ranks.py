@@ -105,6 +105,32 @@ def test_rank_that_hangs_ends_the_group(pair: RankGroup) -> None:
     assert gone(pids)
 
 
+@pytest.mark.parametrize("kind", ["half", "deaf"])
+def test_a_rank_that_stops_in_the_middle_of_a_message_ends_the_group(kind: str) -> None:
+    """Of its own, or of one that is sent to it and fits no pipe."""
+    with RankGroup(2, worker="tests.stopping_rank") as group:
+        pids = group.processes
+        commands = [[("answer", (1,)), (kind, ())], [("answer", (bytes(1 << 24),))] * 2]
+        with pytest.raises(ServerFault, match="no answer from rank 1 within 1 s; all 2 ranks were ended"):
+            group.call(commands, seconds=1)
+        assert gone(pids)
+
+
+def test_answers_are_those_of_the_call_or_the_group_has_ended() -> None:
+    """More at once than pipes hold, in both directions; and a call that fails leaves no answers for the next."""
+    with RankGroup(2, worker="tests.stopping_rank") as group:
+        big = [[("answer", (number, bytes(3 << 20)))] * 2 for number in range(4)]
+        answers = group.call(big, seconds=PATIENCE_SECONDS)
+        assert [[answer[0] for answer in row] for row in answers] == [[number] * 2 for number in range(4)]
+        assert group.call_one(1, ("answer", (7,)), seconds=PATIENCE_SECONDS) == (7,)
+        pids = group.processes
+        with pytest.raises(Exception, match="pickle"):
+            group.call([[("answer", ()), ("no answer", ())], [("answer", ())] * 2], seconds=PATIENCE_SECONDS)
+        assert gone(pids)
+        with pytest.raises(ServerFault, match="has ended"):
+            group.call([[("answer", ())] * 2], seconds=1)
+
+
 def test_owner_that_is_killed_leaves_no_orphan() -> None:
     start = "from runtime.ranks.group import RankGroup; import time; group = RankGroup(2)"
     script = f"{start}; print(*group.processes, flush=True); time.sleep(600)"

@@ -6,18 +6,24 @@ import os
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
+from multiprocessing.connection import answer_challenge, deliver_challenge
 from pathlib import Path
 from typing import IO
 
 import pytest
 
 from runtime.errors import BadEnvironment, ServerFault
-from runtime.ranks.hosts import Gathering, Hosts, serve_host
+from runtime.ranks.channel import Channel
+from runtime.ranks.hosts import Gathering, Hosts, _greet, _Greeting, serve_host
 from tests.test_partition_ranks import gone
 
 ROOT = Path(__file__).parents[1]
@@ -164,8 +170,6 @@ def test_a_group_of_one_host_waits_for_nobody() -> None:
 
 def test_a_stranger_is_not_listened_to(gathering: Gathering) -> None:
     """Someone without the secret gets no further than the challenge, and one who says nothing does not stop others."""
-    from concurrent.futures import ThreadPoolExecutor
-
     port = gathering.hosts.port
     with ThreadPoolExecutor(1) as pool, socket.create_connection(("127.0.0.1", port)) as scanner:
         scanner.sendall(b"GET / HTTP/1.1\r\n\r\n")
@@ -174,6 +178,58 @@ def test_a_stranger_is_not_listened_to(gathering: Gathering) -> None:
             serve_host(hosts(port, b"wrong"), 1, lambda: False)
         with pytest.raises(ServerFault, match="host 1 did not come"):
             waiting.result(timeout=PATIENCE_S)
+
+
+def test_a_stranger_that_sends_slowly_is_not_waited_for(gathering: Gathering) -> None:
+    """The limit is of all that it says, not of each byte."""
+    served = threading.Event()
+
+    def drip(scanner: socket.socket) -> bool:
+        scanner.sendall(struct.pack("!i", 250))
+        return not any(served.wait(0.1) or scanner.send(b"x") < 1 for _ in range(250))
+
+    with ThreadPoolExecutor(1) as pool, socket.create_connection(("127.0.0.1", gathering.hosts.port)) as scanner:
+        dripping = pool.submit(drip, scanner)
+        with pytest.raises(ServerFault, match="host 1 did not come"):
+            gathering.begin("tcp://127.0.0.1:1", 0.5)
+        served.set()
+        try:
+            assert not dripping.result(timeout=PATIENCE_S), "it was listened to until its end"
+        except OSError:
+            pass  # it was hung up on
+
+
+def test_a_message_of_a_stranger_takes_no_memory(gathering: Gathering) -> None:
+    with socket.create_connection(("127.0.0.1", gathering.hosts.port)) as scanner:
+        scanner.sendall(struct.pack("!iQ", -1, 1 << 62))
+        with pytest.raises(ServerFault, match="host 1 did not come"):
+            gathering.begin("tcp://127.0.0.1:1", 0.5)
+
+
+def test_a_host_that_stops_in_the_middle_of_its_name(gathering: Gathering) -> None:
+    end = time.monotonic() + PATIENCE_S
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(gathering.begin, "tcp://127.0.0.1:1", 1.0)
+        with closing(Channel(socket.create_connection(("127.0.0.1", gathering.hosts.port)))) as half:
+            answer_challenge(_Greeting(half, end), b"right")  # type: ignore[arg-type]
+            deliver_challenge(_Greeting(half, end), b"right")  # type: ignore[arg-type]
+            os.write(half.fileno(), struct.pack("!i", 100) + b"half")
+            with pytest.raises(ServerFault, match="host 1 did not come"):
+                waiting.result(timeout=PATIENCE_S)
+
+
+def test_an_agent_whose_leader_stops_in_the_middle_of_a_message_can_be_stopped() -> None:
+    stopped, asked = threading.Event(), []
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
+        agent = pool.submit(serve_host, hosts(listener.getsockname()[1]), 1, stopped.is_set)
+        arrived, _ = listener.accept()
+        leader, hello = _greet(arrived, b"right", None, time.monotonic() + PATIENCE_S)
+        asked.append(hello)
+        os.write(leader.fileno(), struct.pack("!i", 100) + b"half")
+        stopped.set()
+        agent.result(timeout=PATIENCE_S)
+        leader.close()
+    assert asked == [("host", 1)]
 
 
 def test_an_agent_without_a_leader_can_be_stopped() -> None:

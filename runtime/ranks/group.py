@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import select
 import shutil
 import socket
 import subprocess
 import tempfile
-import threading
 import time
 from collections.abc import Mapping, Sequence
-from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,6 +22,7 @@ from runtime.errors import ServerFault
 from runtime.generation.executor import Copy
 from runtime.generation.pools import CacheShape
 from runtime.leases import abandoned, owner
+from runtime.ranks.channel import Channel
 from runtime.ranks.hosts import Gathering
 from runtime.ranks.process import CPU_WORKER, end_processes, start_rank
 from runtime.ranks.program import Layout, RankProgram
@@ -36,7 +36,8 @@ _PREFIX = "trireme-ranks-"
 
 
 class RankGroup:
-    """`count` processes that know each other. A rank that fails, dies or is late ends the whole group.
+    """`count` processes that know each other. A rank that fails, dies or is late ends the whole group, and so does
+    whatever else interrupts a call: no answer may be taken for that of a later call.
 
     Start it from a thread that lives as long as the group: the kernel ends the ranks with that thread.
     """
@@ -57,15 +58,15 @@ class RankGroup:
         _sweep_dead()
         self._folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{owner()}-"))
         self._processes: list[subprocess.Popen[bytes]] = []
-        self._connections: list[Connection] = []
+        self._channels: list[Channel] = []
         try:
             if gathering is None:
                 self._start(range(count), f"file://{self._folder / 'store'}", "lo")
             else:
                 meeting = f"tcp://{gathering.hosts.leader}:{_free_port()}"
                 self._start(gathering.hosts.local(0), meeting, gathering.hosts.interface)
-                self._connections += gathering.begin(meeting, start_seconds)
-            self._collect(range(count), start_seconds)
+                self._channels += gathering.begin(meeting, start_seconds)
+            self._exchange([[] for _ in range(count)], range(count), 1, start_seconds)
         except BaseException:
             self.close()
             raise
@@ -79,23 +80,18 @@ class RankGroup:
         """A program for each rank of the layout; processes beyond it stay idle."""
         if len(programs) != layout.ranks or layout.ranks > self.count:
             raise ServerFault(f"{len(programs)} programs for {layout.ranks} ranks, and {self.count} processes")
-        for rank in range(self.count):
-            self._send(rank, "load", programs[rank] if rank < len(programs) else None, layout)
-        self._collect(range(self.count), seconds)
+        idle = [None] * (self.count - len(programs))
+        self.call([[("load", (program, layout)) for program in (*programs, *idle)]], seconds=seconds)
 
     def forget(self, *, seconds: float = 60.0) -> None:
         """Drops the states of all ranks."""
-        for rank in range(self.count):
-            self._send(rank, "forget")
-        self._collect(range(self.count), seconds)
+        self.call([[("forget", ())] * self.count], seconds=seconds)
 
     def run(
         self, feeds: Sequence[Mapping[str, NDArray[Any]]], fetch: Sequence[str], *, seconds: float
     ) -> list[dict[str, NDArray[Any]]]:
         """One step on ranks 0 … len(feeds) - 1; of `fetch`, each rank returns what it makes."""
-        for rank, arrays in enumerate(feeds):
-            self._send(rank, "run", dict(arrays), tuple(fetch))
-        return self._collect(range(len(feeds)), seconds)
+        return self.run_steps([[(arrays, fetch) for arrays in feeds]], seconds=seconds)[0]
 
     def run_steps(self, steps: Sequence[Sequence[RankStep]], *, seconds: float) -> list[list[dict[str, NDArray[Any]]]]:
         """Steps that do not depend on each other, so that the stages work on different ones at the same time.
@@ -124,56 +120,39 @@ class RankGroup:
         self.call([[("copy_rows", (list(copies),))] * self.count], seconds=seconds)
 
     def call_one(self, rank: int, command: Command, *, seconds: float) -> Any:
-        self._send(rank, command[0], *command[1])
-        return self._collect(range(rank, rank + 1), seconds)[0]
+        return self._exchange([[command]], range(rank, rank + 1), 1, seconds)[0][0]
 
     def call(self, commands: Sequence[Sequence[Command]], *, seconds: float) -> list[list[Any]]:
         """`commands[i][rank]`, one after the other on each rank; the answers in the same order.
 
         `seconds` is the limit of each i.
         """
-        if not self._connections:
-            raise ServerFault("the rank group has ended")
         ranks = range(len(commands[0])) if commands else range(0)
-        # Sent beside the collecting: if both waited in turn, full pipes in both directions would stop everything.
-        writer = threading.Thread(target=self._send_all, args=(commands,), daemon=True)
-        writer.start()
-        try:
-            return [self._collect(ranks, seconds) for _ in commands]
-        finally:
-            writer.join()  # ends at once where the group has ended: its pipes are broken
-
-    def _send_all(self, commands: Sequence[Sequence[Command]]) -> None:
-        connections = list(self._connections)
-        # The collecting side learns of a fault from the same pipes, and ends the group: it closes a connection under
-        # this thread's feet, which then writes to nothing (TypeError).
-        with contextlib.suppress(OSError, TypeError):
-            for step in commands:
-                for command, connection in zip(step, connections, strict=False):
-                    connection.send(command)
+        return self._exchange(list(zip(*commands, strict=True)), ranks, len(commands), seconds)
 
     def wait_for_death(self, seconds: float) -> bool:
         """Whether a rank has ended within `seconds`, or the group before. Reaps nothing and may run beside `run`."""
         if not self._processes:
             return True
         with contextlib.ExitStack() as stack:
-            descriptors = []
+            ended = select.poll()  # `select.select` takes no descriptor above 1023
             for process in list(self._processes):
                 try:
-                    descriptors.append(os.pidfd_open(process.pid))
+                    descriptor = os.pidfd_open(process.pid)
                 except ProcessLookupError:  # ended and reaped meanwhile
                     return True
-                stack.callback(os.close, descriptors[-1])
-            return bool(select.select(descriptors, [], [], seconds)[0])
+                stack.callback(os.close, descriptor)
+                ended.register(descriptor, select.POLLIN)
+            return bool(ended.poll(seconds * 1e3))
 
     def close(self) -> None:
         """Ends every process. May be called twice."""
-        for connection in self._connections:
-            connection.close()
+        for channel in self._channels:
+            channel.close()
         if self._gathering is not None:
             self._gathering.dismiss()
         end_processes(self._processes)
-        self._processes, self._connections = [], []
+        self._processes, self._channels = [], []
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def __enter__(self) -> RankGroup:
@@ -187,43 +166,67 @@ class RankGroup:
     def _start(self, ranks: range, meeting: str, interface: str) -> None:
         for rank in ranks:
             ours, theirs = socket.socketpair()
+            self._channels.append(Channel(ours))
             with theirs:
                 process = start_rank(
                     rank, self.count, meeting, interface, theirs.fileno(), self._log(rank), self._worker
                 )
             self._processes.append(process)
-            self._connections.append(Connection(ours.detach()))
 
-    def _send(self, rank: int, name: str, *arguments: object) -> None:
-        if not self._connections:
+    def _exchange(
+        self, commands: Sequence[Sequence[Command]], ranks: range, count: int, seconds: float
+    ) -> list[list[Any]]:
+        """Sends `commands[i]` to `ranks[i]`, one after the other, and collects `count` answers of each: [answer][rank].
+
+        Each row of answers must be complete `seconds` after the one before. Writing and reading take turns as the ranks
+        are ready, so that full pipes in both directions stop nothing. Whatever goes wrong with one rank ends them all.
+        """
+        if not self._channels:
             raise ServerFault("the rank group has ended")
+        answers: dict[int, list[Any]] = {rank: [] for rank in ranks}
         try:
-            self._connections[rank].send((name, arguments))
-        except OSError as error:
-            raise self._end(self._obituary(rank)) from error
+            for rank, given in zip(ranks, commands, strict=True):
+                for command in given:
+                    self._move(rank, answers[rank], command)
+            done, deadline = 0, time.monotonic() + seconds
+            while done < count:
+                late = [rank for rank in ranks if len(answers[rank]) <= done]
+                if not late:
+                    done, deadline = done + 1, time.monotonic() + seconds
+                    continue
+                ready = self._ready([rank for rank in ranks if len(answers[rank]) < count], deadline)
+                if not ready:
+                    raise self._end(f"no answer from rank {', '.join(map(str, late))} within {seconds:.0f} s")
+                for rank in ready:
+                    self._move(rank, answers[rank])
+        except BaseException:
+            self.close()
+            raise
+        return [[answers[rank][at] for rank in ranks] for at in range(count)]
 
-    def _collect(self, ranks: range, seconds: float) -> list[Any]:
-        """One answer of each rank within `seconds`. Whatever goes wrong with one rank ends them all."""
-        from multiprocessing.connection import wait
+    def _ready(self, ranks: Sequence[int], deadline: float) -> list[int]:
+        """Those that have something to say, or can take what is left to send them; none when the time is up."""
+        polled = select.poll()
+        at = {self._channels[rank].fileno(): rank for rank in ranks}
+        for descriptor, rank in at.items():
+            polled.register(descriptor, select.POLLIN | (select.POLLOUT if self._channels[rank].unsent else 0))
+        return [at[descriptor] for descriptor, _ in polled.poll(max(0.0, deadline - time.monotonic()) * 1e3)]
 
-        answers: dict[int, Any] = {}
-        deadline = time.monotonic() + seconds
-        waiting = {self._connections[rank]: rank for rank in ranks}
-        while waiting:
-            ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
-            if not ready:
-                late = ", ".join(map(str, sorted(waiting.values())))
-                raise self._end(f"no answer from rank {late} within {seconds:.0f} s")
-            for connection in ready:
-                assert isinstance(connection, Connection)
-                rank = waiting.pop(connection)
-                try:
-                    status, answers[rank] = connection.recv()
-                except (EOFError, OSError) as error:
-                    raise self._end(self._obituary(rank)) from error
+    def _move(self, rank: int, answers: list[Any], command: Command | None = None) -> None:
+        """Sends and receives what goes without waiting."""
+        channel = self._channels[rank]
+        try:
+            if command is not None:
+                channel.put(command)
+                return
+            channel.write()
+            while (message := channel.take()) is not None:
+                status, answer = pickle.loads(message)
                 if status == "failed":
-                    raise self._end(f"rank {rank} failed: {answers[rank]}")
-        return [answers[rank] for rank in ranks]
+                    raise self._end(f"rank {rank} failed: {answer}")
+                answers.append(answer)
+        except (EOFError, OSError) as error:
+            raise self._end(self._obituary(rank)) from error
 
     def _log(self, rank: int) -> Path:
         return self._folder / f"rank{rank}.log"

@@ -13,23 +13,24 @@ owner then ends the group and the agent its ranks, whatever these were waiting f
 from __future__ import annotations
 
 import socket
-import struct
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
+from multiprocessing.connection import answer_challenge, deliver_challenge
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 from runtime.errors import BadEnvironment, ServerFault
+from runtime.ranks.channel import Channel
 from runtime.ranks.process import end_processes, start_rank
 
 _LOST_S = 5  # of silence on a connection whose other end must answer keepalives
-_GREETING_S = 5  # for a stranger to prove the secret
+_GREETING_S = 5.0  # for a stranger to prove the secret and to say who it is; for a message that has begun
+_LONGEST_GREETING = 1 << 10  # bytes of a stranger's message
 _PAUSE_S = 0.5  # between an agent's attempts
 _POLL_S = 0.2
 
@@ -66,9 +67,9 @@ class Gathering:
             self._listener = socket.create_server(("", hosts.port), backlog=hosts.ranks)
         except OSError as error:
             raise BadEnvironment(f"port {hosts.port} for the other hosts cannot be used ({error.strerror})") from error
-        self._agents: dict[int, Connection] = {}
+        self._agents: dict[int, Channel] = {}
 
-    def begin(self, meeting: str, seconds: float) -> list[Connection]:
+    def begin(self, meeting: str, seconds: float) -> list[Channel]:
         """Waits for an agent of every other host, has it start its ranks, and returns their connections, by rank.
 
         `meeting` is where all ranks find each other: `tcp://host:port`. Raises ServerFault that names the hosts or the
@@ -79,11 +80,11 @@ class Gathering:
         try:
             self._agents = self._expect("host", range(1, self.hosts.count), (), end)
             for agent in self._agents.values():
-                agent.send(meeting)
+                agent.send(meeting, until=end)
             ranks = self._expect("rank", range(self.hosts.ranks_each, self.hosts.ranks), (meeting,), end)
         except OSError as error:
             self.dismiss()
-            raise ServerFault(f"a host went away while the group began ({error.strerror})") from error
+            raise ServerFault(f"a host went away while the group began ({error.strerror or error})") from error
         return [ranks[rank] for rank in sorted(ranks)]
 
     def dismiss(self) -> None:
@@ -102,9 +103,9 @@ class Gathering:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _expect(self, kind: str, numbers: range, group: tuple[str, ...], end: float) -> dict[int, Connection]:
+    def _expect(self, kind: str, numbers: range, group: tuple[str, ...], end: float) -> dict[int, Channel]:
         """A connection of each number: the newest, where one came again. Others are closed."""
-        found: dict[int, Connection] = {}
+        found: dict[int, Channel] = {}
         while absent := set(numbers) - found.keys():
             arrived = self._arrival(end)
             if arrived is None:
@@ -121,14 +122,13 @@ class Gathering:
                 connection.close()
         return found
 
-    def _arrival(self, end: float) -> tuple[Connection, tuple[Any, ...]] | None:
+    def _arrival(self, end: float) -> tuple[Channel, tuple[Any, ...]] | None:
         """The next connection that has proved the secret, with what it says of itself; None when the time is up."""
         while (left := end - time.monotonic()) > 0:
             self._listener.settimeout(left)
             try:
                 arrived, _ = self._listener.accept()
-                connection = _greet(arrived, self.hosts.secret, answers_first=False)
-                return connection, connection.recv()
+                return _greet(arrived, self.hosts.secret, None, min(end, time.monotonic() + _GREETING_S))
             except (OSError, EOFError, AuthenticationError):
                 continue  # the time is up, a stranger, or one that gave up
         return None
@@ -147,17 +147,17 @@ def serve_host(hosts: Hosts, host: int, stopped: Callable[[], bool]) -> None:
         except (OSError, EOFError):
             time.sleep(_PAUSE_S)
             continue
-        with control:
+        with closing(control):
             _serve_group(hosts, host, control, stopped)
 
 
-def _serve_group(hosts: Hosts, host: int, control: Connection, stopped: Callable[[], bool]) -> None:
+def _serve_group(hosts: Hosts, host: int, control: Channel, stopped: Callable[[], bool]) -> None:
     """Returns when the leader has ended the group, or is lost."""
     try:
         while not control.poll(_POLL_S):
             if stopped():
                 return
-        meeting = str(control.recv())
+        meeting = str(control.recv(until=time.monotonic() + _GREETING_S))
         with _ranks(hosts, host, meeting):
             while not stopped() and not control.poll(_POLL_S):
                 pass
@@ -172,7 +172,7 @@ def _ranks(hosts: Hosts, host: int, meeting: str) -> Iterator[None]:
     with TemporaryDirectory(prefix="trireme-host-") as folder:
         try:
             for rank in hosts.local(host):
-                with _dial(hosts, ("rank", rank, meeting)) as commands:
+                with _dial(hosts, ("rank", rank, meeting)).detach() as commands:
                     log = Path(folder) / f"rank{rank}.log"
                     processes.append(start_rank(rank, hosts.ranks, meeting, hosts.interface, commands.fileno(), log))
             yield
@@ -180,36 +180,50 @@ def _ranks(hosts: Hosts, host: int, meeting: str) -> Iterator[None]:
             end_processes(processes)
 
 
-def _dial(hosts: Hosts, hello: tuple[object, ...]) -> Connection:
+def _dial(hosts: Hosts, hello: tuple[object, ...]) -> Channel:
     dialled = socket.create_connection((hosts.leader, hosts.port), timeout=_GREETING_S)
-    dialled.settimeout(None)
-    connection = _greet(dialled, hosts.secret, answers_first=True)
-    connection.send(hello)
-    return connection
+    return _greet(dialled, hosts.secret, hello, time.monotonic() + _GREETING_S)[0]
 
 
-def _greet(end: socket.socket, secret: bytes, *, answers_first: bool) -> Connection:
-    """Both ends prove the secret to each other (HMAC of a challenge), in bounded time."""
+def _greet(
+    end: socket.socket, secret: bytes, hello: tuple[object, ...] | None, until: float
+) -> tuple[Channel, tuple[Any, ...]]:
+    """Both ends prove the secret to each other (HMAC of a challenge), and the one who dialled says who it is: `hello`.
+    All of it until that moment; whatever goes wrong, the socket is closed.
+    """
     end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     end.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, number in ((socket.TCP_KEEPIDLE, 2), (socket.TCP_KEEPINTVL, 1), (socket.TCP_KEEPCNT, _LOST_S - 2)):
         end.setsockopt(socket.IPPROTO_TCP, option, number)
     end.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _LOST_S * 1000)  # for what was sent and not taken
-    _limit_reads(end, _GREETING_S)
-    connection = Connection(end.detach())
+    channel = Channel(end, longest=_LONGEST_GREETING)
     try:
         steps = [deliver_challenge, answer_challenge]
-        for step in reversed(steps) if answers_first else steps:
-            step(connection, secret)
+        for step in steps if hello is None else reversed(steps):
+            step(cast("Any", _Greeting(channel, until)), secret)
+        if hello is None:
+            hello = cast("tuple[Any, ...]", channel.recv(until=until))
+        else:
+            channel.send(hello, until=until)
+    except AssertionError as error:  # how Python 3.11 says that this was no challenge
+        channel.close()
+        raise AuthenticationError("no challenge came") from error
     except BaseException:
-        connection.close()
+        channel.close()
         raise
-    with socket.socket(fileno=connection.fileno()) as borrowed:
-        _limit_reads(borrowed, 0)
-        borrowed.detach()
-    return connection
+    channel.longest = None
+    return channel, hello
 
 
-def _limit_reads(end: socket.socket, seconds: int) -> None:
-    """By the kernel: a socket with Python's own timeout could not be handed to a Connection. 0: no limit."""
-    end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", seconds, 0))
+@dataclass(frozen=True)
+class _Greeting:
+    """What the challenges are sent and read through."""
+
+    channel: Channel
+    until: float
+
+    def send_bytes(self, message: bytes) -> None:
+        self.channel.send_bytes(message, until=self.until)
+
+    def recv_bytes(self, longest: int) -> bytes:
+        return self.channel.recv_bytes(until=self.until)

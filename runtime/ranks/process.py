@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 CPU_WORKER = "runtime.ranks.worker"
+_END_SECONDS = 10.0
 _ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -32,8 +34,12 @@ def start_rank(
 
 
 def end_processes(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Nothing that a rank holds is worth a farewell."""
+    """Nothing that a rank holds is worth a farewell. One that the kernel cannot end (a driver hangs) is left behind."""
     for process in processes:
         process.kill()
+    deadline = time.monotonic() + _END_SECONDS
     for process in processes:
-        process.wait()
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            print(f"ranks: process {process.pid} does not end; it is left behind", file=sys.stderr, flush=True)

@@ -14,7 +14,8 @@ class RankGroupHolder:
     threads that live as long as the holder does.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, step_seconds: float) -> None:
+        self.step_seconds = step_seconds
         self._group: RankGroup | None = None
 
     @property

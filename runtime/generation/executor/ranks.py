@@ -33,8 +33,9 @@ class RankStepExecutor(RankGroupHolder):
         shape: CacheShape,
         vocabulary: int,
         threads: int,
+        step_seconds: float = STEP_SECONDS,
     ) -> None:
-        super().__init__()
+        super().__init__(step_seconds)
         stored = load_programs(manifest)
         self._stored = stored.with_threads(max(1, threads // stored.layout.ranks))
         self._capacities, self._rows, self._shape = tuple(capacities), rows, shape
@@ -60,13 +61,13 @@ class RankStepExecutor(RankGroupHolder):
     def run(self, batches: Sequence[Batch]) -> list[Logits]:
         steps = [self._step(batch) for batch in batches]
         rows = [(batch.pool, batch.first, len(batch.input_ids)) for batch in batches]
-        results = self.running.run_rows(steps, rows, seconds=STEP_SECONDS)
+        results = self.running.run_rows(steps, rows, seconds=self.step_seconds)
         logits = [np.asarray(result[self._maker]["logits"], np.float32) for result in results]
         return [array.reshape(len(array), self.vocabulary) for array in logits]
 
     def copy(self, copies: Sequence[Copy]) -> None:
         if copies:
-            self.running.copy_rows(copies, seconds=STEP_SECONDS)
+            self.running.copy_rows(copies, seconds=self.step_seconds)
 
     def _step(self, batch: Batch) -> list[RankStep]:
         rows, length = batch.input_ids.shape

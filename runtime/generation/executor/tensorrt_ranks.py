@@ -33,9 +33,16 @@ class TensorRtRankExecutor(RankGroupHolder):
     """
 
     def __init__(
-        self, manifest: Path, capacities: Sequence[int], rows: int, *, device: int = 0, worker: str = _WORKER
+        self,
+        manifest: Path,
+        capacities: Sequence[int],
+        rows: int,
+        *,
+        device: int = 0,
+        worker: str = _WORKER,
+        step_seconds: float = STEP_SECONDS,
     ) -> None:
-        super().__init__()
+        super().__init__(step_seconds)
         stored = load_manifest(manifest)
         _require_multi_device(stored)
         self._targets = _require_engines(stored, capacities, device)
@@ -55,14 +62,14 @@ class TensorRtRankExecutor(RankGroupHolder):
         self._calls += 1
         ranks = self._stored.layout.ranks
         commands = [[("run_batch", (batch,))] * ranks for batch in batches]
-        answers = self.running.call(commands, seconds=STEP_SECONDS)
+        answers = self.running.call(commands, seconds=self.step_seconds)
         logits = [self._logits(batch, answer[self._maker]) for batch, answer in zip(batches, answers, strict=True)]
         return cast("list[Logits]", logits)  # arrays in all that samplers do with them
 
     def copy(self, copies: Sequence[Copy]) -> None:
         if copies:
             command = ("copy_rows", (list(copies),))
-            self.running.call([[command] * self._stored.layout.ranks], seconds=STEP_SECONDS)
+            self.running.call([[command] * self._stored.layout.ranks], seconds=self.step_seconds)
 
     def _start(self) -> int:
         """A new group with its engines loaded. Bytes of one position in the caches of all ranks."""
@@ -105,7 +112,7 @@ class TensorRtRankExecutor(RankGroupHolder):
             if call != self._calls:
                 raise RuntimeError("logits are valid until the next run")
             command = ("fetch", (batch.pool, batch.first, list(rows)))
-            logits: Logits = self.running.call_one(self._maker, command, seconds=STEP_SECONDS)
+            logits: Logits = self.running.call_one(self._maker, command, seconds=self.step_seconds)
             return logits
 
         return DeviceLogits(top, self.vocabulary, fetch)
