@@ -75,6 +75,24 @@ def test_a_dead_rank_ends_what_runs_and_the_next_request_succeeds(decoder_graph:
     assert np.all([not Path(f"/proc/{pid}").exists() for pid in before])
 
 
+def test_a_rank_that_stops_ends_what_runs_within_the_limit(decoder_graph: Path, tmp_path: Path) -> None:
+    executor = _ranks(decoder_graph, tmp_path, 2, 1, slots=2)
+    try:
+        engine = engine_over(executor, CAPACITIES, 2)
+        running = [engine.submit(prompt, SamplingParams(max_tokens=30)) for prompt in prompts(2)]
+        engine.step()
+        before = executor.processes
+        executor.step_seconds = 1.0
+        os.kill(before[1], signal.SIGSTOP)
+        engine.step()
+        failed = {update.request: str(update.error) for update in engine.take_updates() if update.error is not None}
+        assert set(failed) == set(running)
+        assert all("within 1 s" in error for error in failed.values())
+        assert not set(before) & set(executor.processes)
+    finally:
+        executor.close()
+
+
 def test_a_rank_that_dies_while_nobody_asks_costs_no_request(decoder_graph: Path, tmp_path: Path) -> None:
     asked = prompts(2)
     alone = generate(real_engine(decoder_graph, CAPACITIES, 4), asked, GREEDY)

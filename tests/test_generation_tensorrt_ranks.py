@@ -115,6 +115,32 @@ def test_a_dead_rank_ends_what_runs_and_the_next_request_succeeds(graph: Path, t
 
 
 @pytest.mark.usefixtures("gpus")
+def test_a_rank_that_stops_ends_what_runs_within_the_limit(graph: Path, tmp_path: Path) -> None:
+    """In a step as in a look at its logits."""
+    executor = TensorRtRankExecutor(_manifest(graph, tmp_path, 1, 2), CAPACITIES, 6, worker=WORKER, step_seconds=20.0)
+    try:
+        engine = engine_over(executor, CAPACITIES, 2)
+        looking = SamplingParams(max_tokens=30, logprobs=True)
+        running = [engine.submit(prompt, looking) for prompt in prompts(2)]
+        engine.step()
+        executor.step_seconds = 1.0
+        os.kill(executor.processes[1], signal.SIGSTOP)
+        engine.step()
+        failed = {update.request: update.error for update in engine.take_updates() if update.error is not None}
+        assert set(failed) == set(running)
+        assert all("within 1 s" in str(error) for error in failed.values())
+        executor.step_seconds = 20.0
+        [logits] = executor.run([Batch(0, 0, np.ones((1, 2), np.int64), np.zeros(1, np.int64))])
+        executor.step_seconds = 1.0
+        os.kill(executor.processes[1], signal.SIGSTOP)
+        with pytest.raises(ServerFault, match="no answer from rank 1 within 1 s"):
+            logits[[0]]
+        assert executor.lost()
+    finally:
+        executor.close()
+
+
+@pytest.mark.usefixtures("gpus")
 def test_a_group_that_ended_itself_is_lost_until_the_reset(graph: Path, tmp_path: Path) -> None:
     step = [Batch(0, 0, np.ones((1, 2), np.int64), np.zeros(1, np.int64))]
     executor = TensorRtRankExecutor(_manifest(graph, tmp_path, 1, 2), CAPACITIES, 6, worker=WORKER)

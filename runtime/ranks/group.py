@@ -227,6 +227,8 @@ class RankGroup:
                 answers.append(answer)
         except (EOFError, OSError) as error:
             raise self._end(self._obituary(rank)) from error
+        except pickle.UnpicklingError as error:
+            raise self._end(f"rank {rank} sent what is no answer ({error})") from error
 
     def _log(self, rank: int) -> Path:
         return self._folder / f"rank{rank}.log"
