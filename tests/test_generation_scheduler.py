@@ -113,7 +113,7 @@ class Traffic(RuleBasedStateMachine):
 
 
 TestTraffic = Traffic.TestCase
-TestTraffic.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)
+TestTraffic.settings = settings(max_examples=50, stateful_step_count=40, deadline=None)
 
 
 def test_a_long_prompt_does_not_stall_running_streams() -> None:
