@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -68,21 +69,59 @@ class Generation(Record):
     tied: bool
 
 
+class HeadLayer(Record):
+    """What is done to a vector behind the pooling: a product with its activation, a LayerNorm, or the L2 norm.
+
+    `width` is that of its output; `files` are relative to the checkpoint, the weights last.
+    """
+
+    kind: Literal["dense", "layernorm", "normalize"]
+    width: int
+    bias: bool = False
+    activation: str = "Identity"  # a class of torch.nn
+    files: tuple[str, ...] = ()
+
+
+class Prompts(Record):
+    """What can stand before each text, by name, and what does unless a request names another."""
+
+    texts: dict[str, str]
+    default: str | None
+
+
 class Checkpoint(Artifact):
-    """Weights, configuration and tokenizer of one model, in a folder that transformers loads."""
+    """Weights, configuration and tokenizer of one model, in a folder that transformers loads.
+
+    `pooling` and what follows it, `head`, make one vector of token states. `prompts` and `lower_case` are for the text
+    before it is tokenised. `adapter` is the folder of a LoRA that belongs on the weights.
+    """
 
     source: str
     architecture: str
     model_type: str
     task: Task
     pooling: str | None
-    normalize: bool
     hidden_size: int
     labels: int
     parameters: int
     max_length: int
     token_type_ids: bool
     generation: Generation | None = None
+    head: tuple[HeadLayer, ...] = ()
+    prompts: Prompts | None = None
+    lower_case: bool = False
+    adapter: Path | None = Field(None, exclude=True)  # its files are among `files`
+
+    @property
+    def normalize(self) -> bool:
+        return bool(self.head) and self.head[-1].kind == "normalize"
+
+    @property
+    def width(self) -> int:
+        """Of the output of an encoder."""
+        if self.task != "embedding":
+            return self.labels
+        return self.head[-1].width if self.head else self.hidden_size
 
 
 class TensorSpec(Record):

@@ -115,11 +115,15 @@ def sample_requests(checkpoint: Checkpoint, texts: Sequence[str]) -> list[Tensor
 def tokenizer_settings(checkpoint: Checkpoint) -> TokenizerSettings:
     """The same for checks and for the service, so that what is checked is what is served."""
     config = json.loads(checkpoint.path("config.json").read_text())
+    prompts = checkpoint.prompts
     return TokenizerSettings(
         max_length=checkpoint.max_length,
         pad_id=int(config.get("pad_token_id") or 0),
         token_type_ids=checkpoint.token_type_ids,
         pair=checkpoint.task == "reranking",
+        prompts=prompts.texts if prompts is not None else {},
+        prompt_name=prompts.default if prompts is not None else None,
+        lower_case=checkpoint.lower_case,
     )
 
 

@@ -35,13 +35,20 @@ class Settings(BaseModel):
 
 
 class TokenizerSettings(Settings):
-    """`length_buckets` empty: pad to the longest text of the request, and leave ragged batches to the encoder."""
+    """`length_buckets` empty: pad to the longest text of the request, and leave ragged batches to the encoder.
+
+    `prompts` are texts that can stand before each text, by name; `prompt_name` is the one that does unless a request
+    names another. `lower_case`: texts are lower-cased before anything that tokenizer.json does.
+    """
 
     max_length: int
     pad_id: int
     token_type_ids: bool
     pair: bool
     length_buckets: tuple[int, ...] = ()
+    prompts: dict[str, str] = {}
+    prompt_name: str | None = None
+    lower_case: bool = False
 
 
 class ServedModel(Settings):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,17 +37,34 @@ class Tokenizer:
             self._fast = FastTokenizer.from_file(str(file))
         except Exception as error:  # the library raises bare Exception for an unreadable file
             raise BadEnvironment(f"{file.name} is not a tokenizer file: {error}") from error
+        if settings.lower_case:
+            _lower(self._fast)
         self._fast.no_padding()
         self._fast.enable_truncation(settings.max_length)
         self.settings = settings
 
-    def encode(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> list[Encoded]:
-        """One result a text. `pairs[i]` follows `texts[i]` as the second segment."""
+    def encode(
+        self, texts: Sequence[str], pairs: Sequence[str] | None = None, prompts: Sequence[str] | None = None
+    ) -> list[Encoded]:
+        """One result a text. `pairs[i]` follows `texts[i]` as the second segment; `prompts[i]`, by default the model's
+        own prompt, stands before it."""
+        before = prompts if prompts is not None else [self.prompt(None)] * len(texts)
+        texts = [f"{prompt}{text}" for prompt, text in zip(before, texts, strict=True)]
         inputs = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
         return [
             Encoded(ids=item.ids, type_ids=item.type_ids, truncated=bool(item.overflowing))
             for item in self._fast.encode_batch(inputs)
         ]
+
+    def prompt(self, name: str | None) -> str:
+        """What stands before each text of a request that names this prompt; None: it names none. Raises BadRequest."""
+        chosen = self.settings.prompt_name if name is None else name
+        if chosen is None:
+            return ""
+        if chosen not in self.settings.prompts:
+            known = ", ".join(sorted(self.settings.prompts)) or "no prompts"
+            raise BadRequest(f"prompt_name is {chosen!r}; this model has {known}")
+        return self.settings.prompts[chosen]
 
     def pad(self, encoded: Sequence[Encoded]) -> dict[str, NDArray[np.int64]]:
         """Graph inputs of shape [texts, length]; the length is the longest text's, or the next bucket."""
@@ -65,6 +84,24 @@ class Tokenizer:
             if self.settings.token_type_ids:
                 feeds["token_type_ids"][row, :count] = item.type_ids
         return feeds
+
+
+def _lower(fast: Any) -> None:
+    """In front of the other normalisers, as sentence-transformers does; once, where the file does it already."""
+    from tokenizers import normalizers
+
+    own = fast.normalizer
+    parts = list(own) if isinstance(own, normalizers.Sequence) else [] if own is None else [own]
+    if not any(isinstance(part, normalizers.Lowercase) for part in parts):
+        fast.normalizer = normalizers.Sequence([normalizers.Lowercase(), *parts])
+
+
+def read_prompt_name(parameters: str) -> str | None:
+    """Of a request's own parameters, which Triton hands over as JSON. Raises BadRequest."""
+    name = json.loads(parameters or "{}").get("prompt_name")
+    if name is not None and not isinstance(name, str):
+        raise BadRequest(f"prompt_name is {name!r}; send the name of a prompt")
+    return name
 
 
 def decode_texts(raw: Sequence[bytes], name: str) -> list[str]:

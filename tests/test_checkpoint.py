@@ -58,7 +58,7 @@ def test_a_missing_file_is_named(bert_copy: Path, name: str) -> None:
 
 
 def test_a_missing_part_of_sharded_weights_is_named(bert_copy: Path) -> None:
-    (bert_copy / "model.safetensors").unlink()  # else that one file is what transformers loads
+    (bert_copy / "model.safetensors").unlink()
     (bert_copy / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00002-of-00002.safetensors"}}')
     with pytest.raises(CheckpointError, match="model-00002"):
         load_checkpoint(_model(bert_copy))

@@ -82,7 +82,7 @@ def _batched(built: Build, run: Callable[[list[Encoded], Tokenizer], Vectors]) -
     def embed(texts: Sequence[str]) -> Vectors:
         encoded = tokenizer.encode(texts)
         order = sorted(range(len(texts)), key=lambda index: len(encoded[index].ids))
-        vectors = np.empty((len(texts), built.checkpoint.hidden_size), np.float32)
+        vectors = np.empty((len(texts), built.checkpoint.width), np.float32)
         for start in range(0, len(order), BATCH):
             part = order[start : start + BATCH]
             vectors[part] = run([encoded[index] for index in part], tokenizer)

@@ -26,7 +26,8 @@ from builders.errors import UnsupportedError
 from builders.export import parity
 from builders.export.operators import cache_layers, exportable, last_tokens, operator_attention
 from builders.export.program import write_program
-from builders.export.weights import load_weights
+from builders.export.tokenizer import require_tokenizer
+from builders.export.weights import load_weights, require_interface, require_sound
 from builders.graph import GRAPH_FILE, record_graph, require_standard
 from builders.perplexity import graph_perplexity, model_logits, model_perplexity, require_perplexity, token_rows
 
@@ -46,17 +47,15 @@ def export_decoder(
     Raises CheckpointError when weights are missing or do not fit the tokenizer; UnsupportedError for an attention that
     the operator cannot express; ParityError or QualityError when the graph computes something else.
     """
+    require_tokenizer(checkpoint, texts)
     model = load_weights(checkpoint)
-    if not model._supports_attention_backend:
-        raise UnsupportedError(
-            f"attention of {checkpoint.source} ({checkpoint.model_type})", got="code of its own",
-            expected="transformers' attention interface", fix="use one of a newer kind: llama, qwen, mistral, gemma",
-        )  # fmt: skip
+    require_interface(model, checkpoint)
     windows = layer_windows(model.config.get_text_config(), checkpoint.max_length)
     longest = max(parity.LENGTH, *(window + _PAST_WINDOW for window in windows if window), 0)
     rows = token_rows(checkpoint, texts)
     few = np.resize(rows, (parity.ROWS, min(longest, checkpoint.max_length)))  # repeats texts to get past a window
     expected = np.concatenate([model_logits(model, row[None]) for row in few])
+    require_sound(expected, checkpoint)
     reference = model_perplexity(model, rows)
     file = out / GRAPH_FILE
     write_graph(model.half() if precision == "fp16" else model, checkpoint, windows, file)

@@ -15,8 +15,11 @@ from numpy.typing import NDArray
 
 from builders.artifacts import Checkpoint, OnnxGraph
 from builders.checkpoint import position_offset
-from builders.errors import CheckpointError, ParityError
-from builders.export.program import quiet_exporter, save_model
+from builders.errors import ParityError
+from builders.export.program import exporter_faults, quiet_exporter, save_model
+from builders.export.sentence import head_modules, pool, reference_vectors
+from builders.export.tokenizer import require_tokenizer
+from builders.export.weights import load_encoder, require_sound
 from builders.graph import GRAPH_FILE, OPSET, record_graph, require_standard
 from builders.quality import graph_outputs, measure, sample_requests
 from runtime.encoder import Encoder
@@ -40,13 +43,17 @@ def export_encoder(
 ) -> OnnxGraph:
     """Writes `graph.onnx` into `out`, checked against the eager fp32 model on `texts`.
 
-    Raises CheckpointError when weights are missing; ParityError when the graph computes something else.
+    Raises CheckpointError when weights are missing, left over or not numbers, or where tokenizer.json is not what
+    transformers reads; ParityError when the graph computes something else.
     """
-    model = _load_model(checkpoint)
+    require_tokenizer(checkpoint, texts)
+    model, head = load_encoder(checkpoint), head_modules(checkpoint)
     requests = sample_requests(checkpoint, texts[:_PARITY_TEXTS])
-    reference = np.concatenate(Encoder(_EagerExecutor(model, checkpoint), 1024, checkpoint.max_length).run(requests))
+    eager = Encoder(_EagerExecutor(model, head, checkpoint), 1024, checkpoint.max_length)
+    reference = np.concatenate(eager.run(requests))
+    require_sound(reference, checkpoint)
     file = out / GRAPH_FILE
-    _write_graph(model, checkpoint, precision, file)
+    _write_graph(model, head, checkpoint, precision, file)
     require_standard(file)
     quality = measure(reference, graph_outputs(file, requests, checkpoint), checkpoint.task, "ONNX Runtime")
     scale = max(1.0, float(np.abs(reference).max()))
@@ -63,42 +70,13 @@ def export_encoder(
     return record_graph(out, precision, quality, checkpoint.digest)
 
 
-def _load_model(checkpoint: Checkpoint) -> torch.nn.Module:
-    import torch
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    embedding = checkpoint.task == "embedding"
-    loader = transformers.AutoModel if embedding else transformers.AutoModelForSequenceClassification
-    model, info = loader.from_pretrained(
-        checkpoint.directory,
-        dtype=torch.float32,
-        output_loading_info=True,
-        local_files_only=True,
-        ignore_mismatched_sizes=True,  # reported below, in our words
-    )
-    # An embedding never uses the pooler. Anything else that is absent would be random numbers.
-    missing = [key for key in info["missing_keys"] if not (embedding and key.startswith("pooler."))]
-    mismatched = [str(key[0]) for key in info["mismatched_keys"]]
-    if missing or mismatched:
-        raise CheckpointError(
-            f"weights of {checkpoint.source} for task {checkpoint.task}",
-            got=f"{len(missing)} missing, {len(mismatched)} of another shape "
-            f"({', '.join([*sorted(missing), *sorted(mismatched)][:4])})",
-            expected=f"every weight of {type(model).__name__}, as config.json describes it",
-            fix="choose the task that the checkpoint was trained for, and its own config.json",
-        )
-    return model.eval()  # type: ignore[no-any-return]
-
-
 class _EagerExecutor:
     """The fp32 model as transformers runs it, pooled apart from the graph's own code."""
 
     description = "transformers eager fp32"
 
-    def __init__(self, model: torch.nn.Module, checkpoint: Checkpoint) -> None:
-        self._model, self._checkpoint = model, checkpoint
+    def __init__(self, model: torch.nn.Module, head: Sequence[torch.nn.Module], checkpoint: Checkpoint) -> None:
+        self._model, self._head, self._checkpoint = model, head, checkpoint
 
     @property
     def lanes(self) -> int:
@@ -114,18 +92,13 @@ class _EagerExecutor:
             output = self._model(**{name: torch.from_numpy(array) for name, array in batch.items()})
         if self._checkpoint.task != "embedding":
             return output.logits.numpy()  # type: ignore[no-any-return]
-        hidden: NDArray[np.float32] = output.last_hidden_state.numpy()
-        if self._checkpoint.pooling == "cls":
-            vectors = hidden[:, 0]
-        else:
-            counts = batch["attention_mask"].sum(axis=1)
-            vectors = np.stack([hidden[row, :count].mean(axis=0) for row, count in enumerate(counts)])
-        if self._checkpoint.normalize:
-            vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-        return vectors
+        counts = batch["attention_mask"].sum(axis=1).tolist()
+        return reference_vectors(output.last_hidden_state.numpy(), counts, self._checkpoint, self._head)
 
 
-def _write_graph(model: torch.nn.Module, checkpoint: Checkpoint, precision: str, file: Path) -> None:
+def _write_graph(
+    model: torch.nn.Module, head: Sequence[torch.nn.Module], checkpoint: Checkpoint, precision: str, file: Path
+) -> None:
     import torch
 
     model = model.half() if precision == "fp16" else model.float()
@@ -133,9 +106,9 @@ def _write_graph(model: torch.nn.Module, checkpoint: Checkpoint, precision: str,
     # Different tensors: one tensor given twice would merge the two inputs into one, silently.
     example = tuple(torch.ones(2, 7, dtype=torch.int64) * (index == 1) for index in range(len(names)))
     dims = {0: torch.export.Dim("batch", min=1), 1: torch.export.Dim("length", min=1, max=checkpoint.max_length)}
-    with torch.no_grad(), quiet_exporter():
+    with torch.no_grad(), quiet_exporter(), exporter_faults():
         program = torch.onnx.export(
-            _graph_module(model, checkpoint),
+            _graph_module(model, head, checkpoint),
             example,
             dynamo=True,
             opset_version=OPSET,
@@ -158,7 +131,7 @@ def _name_output(model: onnx_ir.Model, name: str) -> None:
     model.graph.outputs[0].name = name
 
 
-def _graph_module(model: torch.nn.Module, checkpoint: Checkpoint) -> torch.nn.Module:
+def _graph_module(model: torch.nn.Module, head: Sequence[torch.nn.Module], checkpoint: Checkpoint) -> torch.nn.Module:
     import torch
 
     class EncoderGraph(torch.nn.Module):
@@ -166,7 +139,7 @@ def _graph_module(model: torch.nn.Module, checkpoint: Checkpoint) -> torch.nn.Mo
 
         def __init__(self) -> None:
             super().__init__()
-            self.model = model
+            self.model, self.head = model, torch.nn.Sequential(*head)
             config: Any = model.config
             self.offset = position_offset(checkpoint.model_type, config.to_dict())
             self.typed = bool(getattr(config, "type_vocab_size", 0)) and checkpoint.model_type != "mpnet"
@@ -190,16 +163,8 @@ def _graph_module(model: torch.nn.Module, checkpoint: Checkpoint) -> torch.nn.Mo
             output = self.model(input_ids=input_ids, attention_mask=mask, **arguments)
             if checkpoint.task != "embedding":
                 return output.logits.float()  # type: ignore[no-any-return]
-            return self._pool(output.last_hidden_state.float(), attention_mask)
-
-        def _pool(self, hidden: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-            if checkpoint.pooling == "cls":
-                vectors = hidden[:, 0]
-            else:
-                weights = attention_mask[..., None].float()
-                vectors = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1.0)
-            if checkpoint.normalize:
-                vectors = vectors / torch.linalg.vector_norm(vectors, dim=1, keepdim=True).clamp(min=1e-12)
+            assert checkpoint.pooling is not None
+            vectors: torch.Tensor = self.head(pool(output.last_hidden_state.float(), attention_mask, checkpoint.pooling))
             return vectors
 
     return EncoderGraph().eval()

@@ -202,11 +202,25 @@ def _place_rotary(undo: ExitStack, source: Any, modules: Sequence[Any], position
     def rotated(
         q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, **_: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.onnx.ops.rotary_embedding(q, cos, sin), torch.onnx.ops.rotary_embedding(k, cos, sin)
+        return _rotate(q, cos, sin), _rotate(k, cos, sin)
 
     replace(undo, source, "apply_rotary_pos_emb", rotated)
     for module, table in zip(modules, tables, strict=True):
         replace(undo, module, "forward", _from_table(table))
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """RotaryEmbedding over as much of a head as there are angles for; what lies behind passes through.
+
+    Some models cut the rest off before they call their function (Phi), in others it does so itself (GPT-NeoX, Nemotron).
+    The operator has an attribute for it, but cut apart the graph is the same for both.
+    """
+    import torch
+
+    width = 2 * cos.shape[-1]
+    if width == x.shape[-1]:
+        return torch.onnx.ops.rotary_embedding(x, cos, sin)
+    return torch.cat([torch.onnx.ops.rotary_embedding(x[..., :width], cos, sin), x[..., width:]], dim=-1)
 
 
 def _from_table(table: dict[str | None, tuple[torch.Tensor, torch.Tensor]]) -> Callable[..., Any]:
@@ -244,16 +258,29 @@ def _angles(module: Any, positions: int, dtype: torch.dtype, kind: str | None) -
 
 
 def _halves(rotate: Any, cos: torch.Tensor, sin: torch.Tensor) -> bool:
-    """Whether `rotate(q, k, cos, sin)` turns the first half of a head against the second, as RotaryEmbedding does."""
-    import torch
+    """Whether `rotate(q, k, cos, sin)` turns the first half of a head against the second, as RotaryEmbedding does.
 
+    A function that takes wider heads than it has angles for must let the rest pass; one that refuses them is never
+    called with any.
+    """
     if list(inspect.signature(rotate).parameters)[:4] != ["q", "k", "cos", "sin"] or cos.shape[1] % 2:
         return False
-    length, width = min(_SHORT, len(cos)), cos.shape[1]
+    width = cos.shape[1]
+    return _agrees_on(rotate, cos, sin, width) is True and _agrees_on(rotate, cos, sin, width + 2) is not False
+
+
+def _agrees_on(rotate: Any, cos: torch.Tensor, sin: torch.Tensor, width: int) -> bool | None:
+    """On heads of this width; None where the function does not take them."""
+    length, half = min(_SHORT, len(cos)), cos.shape[1] // 2
     q, k = _noise((1, 3, length, width), cos.dtype), _noise((1, 2, length, width), cos.dtype)
-    half = [part[None, :length, : width // 2] for part in (cos, sin)]
-    expected = rotate(q, k, cos[None, :length], sin[None, :length])
-    return all(_agree(torch.onnx.ops.rotary_embedding(x, *half), y) for x, y in zip((q, k), expected, strict=True))
+    try:
+        expected = rotate(q, k, cos[None, :length], sin[None, :length])
+    except (RuntimeError, ValueError, IndexError):  # shapes that do not fit: another kind of angles, or of heads
+        return None
+    halves = [part[None, :length, :half] for part in (cos, sin)]
+    return all(
+        y.shape == x.shape and _agree(_rotate(x, *halves), y) for x, y in zip((q, k), expected, strict=True)
+    )
 
 
 def _noise(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

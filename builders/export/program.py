@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from builders.errors import UnsupportedError
+from builders.errors import TriremeError, UnsupportedError
 from builders.graph import INLINE_WEIGHT_BYTES, OPSET
 
 if TYPE_CHECKING:
@@ -44,23 +44,29 @@ def write_program(
         def forward(self, *tensors: torch.Tensor) -> Any:
             return self.inner(*tensors)
 
-    with torch.no_grad(), quiet_exporter():
-        try:
-            program = torch.export.export(
-                Flat().eval(), example, dynamic_shapes=(tuple(map(_shapes, dims)),), strict=False
-            )
-            exported = torch.onnx.export(
-                program, args=(), dynamo=True, opset_version=OPSET, input_names=list(inputs),
-                output_names=list(outputs), verbose=False,
-            )  # fmt: skip
-        except (RuntimeError, TypeError) as error:  # the exporter's own errors are RuntimeErrors too
-            raise UnsupportedError(
-                "graph of the model", got=_root(error), expected="code that torch.export can trace",
-                fix="use another model, or another release of transformers",
-            ) from error  # fmt: skip
+    with torch.no_grad(), quiet_exporter(), exporter_faults():
+        program = torch.export.export(Flat().eval(), example, dynamic_shapes=(tuple(map(_shapes, dims)),), strict=False)
+        exported = torch.onnx.export(
+            program, args=(), dynamo=True, opset_version=OPSET, input_names=list(inputs),
+            output_names=list(outputs), verbose=False,
+        )  # fmt: skip
     assert exported is not None  # dynamo=True always returns a program
     _name_dims(exported.model, dims)
     save_model(exported.model, file)
+
+
+@contextmanager
+def exporter_faults() -> Iterator[None]:
+    """Raises UnsupportedError for a model that cannot be traced, with the first fault of all."""
+    try:
+        yield
+    except TriremeError:
+        raise
+    except Exception as error:  # the model's own code runs on symbols here, and may raise anything
+        raise UnsupportedError(
+            "graph of the model", got=_root(error), expected="code that torch.export can trace",
+            fix="use another model, or another release of transformers",
+        ) from error  # fmt: skip
 
 
 def save_model(model: onnx_ir.Model, file: Path) -> None:

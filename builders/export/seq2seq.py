@@ -23,7 +23,8 @@ from builders.export import parity
 from builders.export.decoder import MAX_RATIO
 from builders.export.operators import cache_layers, exportable, last_tokens, operator_attention, replace
 from builders.export.program import write_program
-from builders.export.weights import load_weights
+from builders.export.tokenizer import require_tokenizer
+from builders.export.weights import load_weights, require_sound
 from builders.graph import record_graph, require_standard
 from builders.perplexity import (
     ENCODER_FILE,
@@ -47,10 +48,12 @@ def export_seq2seq(
     Checked is the second half of each text, given the first as the source. Raises CheckpointError when weights are
     missing or do not fit the tokenizer; ParityError or QualityError when the graphs compute something else.
     """
+    require_tokenizer(checkpoint, texts)
     model = load_weights(checkpoint)
     few = text_pairs(checkpoint, texts, parity.ROWS, parity.LENGTH)
     many = text_pairs(checkpoint, texts)
     expected, reference = _logits(model, *few), logits_perplexity(_logits(model, *many), many[2])
+    require_sound(expected, checkpoint)
     write_graphs(model.half() if precision == "fp16" else model, checkpoint, out)
     for name in (ENCODER_FILE, DECODER_FILE):
         require_standard(out / name)

@@ -109,7 +109,7 @@ def _facts(shape: DecoderShape, positions: int) -> Checkpoint:
     )  # fmt: skip
     return Checkpoint(
         directory=Path(), files=(), source="random weights", architecture="LlamaForCausalLM", model_type="llama",
-        task="generation", pooling=None, normalize=False, hidden_size=shape.hidden, labels=0, parameters=0,
+        task="generation", pooling=None, hidden_size=shape.hidden, labels=0, parameters=0,
         max_length=positions, token_type_ids=False, generation=generation,
     )  # fmt: skip
 

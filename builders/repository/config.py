@@ -33,7 +33,7 @@ class Interface:
         embedding = checkpoint.task == "embedding"
         return Interface(
             output="embedding" if embedding else "logits",
-            width=checkpoint.hidden_size if embedding else checkpoint.labels,
+            width=checkpoint.width,
             token_type_ids=checkpoint.token_type_ids,
             pair=checkpoint.task == "reranking",
         )

@@ -9,6 +9,7 @@ from builders.spec.deployment import DeploymentSpec
 from builders.spec.kubernetes import KubernetesSlice
 from builders.spec.reading import PRESETS, load_spec, resolve_spec_path
 from builders.spec.slices import (
+    POOLINGS,
     CompressSlice,
     EngineSlice,
     Flavour,
@@ -17,6 +18,7 @@ from builders.spec.slices import (
     ModelSlice,
     ParallelSlice,
     Platform,
+    Pooling,
     PrecisionSlice,
     ProfileSlice,
     Range,
@@ -28,6 +30,7 @@ from builders.spec.slices import (
 )
 
 __all__ = [
+    "POOLINGS",
     "PRESETS",
     "CompressSlice",
     "DeploymentSpec",
@@ -39,6 +42,7 @@ __all__ = [
     "ModelSlice",
     "ParallelSlice",
     "Platform",
+    "Pooling",
     "PrecisionSlice",
     "ProfileSlice",
     "Range",

@@ -85,8 +85,11 @@ class DeploymentSpec(Slice):
             self._require_cache_lengths()
         else:
             self._require_encoder_choices()
-        if self.model.task != "embedding" and (self.model.pooling or self.model.normalize is not None):
-            raise ValueError(f"model.pooling and model.normalize apply to task embedding, not {self.model.task}")
+        chosen = (self.model.pooling, self.model.normalize, self.model.prompt_name)
+        if self.model.task != "embedding" and chosen != (None, None, None):
+            raise ValueError(
+                f"model.pooling, model.normalize and model.prompt_name apply to task embedding, not {self.model.task}"
+            )
         return self
 
     def _require_read_keys(self) -> None:

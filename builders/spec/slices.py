@@ -6,7 +6,7 @@ Unknown keys are refused, values are frozen, and units stand in the names.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -14,6 +14,8 @@ Platform = Literal["cpu", "gpu"]
 Task = Literal["embedding", "classification", "reranking", "generation", "seq2seq"]
 GraphPrecision = Literal["fp32", "fp16", "int8", "w8", "w4"]
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
+Pooling = Literal["mean", "cls", "max", "lasttoken", "mean_sqrt_len_tokens", "weightedmean"]
+POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,40}[a-z0-9])?$")]
 SmTarget = Annotated[str, Field(pattern=r"^sm[0-9]{2,3}$")]
@@ -39,8 +41,13 @@ class ModelSlice(Slice):
         description="tokens, special ones included; longer text is truncated and reported as such. Generation: prompt "
         "and output together; a longer prompt is refused",
     )
-    pooling: Literal["mean", "cls"] | None = Field(None, description="embedding only; default: the checkpoint's own")
+    pooling: Pooling | None = Field(None, description="embedding only; default: the checkpoint's own")
     normalize: bool | None = Field(None, description="embedding only, L2; default: the checkpoint's own")
+    prompt_name: str | None = Field(
+        None,
+        description="embedding only: the checkpoint's prompt that is put before each text, unless a request names "
+        "another; '': none; default: the checkpoint's own default",
+    )
     allow_pickle: bool = Field(False, description="load *.bin weights, which can run code on this machine")
 
 

@@ -11,7 +11,7 @@ import triton_python_backend_utils as pb_utils
 from runtime.encoder import require_numpy_1
 from runtime.errors import BadRequest
 from runtime.settings import TokenizerModelSettings
-from runtime.tokenizer import Encoded, Tokenizer, decode_texts
+from runtime.tokenizer import Encoded, Tokenizer, decode_texts, read_prompt_name
 
 
 class TritonPythonModel:
@@ -41,18 +41,21 @@ class TritonPythonModel:
         """All texts of all requests are encoded in one call; a bad request fails alone."""
         responses: list[Any] = [None] * len(requests)
         texts: list[tuple[str, ...]] = []
+        prompts: list[str] = []
         spans: dict[int, slice] = {}
         for index, request in enumerate(requests):
             try:
+                prompt = self.tokenizer.prompt(read_prompt_name(request.parameters()))
                 rows = list(zip(*(self._read(request, name) for name in self.inputs), strict=True))
             except BadRequest as error:
                 responses[index] = _error(str(error))
                 continue
             spans[index] = slice(len(texts), len(texts) + len(rows))
             texts += rows
+            prompts += [prompt] * len(rows)
         if texts:
             columns = list(zip(*texts, strict=True))
-            encoded = self.tokenizer.encode(*columns)
+            encoded = self.tokenizer.encode(*columns, prompts=prompts)
             for index, span in spans.items():
                 responses[index] = self._respond(encoded[span])
         return responses
