@@ -17,8 +17,13 @@ from builders import corpus
 from builders.artifacts import Checkpoint, FileRecord, OnnxGraph, Record, file_digest
 from builders.checkpoint import load_checkpoint
 from builders.errors import InputError
+from builders.graph import GRAPH_FILE
+from builders.perplexity import ENCODER_FILE
 from builders.quality import HELD_OUT_TEXTS, calibration_and_held_out
 from builders.spec import Flavour, ModelSlice, PrecisionSlice, ProfileSlice, Range
+
+Scheme = Literal["int8", "w8", "w4"]
+DECODER_FILE = "decoder.onnx"  # of an encoder-decoder, as its export names it
 
 
 class Sidecar(Record):
@@ -28,28 +33,69 @@ class Sidecar(Record):
     graph: OnnxGraph
 
 
-def export(model: ModelSlice, precision: Literal["fp32", "fp16"], output: Path) -> OnnxGraph:
-    from builders.export.encoder import export_encoder
-
+def export(model: ModelSlice, precision: Literal["fp32", "fp16"], output: Path) -> tuple[OnnxGraph, Checkpoint]:
+    """Any task's graph; that of an encoder-decoder's encoder lies beside it, as `encoder_beside` names it."""
     checkpoint = load_checkpoint(model)
     with _beside(output) as work:
-        graph = export_encoder(checkpoint, precision, corpus.texts(None, HELD_OUT_TEXTS), work)
-        return _publish(graph, model, output)
+        return _publish(_exported(checkpoint, precision, work), model, output), checkpoint
 
 
-def quantize(source: Path, budget: PrecisionSlice, output: Path) -> OnnxGraph:
+def _exported(checkpoint: Checkpoint, precision: Literal["fp32", "fp16"], work: Path) -> OnnxGraph:
+    if checkpoint.generation is None:
+        from builders.export.encoder import export_encoder
+
+        return export_encoder(checkpoint, precision, corpus.texts(None, HELD_OUT_TEXTS), work)
+    _, held_out = calibration_and_held_out(PrecisionSlice())
+    if checkpoint.task == "seq2seq":
+        from builders.export.seq2seq import export_seq2seq
+
+        return export_seq2seq(checkpoint, precision, held_out, work)
+    from builders.export.decoder import export_decoder
+
+    return export_decoder(checkpoint, precision, held_out, work)
+
+
+def quantize(source: Path, scheme: Scheme | None, budget: PrecisionSlice, output: Path) -> OnnxGraph:
     """The given graph is source and reference at once. Raises QualityError with the figures."""
-    from builders.quantize.int8 import quantize_int8
-
     graph, model, checkpoint = _read(source)
-    if graph.precision == "int8":
+    chosen = scheme or ("int8" if checkpoint.generation is None else "w8")
+    if graph.precision not in ("fp32", "fp16"):
         raise InputError(
-            f"graph {source}", got="an INT8 graph", expected="fp32 or fp16", fix="give the graph it was made of"
-        )
+            f"graph {source}", got=f"a graph in {graph.precision}", expected="fp32 or fp16",
+            fix="give the graph it was made of",
+        )  # fmt: skip
+    if (chosen == "int8") != (checkpoint.generation is None):
+        raise InputError(
+            f"--scheme for {source}", got=f"{chosen} with a graph of task {checkpoint.task}",
+            expected="int8 for encoders; w8 or w4, weights alone, for language models", fix="choose one of these",
+        )  # fmt: skip
     calibration, held_out = calibration_and_held_out(budget)
-    with _beside(output) as work:
-        result = quantize_int8(graph, graph, checkpoint, budget, calibration, held_out, work)
+    with _beside(output) as work, _beside(output) as staged:
+        given = _staged(graph, checkpoint, staged)
+        if chosen == "int8":
+            from builders.quantize.int8 import quantize_int8
+
+            result = quantize_int8(given, given, checkpoint, budget, calibration, held_out, work)
+        else:
+            from builders.quantize.weight_only import quantize_weights
+
+            ratio = budget.max_perplexity_ratio
+            result = quantize_weights(given, given, checkpoint, chosen, ratio, calibration, held_out, work)
         return _publish(result, model, output)
+
+
+def _staged(graph: OnnxGraph, checkpoint: Checkpoint, work: Path) -> OnnxGraph:
+    """The graph under the names that the stages know, whatever the user called its files."""
+    file = DECODER_FILE if checkpoint.task == "seq2seq" else GRAPH_FILE
+    (work / file).symlink_to(graph.file_path.resolve())
+    if checkpoint.task == "seq2seq":
+        (work / ENCODER_FILE).symlink_to(encoder_beside(graph.file_path).resolve())
+    return graph.model_copy(update={"directory": work, "file": file})
+
+
+def encoder_beside(decoder: Path) -> Path:
+    """`t5.onnx` is a decoder, `t5.encoder.onnx` what it reads from."""
+    return decoder.with_name(f"{decoder.stem}.encoder{decoder.suffix}")
 
 
 class EngineRecord(Record):
@@ -112,10 +158,13 @@ def _read(source: Path) -> tuple[OnnxGraph, ModelSlice, Checkpoint]:
             expected="the record that `trireme export` writes; calibration needs the checkpoint's tokenizer",
             fix="export the graph again with this release",
         ) from error
-    if file_digest(source) != found.graph.files[0].sha256:
+    for item in found.graph.files:
+        path = source.parent / item.name
+        if path.is_file() and file_digest(path) == item.sha256:
+            continue
         raise InputError(
-            f"graph {source}",
-            got="another file than its record describes",
+            f"graph {path}",
+            got="another file than its record describes" if path.is_file() else "no such file",
             expected=f"the graph that was exported with {sidecar.name}",
             fix="export the graph again",
         )
@@ -140,18 +189,19 @@ def _beside(output: Path) -> Iterator[Path]:
 
 
 def _publish(graph: OnnxGraph, model: ModelSlice, output: Path) -> OnnxGraph:
-    """Moves the graph to its place; its record last."""
-    if len(graph.files) > 1:
+    """Moves the graph, or both of an encoder-decoder, to its place; its record last."""
+    targets = {graph.file: output, ENCODER_FILE: encoder_beside(output)}
+    if any(file.name not in targets for file in graph.files):
         raise InputError(
             f"model {model.source}",
             got=f"{graph.bytes / 1e9:.1f} GB of weights, in a file of their own",
             expected="at most 1 GiB for a single output file",
             fix="use `trireme build`, whose store keeps both files together",
         )
-    graph.file_path.replace(output)
-    moved = graph.model_copy(
-        update={"directory": output.parent, "file": output.name, "files": (FileRecord.of(output),)}
-    )
+    for file in graph.files:
+        graph.path(file.name).replace(targets[file.name])
+    files = tuple(FileRecord.of(targets[file.name]) for file in graph.files)
+    moved = graph.model_copy(update={"directory": output.parent, "file": output.name, "files": files})
     record = Sidecar(model=model, graph=moved)
     output.with_name(f"{output.name}.json").write_text(record.model_dump_json(indent=2) + "\n")
     return moved

@@ -3,7 +3,7 @@
 Everything is checked from the files alone (JSON and safetensors headers), before any heavy library loads. What changes
 a model's outputs is honoured, or refused by name.
 
-load         the whole               source     where the folder is         reading    JSON of a checkpoint, and its faults
+load         the whole               source     where the folder is    reading    JSON files and their faults
 architecture which models, lengths   weights    the files of weights        adapter    LoRA beside or instead of them
 sentence     sentence-transformers   tokenizer  ids that the model knows    generation what a language model ends with
 """

@@ -47,7 +47,8 @@ def adapter_files(folder: Path, base: Path, model: ModelSlice) -> list[Path]:
     if folder != base and own.is_file() and not _same(own, base / "tokenizer.json"):
         raise CheckpointError(
             f"adapter {folder}", got="a tokenizer.json that differs from the base model's",
-            expected="one tokenizer for both", fix=f"copy the base model's files into a folder with the adapter's: {base}",
+            expected="one tokenizer for both",
+            fix=f"copy the base model's files ({base}) and the adapter's into one folder, with the right tokenizer",
         )  # fmt: skip
     return [folder / CONFIG, weights]
 

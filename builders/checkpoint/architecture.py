@@ -111,7 +111,10 @@ def _check_layers(folder: Path, config: dict[str, Any], model_type: str) -> None
 
 def check_foreign(folder: Path, config: dict[str, Any]) -> None:
     """Raises for code of the checkpoint's own, which is never run, and for weights that are packed by a quantiser."""
-    for name, data in (("config.json", config), ("tokenizer_config.json", read_optional(folder / "tokenizer_config.json"))):
+    for name, data in (
+        ("config.json", config),
+        ("tokenizer_config.json", read_optional(folder / "tokenizer_config.json")),
+    ):
         if data.get("auto_map"):
             classes = ", ".join(sorted(map(str, data["auto_map"])))
             raise UnsupportedError(

@@ -71,9 +71,7 @@ def read_sentence(folder: Path, model: ModelSlice, hidden_size: int) -> Sentence
     pooling, pooling_file = _pooling(folder, model, modules, hidden_size, prompts)
     head = _head(folder, model, modules, hidden_size)
     read = [*pooling_file, *(folder / name for layer in head for name in layer.files)]
-    return Sentence(
-        pooling, head, prompts, common.lower_case, common.max_length, tuple(dict.fromkeys([*files, *read]))
-    )
+    return Sentence(pooling, head, prompts, common.lower_case, common.max_length, tuple(dict.fromkeys([*files, *read])))
 
 
 def _modules(folder: Path) -> tuple[Module, ...]:
@@ -95,7 +93,9 @@ def _modules(folder: Path) -> tuple[Module, ...]:
 
 def _check_modules(folder: Path, model: ModelSlice, modules: Sequence[Module]) -> None:
     kinds = [module.kind for module in modules]
-    foreign = [kind for kind in kinds if kind not in (_BUILT if model.task == "embedding" else ("Transformer", "Dropout"))]
+    foreign = [
+        kind for kind in kinds if kind not in (_BUILT if model.task == "embedding" else ("Transformer", "Dropout"))
+    ]
     if foreign:
         raise UnsupportedError(
             f"{folder / MODULES} for task {model.task}", got=f"the module {foreign[0]}",
@@ -109,12 +109,13 @@ def _check_modules(folder: Path, model: ModelSlice, modules: Sequence[Module]) -
     ordered = kinds[0] == "Transformer" and kinds.count("Transformer") == 1 and kinds.count("Pooling") <= 1
     if not ordered or ("Pooling" in kinds and "Pooling" in kinds[2:]):
         raise UnsupportedError(
-            f"{folder / MODULES}", got=" -> ".join(kinds), expected="Transformer -> Pooling, then what works on vectors",
-            fix="use a checkpoint of this order",
+            f"{folder / MODULES}", got=" -> ".join(kinds),
+            expected="Transformer -> Pooling, then what works on vectors", fix="use a checkpoint of this order",
         )  # fmt: skip
     if modules[0].folder != folder:
         raise UnsupportedError(
-            f"{folder / MODULES}", got=f"the Transformer in {modules[0].folder.name}", expected="it beside modules.json",
+            f"{folder / MODULES}", got=f"the Transformer in {modules[0].folder.name}",
+            expected="it beside modules.json",
             fix=f"move the files of {modules[0].folder.name} up, and set its path to an empty string",
         )  # fmt: skip
 
@@ -123,9 +124,11 @@ def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
     task = settings.get("transformer_task", "feature-extraction")
     other = next((key for key in settings if key not in (*_READ, *_HARMLESS) and settings[key]), None)
     if task not in ("feature-extraction", "sequence-classification") or other:
+        key = other or "transformer_task"
         raise UnsupportedError(
-            f"{folder / TRANSFORMER}: {other or 'transformer_task'}", got=repr(settings[other or "transformer_task"])[:80],
-            expected="a text encoder with no settings of this kind", fix="remove the key if vectors without it are right",
+            f"{folder / TRANSFORMER}: {key}", got=repr(settings[key])[:80],
+            expected="a text encoder with no settings of this kind",
+            fix="remove the key if vectors without it are right",
         )  # fmt: skip
 
 
@@ -133,7 +136,7 @@ def _prompts(folder: Path, model: ModelSlice) -> Prompts | None:
     """None where there is nothing to put before a text. `model.prompt_name` goes before the checkpoint's default."""
     data = read_optional(folder / PROMPTS)
     kind = data.get("model_type", "SentenceTransformer")
-    if model.task == "embedding" and kind != "SentenceTransformer" or data.get("truncate_dim"):
+    if (model.task == "embedding" and kind != "SentenceTransformer") or data.get("truncate_dim"):
         raise UnsupportedError(
             f"{folder / PROMPTS}", got=f"model_type {kind}, truncate_dim {data.get('truncate_dim')}",
             expected="a SentenceTransformer with whole vectors", fix="use a dense embedding model",
@@ -151,7 +154,8 @@ def _prompts(folder: Path, model: ModelSlice) -> Prompts | None:
     if chosen is not None and chosen not in texts:
         named = "model.prompt_name" if model.prompt_name else f"{folder / PROMPTS}: default_prompt_name"
         raise CheckpointError(
-            named, got=repr(chosen), expected=f"one of {sorted(texts)}" if texts else "none: the checkpoint has no prompts",
+            named, got=repr(chosen),
+            expected=f"one of {sorted(texts)}" if texts else "none: the checkpoint has no prompts",
             fix="name one of the checkpoint's prompts, or leave it out",
         )  # fmt: skip
     return Prompts(texts=texts, default=chosen) if any(texts.values()) else None
@@ -244,11 +248,15 @@ def _dense(file: Path, config: dict[str, Any], names: tuple[str, ...]) -> HeadLa
     activation = str(config.get("activation_function") or "torch.nn.modules.activation.Tanh")
     name = activation.rsplit(".", 1)[-1]
     source, target = config.get("module_input_name"), config.get("module_output_name")
-    unusual = [item for item in (source, target) if item not in (None, "sentence_embedding")]
-    if not activation.startswith("torch.nn.") or name not in ACTIVATIONS or unusual or config.get("use_residual"):
+    unusual = [f"features {item}" for item in (source, target) if item not in (None, "sentence_embedding")]
+    unusual += ["use_residual"] if config.get("use_residual") else []
+    if not activation.startswith("torch.nn.") or name not in ACTIVATIONS:
+        unusual.append(activation)
+    if unusual:
         raise UnsupportedError(
-            f"{file}: Dense", got=unusual[0] if unusual else "use_residual" if config.get("use_residual") else activation,
-            expected=f"a product on the vector with one of torch's {', '.join(ACTIVATIONS)}", fix="use another checkpoint",
+            f"{file}: Dense", got=unusual[0],
+            expected=f"a product on the vector with one of torch's {', '.join(ACTIVATIONS)}",
+            fix="use another checkpoint",
         )  # fmt: skip
     return HeadLayer(
         kind="dense", width=int(config.get("out_features", 0)), bias=bool(config.get("bias", True)),

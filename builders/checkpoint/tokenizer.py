@@ -71,8 +71,9 @@ def check_text_length(folder: Path, model: ModelSlice, declared: int | None) -> 
     on longer ones. `declared` is what sentence-transformers says, which goes before the tokenizer's own limit."""
     limit, file = declared, "sentence_bert_config.json: max_seq_length"
     if limit is None:
-        limit, file = read_optional(folder / "tokenizer_config.json").get("model_max_length"), (
-            "tokenizer_config.json: model_max_length"
+        limit, file = (
+            read_optional(folder / "tokenizer_config.json").get("model_max_length"),
+            ("tokenizer_config.json: model_max_length"),
         )
     if isinstance(limit, int | float) and limit < min(model.max_length, _NO_LIMIT):
         raise CheckpointError(

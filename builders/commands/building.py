@@ -11,7 +11,7 @@ import typer
 from builders.commands.options import DEFAULT_BUILD, BuildDir, JsonFlag, PlatformOption, SpecArgument, status
 
 if TYPE_CHECKING:
-    from builders.artifacts import OnnxGraph
+    from builders.artifacts import Checkpoint, OnnxGraph
 
 
 def build(
@@ -39,33 +39,45 @@ def build(
 def export(
     model: Annotated[str, typer.Argument(help="packaged:all-MiniLM-L6-v2, a folder, or a Hugging Face id")],
     output: Annotated[Path, typer.Option("-o", "--output", help="ONNX file to write")],
-    task: Annotated[Literal["embedding", "classification", "reranking"], typer.Option()] = "embedding",
+    task: Annotated[
+        Literal["embedding", "classification", "reranking", "generation", "seq2seq"], typer.Option()
+    ] = "embedding",
     precision: Annotated[Literal["fp32", "fp16"], typer.Option()] = "fp32",
-    pooling: Annotated[Literal["mean", "cls"] | None, typer.Option(help="default: the checkpoint's own")] = None,
+    pooling: Annotated[
+        Literal["mean", "cls", "max", "lasttoken", "mean_sqrt_len_tokens", "weightedmean"] | None,
+        typer.Option(help="default: the checkpoint's own"),
+    ] = None,
     max_length: Annotated[int, typer.Option(min=8, help="tokens")] = 256,
     as_json: JsonFlag = False,
 ) -> None:
-    """One checkpoint to one checked ONNX graph; OUTPUT.json beside it says what it is."""
+    """One checkpoint to one checked ONNX graph; OUTPUT.json beside it says what it is.
+
+    Of an encoder-decoder, OUTPUT is the decoder, and OUTPUT with `.encoder` before its suffix the encoder.
+    """
     from builders import single
     from builders.spec import ModelSlice
 
     with status(f"export {model} to {precision}", as_json):
         found = ModelSlice(source=model, task=task, pooling=pooling, max_length=max_length)
-        graph = single.export(found, precision, output)
-    _print_graph(output, graph, as_json)
+        graph, checkpoint = single.export(found, precision, output)
+    _print_graph(output, graph, as_json, checkpoint)
 
 
 def quantize(
     graph: Annotated[Path, typer.Argument(help="ONNX file written by `trireme export`, fp32 or fp16")],
     output: Annotated[Path, typer.Option("-o", "--output", help="ONNX file to write")],
-    scheme: Annotated[Literal["int8"], typer.Option()] = "int8",
+    scheme: Annotated[
+        Literal["int8", "w8", "w4"] | None,
+        typer.Option(help="int8: encoders (default there); w8 (default), w4: weights of language models"),
+    ] = None,
     calibration: Annotated[Path | None, typer.Option(help="UTF-8 file, one text a line")] = None,
-    min_mean_cosine: Annotated[float, typer.Option(min=0, max=1)] = 0.998,
-    min_worst_cosine: Annotated[float, typer.Option(min=0, max=1)] = 0.98,
+    min_mean_cosine: Annotated[float, typer.Option(min=0, max=1, help="int8")] = 0.998,
+    min_worst_cosine: Annotated[float, typer.Option(min=0, max=1, help="int8")] = 0.98,
     max_logit_error: Annotated[float, typer.Option(min=0, help="classification, reranking: of the spread")] = 0.2,
+    max_perplexity_ratio: Annotated[float, typer.Option(min=1, help="w8, w4")] = 1.03,
     as_json: JsonFlag = False,
 ) -> None:
-    """One graph to INT8 with explicit QDQ, refused when it misses the quality budget."""
+    """One graph to INT8 with explicit QDQ, or to weights in 8 or 4 bits; refused when it misses the quality budget."""
     from builders import single
     from builders.spec import PrecisionSlice
 
@@ -73,10 +85,11 @@ def quantize(
         min_mean_cosine=min_mean_cosine,
         min_worst_cosine=min_worst_cosine,
         max_logit_error=max_logit_error,
+        max_perplexity_ratio=max_perplexity_ratio,
         calibration_texts=calibration,
     )
-    with status(f"quantize {graph} to {scheme}", as_json):
-        result = single.quantize(graph, budget, output)
+    with status(f"quantize {graph}", as_json):
+        result = single.quantize(graph, scheme, budget, output)
     _print_graph(output, result, as_json)
 
 
@@ -100,8 +113,23 @@ def engine(
         print(f"{output}: {record.file.bytes / 1e6:.1f} MB, {record.build_seconds} s")
 
 
-def _print_graph(output: Path, graph: OnnxGraph, as_json: bool) -> None:
+def _print_graph(output: Path, graph: OnnxGraph, as_json: bool, checkpoint: Checkpoint | None = None) -> None:
+    before = _before_tokenising(checkpoint)
     if as_json:
-        print(json.dumps({"file": str(output), "bytes": graph.bytes, "quality": graph.quality.model_dump()}))
-    else:
-        print(f"{output}: {graph.bytes / 1e6:.1f} MB, {graph.quality.summary}")
+        facts = {"file": str(output), "bytes": graph.bytes, "quality": graph.quality.model_dump()}
+        print(json.dumps({**facts, **before}))
+        return
+    print(f"{output}: {graph.bytes / 1e6:.1f} MB, {graph.quality.summary}")
+    if before.get("prompt"):
+        print(f"the graph takes ids: put {before['prompt']!r} before each text, as the checkpoint's default prompt")
+    if before.get("lower_case"):
+        print("the graph takes ids: lower-case each text, as the checkpoint's do_lower_case says")
+
+
+def _before_tokenising(checkpoint: Checkpoint | None) -> dict[str, str | bool]:
+    """What a service does to a text, and who uses a graph alone must do."""
+    if checkpoint is None:
+        return {}
+    prompts = checkpoint.prompts
+    prompt = prompts.texts.get(prompts.default or "", "") if prompts is not None else ""
+    return {"prompt": prompt, "lower_case": checkpoint.lower_case}

@@ -164,7 +164,9 @@ def _graph_module(model: torch.nn.Module, head: Sequence[torch.nn.Module], check
             if checkpoint.task != "embedding":
                 return output.logits.float()  # type: ignore[no-any-return]
             assert checkpoint.pooling is not None
-            vectors: torch.Tensor = self.head(pool(output.last_hidden_state.float(), attention_mask, checkpoint.pooling))
+            vectors: torch.Tensor = self.head(
+                pool(output.last_hidden_state.float(), attention_mask, checkpoint.pooling)
+            )
             return vectors
 
     return EncoderGraph().eval()

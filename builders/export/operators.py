@@ -189,7 +189,6 @@ def _place_rotary(undo: ExitStack, source: Any, modules: Sequence[Any], position
 
     `source` is the Python module that defines `modules` and the function that rotates.
     """
-    import torch
 
     tables = [
         {kind: _angles(module, positions, dtype, kind) for kind in getattr(module, "layer_types", None) or [None]}
@@ -212,8 +211,8 @@ def _place_rotary(undo: ExitStack, source: Any, modules: Sequence[Any], position
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """RotaryEmbedding over as much of a head as there are angles for; what lies behind passes through.
 
-    Some models cut the rest off before they call their function (Phi), in others it does so itself (GPT-NeoX, Nemotron).
-    The operator has an attribute for it, but cut apart the graph is the same for both.
+    Some models cut the rest off before they call their function (Phi); in others it does so itself (GPT-NeoX,
+    Nemotron). The operator has an attribute for it, but cut apart the graph is the same for both.
     """
     import torch
 
@@ -278,9 +277,7 @@ def _agrees_on(rotate: Any, cos: torch.Tensor, sin: torch.Tensor, width: int) ->
     except (RuntimeError, ValueError, IndexError):  # shapes that do not fit: another kind of angles, or of heads
         return None
     halves = [part[None, :length, :half] for part in (cos, sin)]
-    return all(
-        y.shape == x.shape and _agree(_rotate(x, *halves), y) for x, y in zip((q, k), expected, strict=True)
-    )
+    return all(y.shape == x.shape and _agree(_rotate(x, *halves), y) for x, y in zip((q, k), expected, strict=True))
 
 
 def _noise(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -21,7 +21,7 @@ Vectors = NDArray[np.float32]
 
 
 def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
-    """[batch, length, width] float32 and the mask [batch, length], 1 for tokens, padded on the right -> [batch, width]."""
+    """[batch, length, width] float32 -> [batch, width]. The mask [batch, length] is 1 for tokens, which stand left."""
     import torch
 
     if pooling == "cls":

@@ -104,7 +104,8 @@ def _require_all(checkpoint: Checkpoint, model: Any, missing: list[str], mismatc
     if missing or mismatched:
         raise CheckpointError(
             f"weights of {checkpoint.source} for task {checkpoint.task}",
-            got=f"{len(missing)} missing, {len(mismatched)} of another shape ({', '.join([*missing, *mismatched][:4])})",
+            got=f"{len(missing)} missing, {len(mismatched)} of another shape "
+            f"({', '.join([*missing, *mismatched][:4])})",
             expected=f"every weight of {type(model).__name__}, as config.json describes it",
             fix="choose the task that the checkpoint was trained for, and its own config.json",
         )
@@ -149,7 +150,8 @@ def require_sound(outputs: Any, checkpoint: Checkpoint) -> None:
     if fault:
         raise CheckpointError(
             f"weights of {checkpoint.source}", got=f"{fault} of the eager model itself, in fp32",
-            expected="numbers that tell texts apart", fix="check the checkpoint with transformers: its weights are damaged",
+            expected="numbers that tell texts apart",
+            fix="run the checkpoint with transformers: its weights are damaged, or its config.json is another's",
         )  # fmt: skip
 
 

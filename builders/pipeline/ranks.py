@@ -134,22 +134,23 @@ def _variants(built: Build) -> list[_Variant]:
 
 
 def _of_graph(built: Build) -> _Variant:
-    source, engine = built.served_graph, built.spec.engine
+    source, flavour, profiles = built.served_graph, built.spec.engine.flavour, built.spec.engine_profiles
 
     def build(target: str, out: Path) -> Engine:
-        return tensorrt.build_engine(source, engine.flavour, target, engine.profiles, out)
+        return tensorrt.build_engine(source, flavour, target, profiles, out)
 
-    return _Variant(source.precision, {"graph": source.digest, "profiles": _shapes(engine.profiles)}, build)
+    return _Variant(source.precision, {"graph": source.digest, "profiles": _shapes(profiles)}, build)
 
 
 def _of_rank(built: Build, partition: Partition, stage: int, rank: int) -> _Variant:
-    precision, engine = built.served_graph.precision, built.spec.engine
+    precision, flavour = built.served_graph.precision, built.spec.engine.flavour
+    profiles = built.spec.engine_profiles
 
     def build(target: str, out: Path) -> Engine:
         place = (stage, rank, precision)
-        return tensorrt.build_rank_engine(partition, *place, engine.flavour, target, engine.profiles, out)
+        return tensorrt.build_rank_engine(partition, *place, flavour, target, profiles, out)
 
-    key = {"graph": partition.digest, "rank": (stage, rank), "profiles": _shapes(engine.profiles)}
+    key = {"graph": partition.digest, "rank": (stage, rank), "profiles": _shapes(profiles)}
     return _Variant(f"{precision} stage {stage} rank {rank}", key, build)
 
 

@@ -202,7 +202,7 @@ def _stage(spec: DeploymentSpec, interface: Interface, stages: Sequence[Pipeline
 def _use_plans(spec: DeploymentSpec, config: Any) -> None:
     """Triton's tensorrt backend, with an engine for each GPU type."""
     config.platform = "tensorrt_plan"
-    config.instance_group[0].profile.extend(str(index) for index in range(len(spec.engine.profiles)))
+    config.instance_group[0].profile.extend(str(index) for index in range(len(spec.engine_profiles)))
     for target in spec.engine.targets:
         config.cc_model_filenames[compute_capability(target)] = f"model.{target}.plan"
 

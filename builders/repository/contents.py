@@ -63,6 +63,12 @@ def _encoder_directories(
     stages = partition.stages if partition is not None else ()
     configs = model_configs(spec, platform, Interface.of(checkpoint), stages)
     check_ensemble(configs[spec.name], configs)
+    if checkpoint.prompts is not None and spec.serving.response_cache_bytes:
+        raise UnsupportedError(
+            "serving.response_cache_bytes", got=f"{spec.serving.response_cache_bytes} for a model with prompts",
+            expected="0: Triton's cache looks at a request's text, not at its parameter prompt_name",
+            fix="remove it",
+        )  # fmt: skip
     buckets = spec.serving.length_buckets if platform == "gpu" else ()
     tokenizer = TokenizerModelSettings(
         tokenizer=tokenizer_settings(checkpoint).model_copy(update={"length_buckets": buckets}), served=served

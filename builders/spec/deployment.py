@@ -18,6 +18,8 @@ from builders.spec.slices import (
     ParallelSlice,
     Platform,
     PrecisionSlice,
+    ProfileSlice,
+    Range,
     ServingSlice,
     Slice,
     SloSlice,
@@ -152,8 +154,7 @@ class DeploymentSpec(Slice):
                 f"serving.length_buckets={list(buckets)} must end with model.max_length={longest}, "
                 "or the longest texts fit no bucket"
             )
-        for length in buckets:
-            self._require_profile(length)
+        self.require_profiles()
         if self.engine.flavour == "tensorrt-rtx" and len(self.engine.profiles) > 1:
             raise ValueError("engine.profiles: engines of flavour tensorrt-rtx are served with one profile; give one")
         if self.precision.cpu == "bf16" and self.cpu_executor == "onnxruntime":
@@ -180,17 +181,30 @@ class DeploymentSpec(Slice):
                 "it runs the pieces of a rank's graph on CPU"
             )
 
-    def _require_profile(self, length: int) -> None:
-        """Every batch that Triton may form must lie inside one optimisation profile."""
-        batch = self.serving.max_batch_size
-        if any(p.batch.holds(1, batch) and p.length.holds(length, length) for p in self.engine.profiles):
-            return
-        allowed = "; ".join(
-            f"batch {p.batch.min}..{p.batch.max} x length {p.length.min}..{p.length.max}" for p in self.engine.profiles
-        )
-        raise ValueError(
-            f"serving.max_batch_size={batch} x length {length} fits no engine.profiles entry ({allowed}); "
-            "widen a profile, or lower max_batch_size or model.max_length"
+    def require_profiles(self) -> None:
+        """Every batch that Triton may form on a GPU must lie inside one optimisation profile. Raises ValueError."""
+        profiles, batch = self.engine_profiles, self.serving.max_batch_size
+        for length in self.serving.length_buckets:
+            if any(p.batch.holds(1, batch) and p.length.holds(length, length) for p in profiles):
+                continue
+            allowed = "; ".join(
+                f"batch {p.batch.min}..{p.batch.max} x length {p.length.min}..{p.length.max}" for p in profiles
+            )
+            raise ValueError(
+                f"serving.max_batch_size={batch} x length {length} fits no engine.profiles entry ({allowed}); "
+                "widen a profile, or lower max_batch_size or model.max_length"
+            )
+
+    @property
+    def engine_profiles(self) -> tuple[ProfileSlice, ...]:
+        """The spec's own, or one that holds every batch that can be served."""
+        if self.engine.profiles:
+            return self.engine.profiles
+        batch, length = self.serving.max_batch_size, self.model.max_length
+        return (
+            ProfileSlice(
+                batch=Range(min=1, opt=min(8, batch), max=batch), length=Range(min=1, opt=min(64, length), max=length)
+            ),
         )
 
     def precision_on(self, platform: Platform) -> Literal["fp32", "bf16", "fp16", "int8", "w8", "w4"]:

@@ -120,8 +120,8 @@ class EngineSlice(Slice):
 
     flavour: Flavour = "tensorrt-rtx"
     targets: Annotated[tuple[SmTarget, ...], Field(min_length=1)] = ("sm89",)
-    profiles: Annotated[tuple[ProfileSlice, ...], Field(min_length=1)] = (
-        ProfileSlice(batch=Range(min=1, opt=8, max=32), length=Range(min=1, opt=64, max=256)),
+    profiles: tuple[ProfileSlice, ...] = Field(
+        (), description="default: one that holds batches to serving.max_batch_size and lengths to model.max_length"
     )
 
 
