@@ -91,7 +91,8 @@ def _lower(fast: Any) -> None:
     from tokenizers import normalizers
 
     own = fast.normalizer
-    parts = list(own) if isinstance(own, normalizers.Sequence) else [] if own is None else [own]
+    several = isinstance(own, normalizers.Sequence)
+    parts = list(own) if several else [] if own is None else [own]
     if not any(isinstance(part, normalizers.Lowercase) for part in parts):
         fast.normalizer = normalizers.Sequence([normalizers.Lowercase(), *parts])
 

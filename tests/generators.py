@@ -23,12 +23,27 @@ _SIZES = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 8,
     "num_key_value_heads": 2, "max_position_embeddings": POSITIONS,
 }  # fmt: skip
+
+
+def _partial_rotary(share: float) -> dict[str, Any]:
+    """Angles for this share of a head alone."""
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": share}}
+
+
+PARTLY_ROTATED = ("gpt_neox", "phi3", "nemotron", "phi", "glm")
 _CLASSES = {
     "gpt2": ("GPT2Config", "GPT2LMHeadModel", {"n_embd": 64, "n_layer": 2, "n_head": 8, "n_positions": POSITIONS}),
     "llama": ("LlamaConfig", "LlamaForCausalLM", {**_SIZES, "tie_word_embeddings": True}),
     "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", _SIZES),
     "mistral": ("MistralConfig", "MistralForCausalLM", {**_SIZES, "sliding_window": WINDOW}),
     "gemma": ("GemmaConfig", "GemmaForCausalLM", {**_SIZES, "num_key_value_heads": 1, "head_dim": 16}),
+    "gpt_neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", {
+        **{name: size for name, size in _SIZES.items() if name != "num_key_value_heads"}, "rotary_pct": 0.25,
+        "hidden_size": 128}),
+    "phi3": ("Phi3Config", "Phi3ForCausalLM", {**_SIZES, **_partial_rotary(0.75), "hidden_size": 128}),
+    "nemotron": ("NemotronConfig", "NemotronForCausalLM", {**_SIZES, **_partial_rotary(0.5)}),
+    "phi": ("PhiConfig", "PhiForCausalLM", {**_SIZES, **_partial_rotary(0.5)}),
+    "glm": ("GlmConfig", "GlmForCausalLM", {**_SIZES, **_partial_rotary(0.5), "head_dim": 8}),
     "t5": ("T5Config", "T5ForConditionalGeneration", {
         "d_model": 32, "d_kv": 8, "num_heads": 4, "d_ff": 64, "num_layers": 1, "num_decoder_layers": 2,
         "decoder_start_token_id": 1, "relative_attention_max_distance": 24, "relative_attention_num_buckets": 16}),

@@ -10,7 +10,7 @@ import pytest
 
 from builders import corpus
 from builders.artifacts import Quality
-from builders.checkpoint import load_checkpoint
+from builders.checkpoint import ENCODERS, load_checkpoint
 from builders.errors import CheckpointError, ParityError, QualityError
 from builders.export.encoder import export_encoder
 from builders.graph import require_standard
@@ -18,10 +18,8 @@ from builders.quality import measure, require_budget
 from builders.spec import ModelSlice, PrecisionSlice
 from tests.conftest import save_tiny, tiny_spec
 
-MODELS = ("bert", "roberta", "distilbert", "mpnet", "xlm-roberta", "electra")
 
-
-@pytest.mark.parametrize("model_type", MODELS)
+@pytest.mark.parametrize("model_type", ENCODERS)
 @pytest.mark.parametrize("task", ["embedding", "reranking"])
 def test_architectures_and_tasks(tmp_path: Path, model_type: str, task: str) -> None:
     source = save_tiny(tmp_path / "checkpoint", model_type, task, labels=1 if task == "reranking" else 3)

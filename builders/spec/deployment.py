@@ -87,8 +87,8 @@ class DeploymentSpec(Slice):
             self._require_cache_lengths()
         else:
             self._require_encoder_choices()
-        chosen = (self.model.pooling, self.model.normalize, self.model.prompt_name)
-        if self.model.task != "embedding" and chosen != (None, None, None):
+        of_embeddings = (self.model.pooling, self.model.normalize, self.model.prompt_name)
+        if self.model.task != "embedding" and of_embeddings != (None, None, None):
             raise ValueError(
                 f"model.pooling, model.normalize and model.prompt_name apply to task embedding, not {self.model.task}"
             )
