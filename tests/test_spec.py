@@ -70,6 +70,21 @@ def test_a_wrong_value_is_named_with_its_cure(tmp_path: Path, change: dict[str, 
     assert caught.value.exit_code == 2
 
 
+def test_profiles_follow_the_serving_sizes_unless_given(tmp_path: Path) -> None:
+    data = _minilm()
+    del data["engine"]
+    data["model"]["max_length"] = 512
+    data["serving"] |= {"max_batch_size": 100, "length_buckets": [64, 512]}
+    spec = _load(tmp_path, data)
+    (profile,) = spec.engine_profiles  # type: ignore[attr-defined]
+    assert profile.batch.holds(1, 100)
+    assert profile.length.holds(1, 512)
+    data["serving"] |= {"max_batch_size": 2}
+    data["model"]["max_length"], data["serving"]["length_buckets"] = 8, [8]
+    (profile,) = _load(tmp_path, data).engine_profiles  # type: ignore[attr-defined]
+    assert (profile.batch.opt, profile.length.opt) == (2, 8)
+
+
 def test_profile_range_must_rise(tmp_path: Path) -> None:
     data = _minilm()
     data["engine"]["profiles"] = [

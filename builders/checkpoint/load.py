@@ -17,7 +17,7 @@ from builders.checkpoint.source import locate
 from builders.checkpoint.weights import count_parameters, weight_files
 from builders.spec import ModelSlice
 
-_GENERATION_FILES = ("generation_config.json", "chat_template.jinja")
+_SETTINGS = ("*.json", "*.jinja", "*.py", "additional_chat_templates/*")
 GENERATES = ("generation", "seq2seq")
 
 
@@ -44,11 +44,9 @@ def load_checkpoint(model: ModelSlice) -> Checkpoint:
     check_length(model, folder, config, model_type, generation)
     if not generates:
         tokenizer.check_text_length(folder, model, sentence.max_length)
-    names = ("config.json", *tokenizer.FILES, *(_GENERATION_FILES if generates else ()))
-    present = [folder / name for name in names if (folder / name).is_file()]
     return Checkpoint(
         directory=folder,
-        files=_records(folder, {*present, *sentence.files, *weights, *adapter}),
+        files=_records(folder, {*_settings(folder), *sentence.files, *weights, *adapter}),
         source=model.source,
         architecture=(config.get("architectures") or ["unknown"])[0],
         model_type=model_type,
@@ -74,6 +72,12 @@ def load_config(model: ModelSlice) -> dict[str, Any]:
 
 def _check_encoder(folder: Path, config: dict[str, Any], _: ModelSlice) -> str:
     return check_encoder(folder, config)
+
+
+def _settings(folder: Path) -> list[Path]:
+    """What may change outputs beside the weights: every setting at the top."""
+    found = [path for pattern in _SETTINGS for path in folder.glob(pattern)]
+    return [path for path in found if path.is_file() and not path.name.endswith(".index.json")]
 
 
 def _records(folder: Path, files: Iterable[Path]) -> tuple[FileRecord, ...]:

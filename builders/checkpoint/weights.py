@@ -10,33 +10,27 @@ from builders.errors import CheckpointError
 
 
 def weight_files(folder: Path, allow_pickle: bool) -> list[Path]:
-    """transformers' own order: one file goes before an index. Raises CheckpointError for weights that are not there."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if index.is_file():
-        names = sorted({str(name) for name in read_json(index).get("weight_map", {}).values()})
-        for name in names:
-            require(folder, name, f"copy the missing part that {index.name} lists")
-        return [index, *(folder / name for name in names)]
-    pickles = _pickles(folder)
-    if pickles and allow_pickle:
-        return pickles
+    """In the order of transformers: one file goes before an index, safetensors before pickles. Raises CheckpointError
+    for weights that are not there."""
+    kinds = [("model", "safetensors"), *([("pytorch_model", "bin")] if allow_pickle else ())]
+    for name, suffix in kinds:
+        single, index = folder / f"{name}.{suffix}", folder / f"{name}.{suffix}.index.json"
+        if single.is_file():
+            return [single]
+        if index.is_file():
+            parts = sorted({str(part) for part in read_json(index).get("weight_map", {}).values()})
+            for part in parts:
+                require(folder, part, f"copy the missing part that {index.name} lists")
+            return [index, *(folder / part for part in parts)]
+    pickles = sorted(folder.glob("pytorch_model*.bin"))
     raise CheckpointError(
         f"checkpoint {folder}",
-        got=f"pickled weights only ({pickles[-1].name}), which can run code" if pickles else "no weights",
+        got=f"pickled weights only ({pickles[0].name}), which can run code" if pickles else "no weights",
         expected="model.safetensors",
         fix="save the model again with safetensors, or set model.allow_pickle: true if you trust it"
         if pickles
         else "give the folder that transformers' save_pretrained wrote",
     )
-
-
-def _pickles(folder: Path) -> list[Path]:
-    single, index = folder / "pytorch_model.bin", folder / "pytorch_model.bin.index.json"
-    if single.is_file():
-        return [single]
-    return [*([index] if index.is_file() else []), *sorted(folder.glob("pytorch_model-*.bin"))]
 
 
 def one_file(folder: Path, name: str, allow_pickle: bool) -> Path:

@@ -1,0 +1,42 @@
+"""Single stages on single files, for every task: an encoder-decoder's two graphs lie beside each other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from builders import single
+from builders.errors import InputError
+from builders.spec import ModelSlice, PrecisionSlice
+from tests.generators import save_generator
+
+BUDGET = PrecisionSlice(max_perplexity_ratio=1.5, calibration_samples=8)  # random weights: any loss shows
+
+
+@pytest.mark.parametrize(
+    ("kind", "task", "files"),
+    [
+        ("llama", "generation", ["m.onnx", "m.onnx.json"]),
+        pytest.param("t5", "seq2seq", ["m.encoder.onnx", "m.onnx", "m.onnx.json"], marks=pytest.mark.slow),
+    ],
+)
+def test_language_models_from_checkpoint_to_weights_in_8_bits(
+    tmp_path: Path, kind: str, task: str, files: list[str]
+) -> None:
+    source = save_generator(tmp_path / "checkpoint", kind)
+    out, small = tmp_path / "out", tmp_path / "small"
+    out.mkdir()
+    small.mkdir()
+    model = ModelSlice.model_validate({"source": str(source), "task": task, "max_length": 64})
+    graph, _ = single.export(model, "fp32", out / "m.onnx")
+    assert sorted(path.name for path in out.iterdir()) == files
+    with pytest.raises(InputError, match="got int8 with a graph of task"):
+        single.quantize(out / "m.onnx", "int8", BUDGET, small / "m.onnx")
+    assert not list(small.iterdir())
+    result = single.quantize(out / "m.onnx", None, BUDGET, small / "m.onnx")
+    assert (graph.precision, result.precision) == ("fp32", "w8")
+    assert result.bytes < graph.bytes
+    assert sorted(path.name for path in small.iterdir()) == files
+    with pytest.raises(InputError, match="got a graph in w8; expected fp32 or fp16"):
+        single.quantize(small / "m.onnx", "w4", BUDGET, small / "n.onnx")
