@@ -229,7 +229,7 @@ def _weighted(folder: Path, module: Module, allow_pickle: bool, width: int) -> H
     names = tuple(str(path.relative_to(folder)) for path in (file, weights))
     if module.kind == "LayerNorm":
         layer = HeadLayer(kind="layernorm", width=width, files=names)
-        expected = {"norm.weight": (width,), "norm.bias": (width,)}
+        expected: dict[str, tuple[int, ...]] = {"norm.weight": (width,), "norm.bias": (width,)}
     else:
         layer = _dense(file, config, names)
         bias = {"linear.bias": (layer.width,)} if layer.bias else {}

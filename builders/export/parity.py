@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +27,13 @@ def require_parity(
 
     Raises ParityError with the figures.
     """
-    session = DecoderSession(file, len(rows), 2 * rows.shape[1], constants)
+    with _running(what):
+        session = DecoderSession(file, len(rows), 2 * rows.shape[1], constants)
     everyone = np.arange(len(rows))
     difference, cosine = 0.0, 1.0
     for counts in plan_steps(*rows.shape):
-        logits = session.step(_next_tokens(rows, session.positions, counts), counts)[0].astype(np.float64)
+        with _running(what):
+            logits = session.step(_next_tokens(rows, session.positions, counts), counts)[0].astype(np.float64)
         wanted = expected[everyone, session.positions - 1].astype(np.float64)
         difference = max(difference, float(np.nan_to_num(np.abs(logits - wanted), nan=np.inf).max()))
         norms = np.linalg.norm(logits, axis=1) * np.linalg.norm(wanted, axis=1)
@@ -44,6 +48,17 @@ def require_parity(
             + ("The graph is not used" if precision == "fp32" else "The model does not fit fp16; use fp32 or w8")
         )
     return difference
+
+
+@contextmanager
+def _running(what: str) -> Iterator[None]:
+    """Raises ParityError for a graph that ONNX Runtime does not take at all."""
+    try:
+        yield
+    except Exception as error:  # ONNX Runtime has an exception of its own for each status, all of them plain ones
+        raise ParityError(
+            f"graph of {what}: ONNX Runtime cannot run it ({' '.join(str(error).split())[:300]}); the graph is not used"
+        ) from error
 
 
 def plan_steps(rows: int, length: int) -> list[Ids]:

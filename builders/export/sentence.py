@@ -75,7 +75,8 @@ def head_modules(checkpoint: Checkpoint) -> list[torch.nn.Module]:
 
     class Normalize(torch.nn.Module):
         def forward(self, vectors: torch.Tensor) -> torch.Tensor:
-            return vectors / torch.linalg.vector_norm(vectors, dim=1, keepdim=True).clamp(min=1e-12)
+            length: torch.Tensor = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
+            return vectors / length.clamp(min=1e-12)
 
     made: list[torch.nn.Module] = []
     width = checkpoint.hidden_size

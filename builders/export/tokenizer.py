@@ -38,10 +38,9 @@ def require_tokenizer(checkpoint: Checkpoint, texts: Sequence[str]) -> None:
             _refuse(checkpoint, f"the token {token!r} as {known.get(token)}", f"{wanted[token]}")
     added = [f"a {token} b" for token in sorted(reference.get_added_vocab())[:_ADDED]]
     tried = [*texts[:_TEXTS], *_ODD, *added]
-    pairs = list(itertools.pairwise(tried)) if checkpoint.task == "reranking" else []
-    for text in [*tried, *pairs]:
-        second = text[1] if isinstance(text, tuple) else None
-        first = text[0] if isinstance(text, tuple) else text
+    pairs: list[tuple[str, str | None]] = [(text, None) for text in tried]
+    pairs += itertools.pairwise(tried) if checkpoint.task == "reranking" else ()
+    for first, second in pairs:
         found = fast.encode(first, second)
         _compare(checkpoint, (first, second), found, reference(first, second))
     if checkpoint.generation is None:  # prompts are refused, not cut
