@@ -16,6 +16,7 @@ import pytest
 from builders import single
 from builders.checkpoint import load_checkpoint
 from builders.errors import InputError
+from builders.export.tokenizer import require_tokenizer
 from builders.spec import ModelSlice
 from tests.generators import POSITIONS, save_generator
 
@@ -248,3 +249,23 @@ def test_the_weights_tell(sources: dict[str, Path], tmp_path: Path, name: str) -
 def test_the_models_that_the_table_breaks_are_sound(sources: dict[str, Path]) -> None:
     for source, task in (("bert", "embedding"), ("llama", "generation"), ("t5", "seq2seq")):
         assert load_checkpoint(_model(sources[source], task)).max_length == 64 <= POSITIONS
+
+
+def test_the_advised_mend_of_a_folder_with_sentencepiece_alone(sources: dict[str, Path], tmp_path: Path) -> None:
+    """The command in the message works here: sentencepiece is installed with the rest."""
+    import sentencepiece
+    import transformers
+
+    from builders import corpus
+
+    folder = Path(shutil.copytree(sources["t5"], tmp_path / "checkpoint"))
+    (folder / "tokenizer.json").unlink()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(corpus.texts(None, 200)), model_prefix=str(folder / "spiece"), vocab_size=260,
+        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    with pytest.raises(InputError, match=r"one of spiece\.model: python -c .*AutoTokenizer.*save_pretrained"):
+        load_checkpoint(_model(folder, "seq2seq"))
+    transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
+    checkpoint = load_checkpoint(_model(folder, "seq2seq"))
+    require_tokenizer(checkpoint, corpus.texts(None, 16))
