@@ -125,10 +125,10 @@ def _array(name: str, items: Sequence[Any]) -> NDArray[Any]:
         return np.array([[item.encode() for item in items]], np.object_)
     if isinstance(items[0], bool | float):
         return np.array([items], np.bool_ if isinstance(items[0], bool) else np.float32)
-    bits = 64 if name == "random_seed" else 32
-    if not all(abs(item) < 1 << (bits - 1) for item in items):  # numpy would wrap it
-        raise OverflowError(f"{items} does not fit {bits} bits")
-    return np.array([items], f"int{bits}")
+    kind = np.uint64 if name in ("random_seed", "seed") else np.int32
+    if not all(np.iinfo(kind).min <= item <= np.iinfo(kind).max for item in items):  # numpy would wrap it
+        raise OverflowError(f"{items} does not fit {np.dtype(kind).name}")
+    return np.array([items], kind)
 
 
 def _chunk(result: Any) -> Chunk:

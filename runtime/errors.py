@@ -4,6 +4,7 @@
      |-- BadRequest      the caller's input is wrong: INVALID_ARGUMENT, HTTP 400
      |-- BadEnvironment  this machine or its packages cannot serve: exit 2
      |-- Unavailable     cannot answer now, though the request is sound: UNAVAILABLE, HTTP 503
+     |-- TooLate         the request's own time ran out: DEADLINE_EXCEEDED
      `-- ServerFault     a server did not start, answer or stop as promised: exit 1
 
 The tree is apart from `builders.errors` because the serving image holds no `builders`.
@@ -32,6 +33,10 @@ class BadEnvironment(ServingError):
 
 class Unavailable(ServingError):
     """The service cannot answer now; the same request may succeed later. The message may be shown to the caller."""
+
+
+class TooLate(ServingError):
+    """The time that the request was given ran out before its answer was complete. The message may be shown."""
 
 
 class ServerFault(ServingError):

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import BadEnvironment, BadRequest
+from runtime.prefix import Prefix
 from runtime.settings import TokenizerSettings
 
 
@@ -41,19 +42,23 @@ class Tokenizer:
             _lower(self._fast)
         self._fast.no_padding()
         self._fast.enable_truncation(settings.max_length)
+        self._prefix = Prefix(self._fast, settings.max_length)
         self.settings = settings
 
     def encode(
         self, texts: Sequence[str], pairs: Sequence[str] | None = None, prompts: Sequence[str] | None = None
     ) -> list[Encoded]:
         """One result a text. `pairs[i]` follows `texts[i]` as the second segment; `prompts[i]`, by default the model's
-        own prompt, stands before it."""
+        own prompt, stands before it. The library reads no more of a text than its tokens can need (of a pair, each by
+        itself)."""
         before = prompts if prompts is not None else [self.prompt(None)] * len(texts)
         texts = [f"{prompt}{text}" for prompt, text in zip(before, texts, strict=True)]
-        inputs = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
+        columns = [[self._prefix.cut(text) for text in column] for column in (texts, pairs) if column is not None]
+        rows = list(zip(*columns, strict=True))
+        inputs = [tuple(text for text, _ in row) if pairs is not None else row[0][0] for row in rows]
         return [
-            Encoded(ids=item.ids, type_ids=item.type_ids, truncated=bool(item.overflowing))
-            for item in self._fast.encode_batch(inputs)
+            Encoded(item.ids, item.type_ids, truncated=bool(item.overflowing) or any(went_on for _, went_on in row))
+            for item, row in zip(self._fast.encode_batch(inputs), rows, strict=True)
         ]
 
     def prompt(self, name: str | None) -> str:

@@ -12,7 +12,7 @@ from builders.repository.generation import generator_config
 from runtime.errors import BadRequest
 from runtime.generation.interface import INPUTS, OUTPUTS, read_request
 from runtime.generation.metrics import Histogram
-from runtime.generation.request import SamplingParams, Update, coalesce
+from runtime.generation.request import Limits, Request, SamplingParams, Update, coalesce
 
 TEXT = np.array([[b"a text"]], np.object_)
 
@@ -30,7 +30,9 @@ def test_a_prompt_alone_is_greedy() -> None:
 
 @pytest.mark.parametrize(
     ("given", "temperature"),
-    [({}, 0.0), ({"top_p": 0.9}, 1.0), ({"random_seed": 3}, 1.0), ({"top_k": 5, "temperature": 0.0}, 0.0),
+    [({}, 0.0), ({"top_p": 0.9}, 1.0), ({"top_k": 5}, 1.0), ({"min_p": 0.1}, 1.0),
+     ({"random_seed": 3}, 0.0), ({"top_k": 0, "top_p": 1.0, "min_p": 0.0, "random_seed": 3}, 0.0),
+     ({"top_k": 5, "temperature": 0.0}, 0.0), ({"temperature": 0.5}, 0.5),
      ({"repetition_penalty": 1.1}, 0.0)],
 )  # fmt: skip
 def test_what_asks_for_chance_gets_temperature_1(given: dict[str, Any], temperature: float) -> None:
@@ -42,6 +44,68 @@ def test_empty_tensors_say_nothing() -> None:
     asked = read_request(tensors)
     assert asked.ids is not None
     assert (asked.ids.tolist(), asked.params.stop) == ([4, 5], ())
+
+
+# What the published clients of TensorRT-LLM's models send beside the prompt and `max_tokens`.
+NEUTRAL: dict[str, Any] = {
+    "bad_words": [b""], "stop_words": [b""], "end_id": [2], "pad_id": [2], "beam_width": [1],
+    "num_return_sequences": [1], "length_penalty": [1.0], "num_draft_tokens": [0], "use_draft_logits": [False],
+    "return_context_logits": [False], "return_generation_logits": [False], "return_perf_metrics": [False],
+    "embedding_bias_words": [b""], "embedding_bias_weights": [0.0], "exclude_input_in_output": [True],
+    "repetition_penalty": [1.0], "presence_penalty": [0.0], "frequency_penalty": [0.0], "top_k": [0], "top_p": [1.0],
+    "min_length": [0], "min_tokens": [0], "return_log_probs": [False], "stream": [False],
+}  # fmt: skip
+
+
+def test_what_published_clients_send_changes_nothing() -> None:
+    asked = read_request({"text_input": TEXT, **{name: np.array([value]) for name, value in NEUTRAL.items()}})
+    assert asked.params == SamplingParams(stop_token_ids=(2,))
+    assert asked.params.plain
+    assert (asked.echo, asked.stream, asked.special_tokens) == (False, False, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("bad_words", b"x"), ("beam_width", 2), ("num_return_sequences", 3), ("length_penalty", 0.5), ("end_id", -1),
+     ("embedding_bias_words", b"x"), ("return_context_logits", True), ("return_generation_logits", True)],
+)  # fmt: skip
+def test_what_is_not_built_is_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(BadRequest, match=f"^{name} is "):
+        _read(**{name: value})
+
+
+def test_older_and_newer_names_of_one_input() -> None:
+    assert _read(min_tokens=3, seed=5) == _read(min_length=3, random_seed=5)
+    with pytest.raises(BadRequest, match="random_seed is 1 and seed is 2; they are one thing"):
+        _read(random_seed=1, seed=2)
+
+
+def test_seeds_have_64_bits() -> None:
+    tensors = {"text_input": TEXT, "random_seed": np.array([[(1 << 64) - 1]], np.uint64)}
+    assert read_request(tensors).params.seed == (1 << 64) - 1
+
+
+@pytest.mark.parametrize(
+    ("given", "echo"),
+    [({}, False), ({"exclude_input_in_output": True}, False), ({"exclude_input_in_output": False}, True),
+     ({"exclude_input_in_output": False, "stream": True}, False)],
+)  # fmt: skip
+def test_the_prompt_comes_back_where_that_is_asked(given: dict[str, bool], echo: bool) -> None:
+    assert read_request({"text_input": TEXT, **{name: np.array([[on]]) for name, on in given.items()}}).echo == echo
+
+
+def test_tritons_own_parameters_are_no_ones_mistake() -> None:
+    asked = read_request({"text_input": TEXT}, {"id": "7", "priority": 1, "timeout": 5_000, "model": "tiny"})
+    assert (asked.text, asked.timeout_s) == ("a text", 0.005)
+    assert read_request({"text_input": TEXT}, {"timeout": 0}).timeout_s is None
+    with pytest.raises(BadRequest, match="timeout is 'soon'; expected a whole number of microseconds"):
+        read_request({"text_input": TEXT}, {"timeout": "soon"})
+
+
+@pytest.mark.parametrize(("min_tokens", "room"), [(0, 16), (10, 16), (40, 40), (512, 512)])
+def test_the_default_of_max_tokens_gives_way_to_min_length(min_tokens: int, room: int) -> None:
+    request = Request(1, np.array([5]), SamplingParams(min_tokens=min_tokens))
+    assert Limits(400, 512, 16).room(request) == room
 
 
 @pytest.mark.parametrize(

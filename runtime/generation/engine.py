@@ -22,8 +22,8 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Collection
 from contextlib import contextmanager
 
-from runtime.errors import ServerFault, ServingError, Unavailable
-from runtime.generation.detokenizer import Decoder, Detokenizer
+from runtime.errors import ServerFault, ServingError, TooLate, Unavailable
+from runtime.generation.detokenizer import Decoder
 from runtime.generation.executor import Logits, StepExecutor
 from runtime.generation.metrics import Counters, Gauges
 from runtime.generation.recovery import Recovery
@@ -65,8 +65,7 @@ class Engine:
         """The request's number. Raises BadRequest; that the queue is full comes as an update."""
         now = self.clock()
         request = Request(next(self._ids), prompt, params, None if timeout_s is None else now + timeout_s, probe)
-        detokenizer = None if self._decoder is None else Detokenizer(self._decoder, params.stop)
-        sequence = Sequence.start(request, self.limits, detokenizer, now)
+        sequence = Sequence.start(request, self.limits, self._decoder, now)
         with self._arrived:
             refusal = self._refusal
             if refusal is None:
@@ -114,7 +113,7 @@ class Engine:
         if self._recovery.pending:
             return self._reset() if self._recovery.due() else False
         plan = self.scheduler.plan(began)
-        updates = [_failed(late, Unavailable("the request's time ran out")) for late in plan.expired]
+        updates = [_failed(late, TooLate("the request's time ran out")) for late in plan.expired]
         if plan.work:
             try:
                 self._carry_out(plan, updates)
@@ -207,16 +206,10 @@ class Engine:
             self.scheduler.remove(sequence, keep=False)
             return _failed(sequence, ServerFault("the model gave logits that are not numbers"))
         self._count(sequence, now)
-        text, finish, shown = sequence.append(token)
-        if finish is not None:
+        update = sequence.append(token, logprob)
+        if update.finish is not None:
             self.scheduler.remove(sequence)
-        return Update(
-            request=sequence.request.id,
-            tokens=(token,) if shown else (),
-            text=text,
-            logprobs=(logprob,) if shown and sequence.request.params.logprobs else (),
-            finish=finish,
-        )
+        return update
 
     def _count(self, sequence: Sequence, now: float) -> None:
         if sequence.request.probe:

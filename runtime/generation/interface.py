@@ -1,16 +1,18 @@
 """The tensors of the Triton model, and how a request is read from them.
 
-Names, types and shapes are those of TensorRT-LLM's models; `input_ids`, `stop_token_ids`, `min_p` and the outputs
-beside `text_output` and `output_log_probs` are more. Every shape has a batch dimension of 1 in front. All inputs are
-optional but one of `text_input` and `input_ids`. Defaults: greedy, unless one of `top_k`, `top_p`, `min_p` and
-`random_seed` is given, which makes the temperature 1; `max_tokens` from the model's settings; everything else off.
+Names, types and shapes are those of TensorRT-LLM's models; `input_ids`, `stop_token_ids`, `min_p`, `add_special_tokens`
+and the outputs beside `text_output`, `output_log_probs` and `cum_log_probs` are more. Every input has a batch dimension
+of 1 in front. All are optional but one of `text_input` and `input_ids`. Defaults: `max_tokens` from the model's
+settings, everything else off. Without a temperature the likeliest token is taken, unless `top_k`, `top_p` or `min_p`
+asks for a choice: then the temperature is 1.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,11 +30,32 @@ class Tensor(NamedTuple):
     size: int
 
 
+class Unbuilt(NamedTuple):
+    """An input of TensorRT-LLM's models that is taken where it asks for nothing, which published clients do."""
+
+    tensor: Tensor
+    nothing: tuple[Any, ...]
+
+
+UNBUILT = (
+    Unbuilt(Tensor("bad_words", "TYPE_STRING", -1), (b"",)),
+    Unbuilt(Tensor("beam_width", "TYPE_INT32", 1), (1,)),
+    Unbuilt(Tensor("num_return_sequences", "TYPE_INT32", 1), (1,)),
+    Unbuilt(Tensor("length_penalty", "TYPE_FP32", 1), (1.0, 0.0)),  # of beams
+    Unbuilt(Tensor("embedding_bias_words", "TYPE_STRING", -1), (b"",)),
+    Unbuilt(Tensor("embedding_bias_weights", "TYPE_FP32", -1), (0.0,)),
+    Unbuilt(Tensor("num_draft_tokens", "TYPE_INT32", 1), (0,)),
+    Unbuilt(Tensor("use_draft_logits", "TYPE_BOOL", 1), (False,)),
+    Unbuilt(Tensor("return_context_logits", "TYPE_BOOL", 1), (False,)),
+    Unbuilt(Tensor("return_generation_logits", "TYPE_BOOL", 1), (False,)),
+    Unbuilt(Tensor("return_perf_metrics", "TYPE_BOOL", 1), (False,)),
+)
 INPUTS = (
     Tensor("text_input", "TYPE_STRING", 1),
     Tensor("input_ids", "TYPE_INT32", -1),
     Tensor("max_tokens", "TYPE_INT32", 1),
     Tensor("min_length", "TYPE_INT32", 1),
+    Tensor("min_tokens", "TYPE_INT32", 1),
     Tensor("stop_words", "TYPE_STRING", -1),
     Tensor("stop_token_ids", "TYPE_INT32", -1),
     Tensor("temperature", "TYPE_FP32", 1),
@@ -42,15 +65,22 @@ INPUTS = (
     Tensor("repetition_penalty", "TYPE_FP32", 1),
     Tensor("presence_penalty", "TYPE_FP32", 1),
     Tensor("frequency_penalty", "TYPE_FP32", 1),
-    Tensor("random_seed", "TYPE_INT64", 1),
+    Tensor("random_seed", "TYPE_UINT64", 1),
+    Tensor("seed", "TYPE_UINT64", 1),
+    Tensor("end_id", "TYPE_INT32", 1),
+    Tensor("pad_id", "TYPE_INT32", 1),
     Tensor("return_log_probs", "TYPE_BOOL", 1),
+    Tensor("exclude_input_in_output", "TYPE_BOOL", 1),
+    Tensor("add_special_tokens", "TYPE_BOOL", 1),
     Tensor("stream", "TYPE_BOOL", 1),
+    *(item.tensor for item in UNBUILT),
 )
 # A streamed response holds what is new; the last three come with the last response alone.
 OUTPUTS = (
     Tensor("text_output", "TYPE_STRING", 1),
     Tensor("output_ids", "TYPE_INT32", -1),
     Tensor("output_log_probs", "TYPE_FP32", -1),
+    Tensor("cum_log_probs", "TYPE_FP32", 1),
     Tensor("prompt_tokens", "TYPE_INT32", 1),
     Tensor("completion_tokens", "TYPE_INT32", 1),
     Tensor("finish_reason", "TYPE_STRING", 1),
@@ -60,54 +90,107 @@ OUTPUTS = (
 PROBE_ID_VARIABLE = "TRIREME_PROBE_ID"
 # An error in a stream has no gRPC status, so its text begins with it. (Triton gives one to clients that send the header
 # `triton_grpc_error`, but Triton 2.51 crashes on it once in some dozens of errors.)
-STATUSES = frozenset({"INVALID_ARGUMENT", "UNAVAILABLE", "INTERNAL", "CANCELLED"})
-_SAMPLING = ("top_k", "top_p", "min_p", "random_seed")
+STATUSES = frozenset({"INVALID_ARGUMENT", "UNAVAILABLE", "DEADLINE_EXCEEDED", "INTERNAL", "CANCELLED"})
+# Triton's own fields and, as some clients have it, the model's name: over HTTP they arrive as parameters. Of these only
+# `timeout` is left to do.
+_TRITONS = frozenset({"id", "priority", "timeout", "sequence_id", "sequence_start", "sequence_end", "model"})
 
 
 @dataclass(frozen=True, eq=False)
 class Asked:
-    """A request as it came. Exactly one of `text` and `ids` is set."""
+    """A request as it came. Exactly one of `text` and `ids` is set.
+
+    special_tokens   whether the tokenizer puts its own in front of `text` and behind it
+    echo             whether the answer's text begins with the prompt's
+    timeout_s        the request's own
+    """
 
     text: str | None
     ids: Tokens | None
     params: SamplingParams
     stream: bool
+    special_tokens: bool = True
+    echo: bool = False
+    timeout_s: float | None = None
 
 
-def read_request(tensors: Mapping[str, NDArray[Any]], parameters: Collection[str] = ()) -> Asked:
-    """`tensors` by name, absent ones left out; `parameters` are names that came beside them, which nothing reads.
+def read_request(tensors: Mapping[str, NDArray[Any]], parameters: Mapping[str, Any] = MappingProxyType({})) -> Asked:
+    """`tensors` by name, absent ones left out; `parameters` came beside them.
 
     Raises BadRequest that says what is wrong with which of them.
     """
     for name in parameters:
-        near = difflib.get_close_matches(name, [tensor.name for tensor in INPUTS], 1)
-        raise BadRequest(f"unknown parameter {name}" + (f"; did you mean {near[0]}?" if near else ""))
+        if name not in _TRITONS:
+            near = difflib.get_close_matches(name, [tensor.name for tensor in INPUTS], 1)
+            raise BadRequest(f"unknown parameter {name}" + (f"; did you mean {near[0]}?" if near else ""))
     given = {
         name: array.ravel() for name, array in tensors.items() if array.size or name in ("text_input", "input_ids")
     }
+    _require_nothing(given)
     if ("text_input" in given) == ("input_ids" in given):
         raise BadRequest("send one of text_input and input_ids")
     text = _text(given["text_input"], "text_input")[0] if "text_input" in given else None
     if text == "":
         raise BadRequest("text_input is empty; send at least one character")
-    default = 1.0 if any(name in given for name in _SAMPLING) else 0.0
-    params = SamplingParams(
+    ids = None if text is not None else given["input_ids"].astype(np.int64)
+    stream = bool(_number(given, "stream", False))
+    return Asked(
+        text,
+        ids,
+        _sampling(given),
+        stream,
+        special_tokens=bool(_number(given, "add_special_tokens", True)),
+        # TensorRT-LLM's streams leave the prompt out, whatever is asked.
+        echo=not stream and not _number(given, "exclude_input_in_output", True),
+        timeout_s=_timeout(parameters.get("timeout", 0)),
+    )
+
+
+def _sampling(given: Mapping[str, NDArray[Any]]) -> SamplingParams:
+    top_k, top_p, min_p = (_number(given, name, off) for name, off in (("top_k", 0), ("top_p", 1.0), ("min_p", 0.0)))
+    ends = [given[name].tolist() for name in ("stop_token_ids", "end_id") if name in given]
+    if _number(given, "end_id", 0) < 0:
+        raise BadRequest("end_id is negative; send a token id, or min_length to go on past the end of the text")
+    return SamplingParams(
         max_tokens=_number(given, "max_tokens", None),
-        min_tokens=_number(given, "min_length", 0),
-        temperature=_number(given, "temperature", default),
-        top_k=_number(given, "top_k", 0),
-        top_p=_number(given, "top_p", 1.0),
-        min_p=_number(given, "min_p", 0.0),
+        min_tokens=_either(given, "min_length", "min_tokens") or 0,
+        temperature=_number(given, "temperature", 1.0 if top_k > 0 or top_p < 1.0 or min_p > 0.0 else 0.0),
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
         repetition_penalty=_number(given, "repetition_penalty", 1.0),
         presence_penalty=_number(given, "presence_penalty", 0.0),
         frequency_penalty=_number(given, "frequency_penalty", 0.0),
-        seed=_number(given, "random_seed", None),
-        stop=tuple(_text(given["stop_words"], "stop_words")) if "stop_words" in given else (),
-        stop_token_ids=tuple(given["stop_token_ids"].tolist()) if "stop_token_ids" in given else (),
+        seed=_either(given, "random_seed", "seed"),
+        # Clients that want none send an empty one.
+        stop=tuple(word for word in _text(given["stop_words"], "stop_words") if word) if "stop_words" in given else (),
+        stop_token_ids=tuple(token for tokens in ends for token in tokens),
         logprobs=bool(_number(given, "return_log_probs", False)),
     )
-    ids = None if text is not None else given["input_ids"].astype(np.int64)
-    return Asked(text, ids, params, stream=bool(_number(given, "stream", False)))
+
+
+def _timeout(microseconds: Any) -> float | None:
+    """In seconds; none for 0, as everywhere in Triton."""
+    if isinstance(microseconds, bool) or not isinstance(microseconds, int) or microseconds < 0:
+        raise BadRequest(f"timeout is {microseconds!r}; expected a whole number of microseconds")
+    return microseconds / 1e6 or None
+
+
+def _require_nothing(given: Mapping[str, NDArray[Any]]) -> None:
+    for (name, _, _), nothing in UNBUILT:
+        for value in given[name].tolist() if name in given else ():
+            if value not in nothing:
+                off = "empty" if nothing == (b"",) else f"as {nothing[0]}"
+                got = repr(value.decode(errors="replace")) if isinstance(value, bytes) else value
+                raise BadRequest(f"{name} is {got}, which is not built here; leave it out or send it {off}")
+
+
+def _either(given: Mapping[str, NDArray[Any]], name: str, other: str) -> Any:
+    """The older and the newer name of the same input."""
+    value, same = _number(given, name, None), _number(given, other, None)
+    if value is not None and same is not None and value != same:
+        raise BadRequest(f"{name} is {value} and {other} is {same}; they are one thing: send one of them")
+    return same if value is None else value
 
 
 def _number(given: Mapping[str, NDArray[Any]], name: str, default: Any) -> Any:

@@ -17,6 +17,7 @@ from runtime.generation.interface import Asked
 from runtime.generation.pools import CacheShape
 from runtime.generation.request import Limits, Tokens
 from runtime.generation.scheduler import Scheduler
+from runtime.prefix import Prefix
 from runtime.settings import GeneratorModelSettings
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -25,7 +26,7 @@ TOKENIZER_FILE = "tokenizer.json"
 class TextTokenizer:
     """A `tokenizer.json` as it is: special tokens as its template says, nothing truncated, nothing padded."""
 
-    def __init__(self, file: Path, vocabulary: int) -> None:
+    def __init__(self, file: Path, vocabulary: int, max_length: int = 1 << 30) -> None:
         """Raises BadEnvironment for a file that is none, or that knows tokens which the model does not."""
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         from tokenizers import Tokenizer
@@ -41,23 +42,38 @@ class TextTokenizer:
             raise BadEnvironment(
                 f"{file.name} has token {largest}, the model {vocabulary} tokens; they do not belong together"
             )
+        self._prefix, self._max_length = Prefix(self.fast, max_length), max_length
 
     def prompt(self, asked: Asked) -> Tokens:
-        """[length]. Raises BadRequest for a text without tokens."""
+        """[length]. Raises BadRequest for a text without tokens, or with more than the model takes: the library
+        sees no more of it than that takes to tell. Other threads run meanwhile."""
         if asked.ids is not None:
             return asked.ids
-        ids = np.array(self.fast.encode(asked.text).ids, np.int64)
+        text, longer = self._prefix.cut(asked.text or "")
+        if longer:
+            raise BadRequest(
+                f"text_input has {len(asked.text or '')} characters, which are too many: this model takes at most "
+                f"{self._max_length} tokens, and at most {self._prefix.most} characters"
+            )
+        # `encode` would keep Python's lock for as long as it runs.
+        ids = np.array(self.fast.encode_batch([text], add_special_tokens=asked.special_tokens)[0].ids, np.int64)
         if not len(ids):
             raise BadRequest("text_input has no tokens of this model")
         return ids
+
+    def echo(self, asked: Asked) -> str:
+        """The prompt's text, where the answer is to begin with it."""
+        if not asked.echo:
+            return ""
+        return str(self.fast.decode(asked.ids.tolist())) if asked.ids is not None else asked.text or ""
 
 
 def open_engine(settings: GeneratorModelSettings, directory: Path, device: int = 0) -> tuple[Engine, TextTokenizer]:
     """Raises BadEnvironment where the files do not fit each other or this machine, ServerFault for ranks that fail."""
     executor = open_executor(settings, {key: directory / name for key, name in settings.files.items()}, device)
     try:
-        tokenizer = TextTokenizer(directory / TOKENIZER_FILE, executor.vocabulary)
         limits = _limits(settings, executor.vocabulary)
+        tokenizer = TextTokenizer(directory / TOKENIZER_FILE, executor.vocabulary, limits.max_length)
     except BaseException:
         executor.close()  # rank processes would live on
         raise

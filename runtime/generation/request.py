@@ -34,7 +34,7 @@ class SamplingParams:
     logprobs            natural logarithm of each token's probability under the unmodified model
     """
 
-    max_tokens: int | None = None  # none: the model's default, or what fits
+    max_tokens: int | None = None  # none: the model's default or `min_tokens`, or what fits
     min_tokens: int = 0
     temperature: float = 0.0
     top_k: int = 0
@@ -153,7 +153,7 @@ class Limits:
                 f"max_tokens={asked} and min_length={request.params.min_tokens} after a prompt of {len(prompt)}; "
                 f"this model has room for {free} more tokens"
             )
-        return min(self.default_max_tokens, free) if asked is None else asked
+        return min(max(self.default_max_tokens, request.params.min_tokens), free) if asked is None else asked
 
 
 def _within(value: float, low: float, high: float) -> bool:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from runtime.generation.cache import Slot
-from runtime.generation.detokenizer import Detokenizer
-from runtime.generation.request import FinishReason, Limits, Request, Tokens
+from runtime.generation.detokenizer import Decoder, Detokenizer
+from runtime.generation.request import FinishReason, Limits, Request, Tokens, Update
 
 
 @dataclass(eq=False)
@@ -27,12 +27,15 @@ class Sequence:
     slot: Slot | None = None
     last_token_at: float | None = None
     turns: int = 0  # chunks of its prompt that have run
+    unsent: list[tuple[int, float]] = field(default_factory=list)  # tokens and log-probabilities; their text is held
 
     @classmethod
-    def start(cls, request: Request, limits: Limits, detokenizer: Detokenizer | None, now: float) -> Sequence:
-        """Raises BadRequest for a request that does not fit the model."""
+    def start(cls, request: Request, limits: Limits, decoder: Decoder | None, now: float) -> Sequence:
+        """`decoder` turns tokens into text, if text is wanted. Raises BadRequest for what does not fit the model."""
         room = limits.room(request)
         start = limits.decoder_start_id
+        continued = request.prompt.tolist() if start is None else ()
+        detokenizer = None if decoder is None else Detokenizer(decoder, request.params.stop, continued)
         prompt = request.prompt if start is None else np.array([start], np.int64)
         buffer = np.zeros(len(prompt) + room, np.int64)
         buffer[: len(prompt)] = prompt
@@ -65,21 +68,37 @@ class Sequence:
     def plain(self) -> bool:
         return self.request.params.plain and not self.held
 
-    def append(self, token: int) -> tuple[str, FinishReason | None, bool]:
-        """New text, why the output ends here if it does, and whether the token is part of the output."""
+    def append(self, token: int, logprob: float) -> Update:
+        """What the token brings: text, the tokens whose text is out or has none, and why the output ends if it does.
+
+        Tokens of a stop string, and end tokens, are not part of the output.
+        """
         held = self.held
         if token in self.end_ids and not held:
-            return self._flush(), "stop", False
+            return self._update(self._flush(), "stop")
         self.buffer[self.length] = token
         self.length += 1
+        self.unsent.append((token, logprob))
         text, stopped = "", False
         if self.detokenizer is not None:
             text, stopped = self.detokenizer.push(token, may_stop=self.generated >= self.request.params.min_tokens)
         if stopped:
-            return text, "stop", True
+            return self._update(text, "stop")
         if self.generated == self.room:
-            return text + self._flush(), "length", True
-        return text, None, True
+            return self._update(text + self._flush(), "length")
+        return self._update(text, None)
+
+    def _update(self, text: str, finish: FinishReason | None) -> Update:
+        held = 0 if self.detokenizer is None else self.detokenizer.held_tokens
+        out = self.unsent[: len(self.unsent) - held]
+        del self.unsent[: len(out)]
+        return Update(
+            request=self.request.id,
+            tokens=tuple(token for token, _ in out),
+            text=text,
+            logprobs=tuple(logprob for _, logprob in out) if self.request.params.logprobs else (),
+            finish=finish,
+        )
 
     def _flush(self) -> str:
         return "" if self.detokenizer is None else self.detokenizer.flush()

@@ -2,17 +2,21 @@
 
 `execute` only queues. One thread steps the engine, one sends: it joins what came since it last sent, and keeps to an
 interval between two responses of a stream, so a slow client or a fast model costs fewer responses, not slower steps.
+One thread turns long prompts into tokens, one after the other, while short ones pass.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import queue
 import threading
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +24,8 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from runtime.encoder import require_numpy_1
-from runtime.errors import BadRequest, ServingError, Unavailable
-from runtime.generation.interface import INPUTS, PROBE_ID_VARIABLE, read_request
+from runtime.errors import BadRequest, ServingError, TooLate, Unavailable
+from runtime.generation.interface import INPUTS, PROBE_ID_VARIABLE, Asked, read_request
 from runtime.generation.metrics import Exporter
 from runtime.generation.opening import open_engine
 from runtime.generation.request import Update, coalesce, join
@@ -29,7 +33,8 @@ from runtime.settings import GeneratorModelSettings
 
 NICENESS = 10
 POLL_S = 0.1  # between two looks at whether a client has gone; each costs a message to the server
-LAST_WORDS_S = 0.5  # for the other thread to tell clients what it was given
+LAST_WORDS_S = 0.5  # for the other threads to tell clients what they were given
+LONG = 16_000  # characters of a prompt; on an old CPU the tokenizer takes some 40 ms for them
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
 
@@ -41,9 +46,22 @@ class Stream:
     stream: bool
     logprobs: bool
     prompt_tokens: int
+    echo: str = ""  # what the first response's text begins with
     sent_tokens: int = 0
+    sent_logprobs: float = 0.0
     sent_at: float = 0.0
     held: Update | None = None
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A request that was read: Triton may forget it."""
+
+    sender: Any
+    asked: Asked
+    timeout_s: float | None
+    came: float
+    probe: bool
 
 
 class TritonPythonModel:
@@ -60,7 +78,9 @@ class TritonPythonModel:
         self.early: set[int] = set()  # streams whose tokens are held because they got some just now
         self.stopped = threading.Event()
         self.exporter = Exporter(pb_utils.MetricFamily, self.settings.served)
-        self.threads = [self._thread(lambda: self.engine.run(self.stopped)), self._thread(self._send)]
+        self.long: queue.Queue[Arrival] = queue.Queue(self.settings.queue_size)
+        work = (lambda: self.engine.run(self.stopped), self._send, self._submit_long)
+        self.threads = [self._thread(item) for item in work]
 
     def _thread(self, work: Callable[[], None]) -> threading.Thread:
         def run() -> None:
@@ -78,24 +98,44 @@ class TritonPythonModel:
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
             sender = request.get_response_sender()
-            try:
-                self._accept(request, sender)
-            except BadRequest as error:
-                _refuse(sender, error)
-            except Exception:  # noqa: BLE001 - Triton would send the stack, with paths, to the caller
-                traceback.print_exc()
-                _refuse(sender, ServingError("the request failed; the server log has the cause"))
+            _answering(sender, partial(self._accept, request, sender))
 
     def _accept(self, request: Any, sender: Any) -> None:
         tensors = {tensor.name: pb_utils.get_input_tensor_by_name(request, tensor.name) for tensor in INPUTS}
         given = {name: tensor.as_numpy() for name, tensor in tensors.items() if tensor is not None}
         asked = read_request(given, json.loads(request.parameters() or "{}"))
+        arrival = Arrival(
+            sender,
+            asked,
+            timeout_s=request.timeout() / 1e6 or asked.timeout_s or self.settings.timeout_s,
+            came=time.monotonic(),
+            probe=request.request_id() == self.probe_id,
+        )
+        if len(asked.text or "") <= LONG:
+            self._submit(arrival)
+            return
+        try:
+            self.long.put_nowait(arrival)
+        except queue.Full:
+            raise Unavailable(f"{self.settings.queue_size} long prompts wait already; try again later") from None
+
+    def _submit_long(self) -> None:
+        while not self.stopped.is_set():
+            with contextlib.suppress(queue.Empty):
+                arrival = self.long.get(timeout=POLL_S)
+                if arrival.sender.is_cancelled():
+                    _refuse(arrival.sender, None)
+                else:
+                    _answering(arrival.sender, partial(self._submit, arrival))
+
+    def _submit(self, arrival: Arrival) -> None:
+        asked = arrival.asked
         prompt = self.tokenizer.prompt(asked)
-        timeout_s = request.timeout() / 1e6 or self.settings.timeout_s
+        left_s = None if arrival.timeout_s is None else arrival.timeout_s - (time.monotonic() - arrival.came)
+        stream = Stream(arrival.sender, asked.stream, asked.params.logprobs, len(prompt), self.tokenizer.echo(asked))
         with self.lock:
-            probe = request.request_id() == self.probe_id
-            number = self.engine.submit(prompt, asked.params, timeout_s=timeout_s, probe=probe)
-            self.streams[number] = Stream(sender, asked.stream, asked.params.logprobs, len(prompt))
+            number = self.engine.submit(prompt, asked.params, timeout_s=left_s, probe=arrival.probe)
+            self.streams[number] = stream
 
     def _send(self) -> None:
         polled = exported = 0.0
@@ -128,6 +168,7 @@ class TritonPythonModel:
             return
         stream.held, stream.sent_at = None, time.monotonic()
         stream.sent_tokens += len(update.tokens)
+        stream.sent_logprobs += sum(update.logprobs)
         if update.error is None and update.finish != "cancelled":
             stream.sender.send(_response(stream, update), FINAL if update.finish else 0)
             return
@@ -157,12 +198,17 @@ class TritonPythonModel:
 
 
 def _response(stream: Stream, update: Update) -> Any:
+    text, stream.echo = stream.echo + update.text, ""
     tensors = [
-        pb_utils.Tensor("text_output", np.array([[update.text.encode()]], np.object_)),
+        # Without the batch dimension: so TensorRT-LLM's models answer, and their clients read `text_output[0]`.
+        pb_utils.Tensor("text_output", np.array([text.encode()], np.object_)),
         pb_utils.Tensor("output_ids", np.array([update.tokens], np.int32)),
     ]
     if stream.logprobs:
-        tensors.append(pb_utils.Tensor("output_log_probs", np.array([update.logprobs], np.float32)))
+        tensors += [
+            pb_utils.Tensor("output_log_probs", np.array([update.logprobs], np.float32)),
+            pb_utils.Tensor("cum_log_probs", np.array([[stream.sent_logprobs]], np.float32)),
+        ]
     if update.finish is not None:
         tensors += [
             pb_utils.Tensor("prompt_tokens", np.array([[stream.prompt_tokens]], np.int32)),
@@ -172,11 +218,23 @@ def _response(stream: Stream, update: Update) -> Any:
     return pb_utils.InferenceResponse(tensors)
 
 
+def _answering(sender: Any, work: Callable[[], None]) -> None:
+    """Does the work, or tells the client why not."""
+    try:
+        work()
+    except ServingError as error:
+        _refuse(sender, error)
+    except Exception:  # noqa: BLE001 - Triton would send the stack, with paths, to the caller
+        traceback.print_exc()
+        _refuse(sender, ServingError("the request failed; the server log has the cause"))
+
+
 def _refuse(sender: Any, error: ServingError | None) -> None:
     """Ends a stream without a result. No error: its client has gone. The text begins with the status."""
-    kinds = {BadRequest: "INVALID_ARGUMENT", Unavailable: "UNAVAILABLE"}
+    kinds = {BadRequest: "INVALID_ARGUMENT", Unavailable: "UNAVAILABLE", TooLate: "DEADLINE_EXCEEDED"}
     status = "CANCELLED" if error is None else kinds.get(type(error), "INTERNAL")
     message = f"{status}: {'the request was cancelled' if error is None else error}"
-    # Triton's own name for the first is shorter.
-    kind = getattr(pb_utils.TritonError, status.removesuffix("UMENT"))
-    sender.send(pb_utils.InferenceResponse(error=pb_utils.TritonError(message, kind)), FINAL)
+    # Triton's own names: a shorter one, and none for a deadline.
+    kind = {"INVALID_ARGUMENT": "INVALID_ARG", "DEADLINE_EXCEEDED": "CANCELLED"}.get(status, status)
+    error_object = pb_utils.TritonError(message, getattr(pb_utils.TritonError, kind))
+    sender.send(pb_utils.InferenceResponse(error=error_object), FINAL)
