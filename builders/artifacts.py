@@ -204,6 +204,16 @@ class ServedQuality(Artifact):
     quality: Quality | GenerationQuality
 
 
+class ProofFile(Artifact):
+    """What a version proves itself with where it serves; see `runtime.proof`."""
+
+    file: str
+
+    @property
+    def file_path(self) -> Path:
+        return self.path(self.file)
+
+
 class Engine(Artifact):
     """One TensorRT engine for one target: of a whole graph, or of one rank of a partition.
 

@@ -47,12 +47,14 @@ def main() -> None:
     assert cpu.entry is not None
     begun = time.monotonic()
     with ready_server(cpu.entry.repository) as server:
-        print(f"   ready after {time.monotonic() - begun:.1f} s\n\n3. ask it: {QUERY!r}", flush=True)
+        print(f"   ready after {time.monotonic() - begun:.1f} s, proven on this machine: {server.proven}", flush=True)
+        print(f"\n3. ask it: {QUERY!r}", flush=True)
         for score, text in _neighbours(server.grpc_address, spec.name, corpus.texts(None, CANDIDATES)):
             print(f"   {score:.3f}  {text[:100]}", flush=True)
         print(f"\n4. load: {USERS} users, {arguments.duration_s} s each over gRPC and HTTP", flush=True)
         reports = _load(cpu, server, arguments.build_dir, arguments.duration_s)
-    _print_table(cpu, gpu, reports)
+        proven = str(server.proven)
+    _print_table(cpu, gpu, proven, reports)
     missed = [sentence for found in reports.values() for sentence in check_slo(found, spec.slo)]
     if missed:
         raise SystemExit("error: the SLO is missed. " + " ".join(missed))
@@ -95,7 +97,7 @@ def _load(built: Build, server: TritonServer, folder: Path, duration_s: int) -> 
     return reports
 
 
-def _print_table(cpu: Build, gpu: Build, reports: dict[str, LoadReport]) -> None:
+def _print_table(cpu: Build, gpu: Build, proven: str, reports: dict[str, LoadReport]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -104,6 +106,7 @@ def _print_table(cpu: Build, gpu: Build, reports: dict[str, LoadReport]) -> None
         table.add_column(heading)
     for name, value in present.build_rows(cpu, gpu):
         table.add_row(name, value)
+    table.add_row("proven where it serves", proven)
     for protocol, report in reports.items():
         table.add_row(f"served over {protocol}", _figures(report))
     Console(width=110).print(table)

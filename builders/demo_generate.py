@@ -78,6 +78,7 @@ def _judge(eight: Build, four: Build, folder: Path) -> None:
 def _ask(built: Build) -> None:
     assert built.entry is not None
     with ready_server(built.entry.repository) as server:
+        print(f"   proven on this machine: {server.proven}", flush=True)
         for prompt in PROMPTS:
             print(f"   {prompt}", end="", flush=True)
             started, count = time.monotonic(), 0

@@ -142,6 +142,23 @@ def text_pairs(
     return source, lengths, np.concatenate([start, found[:, half:]], axis=1)
 
 
+def continuation_losses(
+    file: Path, prompts: Ids, lengths: Ids, outputs: Ids, constants: Constants | None = None
+) -> NDArray[np.float64]:
+    """-log of the probability of each token of `outputs` [rows, tokens], given its row's prompt and those before it.
+
+    `prompts` [rows, longest] are right-padded, `lengths` [rows] their real tokens. The prompts are one step.
+    """
+    count, tokens = outputs.shape
+    session = DecoderSession(file, count, prompts.shape[1] + tokens, constants)
+    ids, counts, losses = prompts, lengths, []
+    for at in range(tokens):
+        logits = session.step(ids, counts)[0].reshape(count, -1)
+        losses.append(_losses(logits, outputs[:, at]))
+        ids, counts = np.ascontiguousarray(outputs[:, at : at + 1]), np.ones(count, np.int64)
+    return np.stack(losses, axis=1)
+
+
 def graph_perplexity(file: Path, rows: Ids, constants: Constants | None = None) -> tuple[float, str]:
     """exp of the mean loss over every token of `rows` but the first, and what computed it."""
     count, length = rows.shape

@@ -20,6 +20,7 @@ from builders.spec import PrecisionSlice, Task
 from runtime.encoder import Encoder, open_encoder
 from runtime.executor import Tensors
 from runtime.executor.onnxruntime import OnnxRuntimeExecutor
+from runtime.judging import cosines, logit_error
 from runtime.settings import EncoderModelSettings, TokenizerSettings
 from runtime.tokenizer import Tokenizer
 
@@ -39,16 +40,13 @@ def measure(reference: NDArray[Any], candidate: NDArray[Any], task: Task, execut
 
     A NaN or infinity anywhere gives cosine 0: it must never pass a budget.
     """
-    a, b = reference.astype(np.float64), candidate.astype(np.float64)
     error = agreement = None
     if task != "embedding":
-        error, agreement = _logit_error(a, b), _agreement(a, b)
-        a, b = (a - a.mean(axis=0)).T, (b - b.mean(axis=0)).T
-    cosines = _cosines(a, b)
-    cosines = np.where(np.isfinite(b).all(), cosines, 0.0)
+        error, agreement = logit_error(reference, candidate), _agreement(reference, candidate)
+    found = cosines(reference, candidate, by_label=task != "embedding")
     return Quality(
-        mean_cosine=float(cosines.mean()),
-        worst_cosine=float(cosines.min()),
+        mean_cosine=float(found.mean()),
+        worst_cosine=float(found.min()),
         max_abs_difference=float(np.nan_to_num(np.abs(reference - candidate), nan=np.inf).max()),
         texts=len(reference),
         executor=executor,
@@ -57,15 +55,7 @@ def measure(reference: NDArray[Any], candidate: NDArray[Any], task: Task, execut
     )
 
 
-def _logit_error(reference: NDArray[np.float64], candidate: NDArray[np.float64]) -> float:
-    """Root mean square difference of the worst label, over the standard deviation of the reference's logits from text
-    to text (of all labels together: one that hardly moves decides little)."""
-    spread = np.sqrt(np.square(reference - reference.mean(axis=0)).mean())
-    errors = np.sqrt(np.square(candidate - reference).mean(axis=0))
-    return float(np.nan_to_num(errors, nan=np.inf).max() / max(spread, 1e-6 * np.abs(reference).max(), 1e-30))
-
-
-def _agreement(reference: NDArray[np.float64], candidate: NDArray[np.float64]) -> float:
+def _agreement(reference: NDArray[Any], candidate: NDArray[Any]) -> float:
     """Several labels: texts with the same highest one. One score: pairs of texts in the same order, of those that
     differ at all."""
     if reference.shape[1] > 1:
@@ -73,12 +63,6 @@ def _agreement(reference: NDArray[np.float64], candidate: NDArray[np.float64]) -
     first, second = np.triu_indices(len(reference), k=1)
     order, found = (np.sign(scores[first, 0] - scores[second, 0]) for scores in (reference, candidate))
     return float((order == found)[order != 0].mean()) if order.any() else 1.0
-
-
-def _cosines(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
-    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    cosines: NDArray[np.float64] = np.nan_to_num((a * b).sum(axis=1) / np.maximum(norms, 1e-30), nan=0.0)
-    return cosines
 
 
 def require_budget(quality: Quality, budget: PrecisionSlice, what: str) -> None:
@@ -108,8 +92,12 @@ def calibration_and_held_out(budget: PrecisionSlice) -> tuple[list[str], list[st
 def sample_requests(checkpoint: Checkpoint, texts: Sequence[str]) -> list[Tensors]:
     """Graph inputs for each text, tokenised as the service does. A reranker gets pairs of neighbouring texts."""
     tokenizer = Tokenizer(checkpoint.path("tokenizer.json"), tokenizer_settings(checkpoint))
-    pairs = [*texts[1:], texts[0]] if checkpoint.task == "reranking" else None
-    return [tokenizer.pad([item]) for item in tokenizer.encode(texts, pairs)]
+    return [tokenizer.pad([item]) for item in tokenizer.encode(texts, neighbours(checkpoint, texts))]
+
+
+def neighbours(checkpoint: Checkpoint, texts: Sequence[str]) -> list[str] | None:
+    """The second texts of a reranker's pairs; None for other models."""
+    return [*texts[1:], texts[0]] if checkpoint.task == "reranking" else None
 
 
 def tokenizer_settings(checkpoint: Checkpoint) -> TokenizerSettings:

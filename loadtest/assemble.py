@@ -54,6 +54,7 @@ def report_from_evidence(evidence: Evidence, spec_name: str) -> LoadReport:
         started_at=datetime.fromtimestamp(trace.started_at, UTC).isoformat(timespec="seconds"),
         spec_name=spec_name,
         identity=evidence.after.identity or evidence.before.identity or Identity(model=plan.model),
+        proof=evidence.after.proof or evidence.before.proof,
         load=_load(plan, evidence.texts),
         figures=whole,
         by_protocol={protocol: figures_of(cells, seconds, counted) for protocol, cells in measured.items()},

@@ -10,6 +10,7 @@ from typing import Any
 from loadtest import plots
 from loadtest.figures import Point, knee_of
 from loadtest.histogram import samples_for
+from loadtest.proof import proof_text
 from loadtest.report import LoadReport
 from loadtest.rows import few_of, lines_of, number, pair_rows, rows_of, span
 
@@ -90,6 +91,7 @@ def render(report: LoadReport, baseline: LoadReport | None) -> str:
     environment.filters["span"] = span
     environment.globals |= {"few_of": few_of, "samples_for": samples_for}
     environment.filters["drawn"] = Markup  # safe: matplotlib escapes the texts in its SVG
+    environment.filters["proof_text"] = proof_text
     environment.filters["moment"] = lambda iso: iso.replace("T", " ").replace("+00:00", " UTC")
     values: dict[str, Any] = {
         "report": report,

@@ -14,6 +14,7 @@ from loadtest.figures import Figures, Point, Record, Step
 from loadtest.histogram import PERCENTILE_ERROR
 from loadtest.intervals import Interval
 from loadtest.prompts import StreamLoad
+from loadtest.proof import ProofFigure
 from loadtest.rows import Few
 from loadtest.server import Identity
 from loadtest.slo import Judgement, Limits, check_slo, judge
@@ -89,6 +90,7 @@ class LoadReport(Record):
     started_at: str  # UTC, ISO 8601
     spec_name: str
     identity: Identity
+    proof: tuple[ProofFigure, ...] = ()  # on the server's machine, before it was ready
     load: Load
     figures: Figures
     by_protocol: dict[str, Figures]

@@ -16,6 +16,7 @@ from loadtest.errors import LoadInputError
 from loadtest.figures import Record
 from loadtest.interface import Interface, RequestError, interface_from_metadata
 from loadtest.prompts import Prompt
+from loadtest.proof import ProofFigure, proof_from_metrics
 from loadtest.streaming import Stream, StreamConnection, require_generator, streams_text
 
 UNKNOWN = "unknown"
@@ -57,6 +58,7 @@ class Snapshot:
     client_cpu_s: float
     server_cpu_s: float | None
     identity: Identity | None
+    proof: tuple[ProofFigure, ...] = ()
     generator: Mapping[str, float] | None = None  # its own counters, empty where it has none; None: not readable
     faults: tuple[str, ...] = field(default=())  # what could not be read, and why
 
@@ -206,11 +208,12 @@ def snapshot(model: str, target: Target, grpc_address: str, metrics_address: str
         faults.append(f"Triton's statistics could not be read: {error.message()}")
     finally:
         client.close()
-    identity, generator = None, None
+    identity, generator, proof = None, None, tuple[ProofFigure, ...]()
     if metrics_address is not None:
         try:
             page = fetch(f"http://{metrics_address}/metrics")
             identity, generator = identity_from_metrics(page, model), generator_counters(page, model)
+            proof = proof_from_metrics(page, model, identity.version) if identity is not None else ()
         except (OSError, http.client.HTTPException) as error:
             faults.append(f"the metrics at {metrics_address} could not be read: {error}")
     return Snapshot(
@@ -219,6 +222,7 @@ def snapshot(model: str, target: Target, grpc_address: str, metrics_address: str
         client_cpu_s=cpu_seconds(client_pid) or 0.0,
         server_cpu_s=cpu_seconds(listening_process(grpc_address)),
         identity=identity,
+        proof=proof,
         generator=generator,
         faults=tuple(faults),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from loadtest.figures import Distribution, Figures, StreamFigures, WithFailures, knee_of
+from loadtest.proof import proof_text
 from loadtest.report import LoadReport
 from loadtest.rows import few_of, lines_of, number, pair_rows, span
 from loadtest.server import UNKNOWN
@@ -59,6 +60,7 @@ def _heading(report: LoadReport) -> list[str]:
     what = f"{load.texts_per_request} text(s) a request" if load.stream is None else str(load.stream)
     return [
         f"{identity.model} version {identity.version} ({identity.precision}), weights {identity.digest[:16]}",
+        f"proven on its machine: {proof_text(report.proof)}",
         f"{load.level(load.users)}, {load.protocol}, {load.shape}, {load.duration_s} s after {load.warm_up_s} s of "
         f"warm-up, {what}",
         *partial,

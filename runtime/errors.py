@@ -6,11 +6,15 @@
      |-- Unavailable     cannot answer now, though the request is sound: UNAVAILABLE, HTTP 503
      |-- TooLate         the request's own time ran out: DEADLINE_EXCEEDED
      `-- ServerFault     a server did not start, answer or stop as promised: exit 1
+          |-- NotProven     a version gives other outputs than the reference
+          `-- ProofOverdue  the proof did not end in time
 
 The tree is apart from `builders.errors` because the serving image holds no `builders`.
 """
 
 from __future__ import annotations
+
+UNPROVEN = "is not proven on this machine"  # in the message; who reads a pod's last words knows it by this
 
 
 class ServingError(Exception):
@@ -41,3 +45,11 @@ class TooLate(ServingError):
 
 class ServerFault(ServingError):
     """A server did not start, answer or stop as promised."""
+
+
+class NotProven(ServerFault):
+    """A version gave other outputs than the reference, or has no proof to compare with: it must not serve."""
+
+
+class ProofOverdue(ServerFault):
+    """The proof did not end in time: the server is busy, or far too slow. Says nothing of its outputs."""

@@ -1,12 +1,13 @@
 """Health over HTTP for a kubelet: asking costs no process and no inference.
 
-/ready   200 while a real inference succeeded lately, or the server was seen to work on others' requests, and nobody
-         asked it to stop; 503 with the reason otherwise, for example while it starts again
+/ready   200 while a real inference of a proven version succeeded lately, or the server was seen to work on others'
+         requests, and nobody asked it to stop; 503 with the reason otherwise, for example while it starts again
 /live    200 while the launcher's own loop turns: it restarts the server itself, and exits when that does not help
 
 Whoever holds the control secret may also ask for a model version to be laid out beside the one that serves
 (POST /versions/<n>), for it to be given up again (DELETE), and which one has answered (GET). The answer names the
-version that is to be loaded, and its models in order; for GET, the one that is served, and what is laid out beside it.
+version that is to be loaded, and its models in order; for GET, the one that is served, what is laid out beside it, and
+why the one that is asked for was given up, if it was.
 """
 
 from __future__ import annotations
@@ -72,6 +73,8 @@ class Health:
     def ready(self) -> str | None:
         """None when ready, else the reason."""
         with self._lock:
+            if self._failure is not None and self._failure.wrong:
+                return self._failure.reason  # at once, and still while it drains: no answer of it may be used
             if self._draining:
                 return "draining"
             if self._clock() - self._served <= READY_WITHIN_S:
@@ -109,7 +112,9 @@ class Control:
             staged = self.versions.state()[1]
         except (BadEnvironment, OSError) as error:
             return 409, str(error)
-        return 200, json.dumps({"version": found.version, "models": found.load_order, "staged": staged})
+        refused = self.versions.refusal(int(number))
+        said = {"version": found.version, "models": found.load_order, "staged": staged, "refused": refused}
+        return 200, json.dumps(said)
 
 
 class HealthServer:

@@ -30,11 +30,13 @@ _CHANNEL = [
 @dataclass(frozen=True)
 class Failure:
     """Why a probe failed. `busy`: the server refused or was slow, as a full queue does; nothing need be broken.
-    `moving`: and it was seen to work for others meanwhile."""
+    `moving`: and it was seen to work for others meanwhile. `wrong`: the version that answers is not proven on this
+    machine, so no answer of it may be used."""
 
     reason: str
     busy: bool = False
     moving: bool = False
+    wrong: bool = False
 
 
 class Probe:
@@ -43,11 +45,11 @@ class Probe:
     def __init__(self, address: str, request_id: str, timeout_s: float = PROBE_TIMEOUT_S) -> None:
         from tritonclient.grpc import InferenceServerClient
 
-        self._client = InferenceServerClient(address, channel_args=_CHANNEL)
+        self.client = InferenceServerClient(address, channel_args=_CHANNEL)  # of one thread at a time
         self._request_id, self._timeout_s = request_id, timeout_s
 
     def close(self) -> None:
-        self._client.close()
+        self.client.close()
 
     def load(self, models: tuple[str, ...], headers: dict[str, str]) -> None:
         """Has the server load models, as their configurations now say. Whether it worked, the next answer tells."""
@@ -55,7 +57,7 @@ class Probe:
 
         for name in models:
             try:
-                self._client.load_model(name, headers=headers, client_timeout=60)
+                self.client.load_model(name, headers=headers, client_timeout=60)
             except InferenceServerException:
                 continue
 
@@ -65,15 +67,15 @@ class Probe:
 
         text = f"{PROBE_TEXT} {time.time_ns()}"  # never twice the same, or a response cache would answer
         try:
-            metadata = self._client.get_model_metadata(name, client_timeout=self._timeout_s)
+            metadata = self.client.get_model_metadata(name, client_timeout=self._timeout_s)
             names = [tensor.name for tensor in metadata.inputs]
             if "text_input" in names:
                 return self._ask_generator(name, text)
             inputs = [infer_input(item, np.array([[text.encode()]], dtype=np.object_)) for item in names]
-            result = self._client.infer(name, inputs, client_timeout=self._timeout_s)
+            result = self.client.infer(name, inputs, client_timeout=self._timeout_s)
             values = result.as_numpy(metadata.outputs[0].name)
         except InferenceServerException as error:
-            return _failure(error)
+            return failure_of(error)
         if values is None or values.size == 0 or not np.isfinite(values).all():
             return Failure(f"{name} answered with {'nothing' if values is None else 'values that are not finite'}")
         return int(result.get_response().model_version)
@@ -87,22 +89,22 @@ class Probe:
             infer_input("text_input", np.array([[text.encode()]], np.object_)),
             infer_input("max_tokens", np.array([[1]], np.int32)),
         ]
-        self._client.start_stream(
+        self.client.start_stream(
             lambda result, error: answers.put((result, error)),
             stream_timeout=self._timeout_s,
         )
         ended = False
         try:
-            self._client.async_stream_infer(name, inputs, request_id=self._request_id)
+            self.client.async_stream_infer(name, inputs, request_id=self._request_id)
             result, error = answers.get(timeout=self._timeout_s)
             ended = True
         except Empty:
             return Failure(f"{name} made no token within {self._timeout_s:.0f} s", busy=True)
         finally:
             # Triton 2.51 can crash on a cancellation that meets the end of its stream.
-            self._client.stop_stream(cancel_requests=not ended)
+            self.client.stop_stream(cancel_requests=not ended)
         if error is not None:
-            return _failure(error)
+            return failure_of(error)
         if result.as_numpy("output_ids") is None:
             return Failure(f"{name} answered without a token")
         return int(result.get_response().model_version)
@@ -118,7 +120,7 @@ def infer_input(name: str, array: NDArray[Any]) -> Any:
     return item
 
 
-def _failure(error: Any) -> Failure:
+def failure_of(error: Any) -> Failure:
     """`busy` for a server that refuses work, as a full queue does."""
     status, reason = split_status(str(error.message()))
     overloaded = any(code in (status or str(error.status())) for code in ("UNAVAILABLE", "DEADLINE_EXCEEDED"))

@@ -7,7 +7,9 @@ import sys
 import time
 from pathlib import Path
 
+from runtime.errors import NotProven
 from runtime.health import Health
+from runtime.probing import Failure
 from runtime.stopping import stop_requests
 from runtime.supervisor import Supervisor
 from runtime.triton import Exposure, Ports, TritonServer
@@ -34,13 +36,16 @@ def serve_repository(
     started = time.monotonic()
     with stop_requests() as asked_to_stop:
         with TritonServer(repository, ports, exposure=exposure) as server:
-            supervisor = Supervisor(server, versions, health)
+            supervisor = Supervisor(server, versions, health, report=_log)
             try:
                 supervisor.wait_ready(ready_timeout_s, asked_to_stop)
                 if not asked_to_stop.is_set():
                     health.observed(None)
                     _announce(server, time.monotonic() - started, as_json)
                 supervisor.watch(asked_to_stop, ready_timeout_s, _log)
+            except NotProven as error:
+                health.observed(Failure(str(error), wrong=True))
+                raise
             finally:
                 health.drain()
                 supervisor.close()
@@ -58,11 +63,13 @@ def _announce(server: TritonServer, seconds: float, as_json: bool) -> None:
         "metrics": server.metrics_address,
         "pid": server.pid,
         "ready_s": round(seconds, 2),
+        "proven": server.proven.model_dump(mode="json", exclude={"server"}) if server.proven else None,
     }
     if as_json:
         print(json.dumps(facts), flush=True)
         return
     print(f"{settings.ensemble} version {settings.version} is ready after {seconds:.1f} s", flush=True)
+    print(f"  proven   {server.proven}", flush=True)
     for name in ("grpc", "http", "metrics"):
         print(f"  {name:<8} {facts[name]}", flush=True)
     print(f"  log      {server.log}\nCtrl-C drains and stops.", flush=True)

@@ -119,6 +119,7 @@ class ServerSettings(Settings):
     response_cache_bytes: int
     rate_limited: bool
     content_digest: str
+    proof_digest: str | None = None  # of `runtime.proof`; None: published by a release that made no proof
 
     @property
     def load_order(self) -> tuple[str, ...]:

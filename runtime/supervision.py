@@ -1,6 +1,6 @@
 """What is to be done about what happens to a server. Pure: events with their time go in, actions come out.
 
-serving ──died, failing or standing still──▶ repairing ──repaired──▶ serving
+serving ──died, wrong, failing or standing still──▶ repairing ──repaired──▶ serving
    │                                          │   ▲└──not repaired──┐
    │                                          │   └─────────────────┘  with a growing pause
    └──asked to stop──▶ ended ◀──asked to stop, or too many repairs──┘
@@ -24,7 +24,8 @@ class Event(Enum):
     ANSWERED = auto()  # the probe's inference succeeded
     MOVING = auto()  # the probe was refused or not answered in time, and others' work was done meanwhile
     BUSY = auto()  # the same, and nothing was seen to be done
-    FAILED = auto()  # the probe got a wrong answer
+    FAILED = auto()  # the probe got no sound answer
+    WRONG = auto()  # the version that answers is not proven on this machine
     DIED = auto()  # the server's process has gone, or one of its stubs
     REPAIRED = auto()
     NOT_REPAIRED = auto()
@@ -82,7 +83,7 @@ class Supervision:
         elif event is Event.FAILED:
             self._failures += 1
         still_s = now - self._moved
-        if event is Event.DIED or self._failures >= FAILURES_BEFORE_REPAIR:
+        if event in (Event.DIED, Event.WRONG) or self._failures >= FAILURES_BEFORE_REPAIR:
             return self._repair(now, reason)
         if event is Event.BUSY and still_s >= self.standstill_s:
             return self._repair(now, f"nothing was done for {still_s:.0f} s with work waiting ({reason})")

@@ -1,7 +1,8 @@
-"""Keeps one server answering: readiness by a true inference, and repair by a new start.
+"""Keeps one server answering rightly: readiness by a true inference and the version's proof, repair by a new start.
 
 Triton 2.51 neither starts a dead Python stub again nor ends the streams that it held, and its own health checks stay
-green. So whatever is wrong, it is ended at once, which tells every client that waits, and started again.
+green. So whatever is wrong, it is ended at once, which tells every client that waits, and started again. That a version
+answers says nothing of what: it counts only when it has been proven (see `runtime.proving`).
 """
 
 from __future__ import annotations
@@ -11,14 +12,15 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from runtime.errors import BadEnvironment, ServerFault
+from runtime.errors import BadEnvironment, NotProven, ProofOverdue, ServerFault
 from runtime.health import Health
-from runtime.probing import PROBE_TIMEOUT_S, Failure, Probe
+from runtime.probing import PROBE_TIMEOUT_S, Failure, Probe, failure_of
 from runtime.progress import Progress
+from runtime.server_proof import ServerProof
 from runtime.supervision import STANDSTILL_S, Act, Action, Event, Supervision
 from runtime.triton import Ports, TritonServer
 from runtime.versions import Versions
@@ -40,7 +42,8 @@ class _Probed(NamedTuple):
 
 
 class Supervisor:
-    """Watches one server. `versions`: those that may be loaded into it while it runs; `health` hears how it is."""
+    """Watches one server. `versions`: those that may be loaded into it while it runs; `health` hears how it is,
+    `report` of the proof."""
 
     def __init__(
         self,
@@ -48,8 +51,10 @@ class Supervisor:
         versions: Versions | None = None,
         health: Health | None = None,
         pace: Pace | None = None,
+        report: Callable[[str], None] = lambda message: None,
     ) -> None:
-        self._server, self._versions = server, versions
+        self._server, self._versions, self._report = server, versions, report
+        self._stopped = threading.Event()
         self._health, self._pace = health or Health(), pace or Pace()
         self._prober = ThreadPoolExecutor(1, "probe")
         self._probing: Future[Failure | None] | None = None
@@ -59,17 +64,22 @@ class Supervisor:
     def _open(self) -> None:
         self._client = Probe(self._server.grpc_address, self._server.probe_id, self._pace.timeout_s)
         self._progress = Progress(self._server.metrics_address, self._server.settings.ensemble)
+        given_up = self._stopped.is_set
+        self._proof = ServerProof(self._server, self._versions, self._client.client, self._report, given_up)
 
     def close(self) -> None:
-        """Does not wait for a probe that is under way."""
+        """Does not wait for a probe that is under way; a proof is given up."""
+        self._stopped.set()
         self._prober.submit(self._client.close)
         self._prober.shutdown(wait=False)
 
     def wait_ready(self, timeout_s: float, asked_to_stop: threading.Event, again: bool = False) -> None:
-        """Returns after the first successful inference, or when asked to stop. The one gate of every start.
+        """Returns when the version is proven, or when asked to stop. The one gate of every start.
 
         A server that starts `again` may have its queue filled by those who wait for it, so that no probe gets in: then
-        it is enough that their work is done. Raises ServerFault when the server dies or is not ready in time.
+        it is enough that their work is done. The same files were proven on this machine before; they are again with the
+        first probe that gets in. Raises ServerFault when the server dies or is not ready in time, NotProven with the
+        figures when it answers otherwise than the reference.
         """
         end = time.monotonic() + timeout_s
         reason = "no probe was made"
@@ -82,26 +92,36 @@ class Supervisor:
                 continue
             if probed.failure is None or (again and probed.failure.moving):
                 return
+            if probed.failure.wrong:
+                raise NotProven(probed.failure.reason)
             reason = probed.failure.reason
         if asked_to_stop.is_set():
             return
         raise ServerFault(f"Triton is not ready after {timeout_s:.0f} s ({reason})\nLog:\n{self._server.log_tail()}")
 
     def probe(self) -> Failure | None:
-        """One real inference; None when it is sound."""
+        """One real inference; None when it is sound, and of a proven version."""
         answer = self._client.ask(self._server.settings.ensemble)
-        if isinstance(answer, Failure):
-            return answer if not answer.busy else Failure(answer.reason, busy=True, moving=self._progress.moved())
-        self._answered(answer)
-        return None
+        failure = answer if isinstance(answer, Failure) else self._unproven(answer)
+        if failure is not None and failure.busy:
+            return replace(failure, moving=self._progress.moved())
+        return failure
 
-    def _answered(self, version: int) -> None:
-        """A version that was loaded beside the one of the start, and now answers, is the server's from here on."""
-        settings = self._versions.answered(version) if self._versions else None
-        if settings is not None:
-            self._server.settings = settings
+    def _unproven(self, version: int) -> Failure | None:
+        """A version that was loaded beside the one of the start, and is now proven, is the server's from here on."""
+        from tritonclient.utils import InferenceServerException
+
+        try:
+            self._proof.accept(version)
+        except NotProven as error:
+            return Failure(str(error), wrong=True)
+        except ProofOverdue as error:
+            return Failure(str(error), busy=True)
+        except InferenceServerException as error:
+            return failure_of(error)
         if self._staged() is None:  # else a stub may belong to a version that does not serve yet, and may not work
             self._server.adopt()
+        return None
 
     def _staged(self) -> int | None:
         return self._versions.state()[1] if self._versions is not None else None
@@ -142,6 +162,8 @@ class Supervisor:
         self._health.observed(failure)
         if failure is None:
             return Event.ANSWERED, ""
+        if failure.wrong:
+            return Event.WRONG, failure.reason
         if failure.moving:
             return Event.MOVING, failure.reason
         return Event.BUSY if failure.busy else Event.FAILED, failure.reason
@@ -160,14 +182,15 @@ class Supervisor:
     def _repair(self, action: Action, asked_to_stop: threading.Event, start_timeout_s: float) -> tuple[Event, str]:
         """Back to the version before, where one was loaded that does not work; else a new start of all."""
         if self._versions is not None and self._staged() is not None and self._server.dead() is None:
-            self._versions.discard()
+            self._proof.forget()
+            self._versions.discard(action.reason)
             self._client.load(self._server.settings.load_order, self._server.control_headers)
             return Event.REPAIRED, ""
         self._health.restarting(action.reason)
         self._server.kill()
         self._forget_probe()
         if self._versions is not None:
-            self._versions.discard()
+            self._versions.discard(action.reason)
         end = time.monotonic() + action.pause_s
         while time.monotonic() < end and not asked_to_stop.wait(_LOOK_S):
             self._health.turned()
@@ -175,6 +198,8 @@ class Supervisor:
             if not asked_to_stop.is_set():
                 self._server.start_again()
                 self.wait_ready(start_timeout_s, asked_to_stop, again=True)
+        except NotProven:
+            raise  # files that are proven nowhere: another start gives the same
         except (ServerFault, BadEnvironment) as error:
             return Event.NOT_REPAIRED, str(error)
         if asked_to_stop.is_set():
@@ -193,7 +218,7 @@ class Supervisor:
 
 @contextmanager
 def ready_server(repository: Path, timeout_s: float = 120) -> Iterator[TritonServer]:
-    """A server on free ports that has answered a first inference; it ends with the block.
+    """A server on free ports that is proven (`server.proven` has the figures); it ends with the block.
 
     Raises as `TritonServer` and `Supervisor.wait_ready` do.
     """

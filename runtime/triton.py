@@ -24,6 +24,7 @@ from runtime.errors import BadEnvironment, ServerFault
 from runtime.generation.interface import PROBE_ID_VARIABLE
 from runtime.guardian import sweep
 from runtime.installation import Installation
+from runtime.proven import Proven
 from runtime.settings import ServerSettings
 from runtime.stubs import SETTLED_S, Stubs
 
@@ -120,6 +121,7 @@ class TritonServer:
         require_numpy_1()
         self.repository, self.ports, self.exposure = repository.resolve(), ports, exposure or Exposure()
         self.settings = load_server_settings(self.repository)
+        self.proven: Proven | None = None  # what the supervisor found of the version that it serves
         self._installation = Installation.find()
         self._held = ports.hold(self.exposure)
         self._work = Path(tempfile.mkdtemp(prefix="trireme-triton-"))

@@ -1,7 +1,7 @@
 """The model versions of one running pod: the one that has answered, and one that is laid out to be loaded.
 
-A version is staged on request; the load itself is a gRPC call of whoever asked. Once an inference of the staged version
-has succeeded it is the proven one, and a restart comes back with it. Until then a restart, or a repair, goes back.
+A version is staged on request; the load itself is a gRPC call of whoever asked. Once the staged version has reproduced
+its proof it is the proven one, and a restart comes back with it. Until then a restart, or a repair, goes back.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from runtime.errors import BadEnvironment
 from runtime.layout import Layout, lay_out_configs, lay_out_settings, lay_out_version
 from runtime.model_store import Publication, misfit, publications
 from runtime.node import Node
+from runtime.proof import require_proof
 from runtime.settings import ServerSettings
 
 
@@ -30,6 +31,7 @@ class Versions:
     report: Callable[[str], None]
     _proven: Publication | None = None
     _staged: Publication | None = None
+    _refused: tuple[int, str] | None = None
     _state: threading.Lock = field(default_factory=threading.Lock)
     _staging: threading.Lock = field(default_factory=threading.Lock)  # held for as long as files are copied
 
@@ -64,7 +66,10 @@ class Versions:
             if version == proven.version:
                 return self.discard()
             wanted = self._find(version)
+            require_proof(ServerSettings.load(wanted.folder(self.layout.store) / "repository"))
             self.discard()
+            with self._state:
+                self._refused = None
             self._remove_all_but(proven)
             lay_out_version(wanted, self.layout)
             with self._state:
@@ -74,18 +79,31 @@ class Versions:
         finally:
             self._staging.release()
 
-    def discard(self) -> Publication:
-        """Back to the proven version, which is returned: the next load brings it again."""
+    def staged_settings(self, version: int) -> ServerSettings | None:
+        """What the staged version was published with; None for any other."""
+        with self._state:
+            if self._staged is None or self._staged.version != version:
+                return None
+            return ServerSettings.load(self._staged.folder(self.layout.store) / "repository")
+
+    def refusal(self, version: int) -> str | None:
+        """Why the version was given up, if it was the last to be."""
+        with self._state:
+            return self._refused[1] if self._refused is not None and self._refused[0] == version else None
+
+    def discard(self, reason: str = "") -> Publication:
+        """Back to the proven version, which is returned: the next load brings it again. `reason`: why."""
         with self._state:
             proven = self._require_proven()
             if self._staged is not None:
                 lay_out_configs(proven, self.layout)
                 self.report(f"version {self._staged.version} is discarded; version {proven.version} is to serve")
+                self._refused = (self._staged.version, reason) if reason else None
                 self._staged = None
             return proven
 
     def answered(self, version: int) -> ServerSettings | None:
-        """An inference of this version succeeded. The settings, where that proves the staged one."""
+        """This version answers, and is proven. The settings, where it is the staged one."""
         with self._state:
             if self._staged is None or self._staged.version != version:
                 return None

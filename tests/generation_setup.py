@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from builders import corpus
+from builders.artifacts import file_digest
+from builders.perplexity import continuation_losses
 from builders.repository.config import to_pbtxt
 from builders.repository.generation import generator_config
 from runtime.generation.cache import SlotCache
@@ -18,6 +20,7 @@ from runtime.generation.executor import StepExecutor
 from runtime.generation.executor.onnxruntime import OnnxRuntimeStepExecutor
 from runtime.generation.request import Limits, Tokens
 from runtime.generation.scheduler import Scheduler
+from runtime.proof import PROOF_FILE, GeneratorProof, ProofRow
 from runtime.settings import GeneratorModelSettings, ServedModel, ServerSettings
 
 ADAPTER = Path(__file__).parents[1] / "model_repository" / "adapters" / "generator" / "1" / "model.py"
@@ -98,8 +101,31 @@ def write_repository(root: Path, graph: Path, **changes: object) -> Path:
     }  # fmt: skip
     GeneratorModelSettings.model_validate(settings | changes).save(version)
     (root / "tiny" / "config.pbtxt").write_text(to_pbtxt(generator_config("tiny", "KIND_CPU")))
+    digest = write_proof(version, graph)
     server = ServerSettings(
-        ensemble="tiny", models=("tiny",), version=1, response_cache_bytes=0, rate_limited=False, content_digest="c"
-    )
+        ensemble="tiny", models=("tiny",), version=1, response_cache_bytes=0, rate_limited=False, content_digest="c",
+        proof_digest=digest,
+    )  # fmt: skip
     (root / "settings.json").write_text(json.dumps(server.model_dump(mode="json")))
     return root
+
+
+def write_proof(version: Path, graph: Path) -> str:
+    """What a build would leave: prompts, and the graph's own log-probabilities of what follows. Its digest."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(version / "tokenizer.json"))
+    prompts = corpus.texts(None, 3)
+    encoded = [tokenizer.encode(prompt).ids[:48] for prompt in prompts]
+    prompts = [tokenizer.decode(ids) for ids in encoded]
+    lengths = np.array([len(ids) for ids in encoded])
+    padded = np.stack([np.pad(np.array(ids, np.int64), (0, 48 - len(ids))) for ids in encoded])
+    outputs = np.random.default_rng(0).integers(3, VOCABULARY, (len(encoded), 8))
+    logprobs = -continuation_losses(graph, padded, lengths, outputs)
+    rows = [
+        ProofRow(prompt=prompt, output=tuple(output), logprobs=tuple(values))
+        for prompt, output, values in zip(prompts, outputs.tolist(), logprobs.tolist(), strict=True)
+    ]
+    proof = GeneratorProof(rows=tuple(rows), at_once=len(rows), max_perplexity_ratio=1.03)
+    (version / PROOF_FILE).write_text(proof.model_dump_json())
+    return file_digest(version / PROOF_FILE)

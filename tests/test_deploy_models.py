@@ -49,6 +49,7 @@ class Triton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mis
         self.versions = versions  # of the launcher beside it, which probes
         self.loaded: list[str] = []
         self.broken = self.missing = self.useless = False
+        self.reason = ""  # why the launcher gives a useless version up
         self.on_load: Any = None
         self.still_there: Callable[[], bool] = lambda: True
 
@@ -61,7 +62,7 @@ class Triton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mis
         if self.on_load:
             self.on_load()
         if request.model_name == "ensemble" and self.useless:
-            self.versions.discard()
+            self.versions.discard(self.reason)
         elif request.model_name == "ensemble" and not self.missing:
             self.versions.answered(VERSION)
         return service_pb2.RepositoryModelLoadResponse()
@@ -89,7 +90,7 @@ def _launcher(store: Path, into: Path) -> Control:
     for version in (1, 2):
         settings = ServerSettings(
             ensemble="ensemble", models=models, version=version, response_cache_bytes=0, rate_limited=False,
-            content_digest=f"{version}" * 64,
+            content_digest=f"{version}" * 64, proof_digest="p",
         )  # fmt: skip
         text = settings.model_dump_json()
         file = PublishedFile(name=FILE_NAME, bytes=len(text), sha256=hashlib.sha256(text.encode()).hexdigest())
@@ -199,6 +200,14 @@ def test_a_version_that_loads_and_cannot_infer(cluster: Cluster, pods: dict[str,
     first, second, _ = pods
     pods[first].useless = True
     with pytest.raises(RolloutError, match=rf"{first}: its launcher has gone back to version 1: inferences failed"):
+        load_version(cluster, SERVER, VERSION, SECRET, pace=PACE)
+    assert pods[second].loaded == []
+
+
+def test_a_version_that_is_not_proven_in_a_pod(cluster: Cluster, pods: dict[str, Triton]) -> None:
+    first, second, _ = pods
+    pods[first].useless, pods[first].reason = True, "ensemble version 2 is not proven on this machine: mean cosine 0.9"
+    with pytest.raises(RolloutError, match=rf"{first}: its launcher has gone back to version 1: {pods[first].reason}"):
         load_version(cluster, SERVER, VERSION, SECRET, pace=PACE)
     assert pods[second].loaded == []
 

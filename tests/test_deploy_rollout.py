@@ -135,6 +135,19 @@ def test_a_pod_that_was_evicted() -> None:
     assert found.reason == "Evicted: The node was low on resource: memory."
 
 
+def test_a_pod_whose_model_is_not_proven_there() -> None:
+    """The kubelet keeps the end of the log; one failure is enough, because the next try gives the same."""
+    error = "error: tiny version 2 is not proven on this machine: mean cosine 0.99663 (at least 0.998)"
+    ended = {"exitCode": 1, "reason": "Error", "message": f"I1129 unloading: tiny\ntrireme: draining\n{error}\n"}
+    state = {"name": "triton", "restartCount": 1, "state": {"running": {}}, "lastState": {"terminated": ended}}
+    pod = {"metadata": {"name": "p"}, "status": {"containerStatuses": [state]}}
+    (found,) = problems(Observed(SERVER, {"kind": "Deployment"}, pods=(pod,)))
+    assert found.reason == f"exits with 1, 1 restarts: {error.removeprefix('error: ')}"
+    assert found.fix.startswith("run the pod on another kind of node")
+    ended["message"] = "error: something else"
+    assert not problems(Observed(SERVER, {"kind": "Deployment"}, pods=(pod,))), "one crash may be bad luck"
+
+
 def test_an_autoscaler_that_will_not_help_ends_the_wait(fake: FakeCluster, tmp_path: Path) -> None:
     fake.images["bad"] = "no-gpus"
     with connected(fake, tmp_path) as cluster:

@@ -36,7 +36,7 @@ from runtime.node import Node
 from runtime.settings import ServerSettings
 from runtime.triton import Ports
 from runtime.versions import Versions
-from tests.conftest import tiny_spec, wait_until
+from tests.conftest import ALL_ONES, tiny_spec, wait_until
 from tests.deploy_objects import CONFIG_MAPS, PATIENCE, SERVER, connected, deployment, silent
 from tests.fake_cluster import FakeCluster
 
@@ -126,6 +126,20 @@ def test_a_version_counts_when_it_has_answered(builds: list[Path], tmp_path: Pat
     assert "versions: 1" in config.read_text()
     with pytest.raises(BadEnvironment, match=r"no version 7 of tiny; it has \[1, 2\]"):
         versions.stage(7)
+
+
+def test_a_version_without_a_proof_is_not_laid_out(builds: list[Path], tmp_path: Path) -> None:
+    """As an earlier release published it, beside one of this release that serves."""
+    store, into, old = tmp_path / "store", tmp_path / "repository", tmp_path / "old"
+    publish(builds[0], "cpu", store)
+    shutil.copytree(builds[1], old)
+    settings = ServerSettings.load(old).model_dump(mode="json", exclude={"proof_digest"})
+    (old / "settings.json").write_text(json.dumps(settings))
+    publish(old, "cpu", store)
+    versions = _laid_out(store, into)
+    with pytest.raises(BadEnvironment, match="version 2 of tiny carries no proof: an earlier release published it"):
+        versions.stage(2)
+    assert "versions: 1" in (into / "tiny" / "config.pbtxt").read_text()
 
 
 def test_a_version_that_is_damaged_in_the_store_changes_nothing(builds: list[Path], tmp_path: Path) -> None:
@@ -266,6 +280,13 @@ def test_a_version_goes_through_the_pods(builds: list[Path], tmp_path: Path) -> 
                 load(4)
             assert _same(first.answer(), old)
 
+            wrong = f"{adapter.read_text()}{ALL_ONES}"
+            publish(_damaged(builds[1], tmp_path / "wrong", "model.py", wrong), "cpu", store)
+            not_proven = r"gone back to version 1: tiny version 5 is not proven on this machine: mean cosine -?0\.\d"
+            with pytest.raises(RolloutError, match=not_proven):
+                load(5)
+            assert _same(first.answer(), old)
+
             with _asked_all_the_time(first) as answers:
                 assert load(2) == list(pods)
                 new = first.answer()
@@ -280,7 +301,7 @@ def test_a_version_goes_through_the_pods(builds: list[Path], tmp_path: Path) -> 
             assert _same(first.answer(), new)
             pointer.write_text(written["data"]["version"])
             second.stop()
-            assert second.start()["version"] == 2, "a new pod, though the store has a version 4"
+            assert second.start()["version"] == 2, "a new pod, though the store has a version 5"
         finally:
             for pod in pods.values():
                 with suppress(OSError, AssertionError):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import threading
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,17 @@ from tritonclient import grpc as triton_grpc
 from tritonclient.grpc import model_config_pb2
 
 from builders import pipeline
+from builders.artifacts import RepositoryEntry
 from builders.engine import tensorrt
 from builders.errors import EngineError, UnsupportedError
-from builders.pipeline import Build
+from builders.pipeline import Build, proving
 from builders.repository import layout
 from builders.repository.config import to_pbtxt
 from builders.spec import DeploymentSpec
-from runtime.supervisor import ready_server
+from builders.store import Store
+from runtime.errors import NotProven
+from runtime.supervisor import Supervisor
+from runtime.triton import Ports, TritonServer
 from tests.conftest import tiny_spec
 
 PARALLEL = {"tp": {"tensor": 2}, "pp": {"pipeline": 2}, "both": {"tensor": 2, "pipeline": 2}}
@@ -36,6 +42,12 @@ def built(request: pytest.FixtureRequest, tiny_bert: Path, tmp_path_factory: pyt
 
 def _for_triton(spec: DeploymentSpec) -> DeploymentSpec:
     return spec.model_copy(update={"engine": spec.engine.model_copy(update={"flavour": "tensorrt"})})
+
+
+def _publish(built: Build, spec: DeploymentSpec, repository: Path) -> tuple[RepositoryEntry, bool]:
+    proof = proving.make(built, Store(built.engines[0].directory.parents[1]), lambda stage, message: None).proof
+    assert proof is not None
+    return layout.publish(spec, "gpu", built.checkpoint, built.engines, repository, built.partition, proof=proof)
 
 
 def test_every_rank_has_an_engine_that_keeps_its_collectives(built: Build) -> None:
@@ -74,7 +86,7 @@ def test_a_collective_of_another_size_than_the_partitions_is_refused(built: Buil
 def test_tritons_layout_of_the_engines(built: Build, tmp_path: Path) -> None:
     assert built.partition is not None
     spec = _for_triton(built.spec)
-    entry, _ = layout.publish(spec, "gpu", built.checkpoint, built.engines, tmp_path, built.partition)
+    entry, _ = _publish(built, spec, tmp_path)
     if built.partition.tensor == 2:
         version = tmp_path / "tiny-encoder" / "1"
         assert {path.name for path in version.glob("*[0-9n]")} >= {"model.plan", "model.plan.rank0", "model.plan.rank1"}
@@ -127,7 +139,7 @@ def test_a_real_triton_takes_the_gpu_ensembles(built: Build, tmp_path: Path) -> 
     assert built.partition is not None
     repository = tmp_path / "repository"
     spec = _for_triton(built.spec)
-    entry, _ = layout.publish(spec, "gpu", built.checkpoint, built.engines, repository, built.partition)
+    entry, _ = _publish(built, spec, repository)
     for name in entry.models:
         config = _read_config(repository / name)
         if config.platform != "tensorrt_plan":
@@ -139,10 +151,13 @@ def test_a_real_triton_takes_the_gpu_ensembles(built: Build, tmp_path: Path) -> 
         config.instance_group.add(kind="KIND_CPU", count=1)
         (repository / name / "config.pbtxt").write_text(to_pbtxt(config))
         (repository / name / "1" / "model.py").write_text(STAND_IN)
-    with ready_server(repository) as server, triton_grpc.InferenceServerClient(server.grpc_address) as client:
+    with TritonServer(repository, Ports.free()) as server:
+        with closing(Supervisor(server)) as supervisor, pytest.raises(NotProven, match="tiny version 1 is not proven"):
+            supervisor.wait_ready(120, threading.Event())  # the whole way to the stages' outputs, which are made up
         item = triton_grpc.InferInput("text", [3, 1], "BYTES")
         item.set_data_from_numpy(np.array([[b"a"], [b"b c"], [b"d e f"]], dtype=np.object_))
-        got = client.infer("tiny", [item], client_timeout=30)
+        with triton_grpc.InferenceServerClient(server.grpc_address) as client:
+            got = client.infer("tiny", [item], client_timeout=30)
     vectors, counts = got.as_numpy("embedding"), got.as_numpy("token_count")
     assert vectors is not None
     assert counts is not None

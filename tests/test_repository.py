@@ -135,7 +135,9 @@ def built(tiny_bert: Path, tmp_path: Path) -> Build:
 def _publish(built: Build, **serving: object) -> Any:
     assert built.entry is not None
     changed = built.spec.model_copy(update={"serving": built.spec.serving.model_copy(update=serving)})
-    return layout.publish(changed, "cpu", built.checkpoint, [built.served_graph], built.entry.repository)
+    assert built.proof is not None
+    parts = [built.served_graph]
+    return layout.publish(changed, "cpu", built.checkpoint, parts, built.entry.repository, proof=built.proof)
 
 
 def _versions(repository: Path, model: str) -> list[str]:

@@ -308,7 +308,9 @@ def test_a_response_cache_answers_again(minilm: Build, tmp_path: Path) -> None:
     serving = {**minilm.spec.serving.model_dump(), "response_cache_bytes": 1 << 20}
     spec = DeploymentSpec.model_validate({**minilm.spec.model_dump(), "serving": serving})
     assert minilm.entry is not None
-    layout.publish(spec, "cpu", minilm.checkpoint, [minilm.served_graph], tmp_path / "repository")
+    proof = minilm.proof
+    assert proof is not None
+    layout.publish(spec, "cpu", minilm.checkpoint, [minilm.served_graph], tmp_path / "repository", proof=proof)
     with ready_server(tmp_path / "repository") as server:
         for _ in range(3):
             _infer(server.grpc_address, [b"the same text"])

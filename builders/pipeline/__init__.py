@@ -2,6 +2,7 @@
 
 result     what a build has come to      encoder    steps of embedding, classification and reranking
 ranks      partition and engines         generator  steps of language models
+proving    the proof of a version
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from builders.checkpoint import load_checkpoint
 from builders.engine import tensorrt
-from builders.pipeline import encoder, generator, ranks
+from builders.pipeline import encoder, generator, proving, ranks
 from builders.pipeline.result import Build, Report, Stage, Step, done
 from builders.repository import config, contents, layout
 from builders.spec import DeploymentSpec, Platform
@@ -44,7 +45,7 @@ def build(
         "partition": ranks.partition,
         "qualify": kind.qualify,
         "engine": ranks.engines,
-        "repository": lambda built, _, report: _repository(built, root, report),
+        "repository": lambda built, store, report: _repository(proving.make(built, store, report), root, report),
     }
     for stage, step in steps.items():
         if until == "checkpoint":
@@ -60,7 +61,9 @@ def _repository(built: Build, root: Path, report: Report) -> Build:
     parts = (*built.engines, *manifest) if built.platform == "gpu" else manifest or (built.served_graph,)
     folder = repository_path(root, built.spec, built.platform)
     report("repository", str(folder))
-    entry, unchanged = layout.publish(built.spec, built.platform, built.checkpoint, parts, folder, built.partition)
+    assert built.proof is not None
+    what = (built.spec, built.platform, built.checkpoint, parts)
+    entry, unchanged = layout.publish(*what, folder, built.partition, proof=built.proof)
     report("repository", done(f"{entry.ensemble} version {entry.version}", unchanged))
     return replace(built, entry=entry)
 

@@ -12,6 +12,7 @@ from builders.artifacts import (
     GenerationQuality,
     OnnxGraph,
     Partition,
+    ProofFile,
     Quality,
     RankFiles,
     RepositoryEntry,
@@ -35,6 +36,7 @@ class Build:
     ranks: RankFiles | None = None
     served: Quality | GenerationQuality | None = None
     engines: tuple[Engine, ...] = ()
+    proof: ProofFile | None = None
     entry: RepositoryEntry | None = None
 
     def graph(self, precision: str) -> OnnxGraph:

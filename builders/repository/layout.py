@@ -2,14 +2,14 @@
 
     <repository>/
       settings.json                  ServerSettings, replaced last: the commit point of a publication
-      <name>/config.pbtxt            1/ is empty: an ensemble has no files
+      <name>/config.pbtxt            <version>/proof.json alone: an ensemble has no files of its own
       <name>-tokenizer/config.pbtxt  <version>/model.py, tokenizer.json, settings.json
       <name>-encoder/config.pbtxt    <version>/model.py, graph.onnx or model.<sm>.plan, settings.json
                                      tensor ranks on CPU: ranks.json, the pieces and weights of every rank
                                      tensor ranks on GPUs: model.plan.rank<r>, and model.plan, which is rank 0's
       <name>-stage<s>/config.pbtxt   <version>/model.<sm>.plan: a pipeline stage on its GPU, instead of the encoder
-      <name>/config.pbtxt            generation, alone: <version>/model.py, tokenizer.json, settings.json, and graphs,
-                                     rank programs, or model.<sm>.<cache length>.plan
+      <name>/config.pbtxt            generation, alone: <version>/model.py, tokenizer.json, settings.json, proof.json,
+                                     and graphs, rank programs, or model.<sm>.<cache length>.plan
 
 A running Triton keeps serving the old version until it is told to load the new one. The previous version stays for a
 roll-back; older ones go.
@@ -23,13 +23,15 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from builders.artifacts import Checkpoint, Partition, RepositoryEntry, file_digest
+from builders.artifacts import Checkpoint, Partition, ProofFile, RepositoryEntry, file_digest
 from builders.repository.contents import ModelDirectory, Part, model_directories
 from builders.spec import DeploymentSpec, Platform
 from builders.store import atomic_directory, link_or_copy
 from runtime.errors import BadEnvironment
+from runtime.proof import PROOF_FILE
 from runtime.settings import FILE_NAME, ServedModel, ServerSettings
 
 
@@ -40,12 +42,15 @@ def publish(
     parts: Sequence[Part],
     repository: Path,
     partition: Partition | None = None,
+    *,
+    proof: ProofFile,
 ) -> tuple[RepositoryEntry, bool]:
     """Writes the service as a new version, unless the newest version is the same; says which.
 
     `parts` is the one graph that the CPU serves, or the files of its ranks, or the engines of the GPU targets;
-    `partition` is what ranks come from. One publication at a time. Raises CheckError for an ensemble whose edges do not
-    fit, UnsupportedError for ranks that Triton cannot run. On any failure what was served stays as it was.
+    `partition` is what ranks come from, `proof` what the version proves itself with where it serves. One publication at
+    a time. Raises CheckError for an ensemble whose edges do not fit, UnsupportedError for ranks that Triton cannot run.
+    On any failure what was served stays as it was.
     """
     precision = spec.precision_on(platform)
     digest = hashlib.sha256("".join(sorted(part.digest for part in parts)).encode()).hexdigest()
@@ -54,7 +59,9 @@ def publish(
         served = ServedModel(
             ensemble=spec.name, version=number, precision=precision, model_digest=digest, spec_digest=spec.digest
         )
-        return model_directories(spec, platform, checkpoint, parts, partition, served)
+        found = model_directories(spec, platform, checkpoint, parts, partition, served)
+        asked = found[spec.name]  # by clients
+        return {**found, spec.name: replace(asked, files={**asked.files, PROOF_FILE: proof.file_path})}
 
     content = _content_digest(models(0))
     with _locked(repository):
@@ -65,7 +72,7 @@ def publish(
         else:
             version = 1 + max((number for name in models(0) for number in _versions(repository / name)), default=0)
             _write(repository, models(version), version)
-            _commit(repository, spec, version, content, tuple(models(version)))
+            _commit(repository, _server_settings(spec, version, content, tuple(models(version)), proof))
             _prune(repository, keep=(version, current.version if current else version))
     entry = RepositoryEntry(
         repository=repository,
@@ -118,15 +125,21 @@ def _write(repository: Path, models: dict[str, ModelDirectory], version: int) ->
         raise
 
 
-def _commit(repository: Path, spec: DeploymentSpec, version: int, content: str, models: tuple[str, ...]) -> None:
-    settings = ServerSettings(
+def _server_settings(
+    spec: DeploymentSpec, version: int, content: str, models: tuple[str, ...], proof: ProofFile
+) -> ServerSettings:
+    return ServerSettings(
         ensemble=spec.name,
         models=models,
         version=version,
         response_cache_bytes=spec.serving.response_cache_bytes,
         rate_limited=spec.serving.rate_limit is not None,
         content_digest=content,
+        proof_digest=file_digest(proof.file_path),
     )
+
+
+def _commit(repository: Path, settings: ServerSettings) -> None:
     _replace_text(repository / FILE_NAME, json.dumps(settings.model_dump(mode="json"), indent=2) + "\n")
 
 

@@ -1,10 +1,10 @@
 """The tensors of the Triton model, and how a request is read from them.
 
-Names, types and shapes are those of TensorRT-LLM's models; `input_ids`, `stop_token_ids`, `min_p`, `add_special_tokens`
-and the outputs beside `text_output`, `output_log_probs` and `cum_log_probs` are more. Every input has a batch dimension
-of 1 in front. All are optional but one of `text_input` and `input_ids`. Defaults: `max_tokens` from the model's
-settings, everything else off. Without a temperature the likeliest token is taken, unless `top_k`, `top_p` or `min_p`
-asks for a choice: then the temperature is 1.
+Names, types and shapes are those of TensorRT-LLM's models; `input_ids`, `stop_token_ids`, `forced_ids`, `min_p`,
+`add_special_tokens` and the outputs beside `text_output`, `output_log_probs` and `cum_log_probs` are more. Every input
+has a batch dimension of 1 in front. All are optional but one of `text_input` and `input_ids`. Defaults: `max_tokens`
+from the model's settings, or as many as `forced_ids`; everything else off. Without a temperature the likeliest token is
+taken, unless `top_k`, `top_p` or `min_p` asks for a choice: then the temperature is 1.
 """
 
 from __future__ import annotations
@@ -69,6 +69,7 @@ INPUTS = (
     Tensor("seed", "TYPE_UINT64", 1),
     Tensor("end_id", "TYPE_INT32", 1),
     Tensor("pad_id", "TYPE_INT32", 1),
+    Tensor("forced_ids", "TYPE_INT32", -1),
     Tensor("return_log_probs", "TYPE_BOOL", 1),
     Tensor("exclude_input_in_output", "TYPE_BOOL", 1),
     Tensor("add_special_tokens", "TYPE_BOOL", 1),
@@ -151,8 +152,10 @@ def _sampling(given: Mapping[str, NDArray[Any]]) -> SamplingParams:
     ends = [given[name].tolist() for name in ("stop_token_ids", "end_id") if name in given]
     if _number(given, "end_id", 0) < 0:
         raise BadRequest("end_id is negative; send a token id, or min_length to go on past the end of the text")
+    forced = tuple(given["forced_ids"].tolist()) if "forced_ids" in given else ()
     return SamplingParams(
-        max_tokens=_number(given, "max_tokens", None),
+        forced=forced,
+        max_tokens=_number(given, "max_tokens", len(forced) or None),
         min_tokens=_either(given, "min_length", "min_tokens") or 0,
         temperature=_number(given, "temperature", 1.0 if top_k > 0 or top_p < 1.0 or min_p > 0.0 else 0.0),
         top_k=top_k,

@@ -31,6 +31,7 @@ class SamplingParams:
     min_tokens          no end token and no stop string counts before this many
     stop                strings that end the output and are not part of it
     stop_token_ids      beside the model's own end tokens; not part of the output either
+    forced              the output begins with these tokens, whatever the model would choose; no end counts before them
     logprobs            natural logarithm of each token's probability under the unmodified model
     """
 
@@ -46,6 +47,7 @@ class SamplingParams:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
+    forced: tuple[int, ...] = ()
     logprobs: bool = False
 
     def __post_init__(self) -> None:
@@ -53,6 +55,8 @@ class SamplingParams:
         _require(self.min_tokens >= 0, "min_length", self.min_tokens, "0 or more")
         if self.max_tokens is not None:
             _require(self.min_tokens <= self.max_tokens, "min_length", self.min_tokens, "at most max_tokens")
+            forced = len(self.forced)
+            _require(forced <= self.max_tokens, "forced_ids", f"{forced} tokens", "at most max_tokens")
         _require(_within(self.temperature, 0.0, 100.0), "temperature", self.temperature, "a number from 0 to 100")
         _require(self.top_k >= 0, "top_k", self.top_k, "0 (off) or more")
         _require(_within(self.top_p, 0.0, 1.0) and self.top_p > 0, "top_p", self.top_p, "above 0, at most 1")
@@ -70,7 +74,7 @@ class SamplingParams:
     def plain(self) -> bool:
         """The token with the largest logit, and nothing else asked."""
         penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
-        return self.temperature == 0.0 and not penalties and not self.logprobs
+        return self.temperature == 0.0 and not penalties and not self.logprobs and not self.forced
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,9 +145,10 @@ class Limits:
         if prompt.min() < 0 or prompt.max() >= self.vocabulary:
             wrong = int(prompt[(prompt < 0) | (prompt >= self.vocabulary)][0])
             raise BadRequest(f"input_ids holds {wrong}; token ids of this model are 0 to {self.vocabulary - 1}")
-        for token in request.params.stop_token_ids:
-            if not 0 <= token < self.vocabulary:
-                raise BadRequest(f"stop_token_ids holds {token}; token ids are 0 to {self.vocabulary - 1}")
+        for name, tokens in (("stop_token_ids", request.params.stop_token_ids), ("forced_ids", request.params.forced)):
+            for token in tokens:
+                if not 0 <= token < self.vocabulary:
+                    raise BadRequest(f"{name} holds {token}; token ids are 0 to {self.vocabulary - 1}")
         # The last token of the output is never read again, so it needs no place in the cache.
         free = self.max_length + 1 - (len(prompt) if self.decoder_start_id is None else 1)
         if len(prompt) > self.max_length:

@@ -3,6 +3,7 @@
 Greedy rows cost one argmax and no copy. The others are copied, [rows, vocabulary], and go through, in this order:
 penalties; end tokens barred while the output is too short; temperature; top-k; top-p over what is left; min-p; one
 draw. A draw uses one random number of the sequence's own generator (Philox), so it does not depend on its neighbours.
+A token that the caller has fixed takes the place of what came out.
 
 The filters keep every token whose probability is at least a threshold, so tokens of equal probability stay together.
 """
@@ -56,6 +57,9 @@ def _choose(logits: Logits, sequences: Collection[Sequence]) -> NDArray[np.int64
     if drawn:
         rows = logits if len(drawn) == len(sequences) else logits[drawn]
         tokens[drawn] = _draw(rows, rows[np.arange(len(drawn)), tokens[drawn]], [sequences[row] for row in drawn])
+    for row, sequence in enumerate(sequences):
+        if sequence.forced is not None:
+            tokens[row] = sequence.forced
     return tokens
 
 

@@ -62,7 +62,18 @@ class Sequence:
     @property
     def held(self) -> bool:
         """Whether the output is still too short to end."""
-        return self.generated < self.request.params.min_tokens
+        return self.generated < self.least
+
+    @property
+    def least(self) -> int:
+        """Tokens of output before which no end counts."""
+        return max(self.request.params.min_tokens, len(self.request.params.forced))
+
+    @property
+    def forced(self) -> int | None:
+        """The next token where the caller has fixed it."""
+        tokens = self.request.params.forced
+        return tokens[self.generated] if self.generated < len(tokens) else None
 
     @property
     def plain(self) -> bool:
@@ -81,7 +92,7 @@ class Sequence:
         self.unsent.append((token, logprob))
         text, stopped = "", False
         if self.detokenizer is not None:
-            text, stopped = self.detokenizer.push(token, may_stop=self.generated >= self.request.params.min_tokens)
+            text, stopped = self.detokenizer.push(token, may_stop=self.generated >= self.least)
         if stopped:
             return self._update(text, "stop")
         if self.generated == self.room:

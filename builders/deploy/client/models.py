@@ -52,6 +52,7 @@ class ModelVersion:
     models: tuple[str, ...]
     version: int
     staged: int | None
+    refused: str | None = None  # why the version that was asked for was given up
 
 
 @dataclass(frozen=True)
@@ -152,8 +153,8 @@ class _Rollout:
             wanted = self._ask("POST", control.address)
             try:
                 self._load(triton.address, wanted)
-                _require_version(triton.address, wanted)
-                _await(lambda: self._has_answered(control.address), self.pace, "no inference of it has succeeded")
+                self._require_loaded(control.address, triton.address, wanted)
+                _await(lambda: self._has_answered(control.address), self.pace, "it has not proven itself")
                 _settle(self.cluster, self.namespace, pod, self.pace)
                 _await_ready(self.cluster, self.namespace, pod, self.pace, "it is not ready again")
                 _require_version(triton.address, wanted)  # a server that died of the load is back without it
@@ -180,7 +181,7 @@ class _Rollout:
         if answer.status != 200:
             raise RolloutError(text or f"its launcher answers with {answer.status}")
         found = json.loads(text)
-        return ModelVersion(tuple(found["models"]), int(found["version"]), found["staged"])
+        return ModelVersion(tuple(found["models"]), int(found["version"]), found["staged"], found.get("refused"))
 
     def _load(self, address: str, wanted: ModelVersion) -> None:
         """A load answers only when the model is ready or has failed."""
@@ -188,11 +189,19 @@ class _Rollout:
             for model in wanted.models:
                 client.load_model(model, headers={CONTROL_HEADER: self.secret}, client_timeout=self.pace.load_s)
 
+    def _require_loaded(self, control: str, triton: str, wanted: ModelVersion) -> None:
+        try:
+            _require_version(triton, wanted)
+        except RolloutError:
+            self._has_answered(control)  # the launcher may have given it up between two loads, and says why
+            raise
+
     def _has_answered(self, address: str) -> bool:
-        """The launcher's own probe is a true inference, and it tells which version answered."""
+        """The launcher's own probe is a true inference and the version's proof, and it tells which version passed."""
         found = self._ask("GET", address)
         if self.version not in (found.version, found.staged):
-            raise RolloutError(f"its launcher has gone back to version {found.version}: inferences failed")
+            why = found.refused or "inferences failed"
+            raise RolloutError(f"its launcher has gone back to version {found.version}: {why}")
         return found.version == self.version
 
     def _give_up(self, control: str, triton: str) -> str:

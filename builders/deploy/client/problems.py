@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 from builders.deploy.client.objects import Object, conditions, name_of
 from builders.deploy.client.observe import Observed, is_bound, is_ready
+from runtime.errors import UNPROVEN
 
+_UNPROVEN_FIX = "run the pod on another kind of node, or build for this one: the model gives other outputs there"
+_ERROR = "error: "
 CRASHES = 2  # restarts before a container that ends counts as broken, not as unlucky
 
 
@@ -88,15 +91,22 @@ def _container_problems(subject: str, state: Object, pod: Object, retried: bool)
         yield Problem(where, text, _WAITING[reason])
         return
     once = (pod.get("spec") or {}).get("restartPolicy") == "Never"
-    failed = ended.get("exitCode", 0) != 0
-    if failed and (reason == "CrashLoopBackOff" or once or state.get("restartCount", 0) >= CRASHES):
+    failed, said = ended.get("exitCode", 0) != 0, _last_words(str(ended.get("message") or ""))
+    unproven = UNPROVEN in said  # another try gives the same
+    if failed and (unproven or reason == "CrashLoopBackOff" or once or state.get("restartCount", 0) >= CRASHES):
         name = str(state.get("name"))
         if ended.get("reason") == "OOMKilled":
             text, fix = f"killed: over its memory limit{_memory_limit(pod, name)}", "raise the memory limit"
         else:
-            text = f"exits with {ended['exitCode']}, {state.get('restartCount', 0)} restarts"
-            fix = "read the end of its log"
+            text = f"exits with {ended['exitCode']}, {state.get('restartCount', 0)} restarts" + (said and f": {said}")
+            fix = _UNPROVEN_FIX if unproven else "read the end of its log"
         yield Problem(where, text, fix, waits=retried, container=name)
+
+
+def _last_words(message: str) -> str:
+    """The error that a container of ours ends with; the kubelet keeps the end of its log as the termination message."""
+    errors = [line for line in message.splitlines() if line.startswith(_ERROR)]
+    return errors[-1].removeprefix(_ERROR).rstrip(". ") if errors else ""
 
 
 def _memory_limit(pod: Object, container: str) -> str:

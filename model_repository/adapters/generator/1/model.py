@@ -29,6 +29,7 @@ from runtime.generation.interface import INPUTS, PROBE_ID_VARIABLE, Asked, read_
 from runtime.generation.metrics import Exporter
 from runtime.generation.opening import open_engine
 from runtime.generation.request import Update, coalesce, join
+from runtime.proven import ProvenExporter
 from runtime.settings import GeneratorModelSettings
 
 NICENESS = 10
@@ -81,6 +82,8 @@ class TritonPythonModel:
         self.long: queue.Queue[Arrival] = queue.Queue(self.settings.queue_size)
         work = (lambda: self.engine.run(self.stopped), self._send, self._submit_long)
         self.threads = [self._thread(item) for item in work]
+        repository = directory.parent.resolve().parent  # Triton may be shown links
+        self.proven = ProvenExporter(pb_utils.MetricFamily, self.settings.served, repository, os.getppid())
 
     def _thread(self, work: Callable[[], None]) -> threading.Thread:
         def run() -> None:
@@ -153,6 +156,7 @@ class TritonPythonModel:
             if now - exported > 1.0:
                 exported = now
                 self.exporter.export(self.engine.counters, self.engine.gauges())
+                self.proven.look()
 
     def _deliver(self, number: int, update: Update) -> None:
         with self.lock:

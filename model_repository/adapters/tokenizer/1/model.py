@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import triton_python_backend_utils as pb_utils
 
 from runtime.encoder import require_numpy_1
 from runtime.errors import BadRequest
+from runtime.proven import ProvenExporter
 from runtime.settings import TokenizerModelSettings
 from runtime.tokenizer import Encoded, Tokenizer, decode_texts, read_prompt_name
 
@@ -36,9 +38,12 @@ class TritonPythonModel:
         }
         self.info_metric = self.info.Metric(labels=labels)
         self.info_metric.set(1)
+        repository = directory.parent.resolve().parent  # Triton may be shown links
+        self.proven = ProvenExporter(pb_utils.MetricFamily, served, repository, os.getppid())
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """All texts of all requests are encoded in one call; a bad request fails alone."""
+        self.proven.look()
         responses: list[Any] = [None] * len(requests)
         texts: list[tuple[str, ...]] = []
         prompts: list[str] = []
