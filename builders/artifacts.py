@@ -13,7 +13,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from builders.digests import file_digest as file_digest  # the rest of the house knows it from here
-from builders.spec import Flavour, GraphPrecision, Platform, ProfileSlice, Task
+from builders.spec import CpuPrecision, Flavour, GraphPrecision, Platform, ProfileSlice, Task
 
 
 class Record(BaseModel):
@@ -212,6 +212,49 @@ class ProofFile(Artifact):
     @property
     def file_path(self) -> Path:
         return self.path(self.file)
+
+
+class Processor(Record):
+    """What the arithmetic of a CPU depends on. `flags`: its vector extensions; `capabilities`: what OpenVINO says of
+    it, which may be less."""
+
+    name: str
+    cores: int
+    flags: tuple[str, ...]
+    capabilities: tuple[str, ...]
+
+    @property
+    def multiplies_bytes(self) -> bool:
+        """Without VNNI, byte products saturate, and take longer than fp32 ones."""
+        return any("vnni" in flag for flag in self.flags) or "amx_int8" in self.flags
+
+    @property
+    def has_bfloat16(self) -> bool:
+        return "BF16" in self.capabilities
+
+
+class Candidate(Record):
+    """A precision as the executor that serves computes it on one CPU. `speed`: of fp32, by CPU time in the same run;
+    `reason`: why it is served, or why not. What was not tried or not finished has no figures."""
+
+    precision: CpuPrecision
+    quality: Quality | GenerationQuality | None = None
+    speed: float | None = None
+    reason: str = ""
+
+
+class PrecisionChoice(Artifact):
+    """What `precision.cpu` came to, and on which CPU. No files: the figures are the result.
+
+    `asked` is `auto` or a precision; `warning` is set where what was asked for by name does not pay here.
+    """
+
+    asked: str
+    chosen: CpuPrecision
+    executor: str
+    processor: Processor
+    candidates: tuple[Candidate, ...]
+    warning: str | None = None
 
 
 class Engine(Artifact):

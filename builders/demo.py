@@ -43,6 +43,7 @@ def main() -> None:
         cpu = pipeline.build(spec, "cpu", arguments.build_dir, "repository", report)
         gpu = pipeline.build(spec, "gpu", arguments.build_dir, "repository", report)
     built_s = time.monotonic() - started
+    present.print_choice(cpu)
     print(f"   {built_s:.1f} s\n\n2. serve with the embedded Triton", flush=True)
     assert cpu.entry is not None
     begun = time.monotonic()

@@ -1,7 +1,8 @@
 """`make demo-generate`: a language model from its first token of training to a stream from Triton.
 
-A small Llama-style model is trained on the text that ships with Python, becomes an ONNX graph with weights in 8 and in
-4 bits, each judged on text that it has not seen, and is served by the embedded Triton. A second run trains nothing.
+A small Llama-style model is trained on the text that ships with Python, becomes an ONNX graph in fp32 and with weights
+in 8 and in 4 bits, each judged on text that it has not seen and timed on this CPU; the embedded Triton serves the one
+that is taken. A second run trains nothing.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from builders.__main__ import run
 from builders.generate import stream
 from builders.perplexity import executor_perplexity
 from builders.pipeline import Build
+from builders.precision import WIDEST_FIRST
 from builders.small_model import held_out_rows, train_small_model, training_progress
-from builders.spec import DeploymentSpec
+from builders.spec import CpuPrecision, DeploymentSpec
 from runtime.generation.executor.openvino import OpenVinoStepExecutor
 from runtime.supervisor import ready_server
 
@@ -38,41 +40,46 @@ def main() -> None:
         with training_progress() as progress:
             trained = train_small_model(folder, progress)
         print(f"   {trained.elapsed_s:.0f} s; the loss is drawn in {folder / 'training.html'}", flush=True)
-    print("\n2. build: graph with caches, weights in 8 and 4 bits, model repository", flush=True)
-    builds = {}
-    for precision in ("w8", "w4"):
-        with present.build_progress(quiet=False) as report:
-            builds[precision] = pipeline.build(
-                _spec(folder, precision), "cpu", arguments.build_dir, "repository", report
-            )
+    print("\n2. build: graph with caches, weights in 8 and 4 bits, the fastest within the budget", flush=True)
+    with present.build_progress(quiet=False) as report:
+        taken = pipeline.build(_spec(folder), "cpu", arguments.build_dir, "repository", report)
+    present.print_choice(taken)
     print("\n3. perplexity on text that it has not seen, by the executor that serves", flush=True)
-    _judge(builds["w8"], builds["w4"], folder)
-    print("\n4. serve the 8-bit model with the embedded Triton, and ask it", flush=True)
-    _ask(builds["w8"])
+    _judge(taken, arguments.build_dir, folder)
+    print(f"\n4. serve it in {taken.spec.precision.cpu} with the embedded Triton, and ask it", flush=True)
+    _ask(taken)
     print(f"\nserve it yourself: write a spec with model.source: {folder.resolve()}, then `trireme serve SPEC`")
 
 
-def _spec(folder: Path, precision: str) -> DeploymentSpec:
+def _spec(folder: Path) -> DeploymentSpec:
     return DeploymentSpec.model_validate(
         {
-            "name": f"pydoc-{precision}",
+            "name": "pydoc",
             "model": {"source": str(folder), "task": "generation", "max_length": CONTEXT},
             # A model of four million weights has little to spare for four bits; the figure is printed.
-            "precision": {"cpu": precision, "max_perplexity_ratio": 1.05 if precision == "w4" else 1.01},
+            "precision": {"cpu": "auto", "max_perplexity_ratio": 1.05},
         }
     )
 
 
-def _judge(eight: Build, four: Build, folder: Path) -> None:
+def _judge(taken: Build, build_dir: Path, folder: Path) -> None:
     rows = held_out_rows(folder)
     first = None
-    for name, graph in (("fp32", eight.graph("fp32")), ("w8", eight.graph("w8")), ("w4", four.graph("w4"))):
+    for name in _within_budget(taken):
+        # Every candidate lies in the store.
+        graph = pipeline.build(taken.spec.with_cpu_precision(name), "cpu", build_dir, "quantize").served_graph
         executor = OpenVinoStepExecutor(graph.file_path, (CONTEXT,), len(rows), threads=os.cpu_count() or 1)
         perplexity = executor_perplexity(executor, (CONTEXT,), rows)
         first = first or perplexity
         print(
             f"   {name:<5} {perplexity:8.3f}  {perplexity / first:.4f} of fp32  {graph.bytes / 1e6:6.1f} MB", flush=True
         )
+
+
+def _within_budget(taken: Build) -> list[CpuPrecision]:
+    assert taken.choice is not None
+    measured = [item.precision for item in taken.choice.candidates if item.speed is not None]
+    return sorted(measured, key=WIDEST_FIRST.index)
 
 
 def _ask(built: Build) -> None:

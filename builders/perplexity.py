@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from builders.artifacts import Checkpoint, GenerationQuality
 from builders.errors import CheckpointError, InputError, QualityError
+from runtime.session import open_session
 
 if TYPE_CHECKING:
     import torch
@@ -46,10 +47,7 @@ class DecoderSession:
     ) -> None:
         import onnxruntime
 
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = os.cpu_count() or 1
-        options.log_severity_level = 3
-        self._session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        self._session = open_session(file, threads=os.cpu_count() or 1)
         self.description = f"ONNX Runtime {onnxruntime.__version__}"
         self.positions = np.zeros(rows, np.int64)
         self._names = ["logits", *outputs]
@@ -120,9 +118,7 @@ def token_rows(checkpoint: Checkpoint, texts: Sequence[str], rows: int = ROWS, l
 
 def encode(file: Path, source: Ids, lengths: Ids) -> dict[str, NDArray[Any]]:
     """What the decoder wants beside its own inputs, from the encoder graph in ONNX Runtime."""
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    session = open_session(file)
     names = [item.name for item in session.get_outputs()]
     outputs = session.run(names, {"input_ids": source, "source_length": lengths})
     return {**dict(zip(names, outputs, strict=True)), "source_length": lengths}

@@ -79,10 +79,31 @@ def print_build(built: Build) -> None:
     for name, value in build_rows(built):
         table.add_row(name, value)
     console = Console()
+    print_choice(built)
     console.print(table)
     if built.entry is not None:
         where = f"model repository: {built.entry.repository} (version {built.entry.version})"
         console.print(where, highlight=False, soft_wrap=True)
+
+
+def print_choice(built: Build) -> None:
+    """All candidates with their figures, and why each is served or not; nothing where none were weighed."""
+    from rich.console import Console
+    from rich.table import Table
+
+    choice, console = built.choice, Console()
+    if choice is None:
+        return
+    where = f"{choice.executor} on {choice.processor.name}, {choice.processor.cores} cores"
+    table = Table(title=f"precision.cpu: {choice.asked} -> {choice.chosen} ({where})", title_justify="left")
+    for heading in ("candidate", "speed of fp32", "quality", "verdict"):
+        table.add_column(heading)
+    for item in choice.candidates:
+        speed = "" if item.speed is None else f"{item.speed:.2f}"
+        table.add_row(item.precision, speed, item.quality.summary if item.quality else "", item.reason)
+    console.print(table)
+    if choice.warning:
+        console.print(f"warning: {choice.warning}", style="yellow", highlight=False, soft_wrap=True)
 
 
 def build_rows(*builds: Build) -> Iterator[tuple[str, str]]:
@@ -120,6 +141,7 @@ def build_json(built: Build) -> dict[str, Any]:
     return {
         "spec": {"name": built.spec.name, "digest": built.spec.digest},
         "platform": built.platform,
+        "precision": built.choice.model_dump(mode="json") if built.choice else None,
         "checkpoint": {**built.checkpoint.model_dump(mode="json"), "digest": built.checkpoint.digest},
         "graphs": [{**item.model_dump(mode="json"), "digest": item.digest} for item in built.graphs],
         "served_quality": built.served.model_dump(mode="json") if built.served else None,

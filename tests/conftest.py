@@ -79,7 +79,7 @@ def tiny_spec(source: Path, task: str = "embedding", **changes: dict[str, object
     pooling = {"pooling": "mean", "normalize": True} if task == "embedding" else {}
     data: dict[str, dict[str, object]] = {
         "model": {"source": str(source), "task": task, "max_length": 64, **pooling},
-        "precision": {"calibration_samples": 32},
+        "precision": {"cpu": "fp32", "calibration_samples": 32},
         "engine": {"profiles": [{"batch": {"min": 1, "opt": 4, "max": 8}, "length": {"min": 1, "opt": 32, "max": 64}}]},
         "serving": {"max_batch_size": 8, "length_buckets": [16, 64]},
     }

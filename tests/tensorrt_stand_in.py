@@ -13,11 +13,11 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-import onnxruntime
 import pytest
 from numpy.typing import NDArray
 
 from runtime.generation.executor import tensorrt
+from runtime.session import open_session
 from tests.cuda_stand_in import StandIn
 
 TARGET = "sm89"
@@ -52,9 +52,7 @@ class WholeModel:
     """A decoder's graph."""
 
     def __init__(self, graph: Path) -> None:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.log_severity_level = 1, 3
-        self._session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+        self._session = open_session(graph, threads=1)
         self.inputs = {item.name: _tensor(item) for item in self._session.get_inputs()}
         self.outputs = {item.name: _tensor(item) for item in self._session.get_outputs()}
 

@@ -15,6 +15,7 @@ from runtime.generation.engine import Engine, generate
 from runtime.generation.executor.onnxruntime import OnnxRuntimeStepExecutor
 from runtime.generation.opening import TextTokenizer
 from runtime.generation.request import Limits, SamplingParams, Tokens, Update
+from runtime.session import open_session
 from tests.generation_setup import VOCABULARY, prompts, real_engine, write_tokenizer
 
 pytest_plugins = ("tests.generation_fixtures",)
@@ -24,9 +25,7 @@ GREEDY = SamplingParams(max_tokens=20)
 
 def whole_model(graph: Path, prompt: Tokens, count: int) -> list[int]:
     """Greedy tokens by the graph alone, with no cache kept between steps."""
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
+    session = open_session(graph)
     caches = {
         item.name: np.zeros((1, item.shape[1], 64, item.shape[3]), np.float32)
         for item in session.get_inputs()

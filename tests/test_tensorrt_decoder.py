@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -28,6 +27,7 @@ from builders.export.weights import load_weights
 from builders.graph import record_graph
 from builders.partition.shard import partition_graph
 from runtime.ranks.engines import load_manifest
+from runtime.session import open_session
 from tests.generators import POSITIONS, generator_checkpoint, save_generator
 
 PROFILES = decoder_profiles(slots=4, chunk=16)
@@ -68,7 +68,7 @@ def test_top_is_the_largest_logit_and_its_token(
     file = add_top(_identity(folder / "g.onnx", ["batch", 1, 5] if middle else ["batch", 5]), folder / "out")
     onnx.checker.check_model(str(file), full_check=True)
     logits = np.array(rows, np.float32)
-    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    session = open_session(file)
     feed = logits[:, None] if middle else logits
     top = session.run(["top"], {"x": feed})[0]
     broken = np.isnan(logits).any(axis=1)

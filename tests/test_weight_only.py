@@ -19,6 +19,7 @@ from builders.graph import describe, fix_dimension
 from builders.quantize.blocks import BLOCK, Bits, gptq, round_to_nearest
 from builders.quantize.weight_only import RECIPES, Recipe, compensate, find_products, quantize_weights, write_quantised
 from builders.spec import ProfileSlice, Range
+from runtime.session import open_session
 from tests.generators import TEXTS, generator_checkpoint, save_generator
 
 
@@ -108,13 +109,9 @@ def test_eight_bits_keep_the_perplexity(exported: tuple[Checkpoint, OnnxGraph], 
 def test_onnxruntime_runs_each_product_on_the_integers(
     exported: tuple[Checkpoint, OnnxGraph], precision: str, tmp_path: Path
 ) -> None:
-    import onnxruntime
-
     file = tmp_path / "graph.onnx"
     write_quantised(exported[1].file_path, RECIPES[precision][0], {}, file)
-    options = onnxruntime.SessionOptions()
-    options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "optimised.onnx"), 3
-    onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    open_session(file, optimized=tmp_path / "optimised.onnx")
     fused = [node.op_type for node in onnx.load(str(tmp_path / "optimised.onnx")).graph.node]
     assert fused.count("MatMulNBits") == 15
     assert not {"MatMul", "DequantizeLinear"} & set(fused)

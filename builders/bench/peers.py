@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from builders.pipeline import Build
 from builders.quality import graph_outputs, measure, sample_requests, tokenizer_settings
+from runtime.session import open_session
 from runtime.tokenizer import Encoded, Tokenizer
 
 BATCH = 32
@@ -92,12 +93,7 @@ def _batched(built: Build, run: Callable[[list[Encoded], Tokenizer], Vectors]) -
 
 
 def _onnxruntime(built: Build, file: Path) -> Embed:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = os.cpu_count() or 1
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    session = open_session(file, threads=os.cpu_count() or 1)
     return _batched(built, lambda batch, tokenizer: session.run(None, tokenizer.pad(batch))[0])
 
 

@@ -18,7 +18,7 @@ def build(
     spec: SpecArgument,
     platform: PlatformOption = "cpu",
     until: Annotated[
-        Literal["checkpoint", "export", "quantize", "partition", "qualify", "engine", "repository"],
+        Literal["checkpoint", "precision", "export", "quantize", "partition", "qualify", "engine", "repository"],
         typer.Option(help="stop after this stage"),
     ] = "repository",
     build_dir: BuildDir = DEFAULT_BUILD,

@@ -25,6 +25,7 @@ from builders.gpu_proof.setting import Budget, Setting
 from builders.pipeline import Build
 from builders.spec import Flavour
 from runtime.generation.executor.tensorrt import load_engines
+from runtime.session import open_session
 
 LEAST_COSINE = {"fp16": 0.999, "int8": 0.98}  # of the worst text to the fp32 graph
 _TEXTS = 64
@@ -78,9 +79,7 @@ class GraphRunner:
     """Stands in for an engine where none runs: the graph that it was built from, by ONNX Runtime on the CPU."""
 
     def __init__(self, graph: Path, names: tuple[str, ...]) -> None:
-        import onnxruntime
-
-        self._session = onnxruntime.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
+        self._session = open_session(graph)
         self._names = names
 
     def outputs(self, feeds: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:

@@ -32,6 +32,7 @@ from builders.partition.structure import structure_faults
 from runtime.errors import ServerFault
 from runtime.ranks.group import RankGroup
 from runtime.ranks.program import Layout, RankProgram, Transfer
+from runtime.session import open_session
 
 MAX_RELATIVE = 1e-4  # fp32: largest difference over the largest value of the output
 MIN_COSINE = 0.9999  # lower precisions: of each row of the batch
@@ -216,14 +217,8 @@ class _Whole:
     """The unsharded graph in ONNX Runtime: the reference."""
 
     def __init__(self, file: Path, states: Mapping[str, str]) -> None:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        for key, setting in _SESSION:
-            options.add_session_config_entry(key, setting)
         try:
-            self._session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+            self._session = open_session(file, entries=_SESSION)
         except Exception as error:  # one unrelated type for each status code of ONNX Runtime
             raise InputError(
                 f"graph {file}",

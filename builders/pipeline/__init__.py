@@ -2,7 +2,7 @@
 
 result     what a build has come to      encoder    steps of embedding, classification and reranking
 ranks      partition and engines         generator  steps of language models
-proving    the proof of a version
+choice     precisions tried on this CPU     proving    the proof of a version
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from pathlib import Path
 
 from builders.checkpoint import load_checkpoint
 from builders.engine import tensorrt
-from builders.pipeline import encoder, generator, proving, ranks
+from builders.pipeline import choice, encoder, generator, proving, ranks
 from builders.pipeline.result import Build, Report, Stage, Step, done
 from builders.repository import config, contents, layout
 from builders.spec import DeploymentSpec, Platform
 from builders.store import Store
+
+CHOICE_FILE = "precision.json"  # in the version directory of the model that computes
 
 __all__ = ["Build", "Report", "Stage", "build", "repository_path"]
 
@@ -24,7 +26,8 @@ __all__ = ["Build", "Report", "Stage", "build", "repository_path"]
 def build(
     spec: DeploymentSpec, platform: Platform, root: Path, until: Stage, report: Report = lambda stage, message: None
 ) -> Build:
-    """Checkpoint -> export -> quantise -> partition (several ranks) -> qualify (CPU) or engine (GPU) -> repository.
+    """Checkpoint -> precision (CPU) -> export -> quantise -> partition (several ranks) -> qualify (CPU) or engine (GPU)
+    -> repository.
 
     Each comes from the store if it is there. Raises the errors of `builders.errors`; whatever happens, no stage leaves
     anything half-written.
@@ -40,10 +43,11 @@ def build(
     report("checkpoint", f"{result.checkpoint.architecture}, {result.checkpoint.parameters / 1e6:.1f} M parameters")
     kind = generator if spec.generates else encoder
     steps: dict[Stage, Step] = {
+        "precision": choice.choose,
         "export": kind.export,
         "quantize": kind.quantize,
         "partition": ranks.partition,
-        "qualify": kind.qualify,
+        "qualify": lambda *given: choice.weigh(kind.qualify(*given), *given[1:]),
         "engine": ranks.engines,
         "repository": lambda built, store, report: _repository(proving.make(built, store, report), root, report),
     }
@@ -62,8 +66,9 @@ def _repository(built: Build, root: Path, report: Report) -> Build:
     folder = repository_path(root, built.spec, built.platform)
     report("repository", str(folder))
     assert built.proof is not None
+    notes = {} if built.choice is None else {CHOICE_FILE: built.choice.model_dump_json(indent=2) + "\n"}
     what = (built.spec, built.platform, built.checkpoint, parts)
-    entry, unchanged = layout.publish(*what, folder, built.partition, proof=built.proof)
+    entry, unchanged = layout.publish(*what, folder, built.partition, proof=built.proof, notes=notes)
     report("repository", done(f"{entry.ensemble} version {entry.version}", unchanged))
     return replace(built, entry=entry)
 

@@ -10,10 +10,11 @@ from builders.artifacts import OnnxGraph, ServedQuality
 from builders.closure import tool_versions
 from builders.export import encoder
 from builders.pipeline.result import Build, Report, done
+from builders.processor import this_processor
 from builders.quality import HELD_OUT_TEXTS
 from builders.quantize import int8
 from builders.repository import contents
-from builders.store import Store, processor
+from builders.store import Store
 
 
 def export(built: Build, store: Store, report: Report) -> Build:
@@ -99,7 +100,7 @@ def qualify(built: Build, store: Store, report: Report) -> Build:
             "served": part.digest,
             "reference": built.graph("fp32").digest,
             "checkpoint": checkpoint.digest,
-            "processor": processor(),
+            "processor": this_processor().model_dump(mode="json"),
             "budget": budget.model_dump(mode="json", exclude={"gpu", "calibration_texts"}),
             "settings": settings.model_dump(mode="json"),
             "texts": corpus.corpus_key(budget.calibration_texts),

@@ -12,11 +12,12 @@ from builders.artifacts import GenerationQuality, OnnxGraph, ServedQuality
 from builders.closure import tool_versions
 from builders.export import decoder, seq2seq
 from builders.pipeline.result import Build, Report, done
+from builders.processor import this_processor
 from builders.quantize import weight_only
 from builders.repository import contents
 from builders.store import Store, processor
 from runtime.generation.opening import open_executor
-from runtime.settings import ServedModel
+from runtime.settings import GeneratorModelSettings, ServedModel
 
 
 def export(built: Build, store: Store, report: Report) -> Build:
@@ -86,16 +87,22 @@ def quantize(built: Build, store: Store, report: Report) -> Build:
     return replace(built, graphs=(*built.graphs, item))
 
 
+def service_settings(built: Build) -> GeneratorModelSettings:
+    """What the CPU service of this build is told, before it has a version."""
+    spec, part = built.spec, built.ranks or built.served_graph
+    served = ServedModel(
+        ensemble=spec.name, version=1, precision=spec.precision.cpu, model_digest=part.digest, spec_digest=spec.digest
+    )
+    return contents.generator_settings(spec, "cpu", built.checkpoint, [part], built.partition, served)
+
+
 def qualify(built: Build, store: Store, report: Report) -> Build:
     """Judges the graph once more, by the executor that serves it on this CPU, where that is not plain ONNX Runtime."""
     spec, checkpoint, reference = built.spec, built.checkpoint, built.graph("fp32")
     part = built.ranks or built.served_graph
     if built.platform != "cpu":
         return built
-    served = ServedModel(
-        ensemble=spec.name, version=1, precision=spec.precision.cpu, model_digest=part.digest, spec_digest=spec.digest
-    )
-    settings = contents.generator_settings(spec, "cpu", checkpoint, [part], built.partition, served)
+    settings = service_settings(built)
     if settings.executor == "onnxruntime":
         return built  # it judged the graph where that was made
 
@@ -128,7 +135,7 @@ def qualify(built: Build, store: Store, report: Report) -> Build:
             "served": part.digest,
             "reference": reference.digest,
             "checkpoint": checkpoint.digest,
-            "processor": processor(),
+            "processor": this_processor().model_dump(mode="json"),
             "ratio": spec.precision.max_perplexity_ratio,
             "settings": settings.model_dump(
                 mode="json", include={"executor", "files", "threads", "capacities", "rank_cache"}

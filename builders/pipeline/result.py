@@ -12,6 +12,7 @@ from builders.artifacts import (
     GenerationQuality,
     OnnxGraph,
     Partition,
+    PrecisionChoice,
     ProofFile,
     Quality,
     RankFiles,
@@ -20,7 +21,7 @@ from builders.artifacts import (
 from builders.spec import DeploymentSpec, Platform
 from builders.store import Store
 
-Stage = Literal["checkpoint", "export", "quantize", "partition", "qualify", "engine", "repository"]
+Stage = Literal["checkpoint", "precision", "export", "quantize", "partition", "qualify", "engine", "repository"]
 Report = Callable[[Stage, str], None]
 
 
@@ -31,6 +32,7 @@ class Build:
     spec: DeploymentSpec
     platform: Platform
     checkpoint: Checkpoint
+    choice: PrecisionChoice | None = None
     graphs: tuple[OnnxGraph, ...] = ()
     partition: Partition | None = None
     ranks: RankFiles | None = None

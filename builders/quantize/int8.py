@@ -31,6 +31,7 @@ from builders.quantize.smoothquant import (
 )
 from builders.spec import PrecisionSlice
 from runtime.executor import Tensors
+from runtime.session import open_session
 
 _SENSITIVITY_TEXTS = 32
 _ROWS_KEPT = 1024
@@ -78,8 +79,11 @@ def quantize_int8(
         _rewrite(source.file_path, members, calibrations, smoothing, file)
 
     search = _Search(reference, checkpoint, budget, requests, file, rewrite)
-    groups = search.order(progress)
-    count = _largest(len(groups), lambda number: search.good_enough(groups[:number], len(groups), progress))
+    groups = _groups(ir.load(reference.file_path))
+    count = total = len(groups)
+    if not search.good_enough(groups, total, progress):
+        groups = search.order(groups, progress)
+        count = _largest_under(total, lambda number: search.good_enough(groups[:number], total, progress))
     share = sum(group.weights for group in groups[:count]) / sum(group.weights for group in groups)
     if share < _MIN_QUANTISED:
         scores = "" if checkpoint.task == "embedding" else f" and max_logit_error={budget.max_logit_error}"
@@ -118,9 +122,8 @@ class _Search:
         self._requests, self._file, self._rewrite = requests, file, rewrite
         self._expected = graph_outputs(reference.file_path, requests, checkpoint)
 
-    def order(self, progress: Callable[[str], None]) -> list[Group]:
-        """Every group, the smallest loss per weight first."""
-        groups = _groups(ir.load(self._reference.file_path))
+    def order(self, groups: Sequence[Group], progress: Callable[[str], None]) -> list[Group]:
+        """The smallest loss per weight first."""
         measured = []
         for index, group in enumerate(groups):
             progress(f"measuring group {index + 1} of {len(groups)}")
@@ -146,10 +149,8 @@ class _Search:
         return measure(self._expected[:texts], outputs, self._checkpoint.task, "ONNX Runtime")
 
 
-def _largest(total: int, good_enough: Callable[[int], bool]) -> int:
-    """The largest count that is good enough, by bisection: quality falls as more is quantised."""
-    if good_enough(total):
-        return total
+def _largest_under(total: int, good_enough: Callable[[int], bool]) -> int:
+    """The largest count that is good enough, by bisection: quality falls as more is quantised, and `total` fell."""
     low, high = 0, total  # low is good (nothing quantised), high is not
     while high - low > 1:
         middle = (low + high) // 2
@@ -171,8 +172,6 @@ def _linears(model: ir.Model) -> list[ir.Node]:
 
 def _calibrate(file: Path, requests: Sequence[Tensors]) -> list[Calibration]:
     """What each linear layer reads, in graph order: a run with every such activation as an extra output."""
-    import onnxruntime
-
     model = ir.load(file)
     read = [_input(node, 0) for node in _linears(model)]
     if not read:
@@ -189,9 +188,7 @@ def _calibrate(file: Path, requests: Sequence[Tensors]) -> list[Calibration]:
     with tempfile.TemporaryDirectory(prefix="trireme-calibration-") as folder:
         probe = Path(folder) / "probe.onnx"
         ir.save(model, probe, external_data="probe.onnx.data")
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        session = onnxruntime.InferenceSession(str(probe), options, providers=["CPUExecutionProvider"])
+        session = open_session(probe)
         for feeds in _stack(requests):
             real = feeds["attention_mask"].astype(bool)
             for name, array in zip(names, session.run(names, feeds), strict=True):

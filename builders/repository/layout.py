@@ -22,9 +22,10 @@ import fcntl
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 from builders.artifacts import Checkpoint, Partition, ProofFile, RepositoryEntry, file_digest
 from builders.repository.contents import ModelDirectory, Part, model_directories
@@ -32,7 +33,7 @@ from builders.spec import DeploymentSpec, Platform
 from builders.store import atomic_directory, link_or_copy
 from runtime.errors import BadEnvironment
 from runtime.proof import PROOF_FILE
-from runtime.settings import FILE_NAME, ServedModel, ServerSettings
+from runtime.settings import FILE_NAME, EncoderModelSettings, GeneratorModelSettings, ServedModel, ServerSettings
 
 
 def publish(
@@ -44,13 +45,15 @@ def publish(
     partition: Partition | None = None,
     *,
     proof: ProofFile,
+    notes: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[RepositoryEntry, bool]:
     """Writes the service as a new version, unless the newest version is the same; says which.
 
     `parts` is the one graph that the CPU serves, or the files of its ranks, or the engines of the GPU targets;
-    `partition` is what ranks come from, `proof` what the version proves itself with where it serves. One publication at
-    a time. Raises CheckError for an ensemble whose edges do not fit, UnsupportedError for ranks that Triton cannot run.
-    On any failure what was served stays as it was.
+    `partition` is what ranks come from, `proof` what the version proves itself with where it serves; `notes` are texts
+    by file name for a later reader, which go beside what is served and make no version new. One publication at a time.
+    Raises CheckError for an ensemble whose edges do not fit, UnsupportedError for ranks that Triton cannot run. On any
+    failure what was served stays as it was.
     """
     precision = spec.precision_on(platform)
     digest = hashlib.sha256("".join(sorted(part.digest for part in parts)).encode()).hexdigest()
@@ -71,7 +74,7 @@ def publish(
             version = current.version
         else:
             version = 1 + max((number for name in models(0) for number in _versions(repository / name)), default=0)
-            _write(repository, models(version), version)
+            _write(repository, models(version), version, notes)
             _commit(repository, _server_settings(spec, version, content, tuple(models(version)), proof))
             _prune(repository, keep=(version, current.version if current else version))
     entry = RepositoryEntry(
@@ -106,7 +109,7 @@ def _content_digest(models: dict[str, ModelDirectory]) -> str:
     return hashlib.sha256("\n".join(lines()).encode()).hexdigest()
 
 
-def _write(repository: Path, models: dict[str, ModelDirectory], version: int) -> None:
+def _write(repository: Path, models: dict[str, ModelDirectory], version: int, notes: Mapping[str, str]) -> None:
     """Every version directory first, then every config.pbtxt; a failure takes the new directories away again."""
     try:
         for name, model in models.items():
@@ -117,6 +120,9 @@ def _write(repository: Path, models: dict[str, ModelDirectory], version: int) ->
                     place(source, work / file)
                 if model.settings is not None:
                     model.settings.save(work)
+                if isinstance(model.settings, (EncoderModelSettings, GeneratorModelSettings)):
+                    for file, text in notes.items():
+                        (work / file).write_text(text)
         for name, model in models.items():
             _replace_text(repository / name / "config.pbtxt", model.config)
     except BaseException:

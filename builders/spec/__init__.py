@@ -11,6 +11,7 @@ from builders.spec.reading import PRESETS, load_spec, resolve_spec_path
 from builders.spec.slices import (
     POOLINGS,
     CompressSlice,
+    CpuPrecision,
     EngineSlice,
     Flavour,
     GenerationSlice,
@@ -33,6 +34,7 @@ __all__ = [
     "POOLINGS",
     "PRESETS",
     "CompressSlice",
+    "CpuPrecision",
     "DeploymentSpec",
     "EngineSlice",
     "Flavour",

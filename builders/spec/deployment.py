@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import model_validator
 
 from builders.spec.kubernetes import KubernetesSlice
 from builders.spec.slices import (
     CompressSlice,
+    CpuPrecision,
     EngineSlice,
     GenerationSlice,
     ModelSlice,
@@ -42,10 +43,10 @@ _UNREAD: dict[str, dict[str, tuple[str, ...]]] = {
         ),
     },
 }  # fmt: skip
-_ENCODER_PRECISIONS = {"cpu": ("fp32", "bf16", "int8"), "gpu": ("fp16", "int8")}
+_ENCODER_PRECISIONS = {"cpu": ("auto", "fp32", "bf16", "int8"), "gpu": ("fp16", "int8")}
 # No w8 on a GPU: TensorRT for RTX keeps weights in 4 bits, but unpacks those in 8. Of a 100 M Llama it makes an engine
 # of 211 MB from fp16, 151 MB from w4, and 217 (a scale for each channel) to 270 MB (for each block) from w8.
-_GENERATOR_PRECISIONS = {"cpu": ("fp32", "w8", "w4"), "gpu": ("fp16", "w4")}
+_GENERATOR_PRECISIONS = {"cpu": ("auto", "fp32", "w8", "w4"), "gpu": ("fp16", "w4")}
 
 
 class DeploymentSpec(Slice):
@@ -61,17 +62,6 @@ class DeploymentSpec(Slice):
     generation: GenerationSlice = GenerationSlice()
     kubernetes: KubernetesSlice = KubernetesSlice()
     slo: SloSlice = SloSlice()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _defaults_of_the_task(cls, data: Any) -> Any:
-        """A decoder reads every weight for each token, so the default there is the precision with fewer bytes."""
-        if not isinstance(data, dict) or not isinstance(data.get("model"), dict):
-            return data
-        precision = data.get("precision", {})
-        if data["model"].get("task") in GENERATES and isinstance(precision, dict):
-            return {**data, "precision": {"cpu": "w8", **precision}}
-        return data
 
     @model_validator(mode="after")
     def _coherent(self) -> DeploymentSpec:
@@ -208,8 +198,14 @@ class DeploymentSpec(Slice):
         )
 
     def precision_on(self, platform: Platform) -> Literal["fp32", "bf16", "fp16", "int8", "w8", "w4"]:
-        """What the platform serves."""
-        return self.precision.cpu if platform == "cpu" else self.precision.gpu
+        """What the platform serves. Raises ValueError for `auto` that no build has measured yet."""
+        chosen = self.precision.cpu if platform == "cpu" else self.precision.gpu
+        if chosen == "auto":
+            raise ValueError("precision.cpu=auto: measure it first, then `with_cpu_precision`")
+        return chosen
+
+    def with_cpu_precision(self, chosen: CpuPrecision) -> DeploymentSpec:
+        return self.model_copy(update={"precision": self.precision.model_copy(update={"cpu": chosen})})
 
     @property
     def digest(self) -> str:

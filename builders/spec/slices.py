@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Platform = Literal["cpu", "gpu"]
 Task = Literal["embedding", "classification", "reranking", "generation", "seq2seq"]
 GraphPrecision = Literal["fp32", "fp16", "int8", "w8", "w4"]
+CpuPrecision = Literal["fp32", "bf16", "int8", "w8", "w4"]
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
 Pooling = Literal["mean", "cls", "max", "lasttoken", "mean_sqrt_len_tokens", "weightedmean"]
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
@@ -58,10 +59,11 @@ class CompressSlice(Slice):
 class PrecisionSlice(Slice):
     """Numbers that the graph computes in, and the quality that must remain."""
 
-    cpu: Literal["fp32", "bf16", "int8", "w8", "w4"] = Field(
-        "fp32",
-        description="bf16: the fp32 graph, computed in bfloat16 by OpenVINO where the CPU has it. Generation: fp32, or "
-        "weights alone in 8 or 4 bits (w8 unless said otherwise)",
+    cpu: CpuPrecision | Literal["auto"] = Field(
+        "auto",
+        description="auto: the fastest within the budget, measured on the CPU that builds. fp32, bf16 (the fp32 graph, "
+        "computed in bfloat16 by OpenVINO where the CPU has it) or int8; generation: fp32, or weights alone in 8 or 4 "
+        "bits (w8, w4)",
     )
     gpu: Literal["fp16", "int8", "w4"] = "fp16"
     min_mean_cosine: Fraction = Field(0.998, description="against the fp32 model, mean over held-out texts")

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.executor import Tensors
+from runtime.session import open_session
 
 
 class OnnxRuntimeExecutor:
@@ -17,10 +18,7 @@ class OnnxRuntimeExecutor:
     def __init__(self, graph: Path, *, threads: int) -> None:
         import onnxruntime
 
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        self._session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+        self._session = open_session(graph, threads=threads)
         self._outputs = [self._session.get_outputs()[0].name]
         self._description = f"ONNX Runtime {onnxruntime.__version__}"
 

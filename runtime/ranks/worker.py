@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from runtime.generation.pools import CacheShape, Pools
 from runtime.ranks.program import Communicate, Layout, RankProgram, RunGraph
+from runtime.session import open_session
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -149,15 +150,8 @@ class Worker:
 
 
 def _open(step: RunGraph, program: RankProgram) -> onnxruntime.InferenceSession:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = program.threads
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", program.folder)
-    for key, setting in program.session:
-        options.add_session_config_entry(key, setting)
-    return onnxruntime.InferenceSession(step.model, options, providers=["CPUExecutionProvider"])
+    folder = ("session.model_external_initializers_file_folder_path", program.folder)
+    return open_session(step.model, threads=program.threads, entries=[folder, *program.session])
 
 
 def _run(session: onnxruntime.InferenceSession, step: RunGraph, values: Arrays, places: Arrays) -> Arrays:

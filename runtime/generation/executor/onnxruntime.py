@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from runtime.errors import BadEnvironment
 from runtime.generation.executor import Batch, Copy, Logits, Row, Tokens
 from runtime.generation.pools import CacheShape, Pools
+from runtime.session import open_session
 
 _TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16"}
 _STEP_INPUTS = ("input_ids", "write_indices", "last_index")
@@ -144,10 +145,5 @@ class OnnxRuntimeStepExecutor:
 
 
 def _open(graph: Path, threads: int, spinning: bool) -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
-    return onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+    entries = [("session.intra_op.allow_spinning", "1" if spinning else "0")]
+    return open_session(graph, threads=threads, entries=entries)
