@@ -166,7 +166,9 @@ class Supervisor:
             return Event.WRONG, failure.reason
         if failure.moving:
             return Event.MOVING, failure.reason
-        return Event.BUSY if failure.busy else Event.FAILED, failure.reason
+        if failure.busy:
+            return Event.BUSY, failure.reason
+        return Event.FAILED, f"inferences failed ({failure.reason.strip().splitlines()[0]})"
 
     def _probed(self) -> _Probed | None:
         """What a probe found; None while it is under way, for a server that dies meanwhile is not waited for."""

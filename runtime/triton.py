@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -37,6 +38,8 @@ _SECRET_HEADER = "trireme-admin"
 # is for the holder of a control secret where there is one, and for nobody otherwise.
 _CLOSED = "shared-memory,trace,logging"
 _CONTROL = "model-repository"
+_ERROR_LINE = re.compile(r"\S+ [EF] ")  # `2026-11-29T21:34:27Z E 13395 file.cc:642] "text"`
+_LOG_ERRORS, _LOG_LINE = 4, 600
 # Triton opens a protocol to whoever sends a header, and everybody on this machine can read its command line. So the
 # header has a name that cannot be sent: a line ends in it, which neither HTTP nor gRPC lets through.
 _NO_HEADER = "no\nheader=opens-this"
@@ -282,9 +285,11 @@ class TritonServer:
         return None if stub is None else f"a Python stub of Triton died (process {stub})"
 
     def log_tail(self, lines: int = 15) -> str:
+        """The log's end, and the last errors before it: while a server goes, models that unload say much."""
         text = self.log.read_text(errors="replace") if self.log.exists() else ""
-        kept = [line for line in text.splitlines() if line.strip()]
-        return "\n".join(kept[-lines:])
+        kept = [line[:_LOG_LINE] for line in text.splitlines() if line.strip()]
+        errors = [line for line in kept[:-lines] if _ERROR_LINE.match(line)]
+        return "\n".join([*errors[-_LOG_ERRORS:], *kept[-lines:]])
 
     def stop(self) -> None:
         """Drains and ends the server. What is in flight gets the exit timeout; new connections are refused at once."""

@@ -28,12 +28,13 @@ from runtime.proof import PROOF_FILE
 from runtime.serve import serve_repository
 from runtime.settings import ServerSettings
 from runtime.supervisor import Supervisor
-from runtime.triton import Ports, TritonServer
+from runtime.triton import Exposure, Ports, TritonServer
 from tests import generators
 from tests.conftest import ALL_ONES, tiny_spec
 
 pytestmark = pytest.mark.triton
 READY_S = 120
+CONTROLLED = Exposure(control_secret="a-secret-of-this-test")
 RANKS = {"executor": "onnxruntime", "max_batch_size": 8, "length_buckets": [16, 64]}
 
 
@@ -120,7 +121,7 @@ def test_an_encoder_with_wrong_numbers_is_never_ready(encoder: Build, tmp_path: 
         "a swapped tokenizer": (repository / "tiny-tokenizer" / "1" / "tokenizer.json", _other_tokenizer),
         "all ones": (repository / "tiny-encoder" / "1" / "model.py", lambda content: content + ALL_ONES.encode()),
     }
-    with TritonServer(repository, Ports.free()) as server:
+    with TritonServer(repository, Ports.free(), exposure=CONTROLLED) as server:
         _wait_ready(server)
         for name, (file, change) in mutations.items():
             with _changed(file, change):
@@ -143,7 +144,7 @@ def test_the_file_of_another_rank(tiny_bert: Path, tmp_path: Path) -> None:
     repository = _copy(pipeline.build(spec, "cpu", tmp_path, "repository"), tmp_path)
     folder = repository / "tiny-encoder" / "1"
     first, second = sorted(path for path in folder.iterdir() if path.suffix == ".data")
-    with TritonServer(repository, Ports.free()) as server:
+    with TritonServer(repository, Ports.free(), exposure=CONTROLLED) as server:
         _wait_ready(server)
         with _changed(second, lambda _: first.read_bytes()):
             _load_again(server)
@@ -169,7 +170,7 @@ def test_a_generator_with_wrong_numbers_is_never_ready(llama: Path, tmp_path: Pa
         "a weight block of zeros": (folder / "graph.onnx", _weights(_zeroed, -1)),
         "a swapped tokenizer": (folder / "tokenizer.json", _other_tokenizer),
     }
-    with TritonServer(repository, Ports.free()) as server:
+    with TritonServer(repository, Ports.free(), exposure=CONTROLLED) as server:
         _wait_ready(server)
         assert server.proven is not None
         assert {figure.name for figure in server.proven.figures} == {"perplexity ratio", "log-probability difference"}

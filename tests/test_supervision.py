@@ -104,7 +104,7 @@ def test_whatever_happens(steps: list[tuple[Event, float]]) -> None:
             failures = 0 if event is Event.ANSWERED else failures + (event is Event.FAILED)
             since_sound = now if event in (Event.ANSWERED, Event.MOVING) else since_sound
             still = event is Event.BUSY and now - since_sound >= STANDSTILL_S
-            wrong = event is Event.DIED or failures >= FAILURES_BEFORE_REPAIR or still
+            wrong = event in (Event.DIED, Event.WRONG) or failures >= FAILURES_BEFORE_REPAIR or still
             assert (action.act in (Act.REPAIR, Act.GIVE_UP)) == wrong
         if repairing and event is Event.REPAIRED:
             repairing, failures, failed_repairs, since_sound = False, 0, 0, now
