@@ -202,3 +202,14 @@ def test_an_update_is_equally_long_in_every_direction() -> None:
     values = torch.linalg.svdvals(orthogonal(torch.randn(16, 48, generator=torch.Generator().manual_seed(1))))
     assert 0.5 < float(values.min()) <= float(values.max()) < 1.3
     assert not orthogonal(torch.zeros(4, 8)).any()
+
+
+def test_a_cpu_without_bf16_makes_fewer_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    from builders.small_model import training
+
+    steps = {}
+    for flags in ("avx2 fma", "avx2 fma avx512_bf16"):
+        monkeypatch.setattr(training, "processor", lambda flags=flags: flags)
+        steps[training.arithmetic()] = training.recipe_here().steps
+    assert steps == {"float32": training.FP32_STEPS, "bfloat16": Recipe().steps}
+    assert steps["float32"] < steps["bfloat16"]

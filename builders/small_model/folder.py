@@ -26,13 +26,14 @@ def train_small_model(
 ) -> TrainingReport:
     """Trains a Llama-shaped model and its tokenizer on Python's own text, and writes both to the new folder `out`.
 
-    `out` holds what AutoModelForCausalLM and AutoTokenizer load, and beside it `training.json` (the report) and
-    `training.html` (the loss curve). It appears whole or not at all. Raises InputError when it is there already, or
-    when the split leaves too little text for one step.
+    Without a recipe: the default one, shorter on a CPU without bf16. `out` holds what AutoModelForCausalLM and
+    AutoTokenizer load, and beside it `training.json` (the report) and `training.html` (the loss curve). It appears
+    whole or not at all. Raises InputError when it is there already, or when the split leaves too little text for one
+    step.
     """
     import torch
 
-    recipe = Recipe() if recipe is None else recipe
+    recipe = training.recipe_here() if recipe is None else recipe
     if out.exists():
         raise InputError(
             f"folder {out}",
