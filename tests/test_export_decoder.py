@@ -309,7 +309,8 @@ def test_an_attention_of_its_own_is_refused(tmp_path: Path) -> None:
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]}
-    config = transformers.GPTNeoConfig(vocab_size=VOCABULARY, max_position_embeddings=POSITIONS, **sizes)
+    ids = {"vocab_size": VOCABULARY, "bos_token_id": 2, "eos_token_id": 3}
+    config = transformers.GPTNeoConfig(max_position_embeddings=POSITIONS, **ids, **sizes)
     folder = save_generator(tmp_path / "neo", "llama")
     (folder / "model.safetensors").unlink()
     transformers.GPTNeoForCausalLM(config).save_pretrained(folder)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from runtime.errors import Unavailable
+from runtime.errors import TooLate, Unavailable
 from runtime.generation.engine import Engine, generate
 from runtime.generation.grouping import choose_pools, pool_for, regroup
 from runtime.generation.request import SamplingParams, Update
@@ -202,7 +202,7 @@ def test_a_finished_prompt_is_not_computed_again() -> None:
     assert engine.counters.reused_tokens == 24 + 15
 
 
-def test_a_full_queue_and_a_late_request_are_unavailable() -> None:
+def test_a_full_queue_refuses_and_a_late_request_is_told_so() -> None:
     now = [0.0]
     base = engine_over(Ledger((32,), 2), (32,), 1, kept=1, queue=2)
     engine = Engine(base.executor, base.scheduler, base.limits, clock=lambda: now[0])
@@ -216,7 +216,7 @@ def test_a_full_queue_and_a_late_request_are_unavailable() -> None:
     engine.step()
     late = [update for update in engine.take_updates() if update.error is not None]
     assert [update.request for update in late] == [numbers[0]]
-    assert isinstance(late[0].error, Unavailable)
+    assert isinstance(late[0].error, TooLate)
 
 
 @pytest.mark.parametrize(

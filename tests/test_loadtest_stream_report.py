@@ -119,7 +119,7 @@ def _evidence(
             trace.streamed("grpc", second, Stream([], ended_s=0.01, error=error, asked=8))
     pages = [generator_counters(_page(tokens, tokens // 2), "tiny") for tokens in (0, 40)]
     known = Identity(model="tiny", digest="d")
-    ends = [Snapshot(at, {}, at, None, known, page) for at, page in zip((10, 14), pages, strict=True)]
+    ends = [Snapshot(at, {}, at, None, known, generator=page) for at, page in zip((10, 14), pages, strict=True)]
     return Evidence(plan, TEXTS, Target(None, "2.51.0", ("tiny",)), trace, ends[0], ends[1], ledger)
 
 
