@@ -117,6 +117,20 @@ def test_a_section_that_does_not_fit_the_budget_is_not_begun(tiny: setting.Setti
     assert not section.rows
 
 
+def test_a_signal_that_comes_while_a_section_is_reported_hides_no_other(tiny: setting.Setting) -> None:
+    reported = []
+
+    def report(section: Section) -> None:
+        reported.append(section.name)
+        if section.name == "first":
+            raise SystemExit(143)
+
+    parts = [replace(_part("sound", least_s=20.0), name=name) for name in ("first", "second", "third")]
+    with pytest.raises(SystemExit):
+        run_parts(parts, tiny, 10, report)
+    assert reported == ["first", "second", "third"]
+
+
 @pytest.mark.parametrize("module", ["import threading; threading.Event().wait(5)", "import os; os._exit(3)"])
 def test_a_server_of_sections_that_does_not_start_is_no_failed_section(tmp_path: Path, module: str) -> None:
     """Importing torch from a cold disk is not the first section's time; and it is bounded."""

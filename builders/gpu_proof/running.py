@@ -66,20 +66,28 @@ def run_parts(
     budget = Budget(time.monotonic() + seconds)
     done: list[Section] = []
     for number, part in enumerate(parts):
-        left, rows = budget.left_s, list[Row]()
-        if left < part.least_s:
-            section = Section(part.name, "not run", f"time: {max(left, 0):.0f} s of the budget were left", 0.0)
-        else:
-            try:
-                section = _run(context, part, setting, Limits.of(done), min(left, part.most_s), rows)
-            except (KeyboardInterrupt, SystemExit):
+        rows: list[Row] = []
+        try:
+            section = _timed(context, part, setting, budget, done, rows)
+            done.append(section)
+            report(section)
+        except (KeyboardInterrupt, SystemExit):  # also one that comes while a section is reported
+            if len(done) == number:
                 report(Section(part.name, "not run", _ENDED, 0.0, tuple(rows)))
-                for other in parts[number + 1 :]:
-                    report(Section(other.name, "not run", _ENDED, 0.0))
-                raise
-        done.append(section)
-        report(section)
+            for other in parts[number + 1 :]:
+                report(Section(other.name, "not run", _ENDED, 0.0))
+            raise
     return tuple(done)
+
+
+def _timed(
+    context: Any, part: Part, setting: Setting, budget: Budget, done: Sequence[Section], rows: list[Row]
+) -> Section:
+    """The section of `part`, or that there was no time for it."""
+    left = budget.left_s
+    if left < part.least_s:
+        return Section(part.name, "not run", f"time: {max(left, 0):.0f} s of the budget were left", 0.0)
+    return _run(context, part, setting, Limits.of(done), min(left, part.most_s), rows)
 
 
 def _start_server(context: Any) -> None:
