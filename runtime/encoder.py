@@ -19,6 +19,8 @@ from runtime.executor.openvino import OpenVinoExecutor
 from runtime.executor.ranks import RankExecutor
 from runtime.settings import EncoderModelSettings
 
+FIT_SECONDS = 1.5  # of a start: enough for each shape twice with a small model on an old CPU
+
 
 class Encoder:
     """An executor behind the length-sorted split. Used by the Triton model, the checks and the benchmarks alike."""
@@ -61,7 +63,7 @@ class Encoder:
         for length in lengths:
             self.run([{name: np.full((1, length), int(name == "attention_mask"), np.int64) for name in inputs}])
 
-    def fit(self, inputs: Sequence[str], seconds: float) -> Costs:
+    def fit(self, inputs: Sequence[str], seconds: float = FIT_SECONDS) -> Costs:
         """Measures what parts cost on this machine, within about `seconds`, and splits by that from here on."""
 
         def batch(shape: Shape) -> Tensors:

@@ -16,7 +16,6 @@ from runtime.errors import Unavailable
 from runtime.settings import EncoderModelSettings
 
 NICENESS = 10
-FIT_SECONDS = 3.0
 
 
 class TritonPythonModel:
@@ -35,7 +34,7 @@ class TritonPythonModel:
         self.encoder = open_encoder(settings, files, int(args["model_instance_device_id"]))
         self.encoder.warm_up(self.inputs, settings.warmup_lengths)
         if args["model_instance_kind"] == "CPU":
-            print(f"encoder: {self.encoder.fit(self.inputs, FIT_SECONDS).summary}", file=sys.stderr, flush=True)
+            print(f"encoder: {self.encoder.fit(self.inputs).summary}", file=sys.stderr, flush=True)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Rows of all requests are sorted by length and run together."""
