@@ -60,8 +60,9 @@ def test_a_part_that_is_alone_takes_the_idle_cores() -> None:
     assert plan([20], 512, LONGEST, TWO_CORES).wide == [[0]]
     assert plan([20], 512, LONGEST, Costs(USUAL, 2)).wide == []
     assert plan([200, 200], 200, LONGEST, TWO_CORES).narrow == [[0], [1]]  # both lanes have work
-    uneven = plan([200, 200, 200], 200, LONGEST, TWO_CORES)
-    assert (len(uneven.wide), len(uneven.narrow)) == (1, 2)
+    assert plan([200, 200, 200], 200, LONGEST, TWO_CORES).wide == []
+    four = Costs(USUAL, 4, CostModel(USUAL.tokens, tuple(0.3 * ms for ms in USUAL.milliseconds)))
+    assert plan([200, 200, 200], 200, LONGEST, four).wide == [[0], [1], [2]]
 
 
 def test_parts_stay_small_where_large_ones_outgrow_the_caches() -> None:
