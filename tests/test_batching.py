@@ -54,6 +54,7 @@ def test_a_plan_for_two_cores_ends_no_later_than_without_the_second(sizes: list[
     spent = sum(cost_of(part, sizes, TWO_CORES.wide) for part in both.wide)
     work = sum(cost_of(part, sizes) for part in both.narrow)
     assert both.ms >= spent + work / 2 - 1e-6  # no lane computes two parts at once
+    assert not both.wide or not both.narrow
 
 
 def test_a_part_that_is_alone_takes_the_idle_cores() -> None:
@@ -61,7 +62,7 @@ def test_a_part_that_is_alone_takes_the_idle_cores() -> None:
     assert plan([20], 512, LONGEST, Costs(USUAL, 2)).wide == []
     assert plan([200, 200], 200, LONGEST, TWO_CORES).narrow == [[0], [1]]  # both lanes have work
     assert plan([200, 200, 200], 200, LONGEST, TWO_CORES).wide == []
-    four = Costs(USUAL, 4, CostModel(USUAL.tokens, tuple(0.3 * ms for ms in USUAL.milliseconds)))
+    four = Costs(USUAL, 4, CostModel(USUAL.tokens, tuple(0.25 * ms for ms in USUAL.milliseconds)))
     assert plan([200, 200, 200], 200, LONGEST, four).wide == [[0], [1], [2]]
 
 
