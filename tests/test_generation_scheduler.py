@@ -99,7 +99,7 @@ class Traffic(RuleBasedStateMachine):
             if end is not None and end.finish == "length":
                 assert len(tokens) == self.room[number]
             if end is not None and end.finish == "error":
-                assert isinstance(end.error, Unavailable)
+                assert isinstance(end.error, (Unavailable, TooLate))
 
     def teardown(self) -> None:
         """Nobody starves: when nothing more comes, all that is left ends, within the steps that its work takes."""
