@@ -9,12 +9,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from builders import corpus, pipeline
 from builders.pipeline import Build
 from builders.spec import DeploymentSpec, load_spec
 from runtime.supervisor import ready_server
 from runtime.triton import TritonServer
+
+# No test asserts a time: an example may wait for a busy machine.
+settings.register_profile("trireme", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("trireme")
 
 HIDDEN = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 
