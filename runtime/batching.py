@@ -46,8 +46,8 @@ def plan(lengths: Sequence[int], max_tokens: int, longest: int, costs: Costs) ->
     return min(plans, key=lambda found: found.ms)
 
 
-# What that costs, beside the quiet moments in which parts are measured. MiniLM on two busy cores, four texts at a time:
-# as one part on both cores 14 % fewer texts/s than as two parts side by side.
+# A part on all cores is dearer under load than in the quiet moments in which parts are measured. MiniLM on two busy
+# cores, four texts at a time: as one part on both cores 14 % fewer texts/s than as two parts side by side.
 _PUSHED_ASIDE = 1.25
 
 
