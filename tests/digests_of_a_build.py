@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 from builders import pipeline
-from builders.closure import code_key
 from builders.partition.served import write_rank_files
 from builders.partition.shard import partition_graph
 from builders.pipeline import generator
+from builders.store.closure import code_key
 from tests import partition_plain
 from tests.conftest import tiny_spec
 from tests.partition_plain import Shape

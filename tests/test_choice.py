@@ -14,8 +14,8 @@ import yaml
 from builders import pipeline
 from builders.artifacts import PrecisionChoice
 from builders.pipeline import CHOICE_FILE, Build
-from builders.processor import this_processor
 from builders.spec import DeploymentSpec, load_spec
+from builders.store.processor import this_processor
 from runtime.settings import EncoderModelSettings, GeneratorModelSettings
 from tests.conftest import tiny_spec
 from tests.generators import save_generator

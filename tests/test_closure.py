@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from builders.closure import closure, code_key, tool_versions
 from builders.pipeline import encoder, generator, ranks
+from builders.store.closure import HOUSE, closure, code_key, tool_versions
 
 ROOT = Path(__file__).parents[1]
 FILES = {
@@ -44,6 +44,12 @@ def house(tmp_path: Path) -> Path:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     return tmp_path
+
+
+def test_every_package_of_the_house_is_followed() -> None:
+    """One that is not would count as a library without a version, and its changes as none."""
+    packages = {file.parent.name for file in ROOT.glob("*/__init__.py")} - {"tests"}
+    assert packages <= set(HOUSE)
 
 
 def key(house: Path) -> dict[str, Any]:
@@ -106,7 +112,7 @@ def test_libraries_count_by_what_provides_them(house: Path) -> None:
     ],
 )
 def test_stages_of_the_pipeline_reach_what_their_results_depend_on(stage: Callable[..., Any], module: str) -> None:
-    from builders.closure import _definition, _used
+    from builders.store.closure import _definition, _used
 
     file, name = _definition(stage)
     reached = closure(_used(file.read_text(), name)[1])

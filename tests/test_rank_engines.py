@@ -23,7 +23,7 @@ from builders.pipeline import Build, proving
 from builders.repository import layout
 from builders.repository.config import to_pbtxt
 from builders.spec import DeploymentSpec
-from builders.store import Store
+from builders.store.store import Store
 from runtime.errors import NotProven
 from runtime.supervisor import Supervisor
 from runtime.triton import Ports, TritonServer

@@ -206,10 +206,12 @@ def test_an_update_is_equally_long_in_every_direction() -> None:
 
 def test_a_cpu_without_bf16_makes_fewer_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     from builders.small_model import training
+    from builders.store.processor import read_processor
 
     steps = {}
     for flags in ("avx2 fma", "avx2 fma avx512_bf16"):
-        monkeypatch.setattr(training, "processor", lambda flags=flags: flags)
+        processor = read_processor(f"flags : {flags}", (), 2)
+        monkeypatch.setattr(training, "this_processor", lambda processor=processor: processor)
         steps[training.arithmetic()] = training.recipe_here().steps
     assert steps == {"float32": training.FP32_STEPS, "bfloat16": Recipe().steps}
     assert steps["float32"] < steps["bfloat16"]

@@ -14,7 +14,8 @@ import pytest
 
 from builders.artifacts import FileRecord, Quality, ServedQuality, file_digest
 from builders.errors import MachineError
-from builders.store import Store, atomic_directory
+from builders.store.atomic import atomic_directory
+from builders.store.store import Store
 from runtime import leases
 from tests.conftest import wait_until
 

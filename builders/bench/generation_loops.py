@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from builders.bench.random_llama import random_prompts
-from builders.store import atomic_directory
+from builders.store.atomic import atomic_directory
 
 CONVERSION_S = 600
 

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from builders.bench.generation_loops import PEERS, Timing, Workload
-from builders.store import atomic_directory
+from builders.store.atomic import atomic_directory
 
 _MODULES = {
     "transformers fp32": "transformers",

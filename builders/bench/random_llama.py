@@ -12,7 +12,7 @@ from builders.small_model.folder import save_folder
 from builders.small_model.recipe import Recipe
 from builders.small_model.text import train_tokenizer
 from builders.small_model.training import new_model, reproducible
-from builders.store import atomic_directory
+from builders.store.atomic import atomic_directory
 
 # 12 layers of 768, 12 query and 4 key-value heads, 32k entries: 100 M parameters.
 LLAMA_100M = Recipe(

@@ -29,7 +29,7 @@ from builders.deploy.render import K8S, render
 from builders.deploy.sizing import Sizing, size
 from builders.errors import InputError, SpecError
 from builders.spec import DeploymentSpec, Platform
-from builders.store import atomic_directory
+from builders.store.atomic import atomic_directory
 
 RENDERED = "rendered.yaml"
 _HEADER = "# Written by `trireme manifests`; change the spec and write it again.\n"

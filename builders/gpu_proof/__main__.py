@@ -16,13 +16,13 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from builders.atomic import atomic_directory
 from builders.errors import CheckError, InputError, MachineError, TriremeError
 from builders.gpu_proof import page, setting
 from builders.gpu_proof.machine import FLAVOURS, gpu_facts, processor_name
 from builders.gpu_proof.record import Proof, Section
 from builders.gpu_proof.running import Part, run_parts
 from builders.gpu_proof.setting import Setting
+from builders.store.atomic import atomic_directory
 from runtime.gpu import visible_targets
 
 BUDGET_S = 450.0  # of the eight minutes that a proof may take: the rest is for starting, the last case and writing

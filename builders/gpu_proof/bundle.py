@@ -24,8 +24,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from builders.atomic import atomic_directory
 from builders.errors import InputError
+from builders.store.atomic import atomic_directory
 
 PART_BYTES = 56 << 20
 ROOT = Path(__file__).parents[2]

@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 
 from builders.artifacts import Checkpoint, Generation, GenerationQuality, OnnxGraph
-from builders.atomic import atomic_directory
 from builders.bench.decoder import DecoderShape
 from builders.engine.tensorrt import build_decoder_engine, decoder_profiles
 from builders.errors import ParityError
@@ -33,6 +32,7 @@ from builders.gpu_proof.step import KEPT, engine_over, split
 from builders.gpu_proof.timing import host_seconds
 from builders.graph import GRAPH_FILE, record_graph
 from builders.spec import Flavour
+from builders.store.atomic import atomic_directory
 from runtime.generation.bare import bare_loop
 from runtime.generation.executor import Batch, StepExecutor
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from builders import corpus
-from builders.atomic import atomic_directory
 from builders.checkpoint import load_checkpoint
 from builders.gpu_proof.encoders import bert_config, weights_note
 from builders.gpu_proof.roofline import EncoderShape
@@ -18,7 +17,8 @@ from builders.small_model.recipe import Recipe
 from builders.small_model.text import train_tokenizer
 from builders.small_model.training import new_model, reproducible
 from builders.spec import DeploymentSpec, Flavour, ModelSlice
-from builders.store import Store
+from builders.store.atomic import atomic_directory
+from builders.store.store import Store
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

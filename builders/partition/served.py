@@ -8,7 +8,7 @@ from pathlib import Path
 from builders.artifacts import FileRecord, Partition, RankFiles
 from builders.errors import CheckError
 from builders.partition.verify import rank_programs
-from builders.store import link_or_copy
+from builders.store.store import link_or_copy
 from runtime.ranks.program import Layout
 from runtime.ranks.stored import StoredPrograms, save_programs
 

@@ -28,7 +28,7 @@ from builders.partition.solve import Embeddings, solve
 from builders.partition.source import Source, read, shape_of
 from builders.partition.tensor import LocalGraph, localise
 from builders.partition.weights import Placed, RankFile, lay_out, slice_bytes, slices, write_files
-from builders.store import atomic_directory
+from builders.store.atomic import atomic_directory
 
 MANIFEST = "partition.json"
 _INLINE_BYTES = 1024  # smaller weights stay in the graph file, where shape inference can read them

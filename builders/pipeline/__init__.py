@@ -16,7 +16,7 @@ from builders.pipeline import choice, encoder, generator, proving, ranks
 from builders.pipeline.result import Build, Report, Stage, Step, done
 from builders.repository import config, contents, layout
 from builders.spec import DeploymentSpec, Platform
-from builders.store import Store
+from builders.store.store import Store
 
 CHOICE_FILE = "precision.json"  # in the version directory of the model that computes
 

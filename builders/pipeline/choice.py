@@ -15,10 +15,10 @@ from builders.artifacts import Candidate, PrecisionChoice, Processor
 from builders.errors import CheckError, UnsupportedError
 from builders.pipeline import encoder, generator
 from builders.pipeline.result import Build, Report, done
-from builders.processor import this_processor
 from builders.repository import contents
 from builders.spec import CpuPrecision
-from builders.store import Store
+from builders.store.processor import this_processor
+from builders.store.store import Store
 from runtime.encoder import Encoder, open_encoder
 from runtime.generation.executor import StepExecutor
 from runtime.generation.opening import open_executor

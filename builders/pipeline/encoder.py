@@ -7,14 +7,14 @@ from pathlib import Path
 
 from builders import corpus, quality
 from builders.artifacts import OnnxGraph, ServedQuality
-from builders.closure import tool_versions
 from builders.export import encoder
 from builders.pipeline.result import Build, Report, done
-from builders.processor import this_processor
 from builders.quality import HELD_OUT_TEXTS
 from builders.quantize import int8
 from builders.repository import contents
-from builders.store import Store
+from builders.store.closure import tool_versions
+from builders.store.processor import this_processor
+from builders.store.store import Store
 
 
 def export(built: Build, store: Store, report: Report) -> Build:

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from builders import corpus, perplexity, quality
 from builders.artifacts import GenerationQuality, OnnxGraph, ServedQuality
-from builders.closure import tool_versions
 from builders.export import decoder, seq2seq
 from builders.pipeline.result import Build, Report, done
-from builders.processor import this_processor
 from builders.quantize import weight_only
 from builders.repository import contents
-from builders.store import Store, processor
+from builders.store.closure import tool_versions
+from builders.store.processor import this_processor
+from builders.store.store import Store
 from runtime.generation.opening import open_executor
 from runtime.settings import GeneratorModelSettings, ServedModel
 
@@ -39,7 +39,7 @@ def export(built: Build, store: Store, report: Report) -> Build:
                 "precision": precision,
                 "texts": corpus.corpus_key(texts_file),
                 "samples": built.spec.precision.calibration_samples,
-                "processor": processor(),  # perplexities are measured on it
+                "processor": this_processor().model_dump(mode="json"),  # perplexities are measured on it
                 "tools": tool_versions("onnxscript"),  # which torch.onnx imports for us
             },
             OnnxGraph,
@@ -78,7 +78,7 @@ def quantize(built: Build, store: Store, report: Report) -> Build:
             "ratio": budget.max_perplexity_ratio,
             "samples": budget.calibration_samples,
             "texts": corpus.corpus_key(budget.calibration_texts),
-            "processor": processor(),
+            "processor": this_processor().model_dump(mode="json"),
         },
         OnnxGraph,
         run,

@@ -8,7 +8,7 @@ from pathlib import Path
 from builders import corpus, proof, quality
 from builders.artifacts import FileRecord, ProofFile
 from builders.pipeline.result import Build, Report, done
-from builders.store import Store
+from builders.store.store import Store
 from runtime.proof import PROOF_FILE
 
 

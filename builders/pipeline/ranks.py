@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from builders import corpus, quality
 from builders.artifacts import Engine, Partition, RankFiles
-from builders.closure import tool_versions
 from builders.engine import ranks as rank_engines
 from builders.engine import tensorrt
 from builders.partition import served
@@ -22,7 +21,8 @@ from builders.partition.verify import verify_partition
 from builders.perplexity import ENCODER_FILE
 from builders.pipeline.result import Build, Report, done
 from builders.spec import ProfileSlice
-from builders.store import Store
+from builders.store.closure import tool_versions
+from builders.store.store import Store
 
 _SAMPLES = 4  # real texts that an encoder's partition is proven with, beside random inputs
 

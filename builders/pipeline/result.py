@@ -19,7 +19,7 @@ from builders.artifacts import (
     RepositoryEntry,
 )
 from builders.spec import DeploymentSpec, Platform
-from builders.store import Store
+from builders.store.store import Store
 
 Stage = Literal["checkpoint", "precision", "export", "quantize", "partition", "qualify", "engine", "repository"]
 Report = Callable[[Stage, str], None]

@@ -30,7 +30,8 @@ from types import MappingProxyType
 from builders.artifacts import Checkpoint, Partition, ProofFile, RepositoryEntry, file_digest
 from builders.repository.contents import ModelDirectory, Part, model_directories
 from builders.spec import DeploymentSpec, Platform
-from builders.store import atomic_directory, link_or_copy
+from builders.store.atomic import atomic_directory
+from builders.store.store import link_or_copy
 from runtime.errors import BadEnvironment
 from runtime.proof import PROOF_FILE
 from runtime.settings import FILE_NAME, EncoderModelSettings, GeneratorModelSettings, ServedModel, ServerSettings

@@ -15,7 +15,7 @@ from builders.artifacts import file_digest
 from builders.errors import InputError
 from builders.small_model import curve, judging, text, training
 from builders.small_model.recipe import Progress, Recipe, TrainingReport
-from builders.store import atomic_directory
+from builders.store.atomic import atomic_directory
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -10,7 +10,7 @@ import numpy as np
 
 from builders.small_model.recipe import LossPoint, Progress, Recipe
 from builders.small_model.text import END_OF_TEXT_ID, Tokens, batches
-from builders.store import processor
+from builders.store.processor import this_processor
 
 if TYPE_CHECKING:
     import torch
@@ -22,8 +22,8 @@ FP32_STEPS = 280
 
 def arithmetic() -> str:
     """bf16 is about three times as fast as fp32 where the processor multiplies it, and emulated where it does not."""
-    flags = processor()
-    return "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"
+    flags = this_processor().flags
+    return "bfloat16" if {"avx512_bf16", "amx_bf16"} & set(flags) else "float32"
 
 
 def recipe_here() -> Recipe:

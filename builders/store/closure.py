@@ -1,6 +1,6 @@
 """The code that a stage runs, found from its source, so that the key of a stored result can forget no part of it.
 
-A stage is a function. Its code is its own text, what it uses of its file, and every file of `builders` and `runtime`
+A stage is a function. Its code is its own text, what it uses of its file, and every file of the house
 that these import, directly or through others, also inside functions or by a module's name in a string (the modules of
 processes). Libraries count by version. It is all text: nothing is imported, so nothing depends on what was loaded.
 """
@@ -17,9 +17,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-_HOUSE = ("builders", "runtime")
-_ROOT = Path(__file__).parents[1]
-_MODULE = re.compile(rf"({'|'.join(_HOUSE)})(\.\w+)+")
+HOUSE = ("builders", "cluster", "loadtest", "measure", "runtime")
+_ROOT = Path(__file__).parents[2]
+_MODULE = re.compile(rf"({'|'.join(HOUSE)})(\.\w+)+")
 
 
 def code_key(stage: Callable[..., Any], root: Path = _ROOT) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def _path(name: str, root: Path) -> tuple[list[str], str]:
     """The packages down to the module that `name` means, that one, and what is meant in it; no module for a library."""
     sure, _, rest = name.partition(":")
     parts, symbols = sure.split("."), [part for part in rest.split(":") if part]
-    if parts[0] not in _HOUSE:
+    if parts[0] not in HOUSE:
         return [], ""
     while symbols and _candidates(".".join([*parts, symbols[0]]), root):
         parts.append(symbols.pop(0))
@@ -178,7 +178,7 @@ def _of_alias(node: ast.AST, alias: ast.alias) -> Iterator[str]:
 
 def _libraries(imported: Iterable[str]) -> Iterator[str]:
     tops = (re.split("[.:]", name)[0] for name in imported)
-    return (top for top in tops if top not in _HOUSE and top not in sys.stdlib_module_names)
+    return (top for top in tops if top not in HOUSE and top not in sys.stdlib_module_names)
 
 
 def _file(module: str, root: Path) -> Path:

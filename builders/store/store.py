@@ -14,24 +14,15 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from platform import machine
 from typing import Any, TypeVar
 
 from builders.artifacts import Artifact, file_digest
-from builders.atomic import atomic_directory as atomic_directory  # the rest of the house knows it from here
-from builders.closure import code_key
 from builders.errors import MachineError
+from builders.store.atomic import atomic_directory
+from builders.store.closure import code_key
 
 A = TypeVar("A", bound=Artifact)
 _RECORD = "record.json"
-
-
-def processor() -> str:
-    """What the arithmetic of the CPU executor depends on: a build folder may move to another machine."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    flags = next((line for line in lines if line.startswith("flags")), "")
-    wide = sorted(flag for flag in flags.split() if flag.startswith(("avx", "amx")))
-    return " ".join([machine(), *wide])
 
 
 def link_or_copy(source: Path, target: Path) -> Path:

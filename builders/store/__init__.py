@@ -1,0 +1,1 @@
+"""Results of stages, kept under keys that forget nothing they depend on."""
