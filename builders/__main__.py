@@ -52,13 +52,10 @@ def run(command: Callable[[], object]) -> None:
 
     SIGTERM ends a command as Ctrl-C does, so that whatever it started is stopped; `serve` drains instead.
     """
-    from loadtest.errors import LoadTestError
-    from runtime.errors import ServingError
-
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         command()
-    except (TriremeError, ServingError, LoadTestError) as error:
+    except TriremeError as error:
         fail(str(error), error.exit_code)
     except OSError as error:  # a path of the user's that cannot be read or written
         fail(f"{error.filename or 'input/output'}: {error.strerror or error}", InputError.exit_code)

@@ -205,7 +205,7 @@ class ServedQuality(Artifact):
 
 
 class ProofFile(Artifact):
-    """What a version proves itself with where it serves; see `runtime.proof`."""
+    """What a version proves itself with where it serves; see `runtime.proof.record`."""
 
     file: str
 

@@ -22,8 +22,8 @@ from builders.load import LoadRequest, measure
 from builders.pipeline import Build
 from builders.spec import load_spec
 from loadtest.report import LoadReport, check_slo
-from runtime.supervisor import ready_server
-from runtime.triton import TritonServer
+from runtime.server.launch import TritonServer
+from runtime.server.supervise import ready_server
 
 QUERY = "read a date and time from text"
 CANDIDATES = 1000
@@ -69,16 +69,10 @@ def _neighbours(address: str, model: str, texts: Sequence[str]) -> list[tuple[fl
 
 def _embed(address: str, model: str, texts: Sequence[str]) -> NDArray[np.float32]:
     """Vectors of the texts, 32 in a request."""
-    from tritonclient.grpc import InferenceServerClient, InferInput
+    from runtime.client import Client
 
-    parts = []
-    with InferenceServerClient(address) as client:
-        for start in range(0, len(texts), 32):
-            batch = np.array([[text.encode()] for text in texts[start : start + 32]], dtype=np.object_)
-            item = InferInput("text", list(batch.shape), "BYTES")
-            item.set_data_from_numpy(batch)
-            parts.append(client.infer(model, [item]).as_numpy("embedding"))
-    return np.concatenate(parts)
+    with Client(address) as client:
+        return np.concatenate([client.vectors(model, texts[start : start + 32]) for start in range(0, len(texts), 32)])
 
 
 def _load(built: Build, server: TritonServer, folder: Path, duration_s: int) -> dict[str, LoadReport]:

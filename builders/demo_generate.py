@@ -14,14 +14,14 @@ from pathlib import Path
 
 from builders import pipeline, present
 from builders.__main__ import run
-from builders.generate import stream
 from builders.perplexity import executor_perplexity
 from builders.pipeline import Build
 from builders.precision import WIDEST_FIRST
 from builders.small_model import held_out_rows, train_small_model, training_progress
 from builders.spec import CpuPrecision, DeploymentSpec
+from runtime.client import stream
 from runtime.generation.executor.openvino import OpenVinoStepExecutor
-from runtime.supervisor import ready_server
+from runtime.server.supervise import ready_server
 
 PROMPTS = ("Return the number of", "Raised when a", "The with statement")
 MAX_TOKENS = 48

@@ -22,7 +22,7 @@ from runtime.session import open_session
 if TYPE_CHECKING:
     import torch
 
-    from runtime.generation.executor import StepExecutor
+    from runtime.step import StepExecutor
 
 Ids = NDArray[np.int64]
 Constants = Mapping[str, NDArray[Any]]  # inputs of a decoder graph that stay the same from step to step
@@ -165,8 +165,8 @@ def graph_perplexity(file: Path, rows: Ids, constants: Constants | None = None) 
 
 def executor_perplexity(executor: StepExecutor, capacities: Sequence[int], rows: Ids) -> float:
     """The same through the executor that serves, all rows at once. It needs as many rows as there are texts."""
-    from runtime.generation.executor import Batch
     from runtime.generation.grouping import pool_for
+    from runtime.step import Batch
 
     count, length = rows.shape
     pool = pool_for(length - 1, capacities)  # nothing follows the last token

@@ -18,10 +18,10 @@ from builders.errors import InputError, QualityError
 from builders.perplexity import ENCODER_FILE, Ids, continuation_losses, encode
 from builders.quality import graph_outputs, neighbours, sample_requests
 from builders.spec import DeploymentSpec, Platform
-from runtime.executor import Tensors
 from runtime.generation.opening import TextTokenizer
-from runtime.judging import Figure, figures_text, spent
-from runtime.proof import EncoderProof, GeneratorProof, Proof, ProofRow
+from runtime.graph import Tensors
+from runtime.proof.judging import Figure, figures_text, spent
+from runtime.proof.record import EncoderProof, GeneratorProof, Proof, ProofRow
 
 TEXTS = 16
 OUTPUT_TOKENS, LONGEST_PROMPT = 24, 256
@@ -94,7 +94,7 @@ def _encoder_proof(
     longest = checkpoint.max_length * _CHARACTERS_PER_TOKEN
     cut = [text[:longest] for text in texts]
     pairs = neighbours(checkpoint, cut)
-    most = spec.serving.max_batch_size - (spec.serving.response_cache_bytes > 0)  # see `runtime.model_port`
+    most = spec.serving.max_batch_size - (spec.serving.response_cache_bytes > 0)  # see `runtime.server.model_port`
     proof = EncoderProof(
         inputs=("text",) if pairs is None else ("text", "text_pair"),
         output="embedding" if checkpoint.task == "embedding" else "logits",

@@ -17,12 +17,12 @@ from builders import corpus
 from builders.artifacts import Checkpoint, Quality
 from builders.errors import QualityError
 from builders.spec import PrecisionSlice, Task
-from runtime.encoder import Encoder, open_encoder
-from runtime.executor import Tensors
-from runtime.executor.onnxruntime import OnnxRuntimeExecutor
-from runtime.judging import cosines, logit_error
+from runtime.encoding.encoder import Encoder, open_encoder
+from runtime.encoding.executor.onnxruntime import OnnxRuntimeExecutor
+from runtime.encoding.tokenizer import Tokenizer
+from runtime.graph import Tensors
+from runtime.proof.judging import cosines, logit_error
 from runtime.settings import EncoderModelSettings, TokenizerSettings
-from runtime.tokenizer import Tokenizer
 
 HELD_OUT_TEXTS = 128
 

@@ -12,10 +12,10 @@ from statistics import median
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.encoder import Encoder
-from runtime.executor import Tensors
-from runtime.generation.executor import Batch, Row, StepExecutor
+from runtime.encoding.encoder import Encoder
 from runtime.generation.grouping import pool_for
+from runtime.graph import Tensors
+from runtime.step import Batch, Row, StepExecutor
 
 ROUNDS, FEWEST_ROUNDS = 5, 3
 LIMIT_SECONDS = 10.0  # of CPU time, after which the fewest rounds are enough

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from loadtest.figures import Record
+from runtime.prometheus import metric_lines
 
 # Triton's statistics as JSON, by (model, version)
 Counters = Mapping[tuple[str, str], Mapping[str, Any]]
@@ -132,16 +132,6 @@ def generator_counters(page: str, model: str) -> dict[str, float]:
         if labels.get("model") == model and "le" not in labels:
             found[name] = found.get(name, 0.0) + value
     return found
-
-
-def metric_lines(page: str, prefix: str) -> Iterator[tuple[str, dict[str, str], float]]:
-    """Name without `prefix`, labels and value of each metric in Prometheus text whose name begins so."""
-    for line in page.splitlines():
-        match = re.fullmatch(rf"{prefix}(\w*)\{{(.*)\}}\s+([-+.\deE]+)(\s+\d+)?", line.strip())
-        if match is not None:
-            pairs = re.findall(r'(\w+)="((?:[^"\\]|\\.)*)"', match[2])
-            labels = {key: re.sub(r"\\(.)", lambda m: "\n" if m[1] == "n" else m[1], text) for key, text in pairs}
-            yield match[1], labels, float(match[3])
 
 
 def generator_between(

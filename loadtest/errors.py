@@ -1,31 +1,19 @@
-"""Errors of the load test.
+"""Errors of the load test, on the ground of `runtime.errors`.
 
-LoadTestError            base; `exit_code` is what the CLI returns
- |-- LoadInputError      the user's input is wrong: what, got, expected, fix      exit 2
- `-- LoadRunError        the run ended without figures that can be trusted        exit 1
+TriremeError
+ |-- InputError
+ |    `-- LoadInputError   a file, an address, a model or a plan that no load test can work with   exit 2
+ `-- LoadRunError          the run ended without figures that can be trusted                       exit 1
 """
 
 from __future__ import annotations
 
-
-class LoadTestError(Exception):
-    """Base of the tree."""
-
-    exit_code = 1
+from runtime.errors import InputError, TriremeError
 
 
-class LoadInputError(LoadTestError):
-    """A file, an address, a model or a plan that no load test can work with.
-
-    The four parts are kept apart so that tests and programs can read them.
-    """
-
-    exit_code = 2
-
-    def __init__(self, what: str, *, got: object, expected: str, fix: str) -> None:
-        self.what, self.got, self.expected, self.fix = what, got, expected, fix
-        super().__init__(f"{what}: got {got}; expected {expected}. Fix: {fix}")
+class LoadInputError(InputError):
+    """A file, an address, a model or a plan that no load test can work with."""
 
 
-class LoadRunError(LoadTestError):
+class LoadRunError(TriremeError):
     """The load generator died, hung or measured nothing."""

@@ -12,7 +12,8 @@ from loadtest.counters import Ledger, RequestLedger, generator_counters
 from loadtest.figures import merged
 from loadtest.plan import Evidence, LoadPlan
 from loadtest.recording import StreamCell
-from loadtest.server import fetch, request_counts
+from loadtest.server import request_counts
+from runtime.prometheus import fetch
 
 T = TypeVar("T")
 
@@ -51,7 +52,7 @@ def with_ledgers(evidence: Evidence, before: Counts) -> Evidence:
 
 
 def _with_server(seen: RequestLedger, evidence: Evidence, before: Counts, early: tuple[int, int]) -> RequestLedger:
-    from runtime.supervisor import Pace
+    from runtime.server.supervise import Pace
 
     plan, trials = evidence.plan, evidence.target.trial_requests
     least = early[0] + trials + seen.answered

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from loadtest.counters import metric_lines
 from loadtest.figures import Record
+from runtime.prometheus import metric_lines
 
 
 class ProofFigure(Record):

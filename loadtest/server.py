@@ -5,23 +5,22 @@ from __future__ import annotations
 import difflib
 import http.client
 import time
-import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from loadtest.connection import Connection, Protocol
-from loadtest.counters import Counters, generator_counters, metric_lines
+from loadtest.counters import Counters, generator_counters
 from loadtest.errors import LoadInputError
 from loadtest.figures import Record
 from loadtest.interface import Interface, RequestError, interface_from_metadata
 from loadtest.prompts import Prompt
 from loadtest.proof import ProofFigure, proof_from_metrics
 from loadtest.streaming import Stream, StreamConnection, require_generator, streams_text
+from runtime.prometheus import fetch, model_labels
 
 UNKNOWN = "unknown"
 CONTROL_TIMEOUT_S = 5.0
-MAX_METRICS_BYTES = 8 << 20
 
 
 class Identity(Record):
@@ -249,13 +248,6 @@ def request_counts(grpc_address: str, model: str) -> tuple[int, int] | None:
     )
 
 
-def fetch(url: str) -> str:
-    """Text of a metrics page. Raises OSError or HTTPException."""
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy between us and loopback
-    with opener.open(url, timeout=CONTROL_TIMEOUT_S) as response:
-        return str(response.read(MAX_METRICS_BYTES).decode("utf-8", errors="replace"))
-
-
 def identity_from_metrics(text: str, model: str) -> Identity | None:
     """The gauge `trireme_model_info{model=…} 1` in Prometheus text. Of several versions that are served, the highest.
 
@@ -267,13 +259,6 @@ def identity_from_metrics(text: str, model: str) -> Identity | None:
         if labels.get("model") == model
     ]
     return max(found, key=lambda one: (int(one.version) if one.version.isdigit() else -1, one.version), default=None)
-
-
-def model_labels(text: str) -> Iterator[dict[str, str]]:
-    """Labels of each `trireme_model_info` in Prometheus text: what is served."""
-    for _, labels, value in metric_lines(text, "trireme_model_info"):
-        if value == 1:
-            yield labels
 
 
 def listening_process(address: str) -> int | None:

@@ -1,15 +1,18 @@
-"""Errors of the serving side.
+"""The ground of every error that the house raises on purpose, and the errors of the serving side.
 
-    ServingError
-     |-- BadRequest      the caller's input is wrong: INVALID_ARGUMENT, HTTP 400
-     |-- BadEnvironment  this machine or its packages cannot serve: exit 2
-     |-- Unavailable     cannot answer now, though the request is sound: UNAVAILABLE, HTTP 503
-     |-- TooLate         the request's own time ran out: DEADLINE_EXCEEDED
-     `-- ServerFault     a server did not start, answer or stop as promised: exit 1
-          |-- NotProven     a version gives other outputs than the reference
-          `-- ProofOverdue  the proof did not end in time
+    TriremeError              base: carries the message and the exit code
+     |-- InputError           the user's input is wrong: what, got, expected, fix; exit 2
+     |    `-- MachineError    a package, tool, port or disk that this machine lacks
+     `-- ServingError
+          |-- BadRequest      the caller's input is wrong: INVALID_ARGUMENT, HTTP 400
+          |-- BadEnvironment  this machine or its packages cannot serve: exit 2
+          |-- Unavailable     cannot answer now, though the request is sound: UNAVAILABLE, HTTP 503
+          |-- TooLate         the request's own time ran out: DEADLINE_EXCEEDED
+          `-- ServerFault     a server did not start, answer or stop as promised: exit 1
+               |-- NotProven     a version gives other outputs than the reference
+               `-- ProofOverdue  the proof did not end in time
 
-The tree is apart from `builders.errors` because the serving image holds no `builders`.
+`builders.errors`, `loadtest.errors` and `cluster.errors` grow from the same ground.
 """
 
 from __future__ import annotations
@@ -17,10 +20,31 @@ from __future__ import annotations
 UNPROVEN = "is not proven on this machine"  # in the message; who reads a pod's last words knows it by this
 
 
-class ServingError(Exception):
+class TriremeError(Exception):
     """Base of the tree. `exit_code` is what a command returns."""
 
     exit_code = 1
+
+
+class InputError(TriremeError):
+    """The input is wrong, and the user can mend it.
+
+    The four parts are kept apart so that tests and programs can read them.
+    """
+
+    exit_code = 2
+
+    def __init__(self, what: str, *, got: object, expected: str, fix: str) -> None:
+        self.what, self.got, self.expected, self.fix = what, got, expected, fix
+        super().__init__(f"{what}: got {got}; expected {expected}. Fix: {fix}")
+
+
+class MachineError(InputError):
+    """Something this machine lacks: a package, a tool, a free port, disk space."""
+
+
+class ServingError(TriremeError):
+    """Base of what the serving side raises."""
 
 
 class BadRequest(ServingError):

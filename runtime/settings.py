@@ -14,6 +14,7 @@ from runtime.errors import BadEnvironment
 
 S = TypeVar("S", bound="Settings")
 FILE_NAME = "settings.json"
+ADMIN_HEADER = "trireme-admin"  # carries the control secret, to the health port and to Triton's gRPC
 
 
 class Settings(BaseModel):
@@ -119,7 +120,7 @@ class ServerSettings(Settings):
     response_cache_bytes: int
     rate_limited: bool
     content_digest: str
-    proof_digest: str | None = None  # of `runtime.proof`; None: published by a release that made no proof
+    proof_digest: str | None = None  # of `runtime.proof.record`; None: published by a release that made no proof
 
     @property
     def load_order(self) -> tuple[str, ...]:

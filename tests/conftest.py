@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, settings
 from builders import corpus, pipeline
 from builders.pipeline import Build
 from builders.spec import DeploymentSpec, load_spec
-from runtime.supervisor import ready_server
-from runtime.triton import TritonServer
+from runtime.server.launch import TritonServer
+from runtime.server.supervise import ready_server
 
 # No test asserts a time: an example may wait for a busy machine.
 settings.register_profile("trireme", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.cuda import SIGNATURES
+from runtime.tensorrt.cuda import SIGNATURES
 
 Work = Callable[[], None]
 OUT_OF_MEMORY, INVALID_VALUE, ILLEGAL_ADDRESS, INVALIDATED = 2, 1, 700, 901

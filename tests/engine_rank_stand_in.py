@@ -1,4 +1,4 @@
-"""`runtime.ranks.engine_worker` without GPUs: ranks' programs for engines, gloo for NCCL. Takes the same arguments.
+"""`runtime.tensorrt.rank_worker` without GPUs: ranks' programs for engines, gloo for NCCL. Takes the same arguments.
 
 An "engine" is the `ranks.json` of the partition; its pieces and collectives are what TensorRT would have compiled.
 """
@@ -23,11 +23,11 @@ import torch.distributed as dist
 
 from builders.artifacts import TensorSpec
 from builders.graph import describe
-from runtime.ranks import nccl
-from runtime.ranks.engine_worker import EngineWorker, Libraries
 from runtime.ranks.program import RankProgram, RunGraph
 from runtime.ranks.stored import load_programs
 from runtime.ranks.worker import _open, die_with_parent, serve
+from runtime.tensorrt import nccl
+from runtime.tensorrt.rank_worker import EngineWorker, Libraries
 from tests.cuda_stand_in import StandIn
 from tests.tensorrt_stand_in import MODULES, Arrays, StandInEngine, Tensor
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import ServerFault
-from runtime.generation.executor import Batch, Copy, Logits, Row, Tokens
+from runtime.step import Batch, Copy, Logits, Row, Tokens
 
 VOCABULARY = 50
 _EMPTY, _UNKNOWN = -1, -2  # zeros; what a new memory holds, or another tenant has left

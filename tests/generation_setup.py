@@ -16,12 +16,12 @@ from builders.repository.config import to_pbtxt
 from builders.repository.generation import generator_config
 from runtime.generation.cache import SlotCache
 from runtime.generation.engine import Engine
-from runtime.generation.executor import StepExecutor
 from runtime.generation.executor.onnxruntime import OnnxRuntimeStepExecutor
 from runtime.generation.request import Limits, Tokens
 from runtime.generation.scheduler import Scheduler
-from runtime.proof import PROOF_FILE, GeneratorProof, ProofRow
+from runtime.proof.record import PROOF_FILE, GeneratorProof, ProofRow
 from runtime.settings import GeneratorModelSettings, ServedModel, ServerSettings
+from runtime.step import StepExecutor
 
 ADAPTER = Path(__file__).parents[1] / "model_repository" / "adapters" / "generator" / "1" / "model.py"
 VOCABULARY = 384

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from runtime.generation.executor import tensorrt
 from runtime.session import open_session
+from runtime.tensorrt import executor
 from tests.cuda_stand_in import StandIn
 
 TARGET = "sm89"
@@ -178,7 +178,7 @@ class StandInContext:
 
 @contextmanager
 def standing_in(
-    graph: Path, capacities: Sequence[int], flavour: tensorrt.Flavour = "tensorrt", encoder: Path | None = None
+    graph: Path, capacities: Sequence[int], flavour: executor.Flavour = "tensorrt", encoder: Path | None = None
 ) -> Iterator[tuple[StandIn, dict[str, Path]]]:
     """Within, `TensorRtStepExecutor` finds a GPU that is none, and engines that are the graph. Yields these engines."""
     cuda, model = StandIn(), WholeModel(graph)
@@ -188,9 +188,9 @@ def standing_in(
         engines.append(StandInEngine(WholeModel(encoder), cuda, -1, [(1, max(capacities))]))
         files[f"{TARGET}.encoder"] = encoder
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tensorrt, "visible_targets", lambda: [TARGET])
-        patch.setattr(tensorrt, "pin_device", lambda device: None)
-        patch.setattr(tensorrt, "load_runtime", lambda: cuda.library)
-        patch.setattr(tensorrt, "load_engines", lambda files, flavour: (MODULES[flavour], engines))
+        patch.setattr(executor, "visible_targets", lambda: [TARGET])
+        patch.setattr(executor, "pin_device", lambda device: None)
+        patch.setattr(executor, "load_runtime", lambda: cuda.library)
+        patch.setattr(executor, "load_engines", lambda files, flavour: (MODULES[flavour], engines))
         yield cuda, files
     assert not cuda.faults

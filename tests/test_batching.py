@@ -7,8 +7,8 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.batching import COUNTS, padded_length, plan, split_by_length
-from runtime.cost import USUAL, CostModel, Costs, fitted, measure, shapes
+from runtime.encoding.batching import COUNTS, padded_length, plan, split_by_length
+from runtime.encoding.cost import USUAL, CostModel, Costs, fitted, measure, shapes
 
 LONGEST = 500
 lengths = st.lists(st.integers(1, LONGEST), min_size=1, max_size=64)

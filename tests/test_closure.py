@@ -107,7 +107,7 @@ def test_libraries_count_by_what_provides_them(house: Path) -> None:
     [
         (encoder.export, "builders.checkpoint"),
         (encoder.quantize, "builders.quantize.smoothquant"),
-        (generator.qualify, "runtime.generation.pools"),
+        (generator.qualify, "runtime.rows"),
         (ranks.partition, "runtime.ranks.worker"),
     ],
 )

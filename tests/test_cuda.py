@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.cuda import Box, Copy3D, Cuda, load_shared, pin_device
 from runtime.errors import BadEnvironment, ServerFault
 from runtime.gpu import visible_targets
+from runtime.tensorrt.cuda import Box, Copy3D, Cuda, load_shared, pin_device
 from tests.cuda_stand_in import StandIn
 
 SIZES = st.integers(1, 4)

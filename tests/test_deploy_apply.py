@@ -17,7 +17,7 @@ from builders.deploy.client.deployment import deploy
 from builders.deploy.client.diff import changes_text
 from builders.deploy.client.refusal import Action, refused
 from builders.deploy.client.rights import needed_to_apply, require_rights
-from builders.errors import ClusterError
+from cluster.errors import ClusterError
 from tests.deploy_objects import (
     CONFIG_MAPS,
     DEPLOYMENTS,

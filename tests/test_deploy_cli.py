@@ -18,7 +18,8 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from builders.commands import cluster as commands
-from builders.errors import ClusterError, InputError, RolloutError
+from builders.errors import InputError
+from cluster.errors import ClusterError, RolloutError
 from tests.deploy_objects import config_map, connected, deployment
 from tests.fake_cluster import FakeCluster
 

@@ -27,13 +27,14 @@ from builders.deploy.client.models import (
     settle_s,
 )
 from builders.deploy.client.observe import observe
-from builders.errors import ClusterError, RolloutError
-from runtime.health import Control, Health, HealthServer
-from runtime.layout import Layout, lay_out
-from runtime.model_store import PUBLISHED, Publication, PublishedFile
-from runtime.node import Node
+from cluster.errors import ClusterError, RolloutError
+from runtime.pod.control import Control, HealthServer
+from runtime.pod.layout import Layout, lay_out
+from runtime.pod.model_store import PUBLISHED, Publication, PublishedFile
+from runtime.pod.node import Node
+from runtime.pod.versions import Versions
+from runtime.server.health import Health
 from runtime.settings import FILE_NAME, ServerSettings
-from runtime.versions import Versions
 from tests.deploy_objects import CONFIG_MAPS, PATIENCE, SERVER, connected, deployment, silent
 from tests.fake_cluster import FakeCluster
 

@@ -15,7 +15,7 @@ import pytest
 from builders.deploy.client.cluster import Cluster
 from builders.deploy.client.objects import PODS
 from builders.deploy.client.port_forward import PortForward
-from builders.errors import ClusterError
+from cluster.errors import ClusterError
 from tests.fake_api import serving, unused_port, write_kubeconfig
 from tests.fake_cluster import FakeCluster
 

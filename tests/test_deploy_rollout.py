@@ -14,7 +14,7 @@ from builders.deploy.client.observe import Observed, observe, wait_for_change
 from builders.deploy.client.problems import problems
 from builders.deploy.client.revision import History, read_history, write_history
 from builders.deploy.client.rollout import progress, wait
-from builders.errors import ClusterError, RolloutError
+from cluster.errors import ClusterError, RolloutError
 from tests.deploy_objects import (
     CONFIG_MAPS,
     DEPLOYMENTS,

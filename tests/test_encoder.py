@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.encoder import Encoder, require_numpy_1
+from runtime.encoding.encoder import Encoder, require_numpy_1
 from runtime.errors import BadEnvironment
-from runtime.executor import Tensors
+from runtime.graph import Tensors
 
 
 class SumExecutor:

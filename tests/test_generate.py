@@ -13,14 +13,15 @@ from pathlib import Path
 import pytest
 
 from builders import pipeline
-from builders.errors import InputError, ServiceError, UnsupportedError
-from builders.generate import served_model, stream
+from builders.errors import InputError, UnsupportedError
 from builders.pipeline import Build
 from builders.spec import DeploymentSpec
-from runtime.ranks.engines import load_manifest
+from runtime.client import served_model, stream
+from runtime.errors import ServerFault
+from runtime.server.launch import Ports, TritonServer
+from runtime.server.supervise import Supervisor, ready_server
 from runtime.settings import GeneratorModelSettings
-from runtime.supervisor import Supervisor, ready_server
-from runtime.triton import Ports, TritonServer
+from runtime.tensorrt.rank_manifest import load_manifest
 from tests import generators
 
 
@@ -142,7 +143,7 @@ def test_a_refused_request_says_why(serving: TritonServer, options: dict[str, ob
 def test_an_unknown_model_and_an_absent_server(serving: TritonServer) -> None:
     with pytest.raises(InputError, match="unknown model"):
         list(stream(serving.grpc_address, "other", "x", {}))
-    with pytest.raises(ServiceError):
+    with pytest.raises(ServerFault):
         list(stream("127.0.0.1:9", "tiny-lm", "x", {}))
 
 
@@ -171,7 +172,7 @@ def test_a_busy_generator_is_not_taken_for_a_broken_one(llama: Path, tmp_path: P
 
     def ask(address: str) -> None:
         while not asked_to_stop.is_set():
-            with contextlib.suppress(ServiceError):
+            with contextlib.suppress(ServerFault):
                 list(stream(address, "tiny-lm", "the list", {"max_tokens": 50, "min_length": 50}))
 
     with TritonServer(built.entry.repository, Ports.free()) as server:

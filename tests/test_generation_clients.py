@@ -18,8 +18,8 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 from runtime.errors import BadRequest
 from runtime.generation.interface import read_request
 from runtime.generation.opening import TextTokenizer
-from runtime.supervisor import ready_server
-from runtime.triton import TritonServer
+from runtime.server.launch import TritonServer
+from runtime.server.supervise import ready_server
 from tests.generation_setup import VOCABULARY, write_repository, write_tokenizer
 
 pytest_plugins = ("tests.generation_fixtures",)

@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from runtime.cuda import DeviceLost
 from runtime.errors import BadEnvironment, ServerFault, Unavailable
 from runtime.generation.engine import Engine, generate
-from runtime.generation.executor import Batch, Copy, Logits, Row, Tokens
-from runtime.generation.executor.tensorrt_logits import DeviceLogits
 from runtime.generation.opening import _limits
 from runtime.generation.recovery import MOST_FAULTS
 from runtime.generation.request import SamplingParams, Update
 from runtime.generation.sampler import sample
 from runtime.settings import GeneratorModelSettings
+from runtime.step import Batch, Copy, Logits, Row, Tokens
+from runtime.tensorrt.cuda import DeviceLost
+from runtime.tensorrt.logits import DeviceLogits
 from tests.generation_ledger import VOCABULARY, Ledger, continuation
 from tests.generation_setup import SERVED, engine_over
 

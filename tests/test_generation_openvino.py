@@ -15,11 +15,11 @@ from builders.export.decoder import export_decoder
 from builders.quantize.weight_only import RECIPES, write_quantised
 from runtime.errors import BadEnvironment, ServerFault
 from runtime.generation.engine import Engine, generate
-from runtime.generation.executor import Batch, Copy, Logits, Row, Tokens
 from runtime.generation.executor.onnxruntime import OnnxRuntimeStepExecutor
 from runtime.generation.executor.openvino import OpenVinoStepExecutor
 from runtime.generation.request import SamplingParams
 from runtime.session import open_session
+from runtime.step import Batch, Copy, Logits, Row, Tokens
 from tests.generation_setup import engine_over, prompts, real_engine
 from tests.generators import DECODERS, TEXTS, WINDOW, generator_checkpoint, save_generator
 

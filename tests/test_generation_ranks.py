@@ -15,11 +15,11 @@ from builders.partition.shard import partition_graph
 from builders.partition.verify import rank_programs
 from runtime.errors import Unavailable
 from runtime.generation.engine import generate
-from runtime.generation.executor.ranks import RankStepExecutor
-from runtime.generation.pools import CacheShape
+from runtime.generation.executor.rank_processes import RankStepExecutor
 from runtime.generation.request import SamplingParams
 from runtime.ranks.program import Layout
 from runtime.ranks.stored import StoredPrograms, save_programs
+from runtime.rows import CacheShape
 from tests.generation_setup import VOCABULARY, engine_over, prompts, real_engine
 
 pytest_plugins = ("tests.generation_fixtures",)

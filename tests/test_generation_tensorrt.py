@@ -15,17 +15,18 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from builders.export.seq2seq import write_graphs
-from runtime.cuda import DeviceLost
 from runtime.errors import BadEnvironment, ServerFault, Unavailable
 from runtime.generation.bare import bare_loop
 from runtime.generation.cache import SlotCache
 from runtime.generation.engine import Engine, generate
-from runtime.generation.executor import Batch, Copy, Row, StepExecutor, tensorrt_engine
 from runtime.generation.executor.onnxruntime import OnnxRuntimeStepExecutor
-from runtime.generation.executor.tensorrt import TensorRtStepExecutor, load_engines
-from runtime.generation.executor.tensorrt_logits import DeviceLogits
 from runtime.generation.request import Limits, SamplingParams
 from runtime.generation.scheduler import Scheduler
+from runtime.step import Batch, Copy, Row, StepExecutor
+from runtime.tensorrt import engine as engine_files
+from runtime.tensorrt.cuda import DeviceLost
+from runtime.tensorrt.executor import TensorRtStepExecutor, load_engines
+from runtime.tensorrt.logits import DeviceLogits
 from tests.cuda_stand_in import StandIn
 from tests.generation_setup import VOCABULARY, engine_over, prompts, real_engine
 from tests.generators import generator_checkpoint, make_generator, save_generator
@@ -187,7 +188,7 @@ def _decode(first: int, rows: int, position: int, pool: int = 0) -> list[Batch]:
 def test_a_shape_that_comes_back_is_captured_once_and_the_oldest_goes(
     decoder_graph: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tensorrt_engine, "MOST_OWN", 2)
+    monkeypatch.setattr(engine_files, "MOST_OWN", 2)
     with standing_in(decoder_graph, CAPACITIES) as (cuda, engines):
         executor = _executor(engines)
         for position in range(4):

@@ -14,12 +14,13 @@ from builders.partition.shard import partition_graph
 from builders.partition.verify import rank_programs
 from runtime.errors import BadEnvironment, ServerFault, Unavailable
 from runtime.generation.engine import generate
-from runtime.generation.executor import Batch, tensorrt_ranks
-from runtime.generation.executor.tensorrt_ranks import TensorRtRankExecutor
 from runtime.generation.request import SamplingParams
-from runtime.ranks.engines import EngineManifest, Passed, RankEngines
 from runtime.ranks.program import Layout
 from runtime.ranks.stored import MANIFEST, StoredPrograms, save_programs
+from runtime.step import Batch
+from runtime.tensorrt import rank_executor
+from runtime.tensorrt.rank_executor import TensorRtRankExecutor
+from runtime.tensorrt.rank_manifest import EngineManifest, Passed, RankEngines
 from tests.generation_setup import VOCABULARY, engine_over, prompts, real_engine
 from tests.partition_graphs import decoder
 
@@ -64,7 +65,7 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensorrt_ranks, "visible_targets", lambda: ["sm90"] * 4)
+    monkeypatch.setattr(rank_executor, "visible_targets", lambda: ["sm90"] * 4)
 
 
 @pytest.mark.usefixtures("gpus")

@@ -23,7 +23,7 @@ from tritonclient.utils import InferenceServerException
 from runtime.generation.engine import generate
 from runtime.generation.interface import INPUTS
 from runtime.generation.request import SamplingParams
-from runtime.triton import Ports, TritonServer
+from runtime.server.launch import Ports, TritonServer
 from tests.generation_setup import prompts, real_engine, write_repository
 
 pytestmark = pytest.mark.triton

@@ -15,8 +15,8 @@ from builders.gpu_proof import decoder_engines, setting
 from builders.gpu_proof.llama import Llama, TorchStepExecutor, llama_of, random_llama
 from builders.gpu_proof.step import KEPT, engine_over
 from runtime.generation.engine import generate
-from runtime.generation.executor import Batch, Copy, Row
 from runtime.generation.request import SamplingParams
+from runtime.step import Batch, Copy, Row
 
 POSITIONS = 64
 

@@ -17,7 +17,7 @@ from builders.deploy.check import check_text
 from builders.deploy.render import K8S, render
 from builders.deploy.schemas import checked_kinds
 from runtime.generation.metrics import Gauges
-from runtime.pod import _parser
+from runtime.pod.__main__ import _parser
 from tests.conftest import needs_kubectl
 
 pytestmark = needs_kubectl

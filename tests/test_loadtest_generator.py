@@ -20,10 +20,10 @@ from loadtest.plan import LoadPlan, Progress
 from loadtest.prompts import Lengths, Prompt, StreamLoad
 from loadtest.report import read_report
 from loadtest.run import run_load
-from loadtest.server import fetch
 from loadtest.streaming import StreamConnection
-from runtime.supervisor import ready_server
-from runtime.triton import Ports, TritonServer
+from runtime.prometheus import fetch
+from runtime.server.launch import Ports, TritonServer
+from runtime.server.supervise import ready_server
 from tests.conftest import wait_until
 from tests.generation_setup import write_repository
 

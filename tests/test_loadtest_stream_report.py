@@ -22,7 +22,7 @@ from loadtest.report import LoadReport, check_slo, render_html, render_text
 from loadtest.rows import rows_of
 from loadtest.server import Identity, Snapshot, Target, snapshot
 from loadtest.streaming import Stream, require_generator, streams_text
-from runtime.triton import Ports
+from runtime.server.launch import Ports
 from tests.test_loadtest_report import Page
 
 START = 1_000_000.0

@@ -19,8 +19,8 @@ from loadtest.report import LoadReport, check_slo, read_report, render_html, ren
 from loadtest.run import run_load
 from loadtest.server import request_counts
 from loadtest.stopping import Stop
+from runtime.server.launch import Ports, TritonServer
 from runtime.settings import ServerSettings
-from runtime.triton import Ports, TritonServer
 from tests.conftest import wait_until
 
 pytestmark = pytest.mark.triton

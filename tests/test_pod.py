@@ -23,14 +23,15 @@ from builders.__main__ import run
 from builders.commands.manifests import publish as publish_spec
 from builders.pipeline import Build
 from runtime.errors import BadEnvironment
-from runtime.health import LIVE_WITHIN_S, READY_WITHIN_S, Health, HealthServer
-from runtime.installation import Installation
-from runtime.layout import Layout, lay_out
-from runtime.model_store import EngineKey, Publication, misfit, publications, publish, wait_for
-from runtime.node import Node, same_release
-from runtime.probing import Failure
+from runtime.pod.control import HealthServer
+from runtime.pod.layout import Layout, lay_out
+from runtime.pod.model_store import EngineKey, Publication, misfit, publications, publish, wait_for
+from runtime.pod.node import Node, same_release
+from runtime.server.health import LIVE_WITHIN_S, READY_WITHIN_S, Health
+from runtime.server.installation import Installation
+from runtime.server.launch import Ports
+from runtime.server.probing import Failure
 from runtime.settings import EncoderModelSettings
-from runtime.triton import Ports
 from tests.conftest import tiny_spec, wait_until
 
 L4 = Node({"tensorrt": "11.1.0.106", "tensorrt-rtx": "1.7.1.116"}, "sm89")

@@ -27,15 +27,14 @@ from builders import pipeline
 from builders.deploy.client.deployment import deploy
 from builders.deploy.client.models import Pace, PodPorts, load_version
 from builders.deploy.client.observe import observe
-from builders.errors import RolloutError
+from cluster.errors import RolloutError
 from runtime.errors import BadEnvironment
-from runtime.health import SECRET_HEADER
-from runtime.layout import Layout
-from runtime.model_store import PUBLISHED, Publication, choose, publications, publish
-from runtime.node import Node
-from runtime.settings import ServerSettings
-from runtime.triton import Ports
-from runtime.versions import Versions
+from runtime.pod.layout import Layout
+from runtime.pod.model_store import PUBLISHED, Publication, choose, publications, publish
+from runtime.pod.node import Node
+from runtime.pod.versions import Versions
+from runtime.server.launch import Ports
+from runtime.settings import ADMIN_HEADER, ServerSettings
 from tests.conftest import ALL_ONES, tiny_spec, wait_until
 from tests.deploy_objects import CONFIG_MAPS, PATIENCE, SERVER, connected, deployment, silent
 from tests.fake_cluster import FakeCluster
@@ -319,7 +318,7 @@ def test_a_server_that_dies_while_a_version_is_laid_out_comes_back_without_it(
         old = pod.answer()
         publish(builds[1], "cpu", tmp_path / "store")
         control = http.client.HTTPConnection("127.0.0.1", pod.health, timeout=60)
-        control.request("POST", "/versions/2", headers={SECRET_HEADER: SECRET})
+        control.request("POST", "/versions/2", headers={ADMIN_HEADER: SECRET})
         assert control.getresponse().status == 200
         control.close()
         assert (tmp_path / "pod" / "repository" / "tiny-encoder" / "2").is_dir()

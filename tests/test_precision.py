@@ -15,7 +15,7 @@ from builders.errors import QualityError
 from builders.precision import AS_FAST, WIDEST_FIRST, candidates, decide, warning
 from builders.speed import ROUNDS, decoder_work, speed_ratio
 from builders.store.processor import read_processor, this_processor
-from runtime.generation.executor import Batch, Copy, Logits, Row, Tokens
+from runtime.step import Batch, Copy, Logits, Row, Tokens
 
 OLD = "model name\t: AMD EPYC 7571\nflags\t\t: fpu sse4_2 avx avx2 fma\nflags\t\t: second core\n"
 NEW = "model name\t: Xeon\nflags\t\t: avx avx2 avx512_vnni avx512_bf16 amx_int8\n"

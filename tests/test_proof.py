@@ -17,13 +17,13 @@ from builders.artifacts import file_digest
 from builders.errors import QualityError
 from builders.proof import _first_within
 from runtime.errors import BadEnvironment, NotProven, ProofOverdue
-from runtime.health import Health
-from runtime.judging import EncoderBudget, Figure, encoder_figures, generator_figures, spent, within
-from runtime.proof import PROOF_FILE, EncoderProof, GeneratorProof, ProofRow, load_proof
-from runtime.proven import Proven, ProvenExporter, write_proven
-from runtime.proving import Prover, Watch, measure
+from runtime.proof.judging import EncoderBudget, Figure, encoder_figures, generator_figures, spent, within
+from runtime.proof.proven import Proven, ProvenExporter, write_proven
+from runtime.proof.proving import Prover, Watch, measure
+from runtime.proof.record import PROOF_FILE, EncoderProof, GeneratorProof, ProofRow, load_proof
+from runtime.server.health import Health
+from runtime.server.supervise import Failure
 from runtime.settings import ServedModel, ServerSettings
-from runtime.supervisor import Failure
 
 BUDGET = EncoderBudget(0.998, 0.98, by_label=False)
 VECTORS = np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)

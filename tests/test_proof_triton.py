@@ -23,12 +23,12 @@ from builders.pipeline import Build
 from builders.spec import DeploymentSpec
 from loadtest.proof import proof_from_metrics
 from runtime.errors import NotProven
-from runtime.health import Health
-from runtime.proof import PROOF_FILE
-from runtime.serve import serve_repository
+from runtime.proof.record import PROOF_FILE
+from runtime.server.health import Health
+from runtime.server.launch import Exposure, Ports, TritonServer
+from runtime.server.serve import serve_repository
+from runtime.server.supervise import Supervisor
 from runtime.settings import ServerSettings
-from runtime.supervisor import Supervisor
-from runtime.triton import Exposure, Ports, TritonServer
 from tests import generators
 from tests.conftest import ALL_ONES, tiny_spec
 

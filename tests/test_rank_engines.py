@@ -25,8 +25,8 @@ from builders.repository.config import to_pbtxt
 from builders.spec import DeploymentSpec
 from builders.store.store import Store
 from runtime.errors import NotProven
-from runtime.supervisor import Supervisor
-from runtime.triton import Ports, TritonServer
+from runtime.server.launch import Ports, TritonServer
+from runtime.server.supervise import Supervisor
 from tests.conftest import tiny_spec
 
 PARALLEL = {"tp": {"tensor": 2}, "pp": {"pipeline": 2}, "both": {"tensor": 2, "pipeline": 2}}

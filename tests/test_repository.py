@@ -18,8 +18,8 @@ from builders.repository.config import Interface, model_configs
 from builders.repository.ensemble import check_ensemble
 from builders.spec import DeploymentSpec, load_spec
 from runtime.errors import BadEnvironment
+from runtime.server.launch import load_server_settings
 from runtime.settings import EncoderModelSettings, TokenizerModelSettings
-from runtime.triton import load_server_settings
 from tests import golden_configs
 from tests.conftest import tiny_spec
 

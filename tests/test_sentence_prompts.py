@@ -15,9 +15,9 @@ from builders.checkpoint import load_checkpoint
 from builders.errors import CheckpointError
 from builders.quality import sample_requests, tokenizer_settings
 from builders.spec import ModelSlice
+from runtime.encoding.tokenizer import Tokenizer, read_prompt_name
 from runtime.errors import BadRequest
-from runtime.supervisor import ready_server
-from runtime.tokenizer import Tokenizer, read_prompt_name
+from runtime.server.supervise import ready_server
 from tests.conftest import tiny_spec
 
 PROMPTS = {"prompts": {"query": "return the ", "passage": "", "document": "a class "}, "default_prompt_name": "query"}

@@ -30,8 +30,8 @@ from builders.quality import graph_outputs, sample_requests
 from builders.repository import layout
 from builders.spec import DeploymentSpec
 from runtime.errors import BadEnvironment
-from runtime.supervisor import Supervisor, ready_server
-from runtime.triton import Ports, TritonServer
+from runtime.server.launch import Ports, TritonServer
+from runtime.server.supervise import Supervisor, ready_server
 from tests.conftest import tiny_spec, wait_until
 
 pytestmark = pytest.mark.triton

@@ -15,7 +15,7 @@ from tritonclient import grpc as triton_grpc
 from tritonclient.grpc import service_pb2
 from tritonclient.utils import InferenceServerException
 
-from runtime.triton import TritonServer
+from runtime.server.launch import TritonServer
 
 pytestmark = pytest.mark.triton
 

@@ -22,10 +22,11 @@ import pytest
 from tritonclient import grpc as triton_grpc
 from tritonclient.utils import InferenceServerException
 
-from runtime.health import Health
-from runtime.probing import Failure, infer_input
-from runtime.supervisor import Pace, Supervisor
-from runtime.triton import EXIT_TIMEOUT_S, Ports, TritonServer
+from runtime.client import infer_input
+from runtime.server.health import Health
+from runtime.server.launch import EXIT_TIMEOUT_S, Ports, TritonServer
+from runtime.server.probing import Failure
+from runtime.server.supervise import Pace, Supervisor
 from tests.conftest import wait_until
 from tests.generation_setup import write_repository
 

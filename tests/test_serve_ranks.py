@@ -19,8 +19,8 @@ from builders import corpus, pipeline
 from builders.pipeline import Build
 from builders.quality import graph_outputs, sample_requests
 from builders.spec import load_spec
-from runtime.supervisor import ready_server
-from runtime.triton import TritonServer
+from runtime.server.launch import TritonServer
+from runtime.server.supervise import ready_server
 from tests.conftest import tiny_spec, wait_until
 
 pytestmark = pytest.mark.triton

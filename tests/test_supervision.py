@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.guardian import left
-from runtime.progress import Progress, work_done
-from runtime.stubs import Stubs
-from runtime.supervision import (
+from runtime.server.guardian import left
+from runtime.server.progress import Progress, work_done
+from runtime.server.stubs import Stubs
+from runtime.server.supervision import (
     FAILURES_BEFORE_REPAIR,
     MOST_FAILED_REPAIRS,
     MOST_REPAIRS,

@@ -26,8 +26,8 @@ from builders.export.seq2seq import write_graphs
 from builders.export.weights import load_weights
 from builders.graph import record_graph
 from builders.partition.shard import partition_graph
-from runtime.ranks.engines import load_manifest
 from runtime.session import open_session
+from runtime.tensorrt.rank_manifest import load_manifest
 from tests.generators import POSITIONS, generator_checkpoint, save_generator
 
 PROFILES = decoder_profiles(slots=4, chunk=16)

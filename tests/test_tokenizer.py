@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from runtime.encoding.tokenizer import Tokenizer, decode_texts
 from runtime.errors import BadEnvironment, BadRequest
 from runtime.prefix import Prefix
 from runtime.settings import TokenizerSettings
-from runtime.tokenizer import Tokenizer, decode_texts
 
 
 def _tokenizer(folder: Path, **changes: object) -> Tokenizer:

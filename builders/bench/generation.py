@@ -23,16 +23,16 @@ from builders import pipeline, present
 from builders.bench.generation_loops import Workload
 from builders.bench.generation_peers import Peer, run_all
 from builders.bench.random_llama import random_llama, random_prompts
-from builders.errors import ServiceError
-from builders.generate import Client
 from builders.pipeline import Build
 from builders.spec import DeploymentSpec
+from runtime.client import Client
+from runtime.errors import ServerFault
 from runtime.generation.bare import BareLoop, bare_loop, mean_loop
-from runtime.generation.executor import Batch, StepExecutor
 from runtime.generation.grouping import pool_for
 from runtime.generation.opening import open_engine
+from runtime.server.supervise import ready_server
 from runtime.settings import GeneratorModelSettings
-from runtime.supervisor import ready_server
+from runtime.step import Batch, StepExecutor
 
 PROMPT_TOKENS = NEW_TOKENS = 64
 STREAMS = {1: 4, 8: 24, 32: 64}  # concurrent -> requests in all
@@ -165,7 +165,7 @@ def _run(address: str, model: str, streams: int, requests: int) -> Streams:
     for thread in threads:
         thread.join(WAIT_S)
         if thread.is_alive():
-            raise ServiceError(f"{streams} streams were not done after {WAIT_S:.0f} s")
+            raise ServerFault(f"{streams} streams were not done after {WAIT_S:.0f} s")
     result.elapsed, result.client_cpu = time.perf_counter() - started, time.process_time() - cpu
     if faults:
         raise faults[0]

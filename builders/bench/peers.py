@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from builders.pipeline import Build
 from builders.quality import graph_outputs, measure, sample_requests, tokenizer_settings
+from runtime.encoding.tokenizer import Encoded, Tokenizer
 from runtime.session import open_session
-from runtime.tokenizer import Encoded, Tokenizer
 
 BATCH = 32
 ROUNDS = 3

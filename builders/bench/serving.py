@@ -30,10 +30,10 @@ from builders.bench import peers
 from builders.quality import HELD_OUT_TEXTS, measure, tokenizer_settings
 from builders.repository.contents import encoder_settings
 from builders.spec import DeploymentSpec, load_spec
-from runtime.encoder import open_encoder
-from runtime.supervisor import Supervisor
-from runtime.tokenizer import Tokenizer
-from runtime.triton import Ports, TritonServer
+from runtime.encoding.encoder import open_encoder
+from runtime.encoding.tokenizer import Tokenizer
+from runtime.server.launch import Ports, TritonServer
+from runtime.server.supervise import Supervisor
 
 CONCURRENCIES = (1, 8, 32)
 ROUNDS = 3

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from builders.commands.options import JsonFlag, PlatformOption, status
-from builders.errors import ClusterError, InputError
+from builders.errors import InputError
+from cluster.errors import ClusterError
 
 if TYPE_CHECKING:
     from builders.deploy.client.cluster import Cluster
@@ -160,7 +161,7 @@ def port_forward(
     from builders.deploy.client.objects import name_of
     from builders.deploy.client.observe import is_ready, observe
     from builders.deploy.client.port_forward import PortForward
-    from runtime.stopping import stop_requests
+    from runtime.server.stopping import stop_requests
 
     found = _place(target, name)
     with _connect(found, kubeconfig, context) as cluster:

@@ -26,7 +26,7 @@ def generate(
     as_json: JsonFlag = False,
 ) -> None:
     """Streams a completion from a running server (`trireme serve`)."""
-    from builders.generate import served_model, stream
+    from runtime.client import served_model, stream
 
     given = {
         "max_tokens": max_tokens,

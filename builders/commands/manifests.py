@@ -68,7 +68,7 @@ def publish(
     """Builds what is missing and publishes it to a model store, under the key that serving pods look for."""
     from builders import pipeline, present
     from builders.spec import load_spec
-    from runtime.model_store import publish as publish_repository
+    from runtime.pod.model_store import publish as publish_repository
 
     found = load_spec(spec)
     if target is not None:

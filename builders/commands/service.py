@@ -23,8 +23,8 @@ def serve(
     """Builds what is missing and serves it on loopback. Ctrl-C or SIGTERM drains."""
     from builders import pipeline, present
     from builders.spec import load_spec
-    from runtime.serve import serve_repository
-    from runtime.triton import Ports
+    from runtime.server.launch import Ports
+    from runtime.server.serve import serve_repository
 
     with present.build_progress(quiet=as_json) as report:
         built = pipeline.build(load_spec(spec), "cpu", build_dir, "repository", report)

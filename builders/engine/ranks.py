@@ -1,4 +1,4 @@
-"""Which engines the ranks of a generator run, as `runtime.ranks.engines` reads it."""
+"""Which engines the ranks of a generator run, as `runtime.tensorrt.rank_manifest` reads it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 
 from builders.artifacts import Engine, FileRecord, Partition, RankFiles, StagePort
 from builders.errors import EngineError
-from runtime.generation.executor.tensorrt_engine import LOGITS
-from runtime.ranks.engines import EngineManifest, Passed, RankEngines
+from runtime.tensorrt.engine import LOGITS
+from runtime.tensorrt.rank_manifest import EngineManifest, Passed, RankEngines
 
 
 def write_rank_manifest(partition: Partition, engines: Sequence[Engine], out: Path) -> RankFiles:

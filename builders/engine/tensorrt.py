@@ -23,8 +23,8 @@ from builders.engine.top import add_top
 from builders.errors import EngineError, MachineError, SpecError
 from builders.graph import describe, fix_dimension
 from builders.spec import Flavour, GraphPrecision, ProfileSlice, Range
-from runtime.generation.executor.tensorrt_engine import LOGITS
 from runtime.gpu import visible_targets
+from runtime.tensorrt.engine import LOGITS
 
 _MODULES: dict[Flavour, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 _INSTALL: dict[Flavour, str] = {

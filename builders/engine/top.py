@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from builders.errors import EngineError
-from runtime.generation.executor.tensorrt_engine import LOGITS, TOP
+from runtime.tensorrt.engine import LOGITS, TOP
 
 _LARGEST_VOCABULARY = 1 << 24  # a float32 holds every whole number up to it
 

@@ -22,8 +22,8 @@ from builders.export.tokenizer import require_tokenizer
 from builders.export.weights import load_encoder, require_sound
 from builders.graph import GRAPH_FILE, OPSET, record_graph, require_standard
 from builders.quality import graph_outputs, measure, sample_requests
-from runtime.encoder import Encoder
-from runtime.executor import Tensors
+from runtime.encoding.encoder import Encoder
+from runtime.graph import Tensors
 
 if TYPE_CHECKING:
     import onnx_ir

@@ -34,7 +34,7 @@ from builders.graph import GRAPH_FILE, record_graph
 from builders.spec import Flavour
 from builders.store.atomic import atomic_directory
 from runtime.generation.bare import bare_loop
-from runtime.generation.executor import Batch, StepExecutor
+from runtime.step import Batch, StepExecutor
 
 MOST_DIFFERENCE = {"float16": 0.02, "float32": 1e-4}  # of the logits, over the largest of them
 _PROMPT = 8
@@ -121,7 +121,7 @@ def open_engines(
         from runtime.generation.executor.onnxruntime import OnnxRuntimeStepExecutor
 
         return OnnxRuntimeStepExecutor(graph.file_path, (capacity,), rows, threads=2)
-    from runtime.generation.executor.tensorrt import TensorRtStepExecutor
+    from runtime.tensorrt.executor import TensorRtStepExecutor
 
     engines = {f"{setting.target}.{capacity}": plan}
     return TensorRtStepExecutor(engines, (capacity,), rows, flavour=flavour, device=0)

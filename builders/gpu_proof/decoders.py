@@ -21,7 +21,7 @@ from builders.gpu_proof.roofline import Limits, against, decode_work, position_b
 from builders.gpu_proof.setting import Budget, NotRun, Setting
 from builders.gpu_proof.timing import device_seconds, host_seconds
 from runtime.generation.bare import bare_loop
-from runtime.generation.executor import Batch
+from runtime.step import Batch
 
 _ROOM = 0.9  # of the memory: the rest is for workspaces and the logits
 

@@ -24,8 +24,8 @@ from builders.gpu_proof.roofline import EncoderShape, Limits
 from builders.gpu_proof.setting import Budget, Setting
 from builders.pipeline import Build
 from builders.spec import Flavour
-from runtime.generation.executor.tensorrt import load_engines
 from runtime.session import open_session
+from runtime.tensorrt.executor import load_engines
 
 LEAST_COSINE = {"fp16": 0.999, "int8": 0.98}  # of the worst text to the fp32 graph
 _TEXTS = 64

@@ -16,8 +16,8 @@ import numpy as np
 
 from builders.bench.decoder import DecoderShape
 from runtime.errors import ServerFault
-from runtime.generation.executor import Batch, Copy, Logits, Row, Tokens
-from runtime.generation.executor.tensorrt_logits import DeviceLogits
+from runtime.step import Batch, Copy, Logits, Row, Tokens
+from runtime.tensorrt.logits import DeviceLogits
 
 if TYPE_CHECKING:
     import torch

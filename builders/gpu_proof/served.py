@@ -16,16 +16,15 @@ import numpy as np
 
 from builders import corpus, pipeline
 from builders.bench.random_llama import LLAMA_100M
-from builders.generate import stream
 from builders.gpu_proof.folders import TINY_LLAMA, encoder_source, write_llama
 from builders.gpu_proof.machine import try_flavour
 from builders.gpu_proof.record import Row
 from builders.gpu_proof.roofline import Limits
 from builders.gpu_proof.setting import Budget, NotRun, Setting
 from builders.spec import DeploymentSpec, Flavour
+from runtime.client import Client, stream
 from runtime.errors import BadEnvironment
-from runtime.probing import infer_input
-from runtime.supervisor import ready_server
+from runtime.server.supervise import ready_server
 
 _NEW_TOKENS = 32
 _TEXTS_A_REQUEST = 32
@@ -122,14 +121,11 @@ def _sentences(setting: Setting, flavour: Flavour) -> Row:
 
 def embedded_per_second(address: str, model: str, texts: Sequence[str], clients: int) -> float:
     """Sentences a second: requests of 32 texts, `clients` of them under way."""
-    from tritonclient.grpc import InferenceServerClient
 
     def ask(start: int) -> int:
-        part = np.array([[text.encode()] for text in texts[start : start + _TEXTS_A_REQUEST]], np.object_)
-        result = client.infer(model, [infer_input("text", part)], client_timeout=60)
-        return len(result.as_numpy("embedding"))
+        return len(client.vectors(model, texts[start : start + _TEXTS_A_REQUEST]))
 
-    with InferenceServerClient(address) as client, ThreadPoolExecutor(clients) as pool:
+    with Client(address) as client, ThreadPoolExecutor(clients) as pool:
         began = time.perf_counter()
         done = sum(pool.map(ask, range(0, len(texts), _TEXTS_A_REQUEST)))
         return done / (time.perf_counter() - began)

@@ -22,10 +22,10 @@ from builders.gpu_proof.roofline import Limits
 from builders.gpu_proof.setting import Budget, Setting
 from runtime.generation.cache import SlotCache
 from runtime.generation.engine import Engine, generate
-from runtime.generation.executor import StepExecutor
 from runtime.generation.request import Limits as RequestLimits
 from runtime.generation.request import SamplingParams, Tokens
 from runtime.generation.scheduler import Scheduler
+from runtime.step import StepExecutor
 
 HOST_AIM = 0.10  # of a step at batch 1
 NEW_TOKENS = 32  # of each stream

@@ -19,9 +19,9 @@ from builders.repository import contents
 from builders.spec import CpuPrecision
 from builders.store.processor import this_processor
 from builders.store.store import Store
-from runtime.encoder import Encoder, open_encoder
-from runtime.generation.executor import StepExecutor
+from runtime.encoding.encoder import Encoder, open_encoder
 from runtime.generation.opening import open_executor
+from runtime.step import StepExecutor
 
 
 def choose(built: Build, store: Store, report: Report) -> Build:

@@ -9,7 +9,7 @@ from builders import corpus, proof, quality
 from builders.artifacts import FileRecord, ProofFile
 from builders.pipeline.result import Build, Report, done
 from builders.store.store import Store
-from runtime.proof import PROOF_FILE
+from runtime.proof.record import PROOF_FILE
 
 
 def make(built: Build, store: Store, report: Report) -> Build:

@@ -30,7 +30,7 @@ from builders.quantize.smoothquant import (
     thin_out,
 )
 from builders.spec import PrecisionSlice
-from runtime.executor import Tensors
+from runtime.graph import Tensors
 from runtime.session import open_session
 
 _SENSITIVITY_TEXTS = 32

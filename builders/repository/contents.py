@@ -14,7 +14,6 @@ from builders.repository.config import Interface, model_configs, to_pbtxt, uses_
 from builders.repository.ensemble import check_ensemble
 from builders.repository.generation import generator_config
 from builders.spec import DeploymentSpec, Platform
-from runtime.ranks.engines import MANIFEST as ENGINES
 from runtime.ranks.stored import MANIFEST
 from runtime.settings import (
     EncoderModelSettings,
@@ -24,6 +23,7 @@ from runtime.settings import (
     Settings,
     TokenizerModelSettings,
 )
+from runtime.tensorrt.rank_manifest import MANIFEST as ENGINES
 
 ADAPTERS = Path(__file__).parents[2] / "model_repository" / "adapters"
 Part = OnnxGraph | RankFiles | Engine

@@ -33,7 +33,7 @@ from builders.spec import DeploymentSpec, Platform
 from builders.store.atomic import atomic_directory
 from builders.store.store import link_or_copy
 from runtime.errors import BadEnvironment
-from runtime.proof import PROOF_FILE
+from runtime.proof.record import PROOF_FILE
 from runtime.settings import FILE_NAME, EncoderModelSettings, GeneratorModelSettings, ServedModel, ServerSettings
 
 

@@ -15,6 +15,7 @@ WORKDIR /source
 COPY pyproject.toml constraints.txt ./
 COPY k8s k8s
 COPY builders builders
+COPY cluster cluster
 COPY loadtest loadtest
 COPY model_repository model_repository
 COPY runtime runtime

@@ -11,7 +11,7 @@ role=$1 prefix=$2 extras=${3:-}
 source=$(cd "$(dirname "$0")/../.." && pwd)
 case $role in
     serving) packages="runtime" ;;
-    builder) packages="runtime builders loadtest model_repository k8s" extras="build" ;;
+    builder) packages="runtime builders cluster loadtest model_repository k8s" extras="build" ;;
     loadtest) packages="loadtest runtime" extras="loadtest" ;;
     *) echo "install.sh: no role $role; use serving, builder or loadtest" >&2; exit 2 ;;
 esac

@@ -13,7 +13,7 @@ serving/bin/python -m runtime.pod serve --help >/dev/null
 serving/bin/python - <<'PYTHON'
 import importlib.util
 
-from runtime.triton import Installation
+from runtime.server.launch import Installation
 
 assert importlib.util.find_spec("builders") is None, "the serving image must not hold builders"
 assert importlib.util.find_spec("pip") is None, "the serving image must not hold pip"

@@ -10,6 +10,6 @@ detokenizer  tokens to text as they come; whole characters, stop strings held ba
 metrics      what an operator wants to see, as plain numbers
 engine       the loop: receive, plan, run, sample, deliver
 recovery     a fresh executor after a fault, and when to give up
-executor/    what runs the graph: ONNX Runtime, TensorRT, rank processes; the seam is `executor.StepExecutor`
+executor/    what runs the graph on a CPU: OpenVINO, ONNX Runtime, rank processes
 opening      a version directory of a model repository -> a running engine
 """

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from runtime.generation.executor import Batch, StepExecutor
+from runtime.step import Batch, StepExecutor
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,9 @@ from typing import Literal
 
 import numpy as np
 
-from runtime.generation.executor import Copy, Row
 from runtime.generation.grouping import pool_for
 from runtime.generation.request import Tokens
+from runtime.step import Copy, Row
 
 
 @dataclass(eq=False)

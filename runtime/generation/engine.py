@@ -24,13 +24,13 @@ from contextlib import contextmanager
 
 from runtime.errors import ServerFault, ServingError, TooLate, Unavailable
 from runtime.generation.detokenizer import Decoder
-from runtime.generation.executor import Logits, StepExecutor
 from runtime.generation.metrics import Counters, Gauges
 from runtime.generation.recovery import Recovery
 from runtime.generation.request import Limits, Request, SamplingParams, Tokens, Update
 from runtime.generation.sampler import sample
 from runtime.generation.scheduler import Plan, Scheduler, Work
 from runtime.generation.sequence import Sequence
+from runtime.step import Logits, StepExecutor
 
 _IDLE_SECONDS = 0.2
 

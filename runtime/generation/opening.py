@@ -11,14 +11,14 @@ import numpy as np
 from runtime.errors import BadEnvironment, BadRequest
 from runtime.generation.cache import SlotCache
 from runtime.generation.engine import Engine
-from runtime.generation.executor import StepExecutor
 from runtime.generation.executor.onnxruntime import OnnxRuntimeStepExecutor
 from runtime.generation.interface import Asked
-from runtime.generation.pools import CacheShape
 from runtime.generation.request import Limits, Tokens
 from runtime.generation.scheduler import Scheduler
 from runtime.prefix import Prefix
+from runtime.rows import CacheShape
 from runtime.settings import GeneratorModelSettings
+from runtime.step import StepExecutor
 
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -127,7 +127,7 @@ def open_executor(settings: GeneratorModelSettings, files: Mapping[str, Path], d
 
         return OpenVinoStepExecutor(files["decoder"], settings.capacities, rows, threads=threads)
     if settings.executor == "ranks":
-        from runtime.generation.executor.ranks import RankStepExecutor
+        from runtime.generation.executor.rank_processes import RankStepExecutor
 
         cache = settings.rank_cache
         if cache is None:
@@ -137,9 +137,9 @@ def open_executor(settings: GeneratorModelSettings, files: Mapping[str, Path], d
             files["ranks"], settings.capacities, rows, shape=shape, vocabulary=cache.vocabulary, threads=threads
         )
     if "engines" in files:
-        from runtime.generation.executor.tensorrt_ranks import TensorRtRankExecutor
+        from runtime.tensorrt.rank_executor import TensorRtRankExecutor
 
         return TensorRtRankExecutor(files["engines"], settings.capacities, rows, device=device)
-    from runtime.generation.executor.tensorrt import TensorRtStepExecutor
+    from runtime.tensorrt.executor import TensorRtStepExecutor
 
     return TensorRtStepExecutor(files, settings.capacities, rows, flavour=settings.executor, device=device)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable
 
-from runtime.cuda import DeviceLost
 from runtime.errors import ServerFault
-from runtime.generation.executor import StepExecutor
+from runtime.step import StepExecutor
+from runtime.tensorrt.cuda import DeviceLost
 
 MOST_FAULTS = 5  # in a row, with no step between that worked; then a new process is the better repair
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 8.0

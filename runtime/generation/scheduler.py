@@ -16,10 +16,10 @@ import numpy as np
 
 from runtime.errors import Unavailable
 from runtime.generation.cache import Slot, SlotCache, positions
-from runtime.generation.executor import Batch, Copy, Row
 from runtime.generation.grouping import pool_for, regroup
 from runtime.generation.request import Tokens
 from runtime.generation.sequence import Sequence
+from runtime.step import Batch, Copy, Row
 
 _SMALLEST_CHUNK = 16  # of a prompt, beside however many decoding rows
 

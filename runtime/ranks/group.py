@@ -19,13 +19,13 @@ from typing import Any
 from numpy.typing import NDArray
 
 from runtime.errors import ServerFault
-from runtime.generation.executor import Copy
-from runtime.generation.pools import CacheShape
 from runtime.leases import abandoned, owner
 from runtime.ranks.channel import Channel
 from runtime.ranks.hosts import Gathering
 from runtime.ranks.process import CPU_WORKER, end_processes, start_rank
 from runtime.ranks.program import Layout, RankProgram
+from runtime.rows import CacheShape
+from runtime.step import Copy
 
 # What one rank is fed, and which of the values that it makes it returns.
 RankStep = tuple[Mapping[str, NDArray[Any]], Sequence[str]]

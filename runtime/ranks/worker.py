@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.generation.pools import CacheShape, Pools
 from runtime.ranks.program import Communicate, Layout, RankProgram, RunGraph
+from runtime.rows import CacheShape, Pools
 from runtime.session import open_session
 
 if TYPE_CHECKING:
     import onnxruntime
 
-    from runtime.generation.executor import Copy
+    from runtime.step import Copy
 
 _PR_SET_PDEATHSIG = 1
 _TIMEOUT = timedelta(seconds=120)  # of one collective; the group itself gives up far earlier

@@ -16,10 +16,10 @@ from builders.gpu_proof.setting import Setting
 from builders.gpu_proof.step import KEPT, engine_over
 from builders.spec import Flavour
 from runtime.generation.engine import generate
-from runtime.generation.executor import Batch, StepExecutor
 from runtime.generation.executor.onnxruntime import OnnxRuntimeStepExecutor
-from runtime.generation.executor.tensorrt import TensorRtStepExecutor
 from runtime.generation.request import SamplingParams
+from runtime.step import Batch, StepExecutor
+from runtime.tensorrt.executor import TensorRtStepExecutor
 
 CAPACITY, SLOTS = 64, 3
 

@@ -11,8 +11,8 @@ from builders.gpu_proof.machine import require_torch
 from builders.gpu_proof.setting import NotRun, Setting
 from builders.gpu_proof.step import KEPT, engine_over
 from runtime.generation.engine import generate
-from runtime.generation.executor import Batch
 from runtime.generation.request import SamplingParams
+from runtime.step import Batch
 
 
 @pytest.fixture(autouse=True)

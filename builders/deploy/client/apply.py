@@ -15,7 +15,7 @@ from typing import Any, Literal
 from builders.deploy.client.cluster import Cluster, Query
 from builders.deploy.client.objects import NAMESPACES, Object, ObjectName, Resource, conditions, metadata
 from builders.deploy.client.refusal import Action
-from builders.errors import ClusterError
+from cluster.errors import ClusterError
 
 MANAGER = "trireme"
 Change = Literal["created", "changed", "replaced", "unchanged", "unchecked"]

@@ -16,7 +16,8 @@ import yaml
 
 from builders.deploy.client.objects import PODS, Object, Resource, root_path
 from builders.deploy.client.refusal import Action, read_status, refused
-from builders.errors import ClusterError, MachineError
+from builders.errors import MachineError
+from cluster.errors import ClusterError
 
 if TYPE_CHECKING:
     from kubernetes.client import ApiClient

@@ -16,7 +16,7 @@ from builders.deploy.client.cluster import Cluster
 from builders.deploy.client.objects import SECRETS, Object, metadata
 from builders.deploy.client.refusal import Action
 from builders.deploy.objects import KubeObject, mapping, pods_of
-from builders.errors import ClusterError
+from cluster.errors import ClusterError
 
 CONTROL_SECRET, CONTROL_KEY = "triton-control", "secret"  # as k8s/base/deployment.yaml mounts it
 

@@ -14,7 +14,7 @@ from builders.deploy.client.observe import WORKLOADS
 from builders.deploy.client.revision import History, Revision, left_behind, read_history, write_history
 from builders.deploy.client.rights import needed_to_apply, require_rights
 from builders.deploy.client.rollout import Patience, Progress, wait
-from builders.errors import ClusterError, RolloutError
+from cluster.errors import ClusterError, RolloutError
 
 Report = Callable[[Sequence[Progress]], None]
 

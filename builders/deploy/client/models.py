@@ -35,10 +35,10 @@ from builders.deploy.client.observe import is_leaving, is_ready, observe
 from builders.deploy.client.port_forward import PortForward
 from builders.deploy.client.refusal import Action
 from builders.deploy.client.rights import require_rights
-from builders.errors import ClusterError, RolloutError
+from cluster.errors import ClusterError, RolloutError
+from runtime.settings import ADMIN_HEADER
 
-SECRET_HEADER = "trireme-admin"  # the launcher's, on the health port
-CONTROL_HEADER = f"triton-grpc-protocol-{SECRET_HEADER}"  # what its `--grpc-restricted-protocol` asks for
+CONTROL_HEADER = f"triton-grpc-protocol-{ADMIN_HEADER}"  # what its `--grpc-restricted-protocol` asks for
 VERSION_MAP, VERSION_KEY = "model-version", "version"  # as k8s/base/deployment.yaml mounts it into the init container
 _ASK_S = 30.0
 _ROUNDS = 10  # of pods that came while the others were loaded
@@ -170,7 +170,7 @@ class _Rollout:
         """The launcher lays the version out (POST), or takes it back (DELETE); what is to be loaded now."""
         connection = http.client.HTTPConnection(address, timeout=self.pace.load_s)
         try:
-            connection.request(method, f"/versions/{self.version}", headers={SECRET_HEADER: self.secret})
+            connection.request(method, f"/versions/{self.version}", headers={ADMIN_HEADER: self.secret})
             answer = connection.getresponse()
             text = answer.read(4096).decode(errors="replace").strip()
         except (OSError, http.client.HTTPException) as error:

@@ -24,7 +24,7 @@ from builders.deploy.client.objects import (
     owned_by,
 )
 from builders.deploy.client.refusal import is_transient
-from builders.errors import ClusterError
+from cluster.errors import ClusterError
 
 WORKLOADS = ("Deployment", "LeaderWorkerSet", "Job")
 _REVISION = "deployment.kubernetes.io/revision"

@@ -20,7 +20,7 @@ from builders.deploy.client.cluster import Cluster
 from builders.deploy.client.objects import PODS
 from builders.deploy.client.refusal import Action, no_rights, read_status, refused
 from builders.deploy.client.rights import PORT_FORWARD
-from builders.errors import ClusterError
+from cluster.errors import ClusterError
 
 if TYPE_CHECKING:
     from websocket import ABNF, WebSocket

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from builders.deploy.client.objects import Object, Resource
-from builders.errors import ClusterError
+from cluster.errors import ClusterError
 
 _WHO = re.compile(r'User "([^"]+)"')
 _SHOWN = 500  # characters of an answer that is no Status, as from a proxy

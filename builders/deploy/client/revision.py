@@ -19,7 +19,7 @@ from builders.deploy.client.apply import MANAGER
 from builders.deploy.client.cluster import Cluster
 from builders.deploy.client.objects import SECRETS, Object, ObjectName, metadata
 from builders.deploy.client.refusal import Action
-from builders.errors import ClusterError
+from cluster.errors import ClusterError
 
 Outcome = Literal["started", "ready", "failed"]
 KEPT = 5  # a Secret holds 1 MiB, a compressed set some 10 KiB

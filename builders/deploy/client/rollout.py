@@ -17,7 +17,7 @@ from builders.deploy.client.objects import ObjectName, conditions, metadata, nam
 from builders.deploy.client.observe import Observed, last_words, observe, wait_for_change
 from builders.deploy.client.problems import Problem, problems
 from builders.deploy.client.refusal import is_transient
-from builders.errors import ClusterError, RolloutError
+from cluster.errors import ClusterError, RolloutError
 
 State = Literal["progressing", "done", "failed"]
 

@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import BadEnvironment
-from runtime.generation.executor import Batch, Copy, Logits, Row, Tokens
-from runtime.generation.pools import CacheShape, Pools
+from runtime.rows import CacheShape, Pools
 from runtime.session import open_session
+from runtime.step import Batch, Copy, Logits, Row, Tokens
 
 _TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16"}
 _STEP_INPUTS = ("input_ids", "write_indices", "last_index")

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import ServerFault
-from runtime.generation.executor import Batch, Copy, Logits, Row, Tokens
 from runtime.generation.executor.paged import BLOCK, paged_model, weight_block
+from runtime.step import Batch, Copy, Logits, Row, Tokens
 
 
 class OpenVinoStepExecutor:

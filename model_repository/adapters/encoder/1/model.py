@@ -1,4 +1,4 @@
-"""Triton adapter: token ids -> vectors or scores. Thin on purpose: the work is in `runtime.encoder`."""
+"""Triton adapter: token ids -> vectors or scores. Thin on purpose: the work is in `runtime.encoding.encoder`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-from runtime.encoder import open_encoder, require_numpy_1
+from runtime.encoding.encoder import open_encoder, require_numpy_1
 from runtime.errors import Unavailable
 from runtime.settings import EncoderModelSettings
 

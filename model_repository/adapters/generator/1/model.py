@@ -23,13 +23,13 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from runtime.encoder import require_numpy_1
+from runtime.encoding.encoder import require_numpy_1
 from runtime.errors import BadRequest, ServingError, TooLate, Unavailable
 from runtime.generation.interface import INPUTS, PROBE_ID_VARIABLE, Asked, read_request
 from runtime.generation.metrics import Exporter
 from runtime.generation.opening import open_engine
 from runtime.generation.request import Update, coalesce, join
-from runtime.proven import ProvenExporter
+from runtime.proof.proven import ProvenExporter
 from runtime.settings import GeneratorModelSettings
 
 NICENESS = 10

@@ -1,4 +1,4 @@
-"""Triton adapter: text -> token ids. Thin on purpose: the work is in `runtime.tokenizer`."""
+"""Triton adapter: text -> token ids. Thin on purpose: the work is in `runtime.encoding.tokenizer`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from runtime.encoder import require_numpy_1
+from runtime.encoding.encoder import require_numpy_1
+from runtime.encoding.tokenizer import Encoded, Tokenizer, decode_texts, read_prompt_name
 from runtime.errors import BadRequest
-from runtime.proven import ProvenExporter
+from runtime.proof.proven import ProvenExporter
 from runtime.settings import TokenizerModelSettings
-from runtime.tokenizer import Encoded, Tokenizer, decode_texts, read_prompt_name
 
 
 class TritonPythonModel:

@@ -1,0 +1,1 @@
+"""What runs an encoder's graph on a CPU; the seam is `runtime.graph.GraphExecutor`."""

@@ -1,0 +1,202 @@
+"""What runs in a pod: `python -m runtime.pod fetch | serve | ranks | probe`. The serving image holds no `builders`.
+
+    fetch   init container: waits for a model that fits this node, and lays it out for Triton
+    serve   Triton under its supervisor, with health over HTTP; SIGTERM drains. With the store and a control secret it
+            lays out further versions on request, for a load over gRPC (`trireme load-version`)
+    ranks   a further pod of a replica that spans several: runs its ranks for the pod that serves
+    probe   asks `serve` whether it is ready, for container engines that run a command
+
+Exit codes as everywhere: 0 done, 1 a fault while serving, 2 an environment that cannot serve.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from runtime.errors import BadEnvironment, ServerFault, ServingError
+
+if TYPE_CHECKING:
+    from runtime.pod.versions import Versions
+
+HEALTH_PORT = 8003
+RANKS_PORT = 29400
+_PROBE_S = 3.0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except ServingError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except OSError as error:
+        print(f"error: {error.filename or 'input/output'}: {error.strerror or error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m runtime.pod", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True, metavar="command")
+    fetch = commands.add_parser("fetch", help="wait for a model that fits this node, and lay it out")
+    fetch.set_defaults(run=_fetch)
+    _store_arguments(fetch, required=True)
+    fetch.add_argument("--into", type=Path, required=True, help="folder that becomes the model repository")
+    fetch.add_argument("--wait-s", type=float, default=3600)
+    fetch.add_argument("--version-file", type=Path, help="holds the version that was rolled out; absent before that")
+
+    serve = commands.add_parser("serve", help="serve a model repository until SIGTERM")
+    serve.set_defaults(run=_serve)
+    serve.add_argument("repository", type=Path)
+    _store_arguments(serve, required=False)
+    for name, port in (("http", 8000), ("grpc", 8001), ("metrics", 8002), ("health", HEALTH_PORT)):
+        serve.add_argument(f"--{name}-port", type=int, default=port)
+        serve.add_argument(f"--{name}-address", default="127.0.0.1")
+    serve.add_argument("--ready-timeout-s", type=float, default=300)
+    serve.add_argument("--exit-timeout-s", type=int, default=30, help="what is in flight gets this long after SIGTERM")
+    serve.add_argument("--connection-age-s", type=int, help="close gRPC connections gently after this long")
+    serve.add_argument("--control-secret-file", type=Path, help="opens repository control; where absent, nobody may")
+
+    ranks = commands.add_parser("ranks", help="run this host's ranks of a replica of several pods")
+    ranks.set_defaults(run=_ranks)
+    ranks.add_argument("--leader", required=True, help="host name of the pod that serves")
+    ranks.add_argument("--host", type=int, required=True, help="1 for the first pod after the leader")
+    ranks.add_argument("--hosts", type=int, required=True, help="pods of the replica, the leader among them")
+    ranks.add_argument("--ranks-each", type=int, required=True, help="ranks, and GPUs, of one pod")
+    ranks.add_argument("--secret-file", type=Path, required=True, help="the same on all hosts")
+    ranks.add_argument("--port", type=int, default=RANKS_PORT)
+    ranks.add_argument("--interface", default="eth0", help="network interface between the hosts")
+    ranks.add_argument("--health-address", default="127.0.0.1")
+    ranks.add_argument("--health-port", type=int, default=HEALTH_PORT)
+
+    probe = commands.add_parser("probe", help="exit 0 when `serve` is ready")
+    probe.set_defaults(run=_probe)
+    probe.add_argument("--health-port", type=int, default=HEALTH_PORT)
+    return parser
+
+
+def _store_arguments(parser: argparse.ArgumentParser, required: bool) -> None:
+    parser.add_argument("--store", type=Path, required=required, help="where `trireme publish` writes")
+    parser.add_argument("--model", required=required, help="the spec's name")
+    parser.add_argument("--platform", choices=["cpu", "gpu"], required=required)
+    parser.add_argument("--graph-digest", default="any", help="SHA-256 of the graph that engines must come from")
+    parser.add_argument("--threads", type=int, help="CPU threads of an instance, where the model leaves them open")
+    parser.add_argument("--copy-weights", action="store_true", help="copies instead of links into the store")
+
+
+def _fetch(options: argparse.Namespace) -> None:
+    from runtime.pod.layout import Layout, lay_out
+    from runtime.pod.model_store import wait_for
+    from runtime.pod.node import Node
+
+    offer = options.store, options.model, options.platform, Node.find(), options.graph_digest
+    found = wait_for(*offer, options.wait_s, _say, _rolled_out(options.version_file))
+    lay_out(found, Layout(options.store, options.into, options.copy_weights, options.threads))
+    _say(f"{found.model} version {found.version} from {found.key} is in {options.into}")
+
+
+def _rolled_out(path: Path | None) -> int:
+    """0 before the first rollout."""
+    if path is None or not path.exists():
+        return 0
+    text = path.read_text().strip()
+    if not text.isdecimal():
+        raise BadEnvironment(f"{path}: {text[:40]!r} is no version; `trireme load-version` writes its number")
+    return int(text)
+
+
+def _serve(options: argparse.Namespace) -> None:
+    from runtime.pod.control import Control, HealthServer
+    from runtime.server.health import Health
+    from runtime.server.launch import Exposure, Ports
+    from runtime.server.serve import serve_repository
+
+    secret, versions = _secret(options.control_secret_file), _versions(options)
+    if versions is not None:
+        versions.restore()
+    control = Control(secret, versions) if secret is not None and versions is not None else None
+    exposure = Exposure(
+        http=options.http_address,
+        grpc=options.grpc_address,
+        metrics=options.metrics_address,
+        exit_timeout_s=options.exit_timeout_s,
+        connection_age_s=options.connection_age_s,
+        log_to_stderr=True,
+        control_secret=secret,
+    )
+    ports = Ports(options.http_port, options.grpc_port, options.metrics_port)
+    health = Health()
+    with HealthServer(health, options.health_address, options.health_port, control):
+        serve_repository(options.repository, ports, options.ready_timeout_s, True, exposure, health, versions)
+
+
+def _versions(options: argparse.Namespace) -> Versions | None:
+    """None without a store: then the repository is what it is."""
+    if options.store is None:
+        return None
+    if options.model is None or options.platform is None:
+        raise BadEnvironment("serve --store needs --model and --platform as well, as `fetch` does")
+    from runtime.pod.layout import Layout
+    from runtime.pod.node import Node
+    from runtime.pod.versions import Versions
+
+    layout = Layout(options.store, options.repository, options.copy_weights, options.threads)
+    return Versions(options.model, options.platform, Node.find(), options.graph_digest, layout, _say)
+
+
+def _secret(path: Path | None) -> str | None:
+    """Visible ASCII on one line, because it travels as a header and stands in Triton's arguments."""
+    if path is None or not path.exists():
+        return None
+    text = path.read_text().strip()
+    if not re.fullmatch(r"[A-Za-z0-9_-]{16,}", text):
+        raise BadEnvironment(f"{path}: a control secret has at least 16 letters, digits, - or _")
+    return text
+
+
+def _ranks(options: argparse.Namespace) -> None:
+    from runtime.pod.control import HealthServer
+    from runtime.ranks.hosts import Hosts, serve_host
+    from runtime.server.health import Health
+    from runtime.server.stopping import stop_requests
+
+    secret = _secret(options.secret_file)
+    if secret is None:
+        raise BadEnvironment(f"{options.secret_file}: no such file; hosts prove a shared secret to each other")
+    hosts = Hosts(options.leader, options.port, options.hosts, options.ranks_each, options.interface, secret.encode())
+    health = Health()
+    with stop_requests() as asked_to_stop, HealthServer(health, options.health_address, options.health_port):
+
+        def stopped() -> bool:  # asked several times a second, so that the agent is seen to live
+            health.observed(None)
+            return asked_to_stop.is_set()
+
+        serve_host(hosts, options.host, stopped)
+
+
+def _probe(options: argparse.Namespace) -> None:
+    import http.client
+
+    connection = http.client.HTTPConnection("127.0.0.1", options.health_port, timeout=_PROBE_S)
+    try:
+        connection.request("GET", "/ready")
+        answer = connection.getresponse()
+        if answer.status != 200:
+            raise ServerFault(f"not ready: {answer.read(500).decode(errors='replace').strip()}")
+    except OSError as error:
+        raise ServerFault(f"not ready: no answer on port {options.health_port} ({error.strerror or error})") from error
+    finally:
+        connection.close()
+
+
+def _say(message: str) -> None:
+    print(f"trireme: {message}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+"""What executors over rank processes share, on CPU and on GPUs: the life of their group."""
+
+from __future__ import annotations
+
+from runtime.errors import ServerFault
+from runtime.ranks.group import RankGroup
+from runtime.step import Row, Tokens
+
+STEP_SECONDS = 30.0  # of a rank that hangs; one that dies is noticed at once
+
+
+class RankGroupHolder:
+    """Holds a group from its start until it is closed. Ranks end with the thread that started them: start groups in
+    threads that live as long as the holder does.
+    """
+
+    def __init__(self, step_seconds: float) -> None:
+        self.step_seconds = step_seconds
+        self._group: RankGroup | None = None
+
+    @property
+    def processes(self) -> list[int]:
+        """Process ids, by rank."""
+        return [] if self._group is None else self._group.processes
+
+    @property
+    def running(self) -> RankGroup:
+        """Raises ServerFault where there is none."""
+        if self._group is None:
+            raise ServerFault("the rank group did not start again")
+        return self._group
+
+    def lost(self) -> bool:
+        return self._group is None or self._group.wait_for_death(0)
+
+    def encode(self, row: Row, source: Tokens) -> None:
+        raise ServerFault("encoder-decoders do not run on ranks")
+
+    def close(self) -> None:
+        if self._group is not None:
+            self._group.close()
+        self._group = None

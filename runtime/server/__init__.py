@@ -1,0 +1,1 @@
+"""One Triton server: started, proven, watched, repaired, stopped without a trace."""

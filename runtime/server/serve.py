@@ -1,0 +1,79 @@
+"""Serves one model repository in the foreground: the whole life of a server, from start through restarts to drain."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from runtime.errors import NotProven
+from runtime.server.health import Health
+from runtime.server.launch import Exposure, Ports, TritonServer
+from runtime.server.probing import Failure
+from runtime.server.staging import StagedVersions
+from runtime.server.stopping import stop_requests
+from runtime.server.supervise import Supervisor
+
+
+def serve_repository(
+    repository: Path,
+    ports: Ports,
+    ready_timeout_s: float,
+    as_json: bool,
+    exposure: Exposure | None = None,
+    health: Health | None = None,
+    versions: StagedVersions | None = None,
+) -> None:
+    """Returns after SIGTERM or SIGINT, with everything drained and swept. `health` is told what the probes find.
+
+    `versions`: those that may be loaded while it runs, with what the last run left behind put in order.
+
+    Raises BadEnvironment before the start, ServerFault when the server does not come up, or breaks so often that
+    starting it again is no help.
+    """
+    health = health or Health()
+    started = time.monotonic()
+    with stop_requests() as asked_to_stop:
+        with TritonServer(repository, ports, exposure=exposure) as server:
+            supervisor = Supervisor(server, versions, health, report=_log)
+            try:
+                supervisor.wait_ready(ready_timeout_s, asked_to_stop)
+                if not asked_to_stop.is_set():
+                    health.observed(None)
+                    _announce(server, time.monotonic() - started, as_json)
+                supervisor.watch(asked_to_stop, ready_timeout_s, _log)
+            except NotProven as error:
+                health.observed(Failure(str(error), wrong=True))
+                raise
+            finally:
+                health.drain()
+                supervisor.close()
+            _log("draining")
+        _log("stopped")
+
+
+def _announce(server: TritonServer, seconds: float, as_json: bool) -> None:
+    settings = server.settings
+    facts = {
+        "model": settings.ensemble,
+        "version": settings.version,
+        "grpc": server.grpc_address,
+        "http": server.http_address,
+        "metrics": server.metrics_address,
+        "pid": server.pid,
+        "ready_s": round(seconds, 2),
+        "proven": server.proven.model_dump(mode="json", exclude={"server"}) if server.proven else None,
+    }
+    if as_json:
+        print(json.dumps(facts), flush=True)
+        return
+    print(f"{settings.ensemble} version {settings.version} is ready after {seconds:.1f} s", flush=True)
+    print(f"  proven   {server.proven}", flush=True)
+    for name in ("grpc", "http", "metrics"):
+        print(f"  {name:<8} {facts[name]}", flush=True)
+    print(f"  log      {server.log}\nCtrl-C drains and stops.", flush=True)
+
+
+def _log(message: str) -> None:
+    print(f"trireme: {message}", file=sys.stderr, flush=True)
