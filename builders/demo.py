@@ -21,7 +21,8 @@ from builders.__main__ import run
 from builders.load import LoadRequest, measure
 from builders.pipeline import Build
 from builders.spec import load_spec
-from loadtest.report import LoadReport, check_slo
+from loadtest.report.record import LoadReport
+from loadtest.report.slo import check_slo
 from runtime.server.launch import TritonServer
 from runtime.server.supervise import ready_server
 

@@ -13,11 +13,13 @@ from pydantic import ValidationError
 from builders import corpus
 from builders.errors import InputError
 from builders.spec import DeploymentSpec
+from loadtest.drive.run import run_load
+from loadtest.drive.stopping import Stop
 from loadtest.plan import LoadPlan, Progress
-from loadtest.prompts import Lengths, StreamLoad, parse_lengths
-from loadtest.report import LoadReport, judge, render_html
-from loadtest.run import run_load
-from loadtest.stopping import Stop
+from loadtest.report.page import render_html
+from loadtest.report.record import LoadReport
+from loadtest.report.slo import judge
+from loadtest.requests.prompts import Lengths, StreamLoad, parse_lengths
 
 DOCSTRINGS = 2000
 TIMEOUT_S, GENERATION_TIMEOUT_S = 10.0, 60.0

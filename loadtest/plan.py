@@ -8,13 +8,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from loadtest.connection import Protocol
-from loadtest.counters import Ledger, RequestLedger
+from loadtest.base import Record
 from loadtest.errors import LoadInputError
-from loadtest.figures import Record
-from loadtest.prompts import StreamLoad
-from loadtest.recording import Trace
-from loadtest.server import Snapshot, Target
+from loadtest.requests.connection import Protocol
+from loadtest.requests.prompts import StreamLoad
+from loadtest.seen.counters import Ledger, RequestLedger
+from loadtest.seen.recording import Trace
+from loadtest.seen.server import Snapshot, Target
 from loadtest.shapes import DRAIN_SLACK_S, EARLY_DRAIN_S, SETTLE_S, Schedule, Shape
 
 Address = Annotated[str, Field(pattern=r"^[A-Za-z0-9.-]+:[0-9]{1,5}$")]

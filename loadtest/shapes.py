@@ -6,10 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from loadtest.recording import interval_for
-
 Shape = Literal["constant", "steps"]
 DRAIN_SLACK_S = 2  # over the request timeout, for the last users to notice the end
+MAX_INTERVALS = 1800  # a longer run is recorded in wider intervals, so that memory stays bounded
 EARLY_DRAIN_S = 3  # for requests under way when the load is ended early: who stops a run does not want to wait for it
 SETTLE_S = 2  # Locust looks at its shape once a second, so the start of a step still shows the users of the last
 
@@ -50,3 +49,8 @@ class Schedule:
             return 0
         step = math.floor(max(0.0, elapsed_s - self.warm_up_s) / self.step_s)
         return self.plateaux[min(step, len(self.plateaux) - 1)]
+
+
+def interval_for(duration_s: int) -> int:
+    """Seconds an interval of a run must be wide."""
+    return max(1, math.ceil(duration_s / MAX_INTERVALS))

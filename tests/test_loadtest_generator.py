@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from loadtest.counters import generator_counters
+from loadtest.drive.run import run_load
 from loadtest.errors import LoadInputError
 from loadtest.plan import LoadPlan, Progress
-from loadtest.prompts import Lengths, Prompt, StreamLoad
-from loadtest.report import read_report
-from loadtest.run import run_load
-from loadtest.streaming import StreamConnection
+from loadtest.report.record import read_report
+from loadtest.requests.prompts import Lengths, Prompt, StreamLoad
+from loadtest.requests.streaming import StreamConnection
+from loadtest.seen.counters import generator_counters
 from runtime.prometheus import fetch
 from runtime.server.launch import Ports, TritonServer
 from runtime.server.supervise import ready_server
@@ -143,7 +143,7 @@ def test_workers_of_a_cluster_heed_their_master_which_prints_the_figures(server:
     """As `k8s/components/locust` starts them: only the master is told how long the answers are."""
     both = ["--model=tiny", f"--grpc-address={server.grpc_address}", f"--texts={texts}"]
     port = Ports.free().grpc
-    locust = [sys.executable, "-m", "locust", "--locustfile", str(ROOT / "loadtest" / "locustfile.py"), *both]
+    locust = [sys.executable, "-m", "locust", "--locustfile", str(ROOT / "loadtest" / "drive" / "locustfile.py"), *both]
     master = [*locust, "--master", f"--master-bind-port={port}", "--headless", "--expect-workers=1", "--users=2"]
     master += ["--duration-s=2", "--warm-up-s=0", "--output-tokens=7"]
     before = _counters(server)

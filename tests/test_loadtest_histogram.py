@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loadtest.histogram import GROWTH, LARGEST_MS, PERCENTILE_ERROR, SMALLEST_MS, LatencyHistogram, union
-from loadtest.recording import MAX_EXAMPLE, MAX_INTERVALS, Cell, Trace, interval_for
+from loadtest.seen.histogram import GROWTH, LARGEST_MS, PERCENTILE_ERROR, SMALLEST_MS, LatencyHistogram, union
+from loadtest.seen.recording import MAX_EXAMPLE, Cell, Trace
+from loadtest.shapes import MAX_INTERVALS, interval_for
 
 latencies = st.lists(st.floats(SMALLEST_MS, LARGEST_MS), min_size=1, max_size=200)
 percents = st.sampled_from([0.1, 1, 50, 90, 95, 99, 99.9, 100])

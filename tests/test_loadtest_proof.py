@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loadtest.proof import proof_from_metrics, proof_text
+from loadtest.seen.proof import proof_from_metrics, proof_text
 
 PAGE = """
 # TYPE trireme_proof_value gauge

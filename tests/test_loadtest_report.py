@@ -10,15 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from loadtest.assemble import report_from_evidence
 from loadtest.errors import LoadInputError, LoadRunError
-from loadtest.interface import Interface
-from loadtest.intervals import Interval
 from loadtest.plan import Evidence, LoadPlan
-from loadtest.recording import Trace
-from loadtest.report import LoadReport, check_slo, read_report, render_html, render_text
-from loadtest.rows import number, rows_of
-from loadtest.server import Identity, Snapshot, Target
+from loadtest.report.assemble import report_from_evidence
+from loadtest.report.page import render_html
+from loadtest.report.record import LoadReport, read_report
+from loadtest.report.rows import number, rows_of
+from loadtest.report.slo import check_slo
+from loadtest.report.summary import render_text
+from loadtest.requests.interface import Interface
+from loadtest.seen.intervals import Interval
+from loadtest.seen.recording import Trace
+from loadtest.seen.server import Identity, Snapshot, Target
 
 START = 1_000_000.4  # the window of a plan with one second of warm-up begins at 1000002
 EVIL = '<script>alert("x")</script>$a_b$'

@@ -12,16 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from loadtest.connection import kind_of_status
-from loadtest.counters import statistics_between
+from loadtest.drive.run import _generator, _progress_of, run_load
+from loadtest.drive.stopping import Stop
 from loadtest.errors import LoadInputError, LoadRunError
-from loadtest.interface import Interface, RequestError, interface_from_metadata
 from loadtest.plan import LoadPlan, Progress, check_plan
-from loadtest.run import _generator, _progress_of, run_load
-from loadtest.server import identity_from_metrics, listening_process
+from loadtest.requests.connection import kind_of_status
+from loadtest.requests.interface import Interface, RequestError, interface_from_metadata
+from loadtest.requests.texts import dice_of_user, read_texts
+from loadtest.seen.counters import statistics_between
+from loadtest.seen.server import identity_from_metrics, listening_process
 from loadtest.shapes import Schedule
-from loadtest.stopping import Stop
-from loadtest.texts import dice_of_user, read_texts
 
 
 def _plan(**changes: object) -> LoadPlan:
@@ -30,7 +30,7 @@ def _plan(**changes: object) -> LoadPlan:
 
 def test_importing_is_cheap() -> None:
     heavy = "{'locust', 'gevent', 'matplotlib', 'jinja2', 'grpc', 'tritonclient', 'numpy', 'psutil'}"
-    code = f"import sys, loadtest.run, loadtest.report; print({heavy} & set(sys.modules))"
+    code = f"import sys, loadtest.drive.run, loadtest.report.record; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "set()"
 

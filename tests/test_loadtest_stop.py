@@ -13,13 +13,15 @@ from typer.testing import CliRunner
 from builders.__main__ import app
 from builders.load import LoadRequest, plan_of
 from builders.spec import load_spec
-from loadtest.assemble import report_from_evidence
+from loadtest.drive.run import _generator, _progress_of, command
+from loadtest.drive.stopping import Stop
 from loadtest.errors import LoadRunError
 from loadtest.plan import LoadPlan
-from loadtest.recording import Trace
-from loadtest.report import LoadReport, read_report, render_html, render_text
-from loadtest.run import _generator, _progress_of, command
-from loadtest.stopping import Stop
+from loadtest.report.assemble import report_from_evidence
+from loadtest.report.page import render_html
+from loadtest.report.record import LoadReport, read_report
+from loadtest.report.summary import render_text
+from loadtest.seen.recording import Trace
 from tests.test_loadtest_report import Page
 from tests.test_loadtest_verdicts import START, _evidence, _served
 

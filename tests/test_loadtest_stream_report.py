@@ -8,20 +8,22 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from loadtest.assemble import report_from_evidence
-from loadtest.counters import Ledger, generator_between, generator_counters
 from loadtest.errors import LoadInputError, LoadRunError
-from loadtest.figures import Counted, figures_of
-from loadtest.histogram import CURVE_PERCENTS, PERCENTILE_ERROR
-from loadtest.interface import RequestError
-from loadtest.page import differences
 from loadtest.plan import Evidence, LoadPlan, check_plan
-from loadtest.prompts import Lengths, StreamLoad
-from loadtest.recording import Cell, Trace
-from loadtest.report import LoadReport, check_slo, render_html, render_text
-from loadtest.rows import rows_of
-from loadtest.server import Identity, Snapshot, Target, snapshot
-from loadtest.streaming import Stream, require_generator, streams_text
+from loadtest.report.assemble import report_from_evidence
+from loadtest.report.page import differences, render_html
+from loadtest.report.record import LoadReport
+from loadtest.report.rows import rows_of
+from loadtest.report.slo import check_slo
+from loadtest.report.summary import render_text
+from loadtest.requests.interface import RequestError
+from loadtest.requests.prompts import Lengths, StreamLoad
+from loadtest.requests.streaming import Stream, require_generator, streams_text
+from loadtest.seen.counters import Ledger, generator_between, generator_counters
+from loadtest.seen.figures import Counted, figures_of
+from loadtest.seen.histogram import CURVE_PERCENTS, PERCENTILE_ERROR
+from loadtest.seen.recording import Cell, Trace
+from loadtest.seen.server import Identity, Snapshot, Target, snapshot
 from runtime.server.launch import Ports
 from tests.test_loadtest_report import Page
 

@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loadtest.errors import LoadInputError
-from loadtest.figures import Counted, figures_of, merged
-from loadtest.interface import RequestError
-from loadtest.prompts import Lengths, Prompt, StreamLoad, draw_prompt, longest_prompts, parse_lengths
-from loadtest.recording import Trace
-from loadtest.streaming import Piece, Stream, follow
+from loadtest.requests.interface import RequestError
+from loadtest.requests.prompts import Lengths, Prompt, StreamLoad, draw_prompt, longest_prompts, parse_lengths
+from loadtest.requests.streaming import Piece, Stream, follow
+from loadtest.seen.figures import Counted, figures_of, merged
+from loadtest.seen.recording import Trace
 
 START = 1_000_000.0
 TEXTS = ("one", "two words", "three words here", "a text of five words")

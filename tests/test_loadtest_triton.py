@@ -13,12 +13,15 @@ from pathlib import Path
 
 import pytest
 
+from loadtest.drive.run import run_load
+from loadtest.drive.stopping import Stop
 from loadtest.errors import LoadInputError
 from loadtest.plan import LoadPlan, Progress
-from loadtest.report import LoadReport, check_slo, read_report, render_html, render_text
-from loadtest.run import run_load
-from loadtest.server import request_counts
-from loadtest.stopping import Stop
+from loadtest.report.page import render_html
+from loadtest.report.record import LoadReport, read_report
+from loadtest.report.slo import check_slo
+from loadtest.report.summary import render_text
+from loadtest.seen.server import request_counts
 from runtime.server.launch import Ports, TritonServer
 from runtime.settings import ServerSettings
 from tests.conftest import wait_until

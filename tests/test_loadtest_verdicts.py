@@ -9,16 +9,19 @@ import pytest
 from typer.testing import CliRunner
 
 from builders.__main__ import app
-from loadtest.assemble import report_from_evidence
-from loadtest.counters import RequestLedger
-from loadtest.histogram import LatencyHistogram, samples_for
-from loadtest.interface import Interface
-from loadtest.intervals import Interval
 from loadtest.plan import Evidence, LoadPlan
-from loadtest.recording import Trace
-from loadtest.report import LoadReport, check_slo, judge, render_comparison, render_html, render_text
-from loadtest.rows import pair_rows
-from loadtest.server import Identity, Snapshot, Target
+from loadtest.report.assemble import report_from_evidence
+from loadtest.report.page import render_html
+from loadtest.report.record import LoadReport
+from loadtest.report.rows import pair_rows
+from loadtest.report.slo import check_slo, judge
+from loadtest.report.summary import render_comparison, render_text
+from loadtest.requests.interface import Interface
+from loadtest.seen.counters import RequestLedger
+from loadtest.seen.histogram import LatencyHistogram, samples_for
+from loadtest.seen.intervals import Interval
+from loadtest.seen.recording import Trace
+from loadtest.seen.server import Identity, Snapshot, Target
 from tests.test_loadtest_report import Limits, Page
 
 START = 1_000_000.0

@@ -21,7 +21,7 @@ from onnx import numpy_helper
 from builders import pipeline
 from builders.pipeline import Build
 from builders.spec import DeploymentSpec
-from loadtest.proof import proof_from_metrics
+from loadtest.seen.proof import proof_from_metrics
 from runtime.errors import NotProven
 from runtime.proof.record import PROOF_FILE
 from runtime.server.health import Health

@@ -110,7 +110,7 @@ def _texts(spec: DeploymentSpec) -> list[str]:
 
 
 def _machine() -> str:
-    from loadtest.assemble import this_machine
+    from loadtest.report.assemble import this_machine
 
     machine = this_machine()
     return f"{machine.cores} cores, {machine.cpu_model}"

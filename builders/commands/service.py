@@ -74,8 +74,8 @@ def loadtest(
     from builders import present
     from builders.load import LoadRequest, measure, require_json_name
     from builders.spec import load_spec
-    from loadtest.report import render_text
-    from loadtest.stopping import Stop
+    from loadtest.drive.stopping import Stop
+    from loadtest.report.summary import render_text
 
     found = load_spec(spec)
     require_json_name(output)
@@ -110,7 +110,9 @@ def report(
     ] = None,
 ) -> None:
     """Draws a load report, or compares two: A with B, which is the baseline."""
-    from loadtest.report import read_report, render_comparison, render_html, render_text
+    from loadtest.report.page import render_html
+    from loadtest.report.record import read_report
+    from loadtest.report.summary import render_comparison, render_text
 
     found = read_report(current)
     other = read_report(baseline) if baseline else None

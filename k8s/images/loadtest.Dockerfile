@@ -9,7 +9,7 @@ COPY k8s/images/install.sh k8s/images/install.sh
 COPY loadtest loadtest
 COPY runtime runtime
 RUN k8s/images/install.sh loadtest /opt/trireme \
-    && ln -s "$(/opt/trireme/bin/python -c 'import loadtest.shapes as m; print(m.__file__.replace("shapes", "locustfile"))')" /opt/trireme/locustfile.py
+    && ln -s "$(/opt/trireme/bin/python -c 'import loadtest.drive as m; print(m.__path__[0])')/locustfile.py" /opt/trireme/locustfile.py
 
 FROM ${BASE}
 COPY --from=install /opt/trireme /opt/trireme

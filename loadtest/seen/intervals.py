@@ -11,8 +11,9 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 
-from loadtest.figures import Counted, Figures, Record, figures_of, merged
-from loadtest.recording import Cell
+from loadtest.base import Record
+from loadtest.seen.figures import Counted, Figures, figures_of, merged
+from loadtest.seen.recording import Cell
 
 RESAMPLES = 300
 LEAST_BLOCKS, MOST_BLOCKS = 5, 40

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from loadtest.figures import Distribution, Figures, StreamFigures, WithFailures, knee_of
-from loadtest.proof import proof_text
-from loadtest.report import LoadReport
-from loadtest.rows import few_of, lines_of, number, pair_rows, span
-from loadtest.server import UNKNOWN
+from loadtest.report.record import LoadReport
+from loadtest.report.rows import few_of, lines_of, number, pair_rows, span
+from loadtest.seen.figures import Distribution, Figures, StreamFigures, WithFailures, knee_of
+from loadtest.seen.proof import proof_text
+from loadtest.seen.server import UNKNOWN
 
 
-def render(report: LoadReport) -> str:
+def render_text(report: LoadReport) -> str:
     lines = [*_heading(report), *figures_lines(report.figures)]
     lines += _ledger(report) + _server(report) + _processor(report) + _steps(report) + _slo(report)
     return "\n".join(lines + [f"  note: {note}" for note in report.notes])
 
 
-def render_pair(report: LoadReport, baseline: LoadReport) -> str:
+def render_comparison(report: LoadReport, baseline: LoadReport) -> str:
     """Both runs, and each figure of both with its 95 % interval."""
     lines = ["now:", *_heading(report), "baseline:", *_heading(baseline)]
     table = [("", "now", "", "baseline", "", "ratio", "")]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from loadtest.figures import Record
+from loadtest.base import Record
 from runtime.prometheus import metric_lines
 
 

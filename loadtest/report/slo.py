@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Protocol
 
-from loadtest.figures import Record, WithFailures
-from loadtest.histogram import samples_for
-
-if TYPE_CHECKING:
-    from loadtest.report import LoadReport
+from loadtest.report.record import Judgement, LoadReport
+from loadtest.seen.figures import WithFailures
+from loadtest.seen.histogram import samples_for
 
 
 class Limits(Protocol):
@@ -28,18 +26,6 @@ class Limits(Protocol):
     def p99_inter_token_ms(self) -> float | None: ...
     @property
     def min_output_tokens_per_s(self) -> float | None: ...
-
-
-class Judgement(Record):
-    """One limit. `seen` has the unit of the limit; None: nothing was seen, or a failure stands there."""
-
-    name: str  # as the spec has it; `answered`: no spec says it, and no figure means anything without
-    bound: Literal["at most", "at least"]
-    limit: float
-    seen: float | None
-    met: bool
-    said: str  # a sentence
-    thin: str = ""  # that the percentile rests on too few samples
 
 
 def judge(report: LoadReport, limits: Limits) -> tuple[Judgement, ...]:

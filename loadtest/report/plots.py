@@ -7,9 +7,9 @@ import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from loadtest.counters import ModelStatistics
-from loadtest.figures import Figures, Point, Step, knee_of
-from loadtest.histogram import CURVE_PERCENTS
+from loadtest.seen.counters import ModelStatistics
+from loadtest.seen.figures import Figures, Point, Step, knee_of
+from loadtest.seen.histogram import CURVE_PERCENTS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,19 +6,12 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from pydantic import BaseModel, ConfigDict
-
-from loadtest.histogram import LatencyHistogram
-from loadtest.recording import Cell, StreamCell, Trace
+from loadtest.base import Record
+from loadtest.seen.histogram import LatencyHistogram
+from loadtest.seen.recording import Cell, StreamCell, Trace
 from loadtest.shapes import SETTLE_S, Schedule
 
 KNEE = 0.95  # the knee is the smallest load that reaches this share of the best throughput
-
-
-class Record(BaseModel):
-    """A part of a report: frozen, and closed to keys that it does not know."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Distribution(Record):

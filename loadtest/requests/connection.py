@@ -6,7 +6,7 @@ import http.client
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from loadtest.interface import Answer, Interface, RequestError
+from loadtest.requests.interface import Answer, Interface, RequestError
 
 Protocol = Literal["grpc", "http"]
 

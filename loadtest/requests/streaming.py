@@ -12,10 +12,10 @@ from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from loadtest.connection import kind_of_status
 from loadtest.errors import LoadInputError
-from loadtest.interface import RequestError
-from loadtest.prompts import Prompt
+from loadtest.requests.connection import kind_of_status
+from loadtest.requests.interface import RequestError
+from loadtest.requests.prompts import Prompt
 
 NEEDED = {"text_output", "output_ids", "finish_reason", "prompt_tokens", "completion_tokens"}
 

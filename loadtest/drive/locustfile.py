@@ -1,7 +1,7 @@
-"""`locust -f loadtest/locustfile.py --model minilm --texts texts.txt …`: alone, as a master, or as a worker.
+"""`locust -f loadtest/drive/locustfile.py --model minilm --texts texts.txt …`: alone, as a master, or as a worker.
 
 Workers send what they recorded to the master with Locust's own reports; the master (or the only process) writes the
-trace of the whole run to `--trace-out`, from which `loadtest.run` makes the report.
+trace of the whole run to `--trace-out`, from which `loadtest.drive.run` makes the report.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ import gevent
 from locust import LoadTestShape, events
 from locust.runners import MasterRunner, WorkerRunner
 
-from loadtest.clients import Orders
-from loadtest.figures import Counted, figures_of, measured_keys, merged
-from loadtest.interface import RequestError
-from loadtest.prompts import StreamLoad, parse_lengths
-from loadtest.recording import PROGRESS_PREFIX, Trace, interval_for
-from loadtest.shapes import DRAIN_SLACK_S, EARLY_DRAIN_S, Schedule
-from loadtest.summary import figures_lines
-from loadtest.texts import read_texts
-from loadtest.users import TritonUser
+from loadtest.drive.users import TritonUser
+from loadtest.report.summary import figures_lines
+from loadtest.requests.clients import Orders
+from loadtest.requests.interface import RequestError
+from loadtest.requests.prompts import StreamLoad, parse_lengths
+from loadtest.requests.texts import read_texts
+from loadtest.seen.figures import Counted, figures_of, measured_keys, merged
+from loadtest.seen.recording import PROGRESS_PREFIX, Trace
+from loadtest.shapes import DRAIN_SLACK_S, EARLY_DRAIN_S, Schedule, interval_for
 
 __all__ = ["ScheduledShape", "TritonUser"]
 

@@ -6,11 +6,11 @@ import random
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from loadtest.connection import Connection
-from loadtest.connection import Protocol as Transport
-from loadtest.interface import Interface, RequestError, interface_from_metadata
-from loadtest.prompts import StreamLoad, draw_prompt
-from loadtest.streaming import StreamConnection, require_generator, streams_text
+from loadtest.requests.connection import Connection
+from loadtest.requests.connection import Protocol as Transport
+from loadtest.requests.interface import Interface, RequestError, interface_from_metadata
+from loadtest.requests.prompts import StreamLoad, draw_prompt
+from loadtest.requests.streaming import StreamConnection, require_generator, streams_text
 
 
 @dataclass(frozen=True)

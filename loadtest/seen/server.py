@@ -9,14 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from loadtest.connection import Connection, Protocol
-from loadtest.counters import Counters, generator_counters
+from loadtest.base import Record
 from loadtest.errors import LoadInputError
-from loadtest.figures import Record
-from loadtest.interface import Interface, RequestError, interface_from_metadata
-from loadtest.prompts import Prompt
-from loadtest.proof import ProofFigure, proof_from_metrics
-from loadtest.streaming import Stream, StreamConnection, require_generator, streams_text
+from loadtest.requests.connection import Connection, Protocol
+from loadtest.requests.interface import Interface, RequestError, interface_from_metadata
+from loadtest.requests.prompts import Prompt
+from loadtest.requests.streaming import Stream, StreamConnection, require_generator, streams_text
+from loadtest.seen.counters import Counters, generator_counters
+from loadtest.seen.proof import ProofFigure, proof_from_metrics
 from runtime.prometheus import fetch, model_labels
 
 UNKNOWN = "unknown"

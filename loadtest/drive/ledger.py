@@ -8,11 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from loadtest.counters import Ledger, RequestLedger, generator_counters
-from loadtest.figures import merged
 from loadtest.plan import Evidence, LoadPlan
-from loadtest.recording import StreamCell
-from loadtest.server import request_counts
+from loadtest.seen.counters import Ledger, RequestLedger, generator_counters
+from loadtest.seen.figures import merged
+from loadtest.seen.recording import StreamCell
+from loadtest.seen.server import request_counts
 from runtime.prometheus import fetch
 
 T = TypeVar("T")

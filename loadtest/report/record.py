@@ -8,19 +8,15 @@ from typing import Literal
 
 from pydantic import Field, ValidationError
 
-from loadtest.counters import GeneratorStatistics, Ledger, ModelStatistics, RequestLedger
+from loadtest.base import Record
 from loadtest.errors import LoadInputError
-from loadtest.figures import Figures, Point, Record, Step
-from loadtest.histogram import PERCENTILE_ERROR
-from loadtest.intervals import Interval
-from loadtest.prompts import StreamLoad
-from loadtest.proof import ProofFigure
-from loadtest.rows import Few
-from loadtest.server import Identity
-from loadtest.slo import Judgement, Limits, check_slo, judge
-
-__all__ = ["FORMAT", "Limits", "Load", "LoadReport", "Machine", "Processor", "Stopped", "check_slo", "judge",
-           "read_report", "render_comparison", "render_html", "render_text"]  # fmt: skip
+from loadtest.requests.prompts import StreamLoad
+from loadtest.seen.counters import GeneratorStatistics, Ledger, ModelStatistics, RequestLedger
+from loadtest.seen.figures import Figures, Point, Step
+from loadtest.seen.histogram import PERCENTILE_ERROR
+from loadtest.seen.intervals import Interval
+from loadtest.seen.proof import ProofFigure
+from loadtest.seen.server import Identity
 
 FORMAT: Literal["trireme-load-report-1"] = "trireme-load-report-1"
 
@@ -83,6 +79,25 @@ class Stopped(Record):
     under_way: int  # requests started in the window that had not ended: they are in no figure
 
 
+class Judgement(Record):
+    """One limit. `seen` has the unit of the limit; None: nothing was seen, or a failure stands there."""
+
+    name: str  # as the spec has it; `answered`: no spec says it, and no figure means anything without
+    bound: Literal["at most", "at least"]
+    limit: float
+    seen: float | None
+    met: bool
+    said: str  # a sentence
+    thin: str = ""  # that the percentile rests on too few samples
+
+
+class Few(Record):
+    """A percentile of fewer samples than it takes (`samples_for`)."""
+
+    seen: int
+    needed: int
+
+
 class LoadReport(Record):
     """Everything that a reader needs to trust, compare or repeat the figures."""
 
@@ -141,24 +156,3 @@ def read_report(path: Path) -> LoadReport:
         key = ".".join(str(part) for part in first["loc"])
         got = f"{key}: {first['msg']}"
         raise LoadInputError(f"report {path}", got=got, expected=f"the keys of {FORMAT!r}", fix=fix) from error
-
-
-def render_text(report: LoadReport) -> str:
-    """A summary for a terminal: at most 80 characters wide where the names allow."""
-    from loadtest.summary import render
-
-    return render(report)
-
-
-def render_comparison(report: LoadReport, baseline: LoadReport) -> str:
-    """Two reports side by side for a terminal."""
-    from loadtest.summary import render_pair
-
-    return render_pair(report, baseline)
-
-
-def render_html(report: LoadReport, baseline: LoadReport | None = None) -> str:
-    """One self-contained page, light and dark. With `baseline`, an earlier report, figures stand side by side."""
-    from loadtest.page import render
-
-    return render(report, baseline)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from loadtest.figures import Record
+from loadtest.base import Record
 from runtime.prometheus import metric_lines
 
 # Triton's statistics as JSON, by (model, version)

@@ -16,10 +16,10 @@ import gevent
 from gevent.pool import Pool
 from locust import User
 
-from loadtest.clients import Client, Orders, Outcome, open_client
 from loadtest.errors import LoadInputError
-from loadtest.interface import RequestError
-from loadtest.texts import dice_of_user
+from loadtest.requests.clients import Client, Orders, Outcome, open_client
+from loadtest.requests.interface import RequestError
+from loadtest.requests.texts import dice_of_user
 
 SPREAD_S = 0.5  # users that all begin at once would be batched together for longer than the warm-up
 PAUSE_AFTER_FAILURE_S = 0.1  # a refused connection fails in microseconds, and would drown every other figure

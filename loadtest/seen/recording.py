@@ -13,13 +13,12 @@ from functools import cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from loadtest.histogram import LatencyHistogram
+from loadtest.seen.histogram import LatencyHistogram
 
 if TYPE_CHECKING:
-    from loadtest.streaming import Stream
+    from loadtest.requests.streaming import Stream
 
-MAX_INTERVALS = 1800  # a longer run is recorded in wider intervals, so that memory stays bounded
-PROGRESS_PREFIX = "trireme-progress "  # of a line of JSON that the locustfile prints, and `loadtest.run` reads
+PROGRESS_PREFIX = "trireme-progress "  # of a line of JSON that the locustfile prints, and `loadtest.drive.run` reads
 MAX_EXAMPLE = 300  # characters of one error message
 
 
@@ -201,11 +200,6 @@ class Trace:
         """Raises ValueError: not a trace."""
         trace: Trace = _adapter().validate_json(text)
         return trace
-
-
-def interval_for(duration_s: int) -> int:
-    """Seconds an interval of a run must be wide."""
-    return max(1, math.ceil(duration_s / MAX_INTERVALS))
 
 
 @cache

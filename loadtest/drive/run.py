@@ -15,15 +15,15 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from loadtest.drive.ledger import counts_before, with_ledgers
+from loadtest.drive.stopping import Stop
 from loadtest.errors import LoadRunError
-from loadtest.ledger import counts_before, with_ledgers
 from loadtest.plan import EARLY_END_LIMIT_S, START_LIMIT_S, STOP_LIMIT_S, Evidence, LoadPlan, Progress, check_plan
-from loadtest.prompts import longest_prompts
-from loadtest.recording import PROGRESS_PREFIX, Trace
-from loadtest.report import LoadReport
-from loadtest.server import Snapshot, Target, probe, snapshot
-from loadtest.stopping import Stop
-from loadtest.texts import read_texts
+from loadtest.report.record import LoadReport
+from loadtest.requests.prompts import longest_prompts
+from loadtest.requests.texts import read_texts
+from loadtest.seen.recording import PROGRESS_PREFIX, Trace
+from loadtest.seen.server import Snapshot, Target, probe, snapshot
 
 LOOK_S = 0.5  # how often a stop is looked for
 
@@ -41,7 +41,7 @@ def run_load(
     seconds, and the report is of what was measured until then.
     Raises LoadInputError (nothing was started) and LoadRunError (nothing that was seen can be trusted).
     """
-    from loadtest.assemble import report_from_evidence
+    from loadtest.report.assemble import report_from_evidence
 
     check_plan(plan)
     texts = read_texts(plan.texts_file)
@@ -126,7 +126,7 @@ def _drive(
 @contextlib.contextmanager
 def _generator(arguments: list[str], log_file: Path) -> Iterator[subprocess.Popen[str]]:
     """Locust in a process group of its own, which is gone when the block is left, however it is left."""
-    root = str(Path(__file__).parents[1])
+    root = str(Path(__file__).parents[2])
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])))
     with log_file.open("wb") as log:
         process = subprocess.Popen(

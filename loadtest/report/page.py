@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loadtest import plots
-from loadtest.figures import Point, knee_of
-from loadtest.histogram import samples_for
-from loadtest.proof import proof_text
-from loadtest.report import LoadReport
-from loadtest.rows import few_of, lines_of, number, pair_rows, rows_of, span
+from loadtest.report import plots
+from loadtest.report.record import LoadReport
+from loadtest.report.rows import few_of, lines_of, number, pair_rows, rows_of, span
+from loadtest.seen.figures import Point, knee_of
+from loadtest.seen.histogram import samples_for
+from loadtest.seen.proof import proof_text
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,8 @@ def differences(report: LoadReport, baseline: LoadReport) -> list[str]:
     return said
 
 
-def render(report: LoadReport, baseline: LoadReport | None) -> str:
+def render_html(report: LoadReport, baseline: LoadReport | None = None) -> str:
+    """One self-contained page, light and dark. With `baseline`, an earlier report, figures stand side by side."""
     import jinja2
     from markupsafe import Markup
 
@@ -104,4 +105,4 @@ def render(report: LoadReport, baseline: LoadReport | None) -> str:
         "columns": [line for line in lines_of(report.figures) if line.column],
         "cards": _cards(report, baseline),
     }
-    return environment.get_template("report.html").render(values)
+    return environment.get_template("page.html").render(values)

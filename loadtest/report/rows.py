@@ -7,14 +7,11 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
-from loadtest.figures import Distribution, Figures, Record, StreamFigures, WithFailures
-from loadtest.histogram import samples_for
-from loadtest.intervals import Interval, interval_of
-
-if TYPE_CHECKING:
-    from loadtest.report import LoadReport
+from loadtest.report.record import Few, LoadReport
+from loadtest.seen.figures import Distribution, Figures, StreamFigures, WithFailures
+from loadtest.seen.histogram import samples_for
+from loadtest.seen.intervals import Interval, interval_of
 
 SAME = 0.1  # values closer than this share are called the same: two short runs of one server differ by several percent
 RULE_OF_THREE = 3  # no failure among n: at 95 % confidence the rate is below 3 / n
@@ -41,13 +38,6 @@ class Line:
         """Its name in JSON: `latency_p95_ms`."""
         unit = {"%": "percent"}.get(self.unit, self.unit.replace("/s", "_per_s"))
         return re.sub(r"\W+", "_", f"{self.label} {unit}".strip().lower())
-
-
-class Few(Record):
-    """A percentile of fewer samples than it takes (`samples_for`)."""
-
-    seen: int
-    needed: int
 
 
 def _of_stream(value: Callable[[StreamFigures], float | None]) -> Value:

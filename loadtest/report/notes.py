@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from loadtest.figures import Figures, measured_keys
-from loadtest.rows import number
+from loadtest.report.rows import number
+from loadtest.seen.figures import Figures, measured_keys
 
 if TYPE_CHECKING:
     from loadtest.plan import Evidence
-    from loadtest.report import Processor
+    from loadtest.report.record import Processor
 
 LATE = 0.1  # of what is measured: above it, the lateness of the generator's own timers matters
 STARVED_MS = 500.0  # so late it is starved, whatever is measured

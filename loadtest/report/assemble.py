@@ -10,18 +10,18 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loadtest.counters import generator_between, statistics_between
 from loadtest.errors import LoadRunError
-from loadtest.figures import Counted, Figures, figures_of, measured_keys, merged, plateaux_of, points_of, steps_of
-from loadtest.histogram import CURVE_PERCENTS, LatencyHistogram, union
-from loadtest.interface import TOKEN_COUNT, TRUNCATED
-from loadtest.intervals import Interval, blocks_of, resampled, widening
-from loadtest.notes import notes_of
-from loadtest.recording import Cell, Trace
-from loadtest.report import Load, LoadReport, Machine, Processor, Stopped
-from loadtest.rows import few_of, intervals_by_line
-from loadtest.server import Identity, Snapshot
-from loadtest.texts import digest_texts
+from loadtest.report.notes import notes_of
+from loadtest.report.record import Load, LoadReport, Machine, Processor, Stopped
+from loadtest.report.rows import few_of, intervals_by_line
+from loadtest.requests.interface import TOKEN_COUNT, TRUNCATED
+from loadtest.requests.texts import digest_texts
+from loadtest.seen.counters import generator_between, statistics_between
+from loadtest.seen.figures import Counted, Figures, figures_of, measured_keys, merged, plateaux_of, points_of, steps_of
+from loadtest.seen.histogram import CURVE_PERCENTS, LatencyHistogram, union
+from loadtest.seen.intervals import Interval, blocks_of, resampled, widening
+from loadtest.seen.recording import Cell, Trace
+from loadtest.seen.server import Identity, Snapshot
 
 if TYPE_CHECKING:
     from loadtest.plan import Evidence, LoadPlan
