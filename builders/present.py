@@ -12,7 +12,7 @@ from builders.pipeline import Build, Report
 from loadtest.plan import Progress
 
 if TYPE_CHECKING:
-    from builders.partition.verify import VerifyReport
+    from builders.partition.prove.verify import VerifyReport
 
 
 @contextmanager

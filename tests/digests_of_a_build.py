@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 from builders import pipeline
-from builders.partition.served import write_rank_files
-from builders.partition.shard import partition_graph
+from builders.partition.cut.shard import partition_graph
+from builders.partition.prove.rank_files import write_rank_files
 from builders.pipeline import generator
 from builders.store.closure import code_key
 from tests import partition_plain

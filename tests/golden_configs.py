@@ -13,7 +13,7 @@ from pathlib import Path
 from builders import pipeline
 from builders.artifacts import PipelineStage
 from builders.checkpoint import load_checkpoint
-from builders.partition.shard import plan_graph
+from builders.partition.cut.shard import plan_graph
 from builders.repository.config import Interface, model_configs, to_pbtxt
 from builders.spec import PRESETS, DeploymentSpec, Flavour, Platform, load_spec
 

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from builders.partition.shard import partition_graph
-from builders.partition.solve import Embeddings
-from builders.partition.verify import VerifyReport, verify_partition
+from builders.partition.cut.shard import partition_graph
+from builders.partition.cut.solve import Embeddings
+from builders.partition.prove.verify import VerifyReport, verify_partition
 from runtime.ranks.group import RankGroup
 from tests import partition_graphs, partition_legacy
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from builders.pipeline import encoder, generator, ranks
+from builders.pipeline import encoder, generator, partition
 from builders.store.closure import HOUSE, closure, code_key, tool_versions
 
 ROOT = Path(__file__).parents[1]
@@ -108,7 +108,7 @@ def test_libraries_count_by_what_provides_them(house: Path) -> None:
         (encoder.export, "builders.checkpoint"),
         (encoder.quantize, "builders.quantize.smoothquant"),
         (generator.qualify, "runtime.rows"),
-        (ranks.partition, "runtime.ranks.worker"),
+        (partition.partition, "runtime.ranks.worker"),
     ],
 )
 def test_stages_of_the_pipeline_reach_what_their_results_depend_on(stage: Callable[..., Any], module: str) -> None:

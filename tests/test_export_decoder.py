@@ -18,8 +18,8 @@ from builders.export import parity
 from builders.export.decoder import export_decoder, layer_windows
 from builders.export.operators import IMPLEMENTATION, exportable
 from builders.graph import describe, fix_dimension, require_standard
-from builders.partition.shard import partition_graph
-from builders.partition.verify import verify_partition
+from builders.partition.cut.shard import partition_graph
+from builders.partition.prove.verify import verify_partition
 from builders.perplexity import DecoderSession, model_logits
 from builders.spec import ProfileSlice, Range
 from tests.generators import (

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from builders.partition.shard import partition_graph
-from builders.partition.verify import rank_programs
+from builders.partition.cut.shard import partition_graph
+from builders.partition.prove.verify import rank_programs
 from runtime.errors import Unavailable
 from runtime.generation.engine import generate
 from runtime.generation.executor.rank_processes import RankStepExecutor

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from builders.partition.shard import partition_graph
-from builders.partition.verify import rank_programs
+from builders.partition.cut.shard import partition_graph
+from builders.partition.prove.verify import rank_programs
 from runtime.errors import BadEnvironment, ServerFault, Unavailable
 from runtime.generation.engine import generate
 from runtime.generation.request import SamplingParams

@@ -11,9 +11,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from builders.errors import CheckError, InputError, UnsupportedError
-from builders.partition.shard import load_partition, partition_graph
-from builders.partition.solve import solve
-from builders.partition.source import read
+from builders.partition.cut.shard import load_partition, partition_graph
+from builders.partition.cut.solve import solve
+from builders.partition.read import read
 from tests.partition_plain import Shape, transformer
 
 

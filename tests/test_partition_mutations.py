@@ -18,11 +18,11 @@ from onnx import numpy_helper
 
 from builders.artifacts import FileRecord, Partition
 from builders.errors import CheckError, ParityError
-from builders.partition.contents import plan_faults
-from builders.partition.edges import boundary_ids
-from builders.partition.shard import load_partition, partition_graph, write_manifest
-from builders.partition.structure import differences, structure_faults
-from builders.partition.verify import verify_partition
+from builders.partition.cut.shard import load_partition, partition_graph, write_manifest
+from builders.partition.prove.edges import boundary_ids
+from builders.partition.prove.plan_and_weights import plan_faults
+from builders.partition.prove.structure import differences, structure_faults
+from builders.partition.prove.verify import verify_partition
 from runtime.ranks.group import RankGroup
 from tests import partition_plain, partition_running
 from tests.partition_plain import Shape

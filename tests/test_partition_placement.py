@@ -7,10 +7,11 @@ import onnx_ir as ir
 import pytest
 
 from builders.artifacts import Cut
-from builders.partition.pipeline import choose
+from builders.partition.cut.stages import choose
 from builders.partition.placement import PARTIAL, REPLICATE, Block, Placement, Shard, even, local_shape, spans
-from builders.partition.rules import OUT, Illegal, Op, rule_for
-from builders.partition.verify import cut_array
+from builders.partition.prove.verify import cut_array
+from builders.partition.rules.op import OUT, Illegal, Op
+from builders.partition.rules.table import rule_for
 
 
 def test_ranks_hold_their_part_of_each_block() -> None:

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from builders.bench.decoder import DecoderShape, write_decoder
 from builders.commands.plan import plan as plan_command
 from builders.errors import CheckError, InputError, UnsupportedError
-from builders.partition.gpus import GIGA, GPUS
-from builders.partition.model import Model, model_from_config
-from builders.partition.page import map_of_partition, page
-from builders.partition.plan import Load, best, divides, plan, plan_stages, shortlist, step_seconds
-from builders.partition.report import layout_rows, report_page, report_plan
-from builders.partition.shard import partition_graph
+from builders.partition.cut.shard import partition_graph
+from builders.planning.gpus import GIGA, GPUS
+from builders.planning.page import map_of_partition, page
+from builders.planning.plan import Load, best, divides, plan, plan_stages, shortlist, step_seconds
+from builders.planning.report import layout_rows, report_page, report_plan
+from builders.planning.transformer import Model, model_from_config
 
 GOLDEN = Path(__file__).parent / "golden" / "plan-minilm.json"
 

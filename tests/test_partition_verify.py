@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from builders.errors import InputError
-from builders.partition.shard import load_partition, partition_graph
-from builders.partition.solve import Embeddings
-from builders.partition.verify import verify_partition
+from builders.partition.cut.shard import load_partition, partition_graph
+from builders.partition.cut.solve import Embeddings
+from builders.partition.prove.verify import verify_partition
 from runtime.ranks.group import RankGroup
 from tests import partition_graphs, partition_plain, partition_running
 from tests.partition_plain import Shape

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 
 from builders.bench.decoder import DecoderShape, write_decoder
 from builders.bench.shard import shard_once
-from builders.partition import weights
+from builders.partition.cut import weights
+from builders.partition.cut.shard import partition_graph
+from builders.partition.cut.weights import RankFile, lay_out, slices, write_files
 from builders.partition.placement import REPLICATE, Block, Placement, Shard, spans
-from builders.partition.shard import partition_graph
-from builders.partition.verify import verify_partition
-from builders.partition.weights import RankFile, lay_out, slices, write_files
+from builders.partition.prove.verify import verify_partition
 
 
 def expected(array: np.ndarray, placement: Placement, rank: int, ranks: int) -> np.ndarray:  # type: ignore[type-arg]

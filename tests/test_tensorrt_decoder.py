@@ -25,7 +25,7 @@ from builders.export.decoder import layer_windows, write_graph
 from builders.export.seq2seq import write_graphs
 from builders.export.weights import load_weights
 from builders.graph import record_graph
-from builders.partition.shard import partition_graph
+from builders.partition.cut.shard import partition_graph
 from runtime.session import open_session
 from runtime.tensorrt.rank_manifest import load_manifest
 from tests.generators import POSITIONS, generator_checkpoint, save_generator

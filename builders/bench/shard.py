@@ -46,7 +46,7 @@ def shard_once(graph: Path, tensor: int, pipeline: int, out: Path) -> Run:
 
 
 def _shard(graph: Path, tensor: int, pipeline: int, out: Path) -> Run:
-    from builders.partition.shard import partition_graph
+    from builders.partition.cut.shard import partition_graph
 
     started = time.perf_counter()
     partition = partition_graph(graph, tensor, pipeline, out)

@@ -24,8 +24,8 @@ def shard(
 ) -> None:
     """Shares a graph out to ranks. `trireme verify` then proves the ranks equal to the whole."""
     from builders import present
-    from builders.partition.page import map_of_partition, page
-    from builders.partition.shard import partition_graph
+    from builders.partition.cut.shard import partition_graph
+    from builders.planning.page import map_of_partition, page
 
     with status(f"shard {graph} for {tensor_parallel} x {pipeline_parallel} ranks", as_json):
         partition = partition_graph(graph, tensor_parallel, pipeline_parallel, output, embeddings)
@@ -41,7 +41,7 @@ def verify(
 ) -> None:
     """Runs every rank as a process on this CPU and compares with the whole graph. Exit 1 on any doubt."""
     from builders import present
-    from builders.partition.verify import verify_partition
+    from builders.partition.prove.verify import verify_partition
 
     with status(f"run the ranks of {directory}", as_json):
         found = verify_partition(directory, against)

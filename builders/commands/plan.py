@@ -11,9 +11,9 @@ from builders.commands.options import JsonFlag, SpecArgument
 from builders.errors import CheckError, InputError
 
 if TYPE_CHECKING:
-    from builders.partition.gpus import Gpu
-    from builders.partition.plan import Candidate, Load
-    from builders.partition.report import PlanReport
+    from builders.planning.gpus import Gpu
+    from builders.planning.plan import Candidate, Load
+    from builders.planning.report import PlanReport
     from builders.spec import DeploymentSpec
 
 _WEIGHT_BITS = {"fp32": 32, "fp16": 16, "int8": 8, "w8": 8, "w4": 4.5}  # w4: and an fp16 scale for 32 weights
@@ -47,8 +47,8 @@ def plan(
     Exit 1 when no layout does on any of the GPU types.
     """
     from builders.checkpoint import load_config
-    from builders.partition.model import model_from_config
-    from builders.partition.report import report_page, report_plan
+    from builders.planning.report import report_page, report_plan
+    from builders.planning.transformer import model_from_config
     from builders.spec import load_spec
 
     if output is not None and output.suffix != ".html":
@@ -78,7 +78,7 @@ def plan(
 
 
 def _gpus(names: list[str]) -> tuple[Gpu, ...]:
-    from builders.partition.gpus import GPUS
+    from builders.planning.gpus import GPUS
 
     known = {name.lower(): each for name, each in GPUS.items()}
     unknown = [name for name in names if name.lower() not in known]
@@ -91,7 +91,7 @@ def _gpus(names: list[str]) -> tuple[Gpu, ...]:
 
 def _load(spec: DeploymentSpec, generates: bool, **given: Any) -> Load:
     """What is not given comes from the spec."""
-    from builders.partition.plan import Load
+    from builders.planning.plan import Load
 
     for key in ("output_tokens", "max_between_tokens_ms"):
         if given[key] is not None and not generates:
@@ -112,7 +112,7 @@ def _print(result: PlanReport, output: Path | None) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from builders.partition.report import layout_rows
+    from builders.planning.report import layout_rows
 
     console = Console()
     console.print(f"{result.name}: {result.summary}", highlight=False)

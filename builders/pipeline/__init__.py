@@ -1,8 +1,9 @@
 """The whole way, as one fold: it reads like the diagram in the README. The only importer of all stages.
 
-result     what a build has come to      encoder    steps of embedding, classification and reranking
-ranks      partition and engines         generator  steps of language models
-choice     precisions tried on this CPU     proving    the proof of a version
+result     what a build has come to
+encoder    steps of embedding, classification and reranking    generator  steps of language models
+partition  graphs of ranks, proven together                    engines    TensorRT, for each target and rank
+choice     precisions tried on this CPU                        proving    the proof of a version
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from builders.checkpoint import load_checkpoint
 from builders.engine import tensorrt
-from builders.pipeline import choice, encoder, generator, proving, ranks
+from builders.pipeline import choice, encoder, engines, generator, partition, proving
 from builders.pipeline.result import Build, Report, Stage, Step, done
 from builders.repository import config, contents, layout
 from builders.spec import DeploymentSpec, Platform
@@ -46,9 +47,9 @@ def build(
         "precision": choice.choose,
         "export": kind.export,
         "quantize": kind.quantize,
-        "partition": ranks.partition,
+        "partition": partition.partition,
         "qualify": lambda *given: choice.weigh(kind.qualify(*given), *given[1:]),
-        "engine": ranks.engines,
+        "engine": engines.engines,
         "repository": lambda built, store, report: _repository(proving.make(built, store, report), root, report),
     }
     for stage, step in steps.items():

@@ -12,8 +12,8 @@ import math
 from collections.abc import Sequence
 
 from builders.artifacts import Record
-from builders.partition.gpus import GIGA, Gpu
-from builders.partition.model import Model
+from builders.planning.gpus import GIGA, Gpu
+from builders.planning.transformer import Model
 
 MEMORY_SHARE = 0.9  # the rest: fragmentation, and what the driver keeps
 CONTEXT_BYTES = 1 << 30  # CUDA context, TensorRT runtime, NCCL buffers; an assumption, as are the next lines

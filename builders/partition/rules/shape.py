@@ -6,8 +6,8 @@ import math
 from dataclasses import replace
 
 from builders.partition.placement import PARTIAL, REPLICATE, Block, Copies, Placement, Replicate, Shard, scaled
-from builders.partition.rules import OUT, Assignment, Op, Rule, out
-from builders.partition.source import constant_array
+from builders.partition.read import constant_array
+from builders.partition.rules.op import OUT, Assignment, Op, Rule, out
 
 _END = 1 << 31  # exporters write "to the end" as INT64_MAX or INT32_MAX
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from builders.errors import InputError
+from builders.partition.cut.localise import LocalGraph
 from builders.partition.placement import Shard, local_shape
-from builders.partition.tensor import LocalGraph
 
 _LIGHT_BYTES = 1 << 20  # weights that may be loaded again to compute a value again
 

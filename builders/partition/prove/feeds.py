@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from builders.partition.source import Source, shape_of
+from builders.partition.read import Source, shape_of
 
 Role = Literal["ids", "positions", "index", "mask", "state", "values"]
 Arrays = dict[str, NDArray[Any]]

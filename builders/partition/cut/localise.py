@@ -16,9 +16,9 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from builders.partition.cut.solve import Solution, token_bytes
 from builders.partition.placement import REPLICATE, Partial, Placement, Replicate, Shard, local_shape, spans
-from builders.partition.solve import Solution, token_bytes
-from builders.partition.source import Source, constant_array, shape_of
+from builders.partition.read import Source, constant_array, shape_of
 
 _COLLECTIVE = "DistCollective"  # default domain: what TensorRT's parser knows
 

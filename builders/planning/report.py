@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from builders.artifacts import Record
-from builders.partition.gpus import Gpu
-from builders.partition.model import Model
-from builders.partition.page import map_of_plan, page, table
-from builders.partition.picture import amount, milliseconds
-from builders.partition.plan import Candidate, Load, best, nearest, plan, shortlist
+from builders.planning.gpus import Gpu
+from builders.planning.page import map_of_plan, page, table
+from builders.planning.picture import amount, milliseconds
+from builders.planning.plan import Candidate, Load, best, nearest, plan, shortlist
+from builders.planning.transformer import Model
 
 _DECODER = ("GPU", "layout", "weights", "cache", "free", "first token", "between", "tokens/s", "bound by", "verdict")
 _ENCODER = ("GPU", "layout", "weights", "free", "answers", "tokens/s", "bound by", "verdict")

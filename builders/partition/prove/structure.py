@@ -15,8 +15,8 @@ import onnx_ir as ir
 
 from builders.artifacts import Partition
 from builders.errors import CheckError
-from builders.partition.segments import read_rank
-from builders.partition.shard import PlannedStage
+from builders.partition.cut.shard import PlannedStage
+from builders.partition.prove.programs import read_rank
 
 _SHOWN = 3  # differences that are told of one graph
 

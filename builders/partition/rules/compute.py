@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from builders.partition.placement import PARTIAL, REPLICATE, Block, Placement, Shard, even
-from builders.partition.rules import OUT, Assignment, Op, Rule, out
-from builders.partition.source import constant_array
+from builders.partition.read import constant_array
+from builders.partition.rules.op import OUT, Assignment, Op, Rule, out
 
 
 def elementwise(op: Op, slot: int, shard: Shard) -> Assignment | None:

@@ -15,6 +15,7 @@ from typing import Literal
 import onnx_ir as ir
 
 from builders.errors import InputError, UnsupportedError
+from builders.partition.cut.tables import depth, weight_product, word_tables
 from builders.partition.placement import (
     REPLICATE,
     Block,
@@ -25,12 +26,12 @@ from builders.partition.placement import (
     even,
     local_shape,
 )
-from builders.partition.plan import TABLE_SHARE
-from builders.partition.rules import Assignment, Illegal, Op, out, rule_for
-from builders.partition.rules_compute import head_counts
-from builders.partition.rules_shape import elements_of
-from builders.partition.source import Source, shape_of
-from builders.partition.tables import depth, weight_product, word_tables
+from builders.partition.read import Source, shape_of
+from builders.partition.rules.compute import head_counts
+from builders.partition.rules.op import Assignment, Illegal, Op, out
+from builders.partition.rules.shape import elements_of
+from builders.partition.rules.table import rule_for
+from builders.planning.plan import TABLE_SHARE
 
 _OFF_STREAM_SHARE = 0.1  # of all weights: what a pair beside the residual stream (pooler, classifier) must hold
 _LONGEST_SEARCH = 256  # ranks tried when an error names the sizes that would work

@@ -21,14 +21,14 @@ from numpy.typing import NDArray
 
 from builders.artifacts import Cut, Partition, Record, file_digest
 from builders.errors import CheckError, InputError, ParityError
-from builders.partition.contents import plan_faults, weight_faults
-from builders.partition.edges import edge_cases
-from builders.partition.feeds import Arrays, Case, cases, roles
+from builders.partition.cut.shard import load_partition, ports
 from builders.partition.placement import Block, spans
-from builders.partition.segments import program_steps, read_rank
-from builders.partition.shard import load_partition, ports
-from builders.partition.source import Source, read
-from builders.partition.structure import structure_faults
+from builders.partition.prove.edges import edge_cases
+from builders.partition.prove.feeds import Arrays, Case, cases, roles
+from builders.partition.prove.plan_and_weights import plan_faults, weight_faults
+from builders.partition.prove.programs import program_steps, read_rank
+from builders.partition.prove.structure import structure_faults
+from builders.partition.read import Source, read
 from runtime.errors import ServerFault
 from runtime.ranks.group import RankGroup
 from runtime.ranks.program import Layout, RankProgram, Transfer

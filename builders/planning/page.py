@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from html import escape
 
 from builders.artifacts import Partition, PipelineStage
-from builders.partition.picture import STYLE, Map, Rank, Stage, amount, draw, milliseconds
-from builders.partition.plan import CONTEXT_BYTES, Candidate, StagePlan
+from builders.planning.picture import STYLE, Map, Rank, Stage, amount, draw, milliseconds
+from builders.planning.plan import CONTEXT_BYTES, Candidate, StagePlan
 
 _PAGE_STYLE = """
 body { margin: 2rem auto; max-width: 72rem; padding: 0 1rem; font: 15px/1.5 system-ui, sans-serif; color: var(--ink);

@@ -11,12 +11,12 @@ import onnx_ir as ir
 
 from builders.artifacts import Partition, PipelineStage, PlacedWeight
 from builders.errors import CheckError
+from builders.partition.cut.shard import PlannedStage, plan_graph
+from builders.partition.cut.solve import Embeddings
+from builders.partition.cut.weights import Buffer, slices
 from builders.partition.placement import REPLICATE, Block, Placement, Shard
-from builders.partition.segments import collectives, read_rank
-from builders.partition.shard import PlannedStage, plan_graph
-from builders.partition.solve import Embeddings
-from builders.partition.source import Source
-from builders.partition.weights import Buffer, slices
+from builders.partition.prove.programs import collectives, read_rank
+from builders.partition.read import Source
 
 EMBEDDINGS: tuple[Embeddings, ...] = ("whole", "split")  # the two plans that there are
 _INLINE_LIMIT = 4096  # unlisted constants over this are weights; the rewriting adds sizes only

@@ -14,7 +14,7 @@ from typing import Any
 import onnx_ir as ir
 
 from builders.partition.placement import Placement, Shard
-from builders.partition.source import shape_of
+from builders.partition.read import shape_of
 
 Assignment = Mapping[int, Placement]
 
@@ -87,10 +87,3 @@ class Op:
 
 
 Rule = Callable[[Op, int, Shard], "Assignment | None"]
-
-
-def rule_for(op_type: str) -> Rule | None:
-    """The rule of an operator, or None: such an operator is replicated."""
-    from builders.partition import rules_compute, rules_shape
-
-    return rules_shape.RULES.get(op_type) or rules_compute.RULES.get(op_type)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from builders.artifacts import FileRecord, Partition, RankFiles
 from builders.errors import CheckError
-from builders.partition.verify import rank_programs
+from builders.partition.prove.verify import rank_programs
 from builders.store.store import link_or_copy
 from runtime.ranks.program import Layout
 from runtime.ranks.stored import StoredPrograms, save_programs

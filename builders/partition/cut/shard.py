@@ -22,12 +22,12 @@ from builders.artifacts import (
     file_digest,
 )
 from builders.errors import InputError
-from builders.partition.pipeline import Stage, cut_stages
+from builders.partition.cut.localise import LocalGraph, localise
+from builders.partition.cut.solve import Embeddings, solve
+from builders.partition.cut.stages import Stage, cut_stages
+from builders.partition.cut.weights import Placed, RankFile, lay_out, slice_bytes, slices, write_files
 from builders.partition.placement import Placement, Shard, local_shape
-from builders.partition.solve import Embeddings, solve
-from builders.partition.source import Source, read, shape_of
-from builders.partition.tensor import LocalGraph, localise
-from builders.partition.weights import Placed, RankFile, lay_out, slice_bytes, slices, write_files
+from builders.partition.read import Source, read, shape_of
 from builders.store.atomic import atomic_directory
 
 MANIFEST = "partition.json"

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from builders.partition.feeds import SLOTS, Arrays, Case, InputRole, step, uses
-from builders.partition.source import Source, shape_of
+from builders.partition.prove.feeds import SLOTS, Arrays, Case, InputRole, step, uses
+from builders.partition.read import Source, shape_of
 
 _LONGEST = 512  # tokens in a row; longer ones cost more than they show
 _MOST_SLOTS = 2048

@@ -1,0 +1,1 @@
+"""How placements pass through each operator: one small pure function each, and the table of them."""
