@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from builders.deploy.client.cluster import Cluster
-from builders.deploy.client.objects import ObjectName, Resource
-from builders.deploy.client.rollout import Patience, Progress
+from cluster.api import Cluster
+from cluster.kinds import ObjectName, Resource
+from cluster.rollout import Patience, Progress
 from tests.fake_api import serving, write_kubeconfig
 from tests.fake_cluster import FakeCluster
 from tests.fake_controllers import running

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from builders.deploy.manifests import RENDERED, write_manifests
+from builders.manifests.overlay import RENDERED, write_manifests
 from builders.spec import PRESETS, Platform, load_spec
 
 GOLDEN = Path(__file__).parent / "golden" / "manifests"

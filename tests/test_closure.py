@@ -117,7 +117,7 @@ def test_stages_of_the_pipeline_reach_what_their_results_depend_on(stage: Callab
     file, name = _definition(stage)
     reached = closure(_used(file.read_text(), name)[1])
     assert any(found == module or found.startswith(f"{module}.") for found in reached)
-    assert not [found for found in reached if found.startswith(("builders.commands", "builders.deploy"))]
+    assert not [found for found in reached if found.startswith(("builders.commands", "builders.manifests"))]
     assert not {"builders.present", "builders.single", "builders.__main__"} & set(reached)
 
 

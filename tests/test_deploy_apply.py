@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builders.deploy.client.apply import apply, dry_run, in_order
-from builders.deploy.client.cluster import Cluster
-from builders.deploy.client.deployment import deploy
-from builders.deploy.client.diff import changes_text
-from builders.deploy.client.refusal import Action, refused
-from builders.deploy.client.rights import needed_to_apply, require_rights
+from cluster.api import Cluster
+from cluster.apply import apply, dry_run, in_order
+from cluster.deploy import deploy
+from cluster.diff import changes_text
 from cluster.errors import ClusterError
+from cluster.refusal import Action, refused
+from cluster.rights import needed_to_apply, require_rights
 from tests.deploy_objects import (
     CONFIG_MAPS,
     DEPLOYMENTS,

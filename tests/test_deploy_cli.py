@@ -176,7 +176,7 @@ def _first_words(pod: socket.socket) -> bytes:
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl renders the overlay")
 def test_a_preset_as_it_is_rendered(run: Run, fake: FakeCluster, tmp_path: Path) -> None:
     """The server takes every object of the preset's overlay, in an order that works, and a second time none changes."""
-    from builders.deploy.manifests import RENDERED, write_manifests
+    from builders.manifests.overlay import RENDERED, write_manifests
     from builders.spec import load_spec
 
     written = write_manifests(load_spec("minilm"), "cpu", tmp_path / "overlay")

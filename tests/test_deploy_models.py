@@ -14,11 +14,12 @@ import grpc
 import pytest
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from builders.deploy.client.apply import apply
-from builders.deploy.client.cluster import Cluster
-from builders.deploy.client.control import control_secret, ensure_control_secret
-from builders.deploy.client.deployment import deploy
-from builders.deploy.client.models import (
+from cluster.api import Cluster
+from cluster.apply import apply
+from cluster.control import control_secret, ensure_control_secret
+from cluster.deploy import deploy
+from cluster.errors import ClusterError, RolloutError
+from cluster.load_version import (
     CONTROL_HEADER,
     Pace,
     PodPorts,
@@ -26,8 +27,7 @@ from builders.deploy.client.models import (
     load_version,
     settle_s,
 )
-from builders.deploy.client.observe import observe
-from cluster.errors import ClusterError, RolloutError
+from cluster.observe import observe
 from runtime.pod.control import Control, HealthServer
 from runtime.pod.layout import Layout, lay_out
 from runtime.pod.model_store import PUBLISHED, Publication, PublishedFile

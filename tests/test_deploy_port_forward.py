@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from builders.deploy.client.cluster import Cluster
-from builders.deploy.client.objects import PODS
-from builders.deploy.client.port_forward import PortForward
+from cluster.api import Cluster
 from cluster.errors import ClusterError
+from cluster.kinds import PODS
+from cluster.port_forward import PortForward
 from tests.fake_api import serving, unused_port, write_kubeconfig
 from tests.fake_cluster import FakeCluster
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from builders.deploy.client.apply import apply, dry_run
-from builders.deploy.client.deployment import deploy, undo
-from builders.deploy.client.observe import Observed, observe, wait_for_change
-from builders.deploy.client.problems import problems
-from builders.deploy.client.revision import History, read_history, write_history
-from builders.deploy.client.rollout import progress, wait
+from cluster.apply import apply, dry_run
+from cluster.deploy import deploy, undo
 from cluster.errors import ClusterError, RolloutError
+from cluster.observe import Observed, observe, wait_for_change
+from cluster.problems import problems
+from cluster.revision import History, read_history, write_history
+from cluster.rollout import progress, wait
 from tests.deploy_objects import (
     CONFIG_MAPS,
     DEPLOYMENTS,

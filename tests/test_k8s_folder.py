@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import yaml
 
-from builders.deploy.check import check_text
-from builders.deploy.render import K8S, render
-from builders.deploy.schemas import checked_kinds
+from builders.manifests.lint.check import check_text
+from builders.manifests.lint.schemas import checked_kinds
+from builders.manifests.render import K8S, render
 from runtime.generation.metrics import Gauges
 from runtime.pod.__main__ import _parser
 from tests.conftest import needs_kubectl

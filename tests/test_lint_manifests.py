@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 
 from builders.__main__ import run
 from builders.commands.manifests import lint_manifests
-from builders.deploy.check import check_files, check_text
-from builders.deploy.custom_resources import CUSTOM_RESOURCES
-from builders.deploy.lint.quantity import parse_quantity
-from builders.deploy.objects import ManifestError, ObjectSet, matches, read_objects
-from builders.deploy.render import render
-from builders.deploy.schemas import SUPPORTED, schema_findings
+from builders.manifests.lint.check import check_files, check_text
+from builders.manifests.lint.custom_resources import CUSTOM_RESOURCES
+from builders.manifests.lint.objects import ManifestError, ObjectSet, matches, read_objects
+from builders.manifests.lint.quantity import parse_quantity
+from builders.manifests.lint.schemas import SUPPORTED, schema_findings
+from builders.manifests.render import render
 from tests.conftest import needs_kubectl
 from tests.kube_edits import EDITS, Edit, edited
 

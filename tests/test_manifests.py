@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 
 from builders.__main__ import run
 from builders.commands.manifests import manifests
-from builders.deploy.check import ManifestFault
-from builders.deploy.manifests import RENDERED, overlay_files, write_manifests
-from builders.deploy.objects import ObjectSet, at, read_objects
-from builders.deploy.patches import signals
-from builders.deploy.render import K8S, render
-from builders.deploy.sizing import STARTUP_PERIOD_S, size
 from builders.errors import CheckError, InputError, MachineError, SpecError, UnsupportedError
+from builders.manifests.lint.check import ManifestFault
+from builders.manifests.lint.objects import ObjectSet, at, read_objects
+from builders.manifests.overlay import RENDERED, overlay_files, write_manifests
+from builders.manifests.patches import signals
+from builders.manifests.render import K8S, render
+from builders.manifests.sizing import STARTUP_PERIOD_S, size
 from builders.spec import PRESETS, DeploymentSpec, Platform, load_spec
 from tests.conftest import needs_kubectl
 from tests.golden_manifests import CASES, KEPT, golden, written

@@ -24,10 +24,10 @@ from tritonclient import grpc as triton_grpc
 from tritonclient.utils import InferenceServerException
 
 from builders import pipeline
-from builders.deploy.client.deployment import deploy
-from builders.deploy.client.models import Pace, PodPorts, load_version
-from builders.deploy.client.observe import observe
+from cluster.deploy import deploy
 from cluster.errors import RolloutError
+from cluster.load_version import Pace, PodPorts, load_version
+from cluster.observe import observe
 from runtime.errors import BadEnvironment
 from runtime.pod.layout import Layout
 from runtime.pod.model_store import PUBLISHED, Publication, choose, publications, publish

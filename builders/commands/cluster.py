@@ -18,11 +18,11 @@ from builders.errors import InputError
 from cluster.errors import ClusterError
 
 if TYPE_CHECKING:
-    from builders.deploy.client.cluster import Cluster
-    from builders.deploy.client.deployment import Deployed
-    from builders.deploy.client.objects import ObjectName
-    from builders.deploy.client.revision import Revision
-    from builders.deploy.client.rollout import Progress
+    from cluster.api import Cluster
+    from cluster.deploy import Deployed
+    from cluster.kinds import ObjectName
+    from cluster.revision import Revision
+    from cluster.rollout import Progress
 
 Target = Annotated[str, typer.Argument(help="spec file or preset; or manifests: a YAML file, a kustomize folder")]
 Kubeconfig = Annotated[Path | None, typer.Option(help="default: KUBECONFIG, then ~/.kube/config, then the pod's own")]
@@ -57,8 +57,8 @@ def deploy(
     as_json: JsonFlag = False,
 ) -> None:
     """Server-side apply of the whole set, then waits until it serves. Exit 1 with the pods' own reasons."""
-    from builders.deploy.client import apply, deployment
-    from builders.deploy.client.rollout import Patience
+    from cluster import apply, deploy
+    from cluster.rollout import Patience
 
     found = _read(target, platform, name)
     with _connect(found, kubeconfig, context) as cluster:
@@ -68,9 +68,9 @@ def deploy(
             rows = [{"object": str(item.name), "change": item.change} for item in planned]
             print(json.dumps(rows, indent=2) if as_json else "\n".join(f"{r['change']:<9} {r['object']}" for r in rows))
             return
-        patience = Patience(timeout_s=timeout_s or deployment.time_limit_s(found.documents))
+        patience = Patience(timeout_s=timeout_s or deploy.time_limit_s(found.documents))
         with rollout_display(quiet=as_json) as report:
-            done = deployment.deploy(
+            done = deploy.deploy(
                 cluster, found.name, found.documents, patience, report,
                 force=force_conflicts, undo_on_failure=undo_on_failure,
             )  # fmt: skip
@@ -84,8 +84,8 @@ def diff(
     context: Context = None,
 ) -> None:
     """What `deploy` would change, as the cluster sees it."""
-    from builders.deploy.client.apply import dry_run
-    from builders.deploy.client.diff import changes_text
+    from cluster.apply import dry_run
+    from cluster.diff import changes_text
 
     found = _read(target, platform, "any")
     with _connect(found, kubeconfig, context) as cluster, status("dry run", False):
@@ -101,10 +101,10 @@ def cluster_status(
     as_json: JsonFlag = False,
 ) -> None:
     """Each workload in one line with its problems, and the sets that were applied."""
-    from builders.deploy.client.deployment import workloads
-    from builders.deploy.client.observe import observe
-    from builders.deploy.client.revision import read_history
-    from builders.deploy.client.rollout import progress
+    from cluster.deploy import workloads
+    from cluster.observe import observe
+    from cluster.revision import read_history
+    from cluster.rollout import progress
 
     found = _place(target, name)
     with _connect(found, kubeconfig, context) as cluster:
@@ -134,16 +134,16 @@ def undo(
     as_json: JsonFlag = False,
 ) -> None:
     """Brings back the last set before the current one that became ready."""
-    from builders.deploy.client import deployment
-    from builders.deploy.client.revision import read_history
-    from builders.deploy.client.rollout import Patience
+    from cluster import deploy
+    from cluster.revision import read_history
+    from cluster.rollout import Patience
 
     found = _place(target, name)
     with _connect(found, kubeconfig, context) as cluster:
         current = read_history(cluster, found.name).current
-        patience = Patience(timeout_s=timeout_s or deployment.time_limit_s(current.documents if current else ()))
+        patience = Patience(timeout_s=timeout_s or deploy.time_limit_s(current.documents if current else ()))
         with rollout_display(quiet=as_json) as report:
-            done = deployment.undo(cluster, found.name, patience, report, force=force_conflicts)
+            done = deploy.undo(cluster, found.name, patience, report, force=force_conflicts)
     _print_deployed(found.name, done, as_json)
 
 
@@ -158,9 +158,9 @@ def port_forward(
     """A port of this machine that leads to a ready pod, until Ctrl-C. Each connection asks anew which pod is ready."""
     import sys
 
-    from builders.deploy.client.objects import name_of
-    from builders.deploy.client.observe import is_ready, observe
-    from builders.deploy.client.port_forward import PortForward
+    from cluster.kinds import name_of
+    from cluster.observe import is_ready, observe
+    from cluster.port_forward import PortForward
     from runtime.server.stopping import stop_requests
 
     found = _place(target, name)
@@ -203,8 +203,8 @@ def load_version(
 ) -> None:
     """Loads a published version into running pods, one at a time; new pods then start with it. Stops at the first
     pod that fails. An older version is loaded the same way."""
-    from builders.deploy.client.control import control_secret as read_secret
-    from builders.deploy.client.models import load_version as load
+    from cluster.control import control_secret as read_secret
+    from cluster.load_version import load_version as load
 
     secret, separator, key = control_secret.partition("/")
     if not separator:
@@ -218,14 +218,14 @@ def load_version(
 
 def _read(target: str, platform: Literal["cpu", "gpu"], name: str | None) -> AppliedSet:
     """The objects of a spec, a YAML file or a kustomize folder."""
-    from builders.deploy.render import render
+    from builders.manifests.render import render
 
     path = Path(target)
     if path.is_dir():
         return _from_text(render(path), str(path), name)
     if path.is_file() and _is_manifest(path):
         return _from_text(path.read_text(encoding="utf-8"), str(path), name)
-    from builders.deploy.manifests import RENDERED, namespace_of, write_manifests
+    from builders.manifests.overlay import RENDERED, namespace_of, write_manifests
     from builders.spec import load_spec
 
     spec = load_spec(target)
@@ -240,7 +240,7 @@ def _place(target: str, name: str | None) -> AppliedSet:
     path = Path(target)
     if path.is_dir() or (path.is_file() and _is_manifest(path)):
         return _read(target, "cpu", name)
-    from builders.deploy.manifests import namespace_of
+    from builders.manifests.overlay import namespace_of
     from builders.spec import load_spec
 
     spec = load_spec(target)
@@ -259,7 +259,7 @@ def _is_manifest(path: Path) -> bool:
 
 def _from_text(text: str, source: str, name: str | None) -> AppliedSet:
     """Raises InputError for faults of the YAML, and for a set that neither --name nor its labels name."""
-    from builders.deploy.objects import read_objects
+    from builders.manifests.lint.objects import read_objects
 
     objects, findings = read_objects(text, source)
     if findings:
@@ -278,7 +278,7 @@ def _from_text(text: str, source: str, name: str | None) -> AppliedSet:
 
 @contextmanager
 def _connect(found: AppliedSet, kubeconfig: Path | None, context: str | None) -> Iterator[Cluster]:
-    from builders.deploy.client.cluster import Cluster
+    from cluster.api import Cluster
 
     with Cluster.connect(kubeconfig, context, found.namespace) as cluster:
         yield cluster
@@ -286,8 +286,8 @@ def _connect(found: AppliedSet, kubeconfig: Path | None, context: str | None) ->
 
 def _serving_workload(cluster: Cluster, found: AppliedSet) -> ObjectName:
     """The one Deployment or LeaderWorkerSet that serves: by its label, or because there is no other."""
-    from builders.deploy.client.apply import names
-    from builders.deploy.client.revision import read_history
+    from cluster.apply import names
+    from cluster.revision import read_history
 
     current = read_history(cluster, found.name).current
     documents = current.documents if current else found.documents

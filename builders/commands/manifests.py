@@ -23,7 +23,7 @@ def manifests(
     as_json: JsonFlag = False,
 ) -> None:
     """A kustomize overlay from a spec, and its rendered YAML, checked offline."""
-    from builders.deploy.manifests import RENDERED, write_manifests
+    from builders.manifests.overlay import RENDERED, write_manifests
     from builders.spec import load_spec
 
     with status(f"write {output}", as_json):
@@ -41,8 +41,8 @@ def lint_manifests(
     as_json: JsonFlag = False,
 ) -> None:
     """Checks anyone's manifests offline: strict schemas, then what schemas let pass. Exit 1 with findings."""
-    from builders.deploy.check import check_files
-    from builders.deploy.schemas import SUPPORTED
+    from builders.manifests.lint.check import check_files
+    from builders.manifests.lint.schemas import SUPPORTED
 
     count, findings = check_files(files)
     if as_json:

@@ -6,8 +6,19 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from builders.deploy.lint.references import environment, expand
-from builders.deploy.objects import Finding, KubeObject, ObjectSet, Pod, at, mapping, matches, number, rows, words
+from builders.manifests.lint.objects import (
+    Finding,
+    KubeObject,
+    ObjectSet,
+    Pod,
+    at,
+    mapping,
+    matches,
+    number,
+    rows,
+    words,
+)
+from builders.manifests.lint.references import environment, expand
 
 MARGIN_S = 10  # to end what did not drain
 _TRITON_EXIT_S = 30  # tritonserver's own default

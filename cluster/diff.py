@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from builders.deploy.client.apply import Applied, bare
+from cluster.apply import Applied, bare
 
 
 def changes_text(found: Sequence[Applied]) -> str:

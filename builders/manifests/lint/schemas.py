@@ -13,9 +13,9 @@ from functools import cache
 from importlib import resources, util
 from typing import Any
 
-from builders.deploy.custom_resources import CUSTOM_RESOURCES
-from builders.deploy.objects import Finding, KubeObject
 from builders.errors import MachineError
+from builders.manifests.lint.custom_resources import CUSTOM_RESOURCES
+from builders.manifests.lint.objects import Finding, KubeObject
 
 OLDEST, NEWEST = "1.35", "1.37"
 SUPPORTED = (OLDEST, NEWEST)

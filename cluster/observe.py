@@ -8,8 +8,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from builders.deploy.client.cluster import Cluster, Query
-from builders.deploy.client.objects import (
+from cluster.api import Cluster, Query
+from cluster.errors import ClusterError
+from cluster.kinds import (
     CLAIMS,
     EVENTS,
     PODS,
@@ -23,8 +24,7 @@ from builders.deploy.client.objects import (
     name_of,
     owned_by,
 )
-from builders.deploy.client.refusal import is_transient
-from cluster.errors import ClusterError
+from cluster.refusal import is_transient
 
 WORKLOADS = ("Deployment", "LeaderWorkerSet", "Job")
 _REVISION = "deployment.kubernetes.io/revision"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
-from builders.deploy.objects import Finding, KubeObject, ObjectSet, Pod, at, mapping, matches, number, rows
+from builders.manifests.lint.objects import Finding, KubeObject, ObjectSet, Pod, at, mapping, matches, number, rows
 
 
 def workload_selectors(objects: ObjectSet) -> Iterator[Finding]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from builders.deploy.client.objects import Object, conditions, name_of
-from builders.deploy.client.observe import Observed, is_bound, is_ready
+from cluster.kinds import Object, conditions, name_of
+from cluster.observe import Observed, is_bound, is_ready
 from runtime.errors import UNPROVEN
 
 _UNPROVEN_FIX = "run the pod on another kind of node, or build for this one: the model gives other outputs there"

@@ -11,8 +11,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from builders.deploy.client.objects import Object, Resource
 from cluster.errors import ClusterError
+from cluster.kinds import Object, Resource
 
 _WHO = re.compile(r'User "([^"]+)"')
 _SHOWN = 500  # characters of an answer that is no Status, as from a proxy

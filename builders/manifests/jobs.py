@@ -6,8 +6,8 @@ from typing import Any
 
 import yaml
 
-from builders.deploy.patches import Patch, merge, node_choice
-from builders.deploy.render import K8S
+from builders.manifests.patches import Patch, merge, node_choice
+from builders.manifests.render import K8S
 from builders.spec import DeploymentSpec, Platform
 
 

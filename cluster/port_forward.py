@@ -16,11 +16,11 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from builders.deploy.client.cluster import Cluster
-from builders.deploy.client.objects import PODS
-from builders.deploy.client.refusal import Action, no_rights, read_status, refused
-from builders.deploy.client.rights import PORT_FORWARD
+from cluster.api import Cluster
 from cluster.errors import ClusterError
+from cluster.kinds import PODS
+from cluster.refusal import Action, no_rights, read_status, refused
+from cluster.rights import PORT_FORWARD
 
 if TYPE_CHECKING:
     from websocket import ABNF, WebSocket

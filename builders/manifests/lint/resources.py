@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from typing import Any
 
-from builders.deploy.lint.quantity import parse_quantity
-from builders.deploy.objects import Finding, ObjectSet, at, mapping, rows
+from builders.manifests.lint.objects import Finding, ObjectSet, at, mapping, rows
+from builders.manifests.lint.quantity import parse_quantity
 
 _UNITS = "a number with one of m, k, M, G, T, Ki, Mi, Gi, Ti"
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from builders.deploy.objects import Finding, ObjectSet, Pod, at, mapping, rows, words
+from builders.manifests.lint.objects import Finding, ObjectSet, Pod, at, mapping, rows, words
 
 _VOLUMES = {
     "configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret",

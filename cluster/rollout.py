@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from builders.deploy.client.cluster import Cluster
-from builders.deploy.client.objects import ObjectName, conditions, metadata, name_of
-from builders.deploy.client.observe import Observed, last_words, observe, wait_for_change
-from builders.deploy.client.problems import Problem, problems
-from builders.deploy.client.refusal import is_transient
+from cluster.api import Cluster
 from cluster.errors import ClusterError, RolloutError
+from cluster.kinds import ObjectName, conditions, metadata, name_of
+from cluster.observe import Observed, last_words, observe, wait_for_change
+from cluster.problems import Problem, problems
+from cluster.refusal import is_transient
 
 State = Literal["progressing", "done", "failed"]
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from builders.deploy.lint import lint
-from builders.deploy.lint.versions import removed_versions
-from builders.deploy.objects import Finding, KubeObject, ManifestError, ObjectSet, read_objects
-from builders.deploy.schemas import SUPPORTED, schema_findings
 from builders.errors import CheckError
+from builders.manifests.lint import lint
+from builders.manifests.lint.objects import Finding, KubeObject, ManifestError, ObjectSet, read_objects
+from builders.manifests.lint.schemas import SUPPORTED, schema_findings
+from builders.manifests.lint.versions import removed_versions
 
 
 class ManifestFault(CheckError):

@@ -12,10 +12,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from builders.deploy.client.cluster import Cluster, Query
-from builders.deploy.client.objects import NAMESPACES, Object, ObjectName, Resource, conditions, metadata
-from builders.deploy.client.refusal import Action
+from cluster.api import Cluster, Query
 from cluster.errors import ClusterError
+from cluster.kinds import NAMESPACES, Object, ObjectName, Resource, conditions, metadata
+from cluster.refusal import Action
 
 MANAGER = "trireme"
 Change = Literal["created", "changed", "replaced", "unchanged", "unchecked"]

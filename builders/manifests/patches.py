@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from builders.deploy.sizing import Sizing
+from builders.manifests.sizing import Sizing
 from builders.spec import DeploymentSpec, Platform
 
 USER = 10001  # of every container; the images say the same

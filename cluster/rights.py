@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from builders.deploy.client.apply import Target, targets
-from builders.deploy.client.cluster import Cluster
-from builders.deploy.client.objects import (
+from cluster.api import Cluster
+from cluster.apply import Target, targets
+from cluster.kinds import (
     ACCESS_REVIEWS,
     CLAIMS,
     EVENTS,
@@ -16,9 +16,9 @@ from builders.deploy.client.objects import (
     Object,
     Resource,
 )
-from builders.deploy.client.observe import WORKLOADS
-from builders.deploy.client.refusal import Action, no_rights
-from builders.deploy.client.revision import LASTING
+from cluster.observe import WORKLOADS
+from cluster.refusal import Action, no_rights
+from cluster.revision import LASTING
 
 _APPLY = ("get", "create", "patch")  # a server-side apply that creates needs both create and patch
 _WATCH = ("list", "watch")

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from builders.deploy.client.objects import PODS, Object, Resource, root_path
-from builders.deploy.client.refusal import Action, read_status, refused
-from builders.errors import MachineError
 from cluster.errors import ClusterError
+from cluster.kinds import PODS, Object, Resource, root_path
+from cluster.refusal import Action, read_status, refused
+from runtime.errors import MachineError
 
 if TYPE_CHECKING:
     from kubernetes.client import ApiClient

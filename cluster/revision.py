@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from builders.deploy.client.apply import MANAGER
-from builders.deploy.client.cluster import Cluster
-from builders.deploy.client.objects import SECRETS, Object, ObjectName, metadata
-from builders.deploy.client.refusal import Action
+from cluster.api import Cluster
+from cluster.apply import MANAGER
 from cluster.errors import ClusterError
+from cluster.kinds import SECRETS, Object, ObjectName, metadata
+from cluster.refusal import Action
 
 Outcome = Literal["started", "ready", "failed"]
 KEPT = 5  # a Secret holds 1 MiB, a compressed set some 10 KiB

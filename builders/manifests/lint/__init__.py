@@ -3,12 +3,14 @@
 resources   quantities, devices, memory       references  ConfigMaps, claims, volumes, variables
 traffic     selectors, ports, probes          lifecycle   grace, rollouts, budgets, autoscalers
 security    Pod Security, tokens, rights      versions    removed APIs, which `check` asks before schemas
+schemas     what an API server would refuse   custom_resources  the same for kinds that are not built in
+objects     YAML to objects, strictly         check       all of it over a set of files
 """
 
 from __future__ import annotations
 
-from builders.deploy.lint import lifecycle, references, resources, security, traffic
-from builders.deploy.objects import Finding, ObjectSet
+from builders.manifests.lint import lifecycle, references, resources, security, traffic
+from builders.manifests.lint.objects import Finding, ObjectSet
 
 RULES = (
     lifecycle.duplicates,

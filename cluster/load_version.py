@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from builders.deploy.client.apply import MANAGER
-from builders.deploy.client.cluster import Cluster, Query
-from builders.deploy.client.objects import (
+from cluster.api import Cluster, Query
+from cluster.apply import MANAGER
+from cluster.errors import ClusterError, RolloutError
+from cluster.kinds import (
     CONFIG_MAPS,
     DISRUPTION_BUDGETS,
     PODS,
@@ -31,11 +32,10 @@ from builders.deploy.client.objects import (
     metadata,
     name_of,
 )
-from builders.deploy.client.observe import is_leaving, is_ready, observe
-from builders.deploy.client.port_forward import PortForward
-from builders.deploy.client.refusal import Action
-from builders.deploy.client.rights import require_rights
-from cluster.errors import ClusterError, RolloutError
+from cluster.observe import is_leaving, is_ready, observe
+from cluster.port_forward import PortForward
+from cluster.refusal import Action
+from cluster.rights import require_rights
 from runtime.settings import ADMIN_HEADER
 
 CONTROL_HEADER = f"triton-grpc-protocol-{ADMIN_HEADER}"  # what its `--grpc-restricted-protocol` asks for

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from builders.deploy.objects import Finding, ObjectSet
+from builders.manifests.lint.objects import Finding, ObjectSet
 
 # (old apiVersion, kinds; none means all of that version) -> (removed in, replacement)
 _REMOVED: tuple[tuple[str, tuple[str, ...], str, str], ...] = (

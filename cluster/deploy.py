@@ -6,15 +6,15 @@ import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from builders.deploy.client.apply import Applied, apply, delete, dry_run, names
-from builders.deploy.client.cluster import Cluster
-from builders.deploy.client.control import ensure_control_secret
-from builders.deploy.client.objects import Object, ObjectName
-from builders.deploy.client.observe import WORKLOADS
-from builders.deploy.client.revision import History, Revision, left_behind, read_history, write_history
-from builders.deploy.client.rights import needed_to_apply, require_rights
-from builders.deploy.client.rollout import Patience, Progress, wait
+from cluster.api import Cluster
+from cluster.apply import Applied, apply, delete, dry_run, names
+from cluster.control import ensure_control_secret
 from cluster.errors import ClusterError, RolloutError
+from cluster.kinds import Object, ObjectName
+from cluster.observe import WORKLOADS
+from cluster.revision import History, Revision, left_behind, read_history, write_history
+from cluster.rights import needed_to_apply, require_rights
+from cluster.rollout import Patience, Progress, wait
 
 Report = Callable[[Sequence[Progress]], None]
 

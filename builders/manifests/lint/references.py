@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from builders.deploy.objects import Finding, ObjectSet, Pod, at, mapping, rows, words
+from builders.manifests.lint.objects import Finding, ObjectSet, Pod, at, mapping, rows, words
 
 _VARIABLE = re.compile(r"\$\$|\$\(([A-Za-z_.][A-Za-z0-9_.-]*)\)")
 # Set by the LeaderWorkerSet controller in every container of a group.

@@ -9,14 +9,14 @@ from __future__ import annotations
 import base64
 import contextlib
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
-from builders.deploy.client.apply import MANAGER
-from builders.deploy.client.cluster import Cluster
-from builders.deploy.client.objects import SECRETS, Object, metadata
-from builders.deploy.client.refusal import Action
-from builders.deploy.objects import KubeObject, mapping, pods_of
+from cluster.api import Cluster
+from cluster.apply import MANAGER
 from cluster.errors import ClusterError
+from cluster.kinds import SECRETS, Object, metadata
+from cluster.refusal import Action
 
 CONTROL_SECRET, CONTROL_KEY = "triton-control", "secret"  # as k8s/base/deployment.yaml mounts it
 
@@ -56,8 +56,17 @@ def control_secret(cluster: Cluster, name: str = CONTROL_SECRET, key: str = CONT
 
 
 def _mounts(item: Object) -> bool:
-    volumes = [volume for pod in pods_of(KubeObject(item)) for volume in pod.volumes().values()]
-    return any(mapping(volume, "secret").get("secretName") == CONTROL_SECRET for volume in volumes)
+    secrets_mounted = (volume.get("secret") or {} for volume in _volumes(item))
+    return any(secret.get("secretName") == CONTROL_SECRET for secret in secrets_mounted)
+
+
+def _volumes(part: Any) -> Iterator[Mapping[str, Any]]:
+    """Those of every pod template in an object, wherever its kind keeps it."""
+    if isinstance(part, Mapping):
+        volumes = part.get("volumes")
+        yield from (item for item in volumes if isinstance(item, Mapping)) if isinstance(volumes, list) else ()
+    for inner in part.values() if isinstance(part, Mapping) else part if isinstance(part, list) else ():
+        yield from _volumes(inner)
 
 
 @contextlib.contextmanager

@@ -22,12 +22,12 @@ from typing import Any
 import yaml
 
 from builders.artifacts import Record
-from builders.deploy.check import ManifestFault, check_text
-from builders.deploy.jobs import jobs
-from builders.deploy.patches import Patch, images, replica, scaler, store
-from builders.deploy.render import K8S, render
-from builders.deploy.sizing import Sizing, size
 from builders.errors import InputError, SpecError
+from builders.manifests.jobs import jobs
+from builders.manifests.lint.check import ManifestFault, check_text
+from builders.manifests.patches import Patch, images, replica, scaler, store
+from builders.manifests.render import K8S, render
+from builders.manifests.sizing import Sizing, size
 from builders.spec import DeploymentSpec, Platform
 from builders.store.atomic import atomic_directory
 

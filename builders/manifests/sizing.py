@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from builders.deploy.lint.lifecycle import MARGIN_S
 from builders.errors import SpecError, UnsupportedError
+from builders.manifests.lint.lifecycle import MARGIN_S
 from builders.spec import DeploymentSpec, Platform
 
 STARTUP_PERIOD_S = 5

@@ -1,0 +1,7 @@
+"""Kubernetes manifests from a spec, and the checks of them that need no cluster.
+
+sizing   arithmetic: GPUs, memory, probe budgets and scaling thresholds of a spec
+overlay  an overlay from a spec, of patches and jobs     render  kubectl kustomize
+patches  what an overlay changes of k8s/base             jobs    builds and load tests in the cluster
+lint/    what an API server would refuse, and what it would accept and a cluster would then fail on
+"""
