@@ -28,10 +28,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 demo: install ## the main job: real weights to engines, a served model and a load report
-	$(BIN)/python -m builders.demo --build-dir $(BUILD)
+	$(BIN)/python -m measure.demo --build-dir $(BUILD)
 
 demo-generate: install ## train a small language model, build it, serve it and stream from it
-	$(BIN)/python -m builders.demo_generate --build-dir $(BUILD)
+	$(BIN)/python -m measure.demo_generate --build-dir $(BUILD)
 
 test: install ## every test but the slow ones; a real Triton and real TensorRT builds are in it
 	$(BIN)/python -m pytest -m "not slow"
@@ -55,10 +55,10 @@ golden: install ## write the committed config.pbtxt and manifests again, after a
 	$(BIN)/python -m tests.golden_manifests
 
 bench-shard: install ## memory and time of sharding 5 GB, against a plain copy
-	$(BIN)/python -m builders.bench.shard --folder $(BUILD)
+	$(BIN)/python -m measure.bench.shard --folder $(BUILD)
 
 bench-generation: install ## streamed tokens/s against the bare executor loop (peers: make bench-install first)
-	$(BIN)/python -m builders.bench.generation --build-dir $(BUILD) \
+	$(BIN)/python -m measure.bench.generation --build-dir $(BUILD) \
 		$(if $(wildcard $(TOOLS)/bin/optimum-cli),--openvino-exporter $(TOOLS)/bin/optimum-cli)
 
 bench-install: install ## the peers that bench-serving and bench-generation compare with
@@ -72,16 +72,16 @@ bench-tools: ## the converter of OpenVINO GenAI's models, in an environment of i
 	$(TOOLS)/bin/python -m pip uninstall --quiet --yes torchvision
 
 gpu-proof: ## what is true on this machine's GPU, and what its limit is: docs/gpu/<gpu>-<date>/
-	$(if $(wildcard $(BIN)/python),$(BIN)/python,python3) -m builders.gpu_proof
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,python3) -m measure.gpu_proof
 
 gpu-proof-dry: install ## the same script on a CPU: proves the script, not a speed
-	$(BIN)/python -m builders.gpu_proof --dry
+	$(BIN)/python -m measure.gpu_proof --dry
 
 gpu-bundle: install ## the proof in parts under 60 MiB, for a GPU machine without a network
-	$(BIN)/python -m builders.gpu_proof.bundle --out $(BUILD)/gpu-bundle
+	$(BIN)/python -m measure.gpu_proof.bundle --out $(BUILD)/gpu-bundle
 
 bench-serving: install ## served sentences/s against the same model in process (peers: make bench-install first)
-	$(BIN)/python -m builders.bench.serving --build-dir $(BUILD)
+	$(BIN)/python -m measure.bench.serving --build-dir $(BUILD)
 
 clean: ## remove everything that was built; the virtual environment stays
 	rm -rf $(BUILD)

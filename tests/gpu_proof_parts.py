@@ -7,9 +7,9 @@ import signal
 import threading
 from collections.abc import Iterator
 
-from builders.gpu_proof.record import Row
-from builders.gpu_proof.roofline import Limits
-from builders.gpu_proof.setting import Budget, NotRun, Setting
+from measure.gpu_proof.record import Row
+from measure.gpu_proof.roofline import Limits
+from measure.gpu_proof.setting import Budget, NotRun, Setting
 
 ROW = Row("case", "way", figures={"copy_gb_per_s": 100.0, "product_tflop_per_s": 10.0})
 

@@ -12,19 +12,18 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCES = [
     path
-    for folder in ("builders", "runtime", "loadtest", "model_repository", "tests")
+    for folder in ("builders", "cluster", "loadtest", "measure", "model_repository", "runtime", "tests")
     for path in sorted((ROOT / folder).rglob("*.py"))
 ]
 STAGES = {"compress", "export", "quantize", "partition", "engine", "repository", "checkpoint"}
 FRONT_ENDS = (
     "builders/__main__.py",
     "builders/commands/",
-    "builders/demo.py",
-    "builders/demo_generate.py",
+    "measure/demo.py",
+    "measure/demo_generate.py",
     "builders/present.py",
     "builders/single.py",
-    "builders/bench/",
-    "builders/gpu_proof/",
+    "measure/",
 )
 HEAVY = {"torch", "transformers", "onnx", "onnxruntime", "openvino", "polygraphy", "tensorrt", "tensorrt_rtx", "locust",
          "kubernetes", "kubernetes_validate", "jsonschema", "websocket"}  # fmt: skip
@@ -80,7 +79,7 @@ def test_only_adapters_know_triton(path: Path) -> None:
 @pytest.mark.parametrize("path", [p for p in SOURCES if "tests" not in p.parts], ids=_name)
 def test_heavy_libraries_load_where_they_are_used(path: Path) -> None:
     # Rooms and files that are about that library alone.
-    rooms = {"loadtest/": {"locust"}, "builders/partition/": {"onnx"}, "builders/small_model/muon.py": {"torch"}}
+    rooms = {"loadtest/": {"locust"}, "builders/partition/": {"onnx"}, "builders/training/muon.py": {"torch"}}
     allowed = next((names for room, names in rooms.items() if _name(path).startswith(room)), set())
     heavy = {name.split(".")[0] for name in _imports(path, top_level_only=True)} & HEAVY
     ranks = _name(path).startswith("runtime/ranks/")  # processes of their own, which are nothing but torch

@@ -8,8 +8,8 @@ import numpy as np
 import onnx
 import pytest
 
+from measure.bench.bare_loop import bare_loop
 from runtime.errors import BadEnvironment, BadRequest, ServerFault
-from runtime.generation.bare import bare_loop
 from runtime.generation.cache import capacity_ladder
 from runtime.generation.engine import Engine, generate
 from runtime.generation.executor.onnxruntime import OnnxRuntimeStepExecutor

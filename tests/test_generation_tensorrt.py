@@ -15,8 +15,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from builders.export.seq2seq import write_graphs
+from measure.bench.bare_loop import bare_loop
 from runtime.errors import BadEnvironment, ServerFault, Unavailable
-from runtime.generation.bare import bare_loop
 from runtime.generation.cache import SlotCache
 from runtime.generation.engine import Engine, generate
 from runtime.generation.executor.onnxruntime import OnnxRuntimeStepExecutor

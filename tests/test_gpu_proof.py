@@ -16,11 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from builders.errors import CheckError, InputError, MachineError
-from builders.gpu_proof import __main__ as proof_command
-from builders.gpu_proof import page, ranks, running, setting
-from builders.gpu_proof.decoder_engines import whole_seconds
-from builders.gpu_proof.record import Proof, Row, Section, largest_gap
-from builders.gpu_proof.roofline import (
+from measure.gpu_proof import __main__ as proof_command
+from measure.gpu_proof import page, sections, setting, several_gpus
+from measure.gpu_proof.decoder_engines import whole_seconds
+from measure.gpu_proof.record import Proof, Row, Section, largest_gap
+from measure.gpu_proof.roofline import (
     Limits,
     Work,
     against,
@@ -30,9 +30,9 @@ from builders.gpu_proof.roofline import (
     prefill_work,
     weight_bytes,
 )
-from builders.gpu_proof.running import Part, run_parts
-from builders.gpu_proof.setting import BERT_BASE, LLAMA_8B
-from builders.gpu_proof.step import union_length
+from measure.gpu_proof.sections import Part, run_parts
+from measure.gpu_proof.setting import BERT_BASE, LLAMA_8B
+from measure.gpu_proof.step import union_length
 from runtime.gpu import visible_targets
 from tests.conftest import wait_until
 from tests.gpu_proof_parts import wait_for_ever
@@ -90,8 +90,8 @@ def _part(function: str, **changes: float) -> Part:
 def test_sections_end_each_in_its_way_and_the_next_goes_on(
     tiny: setting.Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(running, "GRACE_S", 0.0)
-    monkeypatch.setattr(running, "_END_S", 0.5)
+    monkeypatch.setattr(sections, "GRACE_S", 0.0)
+    monkeypatch.setattr(sections, "_END_S", 0.5)
     parts = [replace(_part("sound"), name="limits"), *map(_part, ("raising", "lacking", "without_package", "dying")),
              _part("hanging", most_s=2.0, least_s=1.0), _part("sound")]  # fmt: skip
     found = {section.name: section for section in run_parts(parts, tiny, 300)}
@@ -136,9 +136,9 @@ def test_a_server_of_sections_that_does_not_start_is_no_failed_section(tmp_path:
     """Importing torch from a cold disk is not the first section's time; and it is bounded."""
     (tmp_path / "hard_to_import.py").write_text(module)
     code = (
-        "from pathlib import Path; from builders.gpu_proof import running, setting; "
-        "running.START_S, running._PRELOADED = 1.0, ['hard_to_import']; "
-        "running.run_parts([running.Part('x', 'tests.gpu_proof_parts', 5)], setting.dry(Path()), 5)"
+        "from pathlib import Path; from measure.gpu_proof import sections, setting; "
+        "sections.START_S, sections._PRELOADED = 1.0, ['hard_to_import']; "
+        "sections.run_parts([sections.Part('x', 'tests.gpu_proof_parts', 5)], setting.dry(Path()), 5)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False,
@@ -149,12 +149,12 @@ def test_a_server_of_sections_that_does_not_start_is_no_failed_section(tmp_path:
 
 
 def test_ranks_that_hang_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranks, "_END_S", 0.5)
+    monkeypatch.setattr(several_gpus, "_END_S", 0.5)
     context = multiprocessing.get_context("spawn")
     processes = [context.Process(target=wait_for_ever, daemon=True) for _ in range(2)]
     for process in processes:
         process.start()
-    ranks.end_ranks(processes)
+    several_gpus.end_ranks(processes)
     assert wait_until(lambda: not any(process.is_alive() for process in processes), limit_s=30)
 
 
@@ -216,7 +216,7 @@ def test_the_page_says_what_ran_what_did_not_and_why() -> None:
 
 @no_gpu
 def test_without_a_gpu_it_says_what_to_do_and_exits_2(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "builders.gpu_proof", "--out", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "measure.gpu_proof", "--out", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == MachineError.exit_code == 2
     assert "got none" in done.stderr
@@ -230,7 +230,7 @@ def test_the_command_starts_where_few_packages_are(tmp_path: Path) -> None:
     absent = ("pydantic", "typer", "rich", "polygraphy", "tritonclient", "tensorrt_rtx", "yaml", "matplotlib")
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({absent!r})); import runpy; "
-        "sys.argv = ['gpu-proof', '--help']; runpy.run_module('builders.gpu_proof', run_name='__main__')"
+        "sys.argv = ['gpu-proof', '--help']; runpy.run_module('measure.gpu_proof', run_name='__main__')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
@@ -269,7 +269,7 @@ def test_a_failed_section_fails_the_command_and_the_result_is_there(
 
 
 def test_sigterm_ends_the_command_and_everything_it_started_and_keeps_what_was_measured(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "builders.gpu_proof", "--dry", "--out", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "measure.gpu_proof", "--dry", "--out", str(tmp_path / "out")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
         assert process.stderr is not None
@@ -298,7 +298,7 @@ def _group_lives(group: int) -> bool:
 
 
 def test_the_dry_run_goes_through_every_section(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "builders.gpu_proof", "--dry", "--json", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "measure.gpu_proof", "--dry", "--json", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     (folder,) = tmp_path.iterdir()

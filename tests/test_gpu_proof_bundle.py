@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from builders.errors import InputError
-from builders.gpu_proof import bundle
+from measure.gpu_proof import bundle
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_what_is_unpacked_runs_from_its_own_folder(folder: Path, tmp_path: Path)
     assert "--budget-s" in done.stdout
     assert "not all parts are here" in done.stderr
     unpacked = tmp_path / "target" / "source"
-    for name in ("builders/gpu_proof/__main__.py", "runtime/generation/engine.py", "tests/gpu/conftest.py",
+    for name in ("measure/gpu_proof/__main__.py", "runtime/generation/engine.py", "tests/gpu/conftest.py",
                  "model_repository/adapters/generator/1/model.py", "pyproject.toml"):  # fmt: skip
         assert (unpacked / name).read_bytes() == (bundle.ROOT / name).read_bytes()
 

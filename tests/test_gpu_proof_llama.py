@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from builders.bench.decoder import DecoderShape
 from builders.export import decoder
-from builders.gpu_proof import decoder_engines, setting
-from builders.gpu_proof.llama import Llama, TorchStepExecutor, llama_of, random_llama
-from builders.gpu_proof.step import KEPT, engine_over
+from measure.bench.decoder_graph import DecoderShape
+from measure.gpu_proof import decoder_engines, setting
+from measure.gpu_proof.llama import Llama, TorchStepExecutor, llama_of, random_llama
+from measure.gpu_proof.step import KEPT, engine_over
 from runtime.generation.engine import generate
 from runtime.generation.request import SamplingParams
 from runtime.step import Batch, Copy, Row

@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builders.bench.decoder import DecoderShape, write_decoder
 from builders.commands.plan import plan as plan_command
 from builders.errors import CheckError, InputError, UnsupportedError
 from builders.partition.cut.shard import partition_graph
@@ -20,6 +19,7 @@ from builders.planning.page import map_of_partition, page
 from builders.planning.plan import Load, best, divides, plan, plan_stages, shortlist, step_seconds
 from builders.planning.report import layout_rows, report_page, report_plan
 from builders.planning.transformer import Model, model_from_config
+from measure.bench.decoder_graph import DecoderShape, write_decoder
 
 GOLDEN = Path(__file__).parent / "golden" / "plan-minilm.json"
 

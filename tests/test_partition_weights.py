@@ -14,13 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from builders.bench.decoder import DecoderShape, write_decoder
-from builders.bench.shard import shard_once
 from builders.partition.cut import weights
 from builders.partition.cut.shard import partition_graph
 from builders.partition.cut.weights import RankFile, lay_out, slices, write_files
 from builders.partition.placement import REPLICATE, Block, Placement, Shard, spans
 from builders.partition.prove.verify import verify_partition
+from measure.bench.decoder_graph import DecoderShape, write_decoder
+from measure.bench.shard import shard_once
 
 
 def expected(array: np.ndarray, placement: Placement, rank: int, ranks: int) -> np.ndarray:  # type: ignore[type-arg]

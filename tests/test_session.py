@@ -46,12 +46,12 @@ def test_weights_in_blocks_keep_their_fused_product(bits: int, tmp_path: Path) -
 def test_every_cpu_session_is_opened_in_one_place() -> None:
     opened = {
         path.relative_to(ROOT).as_posix()
-        for folder in ("builders", "runtime", "tests", "model_repository", "loadtest")
+        for folder in ("builders", "cluster", "loadtest", "measure", "model_repository", "runtime", "tests")
         for path in (ROOT / folder).rglob("*.py")
         for node in ast.walk(ast.parse(path.read_bytes()))
         if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("InferenceSession")
     }
-    assert opened == {"runtime/session.py", "builders/gpu_proof/encoders.py"}  # the second measures a device's provider
+    assert opened == {"runtime/session.py", "measure/gpu_proof/encoders.py"}  # the second measures a device's provider
 
 
 def test_what_is_no_graph_is_left_to_the_librarys_error(tmp_path: Path) -> None:

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from builders import corpus
 from builders.artifacts import file_digest
 from builders.errors import InputError, SpecError
-from builders.small_model import Progress, Recipe, TrainingReport, held_out_rows, train_small_model
-from builders.small_model.judging import windows
-from builders.small_model.text import END_OF_TEXT_ID, batches, split, train_tokenizer
+from builders.training.recipe import Progress, Recipe, TrainingReport
+from builders.training.text import END_OF_TEXT_ID, batches, split, train_tokenizer
+from measure.small_model.folder import held_out_rows, train_small_model
+from measure.small_model.judging import windows
 
 TINY = Recipe(
     vocabulary=320, hidden=32, layers=1, heads=4, kv_heads=2, ffn=64, context=32, steps=20, tokens_per_step=512,
@@ -174,7 +175,7 @@ def test_the_optimiser_is_muon_but_for_rounding() -> None:
     """torch's own, which computes in bf16, is the reference; the arithmetic here is fp32 on every CPU."""
     import torch
 
-    from builders.small_model.muon import Muon
+    from builders.training.muon import Muon
 
     generator = torch.Generator().manual_seed(0)
     for shape in ((24, 40), (40, 24), (32, 32)):
@@ -197,7 +198,7 @@ def test_the_optimiser_is_muon_but_for_rounding() -> None:
 def test_an_update_is_equally_long_in_every_direction() -> None:
     import torch
 
-    from builders.small_model.muon import orthogonal
+    from builders.training.muon import orthogonal
 
     values = torch.linalg.svdvals(orthogonal(torch.randn(16, 48, generator=torch.Generator().manual_seed(1))))
     assert 0.5 < float(values.min()) <= float(values.max()) < 1.3
@@ -205,13 +206,13 @@ def test_an_update_is_equally_long_in_every_direction() -> None:
 
 
 def test_a_cpu_without_bf16_makes_fewer_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    from builders.small_model import training
     from builders.store.processor import read_processor
+    from builders.training import loop
 
     steps = {}
     for flags in ("avx2 fma", "avx2 fma avx512_bf16"):
         processor = read_processor(f"flags : {flags}", (), 2)
-        monkeypatch.setattr(training, "this_processor", lambda processor=processor: processor)
-        steps[training.arithmetic()] = training.recipe_here().steps
-    assert steps == {"float32": training.FP32_STEPS, "bfloat16": Recipe().steps}
+        monkeypatch.setattr(loop, "this_processor", lambda processor=processor: processor)
+        steps[loop.arithmetic()] = loop.recipe_here().steps
+    assert steps == {"float32": loop.FP32_STEPS, "bfloat16": Recipe().steps}
     assert steps["float32"] < steps["bfloat16"]

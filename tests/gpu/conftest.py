@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from builders.gpu_proof import setting
-from builders.gpu_proof.machine import FLAVOURS, try_flavour
-from builders.gpu_proof.setting import NotRun, Setting
 from builders.spec import Flavour
+from measure.gpu_proof import setting
+from measure.gpu_proof.machine import FLAVOURS, try_flavour
+from measure.gpu_proof.setting import NotRun, Setting
 from runtime.gpu import visible_targets
 
 _FOLDER = Path(__file__).parent

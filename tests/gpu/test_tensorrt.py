@@ -9,12 +9,12 @@ import pytest
 
 from builders import pipeline, quality
 from builders.engine.tensorrt import build_decoder_engine, decoder_profiles
-from builders.gpu_proof.decoder_engines import decoder_graph
-from builders.gpu_proof.engines import EngineRunner
-from builders.gpu_proof.folders import encoder_spec
-from builders.gpu_proof.setting import Setting
-from builders.gpu_proof.step import KEPT, engine_over
 from builders.spec import Flavour
+from measure.gpu_proof.decoder_engines import decoder_graph
+from measure.gpu_proof.encoder_engines import EngineRunner
+from measure.gpu_proof.folders import encoder_spec
+from measure.gpu_proof.setting import Setting
+from measure.gpu_proof.step import KEPT, engine_over
 from runtime.generation.engine import generate
 from runtime.generation.executor.onnxruntime import OnnxRuntimeStepExecutor
 from runtime.generation.request import SamplingParams

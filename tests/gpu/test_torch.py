@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from builders.gpu_proof.decoders import Way, open_executor
-from builders.gpu_proof.llama import TorchStepExecutor, random_llama
-from builders.gpu_proof.machine import require_torch
-from builders.gpu_proof.setting import NotRun, Setting
-from builders.gpu_proof.step import KEPT, engine_over
+from measure.gpu_proof.decoders import Way, open_executor
+from measure.gpu_proof.llama import TorchStepExecutor, random_llama
+from measure.gpu_proof.machine import require_torch
+from measure.gpu_proof.setting import NotRun, Setting
+from measure.gpu_proof.step import KEPT, engine_over
 from runtime.generation.engine import generate
 from runtime.generation.request import SamplingParams
 from runtime.step import Batch

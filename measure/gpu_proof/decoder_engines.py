@@ -1,0 +1,185 @@
+"""Decoding with our TensorRT step executor.
+
+A whole model of 8 billion weights would be 16 GB to export, to build and to load, twice (a cache length is an engine):
+more than the time there is. All its blocks are alike, so two engines of few layers tell the same: what they differ in
+is the time of a block, what they share is the table of words, the head, the copies and the host. The time of the whole
+model is taken from both (t = shared + layers x block) and marked as derived. That holds as long as a step is one queue
+of kernels, which a decode step is; it would hide a fault that only depth brings, such as memory that runs out.
+
+Without a GPU the engines are built all the same, ahead of time, and ONNX Runtime runs their graph in their place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from builders.artifacts import Checkpoint, Generation, GenerationQuality, OnnxGraph
+from builders.engine.tensorrt import build_decoder_engine, decoder_profiles
+from builders.errors import ParityError
+from builders.export import decoder as export
+from builders.graph import GRAPH_FILE, record_graph
+from builders.spec import Flavour
+from builders.store.atomic import atomic_directory
+from measure.bench.bare_loop import bare_loop
+from measure.bench.decoder_graph import DecoderShape
+from measure.gpu_proof.decoders import Way, decode_case, open_executor
+from measure.gpu_proof.llama import Llama, llama_of
+from measure.gpu_proof.machine import try_flavour
+from measure.gpu_proof.record import Row
+from measure.gpu_proof.roofline import Limits, against, decode_work
+from measure.gpu_proof.setting import Budget, Setting
+from measure.gpu_proof.step import KEPT, engine_over, split
+from measure.gpu_proof.timing import host_seconds
+from runtime.step import Batch, StepExecutor
+
+MOST_DIFFERENCE = {"float16": 0.02, "float32": 1e-4}  # of the logits, over the largest of them
+_PROMPT = 8
+
+
+def measure(setting: Setting, limits: Limits | None, budget: Budget, *, flavour: Flavour) -> Iterator[Row]:
+    try_flavour(flavour, setting)
+    how = f"{flavour} step executor" + (" (stand-in: its graph on ONNX Runtime)" if setting.dry else "")
+    seconds: dict[tuple[int, int, int], float] = {}  # by layers, context and rows
+    made: dict[int, tuple[OnnxGraph, Llama]] = {}  # by layers
+    for context in setting.contexts:
+        for layers in setting.depths:
+            case = f"{setting.decoder_name} of {layers} layers, engine of capacity {context}"
+            if budget.left_s < 30 and not setting.dry:
+                yield Row(case, how, reason="time")
+                continue
+            if layers not in made:
+                made[layers] = decoder_graph(replace(setting.decoder, layers=layers), setting)
+            graph, model = made[layers]
+            rows = max(setting.decode_rows) + KEPT
+            profiles = decoder_profiles(rows, min(setting.contexts))
+            folder = setting.scratch / f"{flavour}-{layers}-{context}"
+            folder.mkdir(exist_ok=True)
+            engine = build_decoder_engine(graph, context, flavour, setting.target, profiles, folder)
+            figures = {"build_s": engine.build_seconds, "mb": engine.bytes / 1e6, "layers": float(engine.layers)}
+            unrun = "built ahead of time; not run: no GPU here" if setting.dry else ""
+            yield Row(case, f"{flavour} engine", figures=figures, facts={"target": engine.target}, note=unrun)
+            executor = open_engines(setting, engine.file_path, graph, context, rows, flavour)
+            try:
+                yield _compared(setting, executor, model, context, case, how)
+                for count in setting.decode_rows:
+                    seconds[layers, context, count] = _decode_seconds(setting, executor, context, count)
+                if layers == max(setting.depths) and context == min(setting.contexts):
+                    yield _loop(setting, executor, context, case, how)
+                    yield _split(setting, executor, context, case, how)
+            finally:
+                executor.close()
+    yield from _derived(setting, limits, seconds, how)
+
+
+def decoder_graph(shape: DecoderShape, setting: Setting) -> tuple[OnnxGraph, Llama]:
+    """A random Llama exported as every decoder is, and the same weights in plain torch to compare with."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    positions = max(setting.contexts)
+    config = LlamaConfig(
+        vocab_size=shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.ffn,
+        num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
+        max_position_embeddings=positions, tie_word_embeddings=False, attn_implementation="eager",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with torch.device(setting.device):  # where random numbers are made fast
+        made = LlamaForCausalLM(config)
+    network = made.to("cpu", getattr(torch, setting.dtype)).eval()
+    folder = setting.scratch / f"decoder-{shape.layers}"
+    if not folder.is_dir():  # else the other flavour's section has made it
+        with atomic_directory(folder) as work:
+            export.write_graph(network, _facts(shape, positions), [None] * shape.layers, work / GRAPH_FILE)
+    # Nothing judges random weights.
+    unjudged = GenerationQuality(perplexity=np.nan, reference_perplexity=np.nan, tokens=0, executor="none")
+    return record_graph(folder, setting.precision, unjudged, f"random, {shape.layers} layers"), llama_of(
+        network.to(setting.device), positions
+    )
+
+
+def _facts(shape: DecoderShape, positions: int) -> Checkpoint:
+    generation = Generation(
+        bos_id=None, eos_ids=(), pad_id=0, start_id=None, layers=shape.layers, heads=shape.heads,
+        kv_heads=shape.kv_heads, head_dim=shape.head_dim, max_positions=positions, vocabulary=shape.vocabulary,
+        tied=False,
+    )  # fmt: skip
+    return Checkpoint(
+        directory=Path(), files=(), source="random weights", architecture="LlamaForCausalLM", model_type="llama",
+        task="generation", pooling=None, hidden_size=shape.hidden, labels=0, parameters=0,
+        max_length=positions, token_type_ids=False, generation=generation,
+    )  # fmt: skip
+
+
+def open_engines(
+    setting: Setting, plan: Path, graph: OnnxGraph, capacity: int, rows: int, flavour: Flavour
+) -> StepExecutor:
+    if setting.dry:
+        from runtime.generation.executor.onnxruntime import OnnxRuntimeStepExecutor
+
+        return OnnxRuntimeStepExecutor(graph.file_path, (capacity,), rows, threads=2)
+    from runtime.tensorrt.executor import TensorRtStepExecutor
+
+    engines = {f"{setting.target}.{capacity}": plan}
+    return TensorRtStepExecutor(engines, (capacity,), rows, flavour=flavour, device=0)
+
+
+def _compared(setting: Setting, executor: StepExecutor, model: Llama, context: int, case: str, how: str) -> Row:
+    """A prompt and a token after it, against the same weights in torch. Raises ParityError where they differ."""
+    reference = open_executor(setting, model, context, 1, Way(compile=False, graph=False))
+    random, worst = np.random.default_rng(0), 0.0
+    place = np.zeros(1, np.int64)
+    for length in (_PROMPT, 1):
+        batch = Batch(0, 0, random.integers(0, executor.vocabulary, (1, length)), place)
+        expected, got = (np.array(each.run([batch])[0]) for each in (reference, executor))
+        worst = max(worst, float(np.abs(got - expected).max() / np.abs(expected).max()))
+        place = place + length
+    reference.close()
+    if not worst <= MOST_DIFFERENCE[setting.dtype]:
+        raise ParityError(f"{case}, {how}: logits differ by {worst:.1e} of the largest from the same weights in torch")
+    return Row(f"{case}, against torch", how, figures={"relative_difference": worst})
+
+
+def _decode_seconds(setting: Setting, executor: StepExecutor, context: int, rows: int) -> float:
+    """A greedy step at the end of a full cache, so that all of it is read."""
+    batch = Batch(0, 0, np.ones((rows, 1), np.int64), np.full(rows, context - 1, np.int64))
+    return host_seconds(lambda: executor.run([batch])[0].argmax(axis=1), setting)
+
+
+def _loop(setting: Setting, executor: StepExecutor, context: int, case: str, how: str) -> Row:
+    rows, new = min(8, max(setting.decode_rows)), min(setting.steps, context // 2)
+    loop = bare_loop(executor, 0, rows, context - new, new)
+    figures = {"tokens_per_s": loop.decode_tokens_per_second, "prompt_s": loop.prefill_seconds / rows}
+    return Row(f"{case}, bare loop, batch {rows}", how, figures=figures)
+
+
+def _split(setting: Setting, executor: StepExecutor, context: int, case: str, how: str) -> Row:
+    executor.reset()  # the loop above has left its own keys and values
+    engine = engine_over(executor, context, 1, chunk=min(setting.contexts))
+    row = Row(f"{case}, a step of the serving loop, batch 1", how, axes={"batch": 1})
+    return split(setting, engine, context, 1, row)
+
+
+def _derived(
+    setting: Setting, limits: Limits | None, seconds: dict[tuple[int, int, int], float], how: str
+) -> Iterator[Row]:
+    few, more = setting.depths
+    for context in setting.contexts:
+        for rows in setting.decode_rows:
+            if (few, context, rows) not in seconds or (more, context, rows) not in seconds:
+                continue
+            first, second = seconds[few, context, rows], seconds[more, context, rows]
+            whole = whole_seconds(first, second, setting.depths, setting.decoder.layers)
+            work = decode_work(setting.decoder, rows, context, setting.value_bytes)
+            figures, facts = against(work, whole, limits)
+            figures |= {"tokens_per_s": rows / whole, "block_ms": (second - first) / (more - few) * 1e3}
+            axes, case = {"batch": rows, "context": context}, decode_case(setting, rows, context)
+            yield Row(case, how, axes, figures, facts, note=f"derived from {few} and {more} layers")
+
+
+def whole_seconds(few: float, more: float, depths: tuple[int, int], layers: int) -> float:
+    """Time of `layers` equal blocks and what they share, from the times at two depths."""
+    return few + (layers - depths[0]) * (more - few) / (depths[1] - depths[0])

@@ -1,0 +1,114 @@
+"""What is measured and where. The dry run is the same script with a CPU, tiny shapes and stand-ins for engines."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from measure.bench.decoder_graph import DecoderShape
+from measure.gpu_proof.roofline import EncoderShape
+
+LLAMA_8B = DecoderShape(layers=32, hidden=4096, heads=32, kv_heads=8, ffn=14336, vocabulary=128256)
+MINILM = EncoderShape("MiniLM", layers=6, hidden=384, heads=12, ffn=1536)
+BERT_BASE = EncoderShape("BERT-base", layers=12, hidden=768, heads=12, ffn=3072)
+
+
+class NotRun(Exception):
+    """A section or a case that this machine cannot run. The message is the reason that the result shows."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Until when a section may go on, on the monotonic clock, which all processes of a machine share."""
+
+    deadline: float
+
+    @property
+    def left_s(self) -> float:
+        return self.deadline - time.monotonic()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """`target` is what engines are built for. `depths` are the layers of decoder engines: see `decoder_engines`."""
+
+    device: Literal["cuda", "cpu"]
+    target: str
+    scratch: Path
+    dtype: Literal["float16", "float32"]
+    compiler: str  # torch.compile's backend
+    decoder_name: str
+    decoder: DecoderShape
+    decode_rows: tuple[int, ...]
+    contexts: tuple[int, ...]
+    depths: tuple[int, int]
+    encoders: tuple[EncoderShape, ...]
+    batches: tuple[int, ...]
+    lengths: tuple[int, ...]
+    copy_bytes: int
+    product_size: int
+    steps: int  # of a loop that is timed
+    least_calls: int
+    most_seconds: float  # of one timing
+
+    @property
+    def dry(self) -> bool:
+        return self.device == "cpu"
+
+    @property
+    def precision(self) -> Literal["fp16", "fp32"]:
+        """Of the exported graphs."""
+        return "fp16" if self.dtype == "float16" else "fp32"
+
+    @property
+    def value_bytes(self) -> int:
+        return 2 if self.dtype == "float16" else 4
+
+
+def on_gpu(target: str, scratch: Path) -> Setting:
+    return Setting(
+        device="cuda",
+        target=target,
+        scratch=scratch,
+        dtype="float16",
+        compiler="inductor",
+        decoder_name="Llama-8B shape",
+        decoder=LLAMA_8B,
+        decode_rows=(1, 8, 32, 128),
+        contexts=(512, 4096),
+        depths=(2, 4),
+        encoders=(MINILM, BERT_BASE),
+        batches=(1, 8, 32, 128),
+        lengths=(32, 128, 256),
+        copy_bytes=4 << 30,
+        product_size=8192,
+        steps=64,
+        least_calls=5,
+        most_seconds=0.5,
+    )
+
+
+def dry(scratch: Path) -> Setting:
+    """`sm89`: TensorRT for RTX builds an engine for it here, which nothing here can run."""
+    return Setting(
+        device="cpu",
+        target="sm89",
+        scratch=scratch,
+        dtype="float32",
+        compiler="eager",  # Dynamo traces as it does for Inductor, whose C++ would take a minute to compile
+        decoder_name="tiny Llama",
+        decoder=DecoderShape(layers=3, hidden=64, heads=4, kv_heads=2, ffn=96, vocabulary=320),
+        decode_rows=(1, 4),
+        contexts=(32, 64),
+        depths=(1, 2),
+        encoders=(EncoderShape("tiny BERT", layers=2, hidden=32, heads=4, ffn=64, vocabulary=400),),
+        batches=(1, 4),
+        lengths=(16, 32),
+        copy_bytes=16 << 20,
+        product_size=256,
+        steps=6,
+        least_calls=3,
+        most_seconds=0.05,
+    )
