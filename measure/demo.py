@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from builders import corpus, pipeline, present
+from builders import pipeline
 from builders.__main__ import run
-from builders.load import LoadRequest, measure
+from builders.commands import show
+from builders.commands.load_plan import LoadRequest, measure
+from builders.judging import corpus
 from builders.pipeline import Build
 from builders.spec import load_spec
 from loadtest.report.record import LoadReport
@@ -40,11 +42,11 @@ def main() -> None:
     spec = load_spec("minilm")
     started = time.monotonic()
     print(f"1. build {spec.name}: checkpoint, graphs, engines, model repositories", flush=True)
-    with present.build_progress(quiet=False) as report:
+    with show.build_progress(quiet=False) as report:
         cpu = pipeline.build(spec, "cpu", arguments.build_dir, "repository", report)
         gpu = pipeline.build(spec, "gpu", arguments.build_dir, "repository", report)
     built_s = time.monotonic() - started
-    present.print_choice(cpu)
+    show.print_choice(cpu)
     print(f"   {built_s:.1f} s\n\n2. serve with the embedded Triton", flush=True)
     assert cpu.entry is not None
     begun = time.monotonic()
@@ -87,7 +89,7 @@ def _load(built: Build, server: TritonServer, folder: Path, duration_s: int) -> 
     reports = {}
     for protocol in ("grpc", "http"):
         output = folder / built.spec.name / f"load-{protocol}.json"
-        with present.load_progress(quiet=False) as progress:
+        with show.load_progress(quiet=False) as progress:
             reports[protocol] = measure(built.spec, replace(request, protocol=protocol), output, progress)
         print(f"   {protocol}: report in {output.with_suffix('.html')}", flush=True)
     return reports
@@ -100,7 +102,7 @@ def _print_table(cpu: Build, gpu: Build, proven: str, reports: dict[str, LoadRep
     table = Table(title=f"\n{cpu.spec.name}", title_justify="left")
     for heading in ("what", "figures"):
         table.add_column(heading)
-    for name, value in present.build_rows(cpu, gpu):
+    for name, value in show.build_rows(cpu, gpu):
         table.add_row(name, value)
     table.add_row("proven where it serves", proven)
     for protocol, report in reports.items():

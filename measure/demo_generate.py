@@ -12,11 +12,12 @@ import os
 import time
 from pathlib import Path
 
-from builders import pipeline, present
+from builders import pipeline
 from builders.__main__ import run
-from builders.perplexity import executor_perplexity
+from builders.commands import show
+from builders.judging.perplexity import executor_perplexity
+from builders.judging.precision import WIDEST_FIRST
 from builders.pipeline import Build
-from builders.precision import WIDEST_FIRST
 from builders.spec import CpuPrecision, DeploymentSpec
 from builders.training.progress import training_progress
 from measure.small_model.folder import held_out_rows, train_small_model
@@ -42,9 +43,9 @@ def main() -> None:
             trained = train_small_model(folder, progress)
         print(f"   {trained.elapsed_s:.0f} s; the loss is drawn in {folder / 'training.html'}", flush=True)
     print("\n2. build: graph with caches, weights in 8 and 4 bits, the fastest within the budget", flush=True)
-    with present.build_progress(quiet=False) as report:
+    with show.build_progress(quiet=False) as report:
         taken = pipeline.build(_spec(folder), "cpu", arguments.build_dir, "repository", report)
-    present.print_choice(taken)
+    show.print_choice(taken)
     print("\n3. perplexity on text that it has not seen, by the executor that serves", flush=True)
     _judge(taken, arguments.build_dir, folder)
     print(f"\n4. serve it in {taken.spec.precision.cpu} with the embedded Triton, and ask it", flush=True)

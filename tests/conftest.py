@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from builders import corpus, pipeline
+from builders import pipeline
+from builders.judging import corpus
 from builders.pipeline import Build
 from builders.spec import DeploymentSpec, load_spec
 from runtime.server.launch import TritonServer

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from builders import corpus
 from builders.artifacts import file_digest
-from builders.perplexity import continuation_losses
-from builders.repository.config import to_pbtxt
-from builders.repository.generation import generator_config
+from builders.judging import corpus
+from builders.judging.perplexity import continuation_losses
+from builders.repository.encoder_config import to_pbtxt
+from builders.repository.generator_config import generator_config
 from runtime.generation.cache import SlotCache
 from runtime.generation.engine import Engine
 from runtime.generation.executor.onnxruntime import OnnxRuntimeStepExecutor

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from builders import corpus
 from builders.artifacts import Checkpoint
 from builders.checkpoint import load_checkpoint
+from builders.judging import corpus
 from builders.spec import ModelSlice
 from tests.conftest import _save_tokenizer
 from tests.partition_graphs import random_parameters

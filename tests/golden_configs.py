@@ -14,7 +14,7 @@ from builders import pipeline
 from builders.artifacts import PipelineStage
 from builders.checkpoint import load_checkpoint
 from builders.partition.cut.shard import plan_graph
-from builders.repository.config import Interface, model_configs, to_pbtxt
+from builders.repository.encoder_config import Interface, model_configs, to_pbtxt
 from builders.spec import PRESETS, DeploymentSpec, Flavour, Platform, load_spec
 
 ROOT = Path(__file__).parents[1] / "model_repository"

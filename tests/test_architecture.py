@@ -21,8 +21,8 @@ FRONT_ENDS = (
     "builders/commands/",
     "measure/demo.py",
     "measure/demo_generate.py",
-    "builders/present.py",
-    "builders/single.py",
+    "builders/commands/show.py",
+    "builders/pipeline/one_file.py",
     "measure/",
 )
 HEAVY = {"torch", "transformers", "onnx", "onnxruntime", "openvino", "polygraphy", "tensorrt", "tensorrt_rtx", "locust",

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from builders import single
 from builders.checkpoint import load_checkpoint
 from builders.errors import InputError
 from builders.export.tokenizer import require_tokenizer
+from builders.pipeline import one_file
 from builders.spec import ModelSlice
 from tests.generators import POSITIONS, save_generator
 
@@ -242,7 +242,7 @@ def test_the_weights_tell(sources: dict[str, Path], tmp_path: Path, name: str) -
     folder = Path(shutil.copytree(sources[source], tmp_path / "checkpoint"))
     edit(folder)
     (tmp_path / "out").mkdir()
-    _refused(lambda model: single.export(model, "fp32", tmp_path / "out" / "graph.onnx"), folder, task, said)
+    _refused(lambda model: one_file.export(model, "fp32", tmp_path / "out" / "graph.onnx"), folder, task, said)
     assert not list((tmp_path / "out").iterdir())
 
 
@@ -256,7 +256,7 @@ def test_the_advised_mend_of_a_folder_with_sentencepiece_alone(sources: dict[str
     import sentencepiece
     import transformers
 
-    from builders import corpus
+    from builders.judging import corpus
 
     folder = Path(shutil.copytree(sources["t5"], tmp_path / "checkpoint"))
     (folder / "tokenizer.json").unlink()

@@ -118,7 +118,7 @@ def test_stages_of_the_pipeline_reach_what_their_results_depend_on(stage: Callab
     reached = closure(_used(file.read_text(), name)[1])
     assert any(found == module or found.startswith(f"{module}.") for found in reached)
     assert not [found for found in reached if found.startswith(("builders.commands", "builders.manifests"))]
-    assert not {"builders.present", "builders.single", "builders.__main__"} & set(reached)
+    assert not {"builders.commands.show", "builders.pipeline.one_file", "builders.__main__"} & set(reached)
 
 
 def test_keys_graphs_and_programs_are_the_same_in_every_process(tiny_bert: Path, tmp_path: Path) -> None:

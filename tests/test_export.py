@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from builders import corpus
 from builders.artifacts import Quality
 from builders.checkpoint import ENCODERS, load_checkpoint
 from builders.errors import CheckpointError, ParityError, QualityError
 from builders.export.encoder import export_encoder
 from builders.graph import require_standard
-from builders.quality import measure, require_budget
+from builders.judging import corpus
+from builders.judging.vectors import measure, require_budget
 from builders.spec import ModelSlice, PrecisionSlice
 from tests.conftest import save_tiny, tiny_spec
 

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from builders.artifacts import GenerationQuality, OnnxGraph
 from builders.engine.tensorrt import compile_plan
 from builders.errors import CheckpointError, InputError, ParityError, UnsupportedError
-from builders.export import parity
 from builders.export.decoder import export_decoder, layer_windows
-from builders.export.operators import IMPLEMENTATION, exportable
+from builders.export.rewrites import IMPLEMENTATION, exportable
 from builders.graph import describe, fix_dimension, require_standard
+from builders.judging import parity
+from builders.judging.perplexity import DecoderSession, model_logits
 from builders.partition.cut.shard import partition_graph
 from builders.partition.prove.verify import verify_partition
-from builders.perplexity import DecoderSession, model_logits
 from builders.spec import ProfileSlice, Range
 from tests.generators import (
     DECODERS,

@@ -11,7 +11,7 @@ from builders.artifacts import GenerationQuality, OnnxGraph
 from builders.errors import CheckpointError, UnsupportedError
 from builders.export.seq2seq import DECODER_FILE, export_seq2seq, write_graphs
 from builders.graph import describe
-from builders.perplexity import ENCODER_FILE, DecoderSession, encode
+from builders.judging.perplexity import ENCODER_FILE, DecoderSession, encode
 from builders.quantize.weight_only import quantize_weights
 from tests.generators import TEXTS, eager_logits, generator_checkpoint, make_generator, save_generator
 

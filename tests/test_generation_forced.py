@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from builders.perplexity import continuation_losses
+from builders.judging.perplexity import continuation_losses
 from runtime.errors import BadRequest
 from runtime.generation.interface import read_request
 from runtime.generation.request import SamplingParams

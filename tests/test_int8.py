@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from builders import corpus, pipeline
+from builders import pipeline
 from builders.errors import QualityError
+from builders.judging import corpus
 from builders.pipeline import Build
 from builders.quantize.int8 import _calibrate
 from builders.quantize.smoothquant import (

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from builders.__main__ import app
-from builders.load import LoadRequest, plan_of
+from builders.commands.load_plan import LoadRequest, plan_of
 from builders.spec import load_spec
 from loadtest.drive.run import _generator, _progress_of, command
 from loadtest.drive.stopping import Stop

@@ -77,8 +77,8 @@ def test_minilm_with_its_real_weights(
 @pytest.fixture(scope="module")
 def minilm_graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from builders.checkpoint import load_checkpoint
-    from builders.corpus import texts
     from builders.export.encoder import export_encoder
+    from builders.judging.corpus import texts
     from builders.spec import ModelSlice
 
     checkpoint = load_checkpoint(ModelSlice(source="packaged:all-MiniLM-L6-v2", task="embedding"))

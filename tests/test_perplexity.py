@@ -10,7 +10,7 @@ import pytest
 
 from builders.artifacts import GenerationQuality
 from builders.errors import InputError, QualityError
-from builders.perplexity import (
+from builders.judging.perplexity import (
     logits_perplexity,
     model_logits,
     model_perplexity,

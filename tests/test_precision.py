@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from builders.artifacts import Candidate, Processor, Quality
 from builders.errors import QualityError
-from builders.precision import AS_FAST, WIDEST_FIRST, candidates, decide, warning
-from builders.speed import ROUNDS, decoder_work, speed_ratio
+from builders.judging.precision import AS_FAST, WIDEST_FIRST, candidates, decide, warning
+from builders.judging.speed import ROUNDS, decoder_work, speed_ratio
 from builders.store.processor import read_processor, this_processor
 from runtime.step import Batch, Copy, Logits, Row, Tokens
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from builders.artifacts import file_digest
 from builders.errors import QualityError
-from builders.proof import _first_within
+from builders.judging.proof import _first_within
 from runtime.errors import BadEnvironment, NotProven, ProofOverdue
 from runtime.proof.judging import EncoderBudget, Figure, encoder_figures, generator_figures, spent, within
 from runtime.proof.proven import Proven, ProvenExporter, write_proven

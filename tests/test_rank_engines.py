@@ -20,8 +20,8 @@ from builders.artifacts import RepositoryEntry
 from builders.engine import tensorrt
 from builders.errors import EngineError, UnsupportedError
 from builders.pipeline import Build, proving
-from builders.repository import layout
-from builders.repository.config import to_pbtxt
+from builders.repository import publish
+from builders.repository.encoder_config import to_pbtxt
 from builders.spec import DeploymentSpec
 from builders.store.store import Store
 from runtime.errors import NotProven
@@ -47,7 +47,7 @@ def _for_triton(spec: DeploymentSpec) -> DeploymentSpec:
 def _publish(built: Build, spec: DeploymentSpec, repository: Path) -> tuple[RepositoryEntry, bool]:
     proof = proving.make(built, Store(built.engines[0].directory.parents[1]), lambda stage, message: None).proof
     assert proof is not None
-    return layout.publish(spec, "gpu", built.checkpoint, built.engines, repository, built.partition, proof=proof)
+    return publish.publish(spec, "gpu", built.checkpoint, built.engines, repository, built.partition, proof=proof)
 
 
 def test_every_rank_has_an_engine_that_keeps_its_collectives(built: Build) -> None:

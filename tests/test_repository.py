@@ -13,8 +13,8 @@ from builders import pipeline
 from builders.checkpoint import load_checkpoint
 from builders.errors import CheckError
 from builders.pipeline import Build
-from builders.repository import layout
-from builders.repository.config import Interface, model_configs
+from builders.repository import publish
+from builders.repository.encoder_config import Interface, model_configs
 from builders.repository.ensemble import check_ensemble
 from builders.spec import DeploymentSpec, load_spec
 from runtime.errors import BadEnvironment
@@ -137,7 +137,7 @@ def _publish(built: Build, **serving: object) -> Any:
     changed = built.spec.model_copy(update={"serving": built.spec.serving.model_copy(update=serving)})
     assert built.proof is not None
     parts = [built.served_graph]
-    return layout.publish(changed, "cpu", built.checkpoint, parts, built.entry.repository, proof=built.proof)
+    return publish.publish(changed, "cpu", built.checkpoint, parts, built.entry.repository, proof=built.proof)
 
 
 def _versions(repository: Path, model: str) -> list[str]:

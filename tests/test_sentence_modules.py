@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from builders import corpus
 from builders.checkpoint import load_checkpoint
 from builders.export.encoder import export_encoder
 from builders.export.sentence import pool
-from builders.quality import graph_outputs, sample_requests
+from builders.judging import corpus
+from builders.judging.vectors import graph_outputs, sample_requests
 from builders.spec import POOLINGS, ModelSlice
 
 TEXTS = [*corpus.texts(None, 6), "short"]
@@ -139,7 +139,7 @@ def test_a_head_in_fp16_and_served_width(bert_copy: Path, tmp_path: Path) -> Non
     import torch
     from safetensors.torch import save_file
 
-    from builders.repository.config import Interface
+    from builders.repository.encoder_config import Interface
 
     _modules(bert_copy, "Transformer", "Pooling", "Dense")
     _write(bert_copy, "1_Pooling/config.json", {"embedding_dimension": 32, "pooling_mode": "cls"})

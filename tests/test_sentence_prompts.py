@@ -13,7 +13,7 @@ import pytest
 from builders import pipeline
 from builders.checkpoint import load_checkpoint
 from builders.errors import CheckpointError
-from builders.quality import sample_requests, tokenizer_settings
+from builders.judging.vectors import sample_requests, tokenizer_settings
 from builders.spec import ModelSlice
 from runtime.encoding.tokenizer import Tokenizer, read_prompt_name
 from runtime.errors import BadRequest

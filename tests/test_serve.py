@@ -24,10 +24,11 @@ import yaml
 from tritonclient import grpc as triton_grpc
 from tritonclient.utils import InferenceServerException
 
-from builders import corpus, pipeline
+from builders import pipeline
+from builders.judging import corpus
+from builders.judging.vectors import graph_outputs, sample_requests
 from builders.pipeline import Build
-from builders.quality import graph_outputs, sample_requests
-from builders.repository import layout
+from builders.repository import publish
 from builders.spec import DeploymentSpec
 from runtime.errors import BadEnvironment
 from runtime.server.launch import Ports, TritonServer
@@ -310,7 +311,7 @@ def test_a_response_cache_answers_again(minilm: Build, tmp_path: Path) -> None:
     assert minilm.entry is not None
     proof = minilm.proof
     assert proof is not None
-    layout.publish(spec, "cpu", minilm.checkpoint, [minilm.served_graph], tmp_path / "repository", proof=proof)
+    publish.publish(spec, "cpu", minilm.checkpoint, [minilm.served_graph], tmp_path / "repository", proof=proof)
     with ready_server(tmp_path / "repository") as server:
         for _ in range(3):
             _infer(server.grpc_address, [b"the same text"])

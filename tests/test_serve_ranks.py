@@ -15,9 +15,10 @@ import pytest
 from tritonclient import grpc as triton_grpc
 from tritonclient.utils import InferenceServerException
 
-from builders import corpus, pipeline
+from builders import pipeline
+from builders.judging import corpus
+from builders.judging.vectors import graph_outputs, sample_requests
 from builders.pipeline import Build
-from builders.quality import graph_outputs, sample_requests
 from builders.spec import load_spec
 from runtime.server.launch import TritonServer
 from runtime.server.supervise import ready_server

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from builders import single
 from builders.errors import InputError
+from builders.pipeline import one_file
 from builders.spec import ModelSlice, PrecisionSlice
 from tests.generators import save_generator
 
@@ -29,14 +29,14 @@ def test_language_models_from_checkpoint_to_weights_in_8_bits(
     out.mkdir()
     small.mkdir()
     model = ModelSlice.model_validate({"source": str(source), "task": task, "max_length": 64})
-    graph, _ = single.export(model, "fp32", out / "m.onnx")
+    graph, _ = one_file.export(model, "fp32", out / "m.onnx")
     assert sorted(path.name for path in out.iterdir()) == files
     with pytest.raises(InputError, match="got int8 with a graph of task"):
-        single.quantize(out / "m.onnx", "int8", BUDGET, small / "m.onnx")
+        one_file.quantize(out / "m.onnx", "int8", BUDGET, small / "m.onnx")
     assert not list(small.iterdir())
-    result = single.quantize(out / "m.onnx", None, BUDGET, small / "m.onnx")
+    result = one_file.quantize(out / "m.onnx", None, BUDGET, small / "m.onnx")
     assert (graph.precision, result.precision) == ("fp32", "w8")
     assert result.bytes < graph.bytes
     assert sorted(path.name for path in small.iterdir()) == files
     with pytest.raises(InputError, match="got a graph in w8; expected fp32 or fp16"):
-        single.quantize(small / "m.onnx", "w4", BUDGET, small / "n.onnx")
+        one_file.quantize(small / "m.onnx", "w4", BUDGET, small / "n.onnx")

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from builders import corpus
 from builders.artifacts import file_digest
 from builders.errors import InputError, SpecError
+from builders.judging import corpus
 from builders.training.recipe import Progress, Recipe, TrainingReport
 from builders.training.text import END_OF_TEXT_ID, batches, split, train_tokenizer
 from measure.small_model.folder import held_out_rows, train_small_model

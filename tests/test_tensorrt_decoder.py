@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from builders.artifacts import GenerationQuality, OnnxGraph, Partition
-from builders.engine.ranks import write_rank_manifest
+from builders.engine.rank_manifest import write_rank_manifest
 from builders.engine.tensorrt import (
     build_decoder_engine,
     build_decoder_rank_engine,

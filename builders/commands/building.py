@@ -25,15 +25,16 @@ def build(
     as_json: JsonFlag = False,
 ) -> None:
     """The whole way to a Triton model repository. What has not changed is not built again."""
-    from builders import pipeline, present
+    from builders import pipeline
+    from builders.commands import show
     from builders.spec import load_spec
 
-    with present.build_progress(quiet=as_json) as report:
+    with show.build_progress(quiet=as_json) as report:
         built = pipeline.build(load_spec(spec), platform, build_dir, until, report)
     if as_json:
-        print(json.dumps(present.build_json(built), indent=2))
+        print(json.dumps(show.build_json(built), indent=2))
     else:
-        present.print_build(built)
+        show.print_build(built)
 
 
 def export(
@@ -54,12 +55,12 @@ def export(
 
     Of an encoder-decoder, OUTPUT is the decoder, and OUTPUT with `.encoder` before its suffix the encoder.
     """
-    from builders import single
+    from builders.pipeline import one_file
     from builders.spec import ModelSlice
 
     with status(f"export {model} to {precision}", as_json):
         found = ModelSlice(source=model, task=task, pooling=pooling, max_length=max_length)
-        graph, checkpoint = single.export(found, precision, output)
+        graph, checkpoint = one_file.export(found, precision, output)
     _print_graph(output, graph, as_json, checkpoint)
 
 
@@ -78,7 +79,7 @@ def quantize(
     as_json: JsonFlag = False,
 ) -> None:
     """One graph to INT8 with explicit QDQ, or to weights in 8 or 4 bits; refused when it misses the quality budget."""
-    from builders import single
+    from builders.pipeline import one_file
     from builders.spec import PrecisionSlice
 
     budget = PrecisionSlice(
@@ -89,7 +90,7 @@ def quantize(
         calibration_texts=calibration,
     )
     with status(f"quantize {graph}", as_json):
-        result = single.quantize(graph, scheme, budget, output)
+        result = one_file.quantize(graph, scheme, budget, output)
     _print_graph(output, result, as_json)
 
 
@@ -103,10 +104,10 @@ def engine(
     as_json: JsonFlag = False,
 ) -> None:
     """One ONNX file to one TensorRT engine; OUTPUT.json beside it says what it is."""
-    from builders import single
+    from builders.pipeline import one_file
 
     with status(f"build {target} with {flavour}", as_json):
-        record = single.engine(graph, flavour, target, batch, length, output)
+        record = one_file.engine(graph, flavour, target, batch, length, output)
     if as_json:
         print(record.model_dump_json(indent=2))
     else:

@@ -66,14 +66,15 @@ def publish(
     as_json: JsonFlag = False,
 ) -> None:
     """Builds what is missing and publishes it to a model store, under the key that serving pods look for."""
-    from builders import pipeline, present
+    from builders import pipeline
+    from builders.commands import show
     from builders.spec import load_spec
     from runtime.pod.model_store import publish as publish_repository
 
     found = load_spec(spec)
     if target is not None:
         found = found.model_copy(update={"engine": _only(found.engine, target)})
-    with present.build_progress(quiet=as_json) as report:
+    with show.build_progress(quiet=as_json) as report:
         built = pipeline.build(found, platform, build_dir, "repository", report)
     assert built.entry is not None
     published, unchanged = publish_repository(built.entry.repository, platform, store)

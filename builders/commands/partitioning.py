@@ -23,7 +23,7 @@ def shard(
     as_json: JsonFlag = False,
 ) -> None:
     """Shares a graph out to ranks. `trireme verify` then proves the ranks equal to the whole."""
-    from builders import present
+    from builders.commands import show
     from builders.partition.cut.shard import partition_graph
     from builders.planning.page import map_of_partition, page
 
@@ -31,7 +31,7 @@ def shard(
         partition = partition_graph(graph, tensor_parallel, pipeline_parallel, output, embeddings)
     if html is not None:
         html.write_text(page(f"Partition of {graph.name}", (), [map_of_partition(partition)]), encoding="utf-8")
-    print(partition.model_dump_json(indent=2) if as_json else present.partition_text(partition))
+    print(partition.model_dump_json(indent=2) if as_json else show.partition_text(partition))
 
 
 def verify(
@@ -40,9 +40,9 @@ def verify(
     as_json: JsonFlag = False,
 ) -> None:
     """Runs every rank as a process on this CPU and compares with the whole graph. Exit 1 on any doubt."""
-    from builders import present
+    from builders.commands import show
     from builders.partition.prove.verify import verify_partition
 
     with status(f"run the ranks of {directory}", as_json):
         found = verify_partition(directory, against)
-    print(found.model_dump_json(indent=2) if as_json else present.verify_text(found))
+    print(found.model_dump_json(indent=2) if as_json else show.verify_text(found))

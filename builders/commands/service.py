@@ -21,12 +21,13 @@ def serve(
     as_json: JsonFlag = False,
 ) -> None:
     """Builds what is missing and serves it on loopback. Ctrl-C or SIGTERM drains."""
-    from builders import pipeline, present
+    from builders import pipeline
+    from builders.commands import show
     from builders.spec import load_spec
     from runtime.server.launch import Ports
     from runtime.server.serve import serve_repository
 
-    with present.build_progress(quiet=as_json) as report:
+    with show.build_progress(quiet=as_json) as report:
         built = pipeline.build(load_spec(spec), "cpu", build_dir, "repository", report)
     assert built.entry is not None
     free = Ports.free()
@@ -71,8 +72,8 @@ def loadtest(
     """Measures a running service with Locust. Exit 1 when the spec's SLO is missed, or the test was stopped: Ctrl-C and
     SIGTERM end it early, with a report of what was measured.
     """
-    from builders import present
-    from builders.load import LoadRequest, measure, require_json_name
+    from builders.commands import show
+    from builders.commands.load_plan import LoadRequest, measure, require_json_name
     from builders.spec import load_spec
     from loadtest.drive.stopping import Stop
     from loadtest.report.summary import render_text
@@ -85,7 +86,7 @@ def loadtest(
         output_tokens=output_tokens, cancel_share=cancel_share, texts_per_request=texts_per_request, steps=steps,
         seed=seed, processes=processes,
     )  # fmt: skip
-    with Stop() as stop, present.load_progress(quiet=as_json) as progress:
+    with Stop() as stop, show.load_progress(quiet=as_json) as progress:
         report = measure(found, request, output, progress, stop)
     if as_json:
         print(report.model_dump_json(indent=2))

@@ -23,13 +23,13 @@ import numpy as np
 
 from builders.artifacts import Checkpoint, GenerationQuality, OnnxGraph
 from builders.errors import UnsupportedError
-from builders.export import parity
-from builders.export.operators import cache_layers, exportable, last_tokens, operator_attention
-from builders.export.program import write_program
+from builders.export.rewrites import cache_layers, exportable, last_tokens, operator_attention
 from builders.export.tokenizer import require_tokenizer
 from builders.export.weights import load_weights, require_interface, require_sound
+from builders.export.write import write_program
 from builders.graph import GRAPH_FILE, record_graph, require_standard
-from builders.perplexity import graph_perplexity, model_logits, model_perplexity, require_perplexity, token_rows
+from builders.judging import parity
+from builders.judging.perplexity import graph_perplexity, model_logits, model_perplexity, require_perplexity, token_rows
 
 if TYPE_CHECKING:
     import torch

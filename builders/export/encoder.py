@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from builders.artifacts import Checkpoint, OnnxGraph
 from builders.checkpoint import position_offset
 from builders.errors import ParityError
-from builders.export.program import exporter_faults, quiet_exporter, save_model
 from builders.export.sentence import head_modules, pool, reference_vectors
 from builders.export.tokenizer import require_tokenizer
 from builders.export.weights import load_encoder, require_sound
+from builders.export.write import exporter_faults, quiet_exporter, save_model
 from builders.graph import GRAPH_FILE, OPSET, record_graph, require_standard
-from builders.quality import graph_outputs, measure, sample_requests
+from builders.judging.vectors import graph_outputs, measure, sample_requests
 from runtime.encoding.encoder import Encoder
 from runtime.graph import Tensors
 

@@ -19,14 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from builders.artifacts import Checkpoint, GenerationQuality, OnnxGraph
-from builders.export import parity
 from builders.export.decoder import MAX_RATIO
-from builders.export.operators import cache_layers, exportable, last_tokens, operator_attention, replace
-from builders.export.program import write_program
+from builders.export.rewrites import cache_layers, exportable, last_tokens, operator_attention, replace
 from builders.export.tokenizer import require_tokenizer
 from builders.export.weights import load_weights, require_sound
+from builders.export.write import write_program
 from builders.graph import record_graph, require_standard
-from builders.perplexity import (
+from builders.judging import parity
+from builders.judging.perplexity import (
     ENCODER_FILE,
     Ids,
     encode,

@@ -15,7 +15,7 @@ from builders.checkpoint import load_checkpoint
 from builders.engine import tensorrt
 from builders.pipeline import choice, encoder, engines, generator, partition, proving
 from builders.pipeline.result import Build, Report, Stage, Step, done
-from builders.repository import config, contents, layout
+from builders.repository import directories, encoder_config, publish
 from builders.spec import DeploymentSpec, Platform
 from builders.store.store import Store
 
@@ -35,9 +35,9 @@ def build(
     """
     if platform == "gpu":
         if spec.generates:
-            contents.require_gpu_executor(spec)
+            directories.require_gpu_executor(spec)
         elif spec.parallel.ranks > 1 and until == "repository":
-            config.require_rank_backend(spec)
+            encoder_config.require_rank_backend(spec)
         tensorrt.require_tensorrt(spec.engine.flavour)
     store = Store(root / "store")
     result = Build(spec, platform, load_checkpoint(spec.model))
@@ -69,7 +69,7 @@ def _repository(built: Build, root: Path, report: Report) -> Build:
     assert built.proof is not None
     notes = {} if built.choice is None else {CHOICE_FILE: built.choice.model_dump_json(indent=2) + "\n"}
     what = (built.spec, built.platform, built.checkpoint, parts)
-    entry, unchanged = layout.publish(*what, folder, built.partition, proof=built.proof, notes=notes)
+    entry, unchanged = publish.publish(*what, folder, built.partition, proof=built.proof, notes=notes)
     report("repository", done(f"{entry.ensemble} version {entry.version}", unchanged))
     return replace(built, entry=entry)
 

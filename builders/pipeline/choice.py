@@ -10,12 +10,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from builders import corpus, perplexity, precision, quality, speed
 from builders.artifacts import Candidate, PrecisionChoice, Processor
 from builders.errors import CheckError, UnsupportedError
+from builders.judging import corpus, perplexity, precision, speed, vectors
 from builders.pipeline import encoder, generator
 from builders.pipeline.result import Build, Report, done
-from builders.repository import contents
+from builders.repository import directories
 from builders.spec import CpuPrecision
 from builders.store.processor import this_processor
 from builders.store.store import Store
@@ -109,8 +109,8 @@ def _speed(reference: Build, candidate: Build) -> float:
 
 
 def _encoder_speed(reference: Build, candidate: Build) -> float:
-    _, held_out = quality.calibration_and_held_out(reference.spec.precision)
-    requests = quality.sample_requests(reference.checkpoint, held_out)
+    _, held_out = vectors.calibration_and_held_out(reference.spec.precision)
+    requests = vectors.sample_requests(reference.checkpoint, held_out)
     with _encoder(reference) as plain, _encoder(candidate) as other:
         requests = requests[: speed.texts_for_a_pass(plain, requests)]
         return speed.speed_ratio(lambda: plain.run(requests), lambda: other.run(requests))
@@ -118,12 +118,12 @@ def _encoder_speed(reference: Build, candidate: Build) -> float:
 
 def _encoder(built: Build) -> contextlib.closing[Encoder]:
     part = built.served_graph
-    settings = contents.encoder_settings(built.spec, "cpu", [part])
+    settings = directories.encoder_settings(built.spec, "cpu", [part])
     return contextlib.closing(open_encoder(settings, {key: part.path(name) for key, name in settings.files.items()}))
 
 
 def _decoder_speed(reference: Build, candidate: Build) -> float:
-    _, held_out = quality.calibration_and_held_out(reference.spec.precision)
+    _, held_out = vectors.calibration_and_held_out(reference.spec.precision)
     count = min(speed.DECODE_ROWS, reference.spec.generation.slots)
     rows = perplexity.token_rows(reference.checkpoint, held_out, rows=count)
     capacities, encodes = reference.spec.cache_lengths_on("cpu"), reference.checkpoint.task == "seq2seq"

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from builders import corpus, quality
 from builders.artifacts import OnnxGraph, ServedQuality
 from builders.export import encoder
+from builders.judging import corpus, vectors
+from builders.judging.vectors import HELD_OUT_TEXTS
 from builders.pipeline.result import Build, Report, done
-from builders.quality import HELD_OUT_TEXTS
 from builders.quantize import int8
-from builders.repository import contents
+from builders.repository import directories
 from builders.store.closure import tool_versions
 from builders.store.processor import this_processor
 from builders.store.store import Store
@@ -53,7 +53,7 @@ def quantize(built: Build, store: Store, report: Report) -> Build:
     source, reference = built.graph("fp16"), built.graph("fp32")
 
     def run(out: Path) -> OnnxGraph:
-        calibration, held_out = quality.calibration_and_held_out(budget)
+        calibration, held_out = vectors.calibration_and_held_out(budget)
         return int8.quantize_int8(
             source, reference, checkpoint, budget, calibration, held_out, out, lambda text: report("quantize", text)
         )
@@ -81,16 +81,16 @@ def qualify(built: Build, store: Store, report: Report) -> Build:
         return built
     budget, checkpoint, served = built.spec.precision, built.checkpoint, built.served_graph
     part = built.ranks or served
-    settings = contents.encoder_settings(built.spec, "cpu", [part])
+    settings = directories.encoder_settings(built.spec, "cpu", [part])
     files = {target: part.path(name) for target, name in settings.files.items()}
 
     def run(out: Path) -> ServedQuality:
-        _, held_out = quality.calibration_and_held_out(budget)
-        requests = quality.sample_requests(checkpoint, held_out)
-        outputs = quality.served_outputs(settings, files, requests)
-        reference = quality.graph_outputs(built.graph("fp32").file_path, requests, checkpoint)
-        measured = quality.measure(reference, outputs.values, checkpoint.task, outputs.executor)
-        quality.require_budget(measured, budget, f"{budget.cpu} service of {checkpoint.source}")
+        _, held_out = vectors.calibration_and_held_out(budget)
+        requests = vectors.sample_requests(checkpoint, held_out)
+        outputs = vectors.served_outputs(settings, files, requests)
+        reference = vectors.graph_outputs(built.graph("fp32").file_path, requests, checkpoint)
+        measured = vectors.measure(reference, outputs.values, checkpoint.task, outputs.executor)
+        vectors.require_budget(measured, budget, f"{budget.cpu} service of {checkpoint.source}")
         return ServedQuality(directory=out, files=(), quality=measured)
 
     report("qualify", f"{budget.cpu} on {built.spec.cpu_executor}")

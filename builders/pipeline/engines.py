@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from builders.artifacts import Engine, Partition, RankFiles
-from builders.engine import ranks as rank_engines
+from builders.engine import rank_manifest as rank_engines
 from builders.engine import tensorrt
-from builders.perplexity import ENCODER_FILE
+from builders.judging.perplexity import ENCODER_FILE
 from builders.pipeline.result import Build, Report, done
 from builders.spec import ProfileSlice
 from builders.store.closure import tool_versions

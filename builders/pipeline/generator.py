@@ -7,12 +7,12 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from builders import corpus, perplexity, quality
 from builders.artifacts import GenerationQuality, OnnxGraph, ServedQuality
 from builders.export import decoder, seq2seq
+from builders.judging import corpus, perplexity, vectors
 from builders.pipeline.result import Build, Report, done
 from builders.quantize import weight_only
-from builders.repository import contents
+from builders.repository import directories
 from builders.store.closure import tool_versions
 from builders.store.processor import this_processor
 from builders.store.store import Store
@@ -29,7 +29,7 @@ def export(built: Build, store: Store, report: Report) -> Build:
         report("export", precision)
 
         def run(out: Path, precision: str = precision) -> OnnxGraph:
-            _, held_out = quality.calibration_and_held_out(built.spec.precision)
+            _, held_out = vectors.calibration_and_held_out(built.spec.precision)
             return write(checkpoint, precision, held_out, out)  # type: ignore[arg-type]  # one of the two above
 
         item, hit = store.get_or_build(
@@ -60,7 +60,7 @@ def quantize(built: Build, store: Store, report: Report) -> Build:
     ranks = built.spec.parallel.tensor
 
     def run(out: Path) -> OnnxGraph:
-        calibration, held_out = quality.calibration_and_held_out(budget)
+        calibration, held_out = vectors.calibration_and_held_out(budget)
         ratio, progress = budget.max_perplexity_ratio, lambda text: report("quantize", f"{wanted}: {text}")
         return weight_only.quantize_weights(
             source, reference, checkpoint, wanted, ratio, calibration, held_out, out, progress, ranks
@@ -93,7 +93,7 @@ def service_settings(built: Build) -> GeneratorModelSettings:
     served = ServedModel(
         ensemble=spec.name, version=1, precision=spec.precision.cpu, model_digest=part.digest, spec_digest=spec.digest
     )
-    return contents.generator_settings(spec, "cpu", built.checkpoint, [part], built.partition, served)
+    return directories.generator_settings(spec, "cpu", built.checkpoint, [part], built.partition, served)
 
 
 def qualify(built: Build, store: Store, report: Report) -> Build:
@@ -109,7 +109,7 @@ def qualify(built: Build, store: Store, report: Report) -> Build:
     tools = tool_versions("openvino" if settings.executor == "openvino" else "onnxruntime")
 
     def run(out: Path) -> ServedQuality:
-        _, held_out = quality.calibration_and_held_out(spec.precision)
+        _, held_out = vectors.calibration_and_held_out(spec.precision)
         rows = perplexity.token_rows(checkpoint, held_out)
         files = {key: part.path(name) for key, name in settings.files.items()}
         executor = open_executor(settings.model_copy(update={"slots": len(rows)}), files)

@@ -9,8 +9,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from builders import corpus, quality
 from builders.artifacts import Partition, RankFiles
+from builders.judging import corpus, vectors
 from builders.partition.cut.shard import partition_graph
 from builders.partition.prove.rank_files import write_rank_files
 from builders.partition.prove.verify import verify_partition
@@ -32,7 +32,7 @@ def partition(built: Build, store: Store, report: Report) -> Build:
         report("partition", f"{parallel.ranks} rank processes against the whole graph")
         samples: Sequence[Mapping[str, NDArray[Any]]] = ()
         if not built.spec.generates:  # a decoder's random inputs are as good: every token is an input
-            samples = quality.sample_requests(checkpoint, corpus.texts(texts_file, _SAMPLES))
+            samples = vectors.sample_requests(checkpoint, corpus.texts(texts_file, _SAMPLES))
         verify_partition(out, source.file_path, samples=samples)
         return found
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from builders import corpus, proof, quality
 from builders.artifacts import FileRecord, ProofFile
+from builders.judging import corpus, proof, vectors
 from builders.pipeline.result import Build, Report, done
 from builders.store.store import Store
 from runtime.proof.record import PROOF_FILE
@@ -17,7 +17,7 @@ def make(built: Build, store: Store, report: Report) -> Build:
     spec, reference, served = built.spec, built.graph("fp32"), built.served_graph
 
     def run(out: Path) -> ProofFile:
-        _, held_out = quality.calibration_and_held_out(spec.precision)
+        _, held_out = vectors.calibration_and_held_out(spec.precision)
         found = proof.make_proof(spec, built.platform, built.checkpoint, reference, served, held_out)
         (out / PROOF_FILE).write_text(found.model_dump_json() + "\n")
         return ProofFile(directory=out, files=(FileRecord.of(out / PROOF_FILE),), file=PROOF_FILE)

@@ -20,7 +20,7 @@ import onnx_ir as ir
 from builders.artifacts import Checkpoint, OnnxGraph, Quality
 from builders.errors import ParityError, QualityError, UnsupportedError
 from builders.graph import GRAPH_FILE, record_graph, require_standard
-from builders.quality import graph_outputs, measure, require_budget, sample_requests
+from builders.judging.vectors import graph_outputs, measure, require_budget, sample_requests
 from builders.quantize.scales import Floats
 from builders.quantize.smoothquant import (
     Calibration,

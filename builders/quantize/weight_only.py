@@ -25,7 +25,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from builders.artifacts import Checkpoint, GenerationQuality, OnnxGraph
 from builders.errors import ParityError, UnsupportedError
 from builders.graph import INLINE_WEIGHT_BYTES, record_graph, require_standard
-from builders.perplexity import (
+from builders.judging.perplexity import (
     ENCODER_FILE,
     Constants,
     DecoderSession,

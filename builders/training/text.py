@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from builders.corpus import Document
+from builders.judging.corpus import Document
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from builders import pipeline, present
+from builders import pipeline
+from builders.commands import show
 from builders.pipeline import Build
 from builders.spec import DeploymentSpec
 from measure.bench.bare_loop import BareLoop, bare_loop, mean_loop
@@ -72,7 +73,7 @@ def main() -> None:
     console.print(f"{model.name}, {PROMPT_TOKENS} + {NEW_TOKENS} tokens, {os.cpu_count()} cores")
     peers: list[Peer] = []
     for precision in arguments.precisions:
-        with present.build_progress(quiet=False) as report:
+        with show.build_progress(quiet=False) as report:
             built = pipeline.build(_spec(model, precision), "cpu", folder, "repository", report)
         bare = _with_executor(built, _bare)
         by_context = _with_executor(built, _contexts)

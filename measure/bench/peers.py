@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from builders.judging.vectors import graph_outputs, measure, sample_requests, tokenizer_settings
 from builders.pipeline import Build
-from builders.quality import graph_outputs, measure, sample_requests, tokenizer_settings
 from runtime.encoding.tokenizer import Encoded, Tokenizer
 from runtime.session import open_session
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from builders import corpus
+from builders.judging import corpus
 from builders.store.atomic import atomic_directory
 from builders.training.loop import new_model, reproducible
 from builders.training.recipe import Recipe

@@ -23,11 +23,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from builders import corpus, pipeline
+from builders import pipeline
 from builders.__main__ import run
 from builders.artifacts import Checkpoint
-from builders.quality import HELD_OUT_TEXTS, measure, tokenizer_settings
-from builders.repository.contents import encoder_settings
+from builders.judging import corpus
+from builders.judging.vectors import HELD_OUT_TEXTS, measure, tokenizer_settings
+from builders.repository.directories import encoder_settings
 from builders.spec import DeploymentSpec, load_spec
 from measure.bench import peers
 from runtime.encoding.encoder import open_encoder

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from builders import corpus, pipeline, quality
+from builders import pipeline
 from builders.artifacts import Engine, OnnxGraph
 from builders.errors import ParityError, QualityError
+from builders.judging import corpus, vectors
 from builders.pipeline import Build
 from builders.spec import Flavour
 from measure.gpu_proof.encoders import timed_grid
@@ -57,10 +58,10 @@ def measure(setting: Setting, limits: Limits | None, budget: Budget, *, flavour:
 
 def _compared(built: Build, runner: EngineRunner | GraphRunner, shape: EncoderShape, how: str, precision: str) -> Row:
     """Raises ParityError for an engine that computes something else than the fp32 graph."""
-    requests = quality.sample_requests(built.checkpoint, corpus.texts(None, _TEXTS))
-    reference = quality.graph_outputs(built.graph("fp32").file_path, requests, built.checkpoint)
+    requests = vectors.sample_requests(built.checkpoint, corpus.texts(None, _TEXTS))
+    reference = vectors.graph_outputs(built.graph("fp32").file_path, requests, built.checkpoint)
     outputs = np.concatenate([runner.outputs(request) for request in requests])
-    found = quality.measure(reference, outputs, "embedding", how)
+    found = vectors.measure(reference, outputs, "embedding", how)
     if not found.worst_cosine >= LEAST_COSINE[precision]:
         raise ParityError(
             f"{shape.name}, {how}: worst cosine to the fp32 graph {found.worst_cosine:.5f} over {found.texts} texts, "

@@ -6,10 +6,10 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from builders import corpus
 from builders.checkpoint import load_checkpoint
+from builders.judging import corpus
+from builders.judging.vectors import HELD_OUT_TEXTS
 from builders.pipeline import Build, encoder
-from builders.quality import HELD_OUT_TEXTS
 from builders.spec import DeploymentSpec, Flavour, ModelSlice
 from builders.store.atomic import atomic_directory
 from builders.store.store import Store

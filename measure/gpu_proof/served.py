@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from builders import corpus, pipeline
+from builders import pipeline
+from builders.judging import corpus
 from builders.spec import DeploymentSpec, Flavour
 from measure.bench.random_llama import LLAMA_100M
 from measure.gpu_proof.folders import TINY_LLAMA, encoder_source, write_llama

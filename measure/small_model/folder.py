@@ -10,9 +10,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from builders import corpus
 from builders.artifacts import file_digest
 from builders.errors import InputError
+from builders.judging import corpus
 from builders.store.atomic import atomic_directory
 from builders.training import curve, loop, text
 from builders.training.recipe import Progress, Recipe, TrainingReport

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from builders.corpus import Document
+from builders.judging.corpus import Document
 from builders.training.recipe import HeldOut, Sample
 from builders.training.text import END_OF_TEXT_ID, Tokens, to_tokens
 

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from builders import pipeline, quality
+from builders import pipeline
 from builders.engine.tensorrt import build_decoder_engine, decoder_profiles
+from builders.judging import vectors
 from builders.spec import Flavour
 from measure.gpu_proof.decoder_engines import decoder_graph
 from measure.gpu_proof.encoder_engines import EngineRunner
@@ -78,7 +79,7 @@ def test_an_encoder_engine_gives_the_vectors_of_onnx_runtime(tiny: Setting, flav
         lengths = random.integers(1, length + 1, batch)
         mask = (np.arange(length) < lengths[:, None]).astype(np.int64)
         feeds = {"input_ids": random.integers(0, tiny.encoders[0].vocabulary, (batch, length)), "attention_mask": mask}
-        expected = quality.graph_outputs(built.graph("fp32").file_path, [feeds], built.checkpoint)
+        expected = vectors.graph_outputs(built.graph("fp32").file_path, [feeds], built.checkpoint)
         found = runner.outputs(feeds)
         cosines = (found * expected).sum(1) / np.linalg.norm(found, axis=1) / np.linalg.norm(expected, axis=1)
         assert cosines.min() > 0.999

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from builders.artifacts import Checkpoint, Engine, OnnxGraph, Partition, RankFiles
 from builders.errors import UnsupportedError
-from builders.perplexity import ENCODER_FILE
-from builders.quality import tokenizer_settings
-from builders.repository.config import Interface, model_configs, to_pbtxt, uses_tensorrt_backend
+from builders.judging.perplexity import ENCODER_FILE
+from builders.judging.vectors import tokenizer_settings
+from builders.repository.encoder_config import Interface, model_configs, to_pbtxt, uses_tensorrt_backend
 from builders.repository.ensemble import check_ensemble
-from builders.repository.generation import generator_config
+from builders.repository.generator_config import generator_config
 from builders.spec import DeploymentSpec, Platform
 from runtime.ranks.stored import MANIFEST
 from runtime.settings import (

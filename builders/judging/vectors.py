@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from builders import corpus
 from builders.artifacts import Checkpoint, Quality
 from builders.errors import QualityError
+from builders.judging import corpus
 from builders.spec import PrecisionSlice, Task
 from runtime.encoding.encoder import Encoder, open_encoder
 from runtime.encoding.executor.onnxruntime import OnnxRuntimeExecutor

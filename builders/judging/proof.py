@@ -15,8 +15,8 @@ import numpy as np
 
 from builders.artifacts import Checkpoint, OnnxGraph
 from builders.errors import InputError, QualityError
-from builders.perplexity import ENCODER_FILE, Ids, continuation_losses, encode
-from builders.quality import graph_outputs, neighbours, sample_requests
+from builders.judging.perplexity import ENCODER_FILE, Ids, continuation_losses, encode
+from builders.judging.vectors import graph_outputs, neighbours, sample_requests
 from builders.spec import DeploymentSpec, Platform
 from runtime.generation.opening import TextTokenizer
 from runtime.graph import Tensors

@@ -28,7 +28,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from builders.artifacts import Checkpoint, Partition, ProofFile, RepositoryEntry, file_digest
-from builders.repository.contents import ModelDirectory, Part, model_directories
+from builders.repository.directories import ModelDirectory, Part, model_directories
 from builders.spec import DeploymentSpec, Platform
 from builders.store.atomic import atomic_directory
 from builders.store.store import link_or_copy

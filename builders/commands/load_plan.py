@@ -10,8 +10,8 @@ from typing import Literal
 
 from pydantic import ValidationError
 
-from builders import corpus
 from builders.errors import InputError
+from builders.judging import corpus
 from builders.spec import DeploymentSpec
 from loadtest.drive.run import run_load
 from loadtest.drive.stopping import Stop

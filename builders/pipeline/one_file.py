@@ -13,13 +13,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from builders import corpus
 from builders.artifacts import Checkpoint, FileRecord, OnnxGraph, Record, file_digest
 from builders.checkpoint import load_checkpoint
 from builders.errors import InputError
 from builders.graph import GRAPH_FILE
-from builders.perplexity import ENCODER_FILE
-from builders.quality import HELD_OUT_TEXTS, calibration_and_held_out
+from builders.judging import corpus
+from builders.judging.perplexity import ENCODER_FILE
+from builders.judging.vectors import HELD_OUT_TEXTS, calibration_and_held_out
 from builders.spec import Flavour, ModelSlice, PrecisionSlice, ProfileSlice, Range
 
 Scheme = Literal["int8", "w8", "w4"]

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from builders.errors import ParityError
-from builders.perplexity import Constants, DecoderSession, Ids
+from builders.judging.perplexity import Constants, DecoderSession, Ids
 
 ROWS, LENGTH = 4, 48
 _DECODE_STEPS = 12

@@ -1,0 +1,8 @@
+"""What is good enough, and how that is known: texts, figures of vectors and of tokens, budgets, and the proof to carry.
+
+corpus      texts: packaged, or the user's; calibration and held-out parts
+vectors     encoders: cosines and agreement with the reference    perplexity  language models: the same of tokens
+parity      exported against the checkpoint's own module
+precision   candidates against budgets: what is taken, and why the others are not    speed  what each takes here
+proof       inputs and the reference's outputs, for a version to carry
+"""
