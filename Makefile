@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo demo-generate test test-slow check format bench-serving bench-shard bench-generation bench-install bench-tools golden \
-	gpu-proof gpu-proof-dry gpu-bundle clean
+	gpu-proof gpu-proof-dry gpu-bundle house clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,16 +43,16 @@ check: install ## lint, format, types, architecture, Kubernetes manifests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not slow" tests/test_architecture.py tests/test_k8s_folder.py tests/test_manifests.py \
-		tests/test_lint_manifests.py
+	$(BIN)/python -m pytest -m "not slow" tests/test_architecture.py tests/manifests/test_k8s_folder.py tests/manifests/test_overlay.py \
+		tests/manifests/test_lint.py
 
 format: install ## rewrite the sources as ruff wants them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 golden: install ## write the committed config.pbtxt and manifests again, after a change that is meant
-	$(BIN)/python -m tests.golden_configs
-	$(BIN)/python -m tests.golden_manifests
+	$(BIN)/python -m tests.repository.golden_configs
+	$(BIN)/python -m tests.manifests.golden_manifests
 
 bench-shard: install ## memory and time of sharding 5 GB, against a plain copy
 	$(BIN)/python -m measure.bench.shard --folder $(BUILD)
@@ -82,6 +82,9 @@ gpu-bundle: install ## the proof in parts under 60 MiB, for a GPU machine withou
 
 bench-serving: install ## served sentences/s against the same model in process (peers: make bench-install first)
 	$(BIN)/python -m measure.bench.serving --build-dir $(BUILD)
+
+house: install ## the rooms, their sizes and their imports; draws docs/house.svg
+	$(BIN)/python -m measure.house
 
 clean: ## remove everything that was built; the virtual environment stays
 	rm -rf $(BUILD)

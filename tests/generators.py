@@ -13,7 +13,7 @@ from builders.checkpoint import load_checkpoint
 from builders.judging import corpus
 from builders.spec import ModelSlice
 from tests.conftest import _save_tokenizer
-from tests.partition_graphs import random_parameters
+from tests.partition.exported import random_parameters
 
 TEXTS = corpus.texts(None, 64)
 POSITIONS, WINDOW = 96, 20

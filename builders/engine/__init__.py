@@ -1,1 +1,1 @@
-"""OnnxGraph -> Engine."""
+"""OnnxGraph -> Engine: TensorRT, of whole graphs and of ranks."""

@@ -1,4 +1,4 @@
-"""What is good enough, and how that is known: texts, figures of vectors and of tokens, budgets, and the proof to carry.
+"""What is good enough, and how that is known: texts, figures, budgets, and the proof that a version carries.
 
 corpus      texts: packaged, or the user's; calibration and held-out parts
 vectors     encoders: cosines and agreement with the reference    perplexity  language models: the same of tokens

@@ -1,1 +1,1 @@
-"""What is told of it: the report as a record, its judgement, its page and its text."""
+"""What a run comes to: the report as a record, its judgement, its page and its text."""

@@ -1,1 +1,1 @@
-"""What was seen: recordings of each moment, figures of them, and what the server counted itself."""
+"""What a run saw: recordings of each moment, figures of them, and what the server counted itself."""

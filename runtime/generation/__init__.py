@@ -1,4 +1,4 @@
-"""Generation: many streams of tokens from one decoder.
+"""Generation: many streams of tokens from one decoder, batched continuously.
 
 request      what a caller asks for, checked; what comes back
 sequence     one request under way: its tokens, its random numbers, its text

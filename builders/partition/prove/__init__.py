@@ -1,1 +1,1 @@
-"""Rank graphs against the whole: run together, compared node by node, and fed at the edges of what they take."""
+"""Rank graphs against the whole: run together, compared node by node, fed at the limits of what they take."""

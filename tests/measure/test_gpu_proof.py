@@ -1,0 +1,322 @@
+"""The GPU proof without a GPU: its arithmetic, how sections end, the page, and the whole script once on the CPU."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from builders.errors import CheckError, InputError, MachineError
+from measure.gpu_proof import __main__ as proof_command
+from measure.gpu_proof import page, sections, setting, several_gpus
+from measure.gpu_proof.decoder_engines import whole_seconds
+from measure.gpu_proof.record import Proof, Row, Section, largest_gap
+from measure.gpu_proof.roofline import (
+    Limits,
+    Work,
+    against,
+    decode_work,
+    encoder_work,
+    floor_seconds,
+    prefill_work,
+    weight_bytes,
+)
+from measure.gpu_proof.sections import Part, run_parts
+from measure.gpu_proof.setting import BERT_BASE, LLAMA_8B
+from measure.gpu_proof.step import union_length
+from runtime.gpu import visible_targets
+from tests.conftest import wait_until
+from tests.measure.gpu_proof_parts import wait_for_ever
+
+LIMITS = Limits(bytes_per_s=4e12, flops_per_s=8e14)
+no_gpu = pytest.mark.skipif(bool(visible_targets()), reason="this machine has a GPU")
+
+
+def test_a_large_decoder_is_counted_as_by_hand() -> None:
+    """Llama-3-8B: 8.03e9 parameters, of them 0.53e9 in the table of words; 128 KiB of cache a token in fp16."""
+    assert weight_bytes(LLAMA_8B, 2) == pytest.approx(2 * 8.03e9, rel=1e-3)
+    one, more = (decode_work(LLAMA_8B, 1, context, 2) for context in (512, 4096))
+    assert one.bytes - 512 * 131072 == pytest.approx(2 * 7.504e9, rel=1e-3)
+    assert more.bytes - one.bytes == (4096 - 512) * 131072
+    assert one.flops == pytest.approx(2 * 7.504e9 + 4 * 512 * 4096 * 32, rel=1e-3)
+    eight = decode_work(LLAMA_8B, 8, 512, 2)
+    assert eight.flops == pytest.approx(8 * one.flops)
+    assert eight.bytes - one.bytes == pytest.approx(7 * 512 * 131072)
+    assert prefill_work(LLAMA_8B, 512, 2).flops == pytest.approx(2 * 512 * 6.979e9 + 1.05e9 + 7e10, rel=2e-2)
+    assert encoder_work(BERT_BASE, 1, 128, 2).flops == pytest.approx(2.235e10, rel=1e-2)
+
+
+def test_the_floor_is_the_longer_of_both_times() -> None:
+    assert floor_seconds(Work(bytes=4e9, flops=8e10), LIMITS) == (1e-3, "memory")
+    assert floor_seconds(Work(bytes=4e6, flops=8e11), LIMITS) == (1e-3, "arithmetic")
+    figures, facts = against(Work(bytes=4e9, flops=1.0), 4e-3, LIMITS)
+    assert figures["fraction"] == pytest.approx(0.25)
+    assert facts == {"bound by": "memory"}
+    assert set(against(Work(1.0, 1.0), 1.0, None)[0]) == {"ms", "gb", "gflop"}
+
+
+@given(st.floats(1e-6, 1e-2), st.floats(1e-6, 1e-2), st.integers(1, 4), st.integers(1, 4), st.integers(8, 80))
+def test_a_whole_model_follows_from_two_depths(shared: float, block: float, few: int, more: int, layers: int) -> None:
+    depths = (few, few + more)
+    first, second = (shared + depth * block for depth in depths)
+    assert whole_seconds(first, second, depths, layers) == pytest.approx(shared + layers * block)
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 8)), max_size=12))
+def test_overlapping_kernels_count_once(spans: list[tuple[int, int]]) -> None:
+    intervals = [(float(start), float(start + length)) for start, length in spans]
+    covered = {tick for start, length in spans for tick in range(start, start + length)}
+    assert union_length(intervals) == len(covered)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> setting.Setting:
+    return setting.dry(tmp_path)
+
+
+def _part(function: str, **changes: float) -> Part:
+    return Part(function, "tests.measure.gpu_proof_parts", **{"most_s": 60.0, **changes}, function=function)  # type: ignore[arg-type]
+
+
+def test_sections_end_each_in_its_way_and_the_next_goes_on(
+    tiny: setting.Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sections, "GRACE_S", 0.0)
+    monkeypatch.setattr(sections, "_END_S", 0.5)
+    parts = [replace(_part("sound"), name="limits"), *map(_part, ("raising", "lacking", "without_package", "dying")),
+             _part("hanging", most_s=2.0, least_s=1.0), _part("sound")]  # fmt: skip
+    found = {section.name: section for section in run_parts(parts, tiny, 300)}
+    assert list(found) == ["limits", "raising", "lacking", "without_package", "dying", "hanging", "sound"]
+    assert {name: section.status for name, section in found.items()} == {
+        "limits": "ran", "raising": "failed", "lacking": "not run", "without_package": "not run", "dying": "failed",
+        "hanging": "failed", "sound": "ran",
+    }  # fmt: skip
+    assert found["raising"].reason == "RuntimeError: the third kernel is broken"
+    assert len(found["raising"].rows) == len(found["dying"].rows) == 1  # what was measured before is kept
+    assert found["lacking"].reason == "no such GPU"
+    assert found["without_package"].reason == "no module a_package_that_nobody_has"
+    assert found["dying"].reason == "its process ended with exit code -11"
+    assert "did not end in its time" in found["hanging"].reason
+    assert not Path("/proc", str(int(found["hanging"].rows[0].figures["pid"]))).exists()
+    assert found["sound"].rows[1].figures == {"bytes_per_s": 100e9}  # the limits that the first section measured
+
+
+def test_a_section_that_does_not_fit_the_budget_is_not_begun(tiny: setting.Setting) -> None:
+    section = run_parts([_part("sound", least_s=20.0)], tiny, 10)[0]
+    assert section.status == "not run"
+    assert section.reason.startswith("time: ")
+    assert not section.rows
+
+
+def test_a_signal_that_comes_while_a_section_is_reported_hides_no_other(tiny: setting.Setting) -> None:
+    reported = []
+
+    def report(section: Section) -> None:
+        reported.append(section.name)
+        if section.name == "first":
+            raise SystemExit(143)
+
+    parts = [replace(_part("sound", least_s=20.0), name=name) for name in ("first", "second", "third")]
+    with pytest.raises(SystemExit):
+        run_parts(parts, tiny, 10, report)
+    assert reported == ["first", "second", "third"]
+
+
+@pytest.mark.parametrize("module", ["import threading; threading.Event().wait(5)", "import os; os._exit(3)"])
+def test_a_server_of_sections_that_does_not_start_is_no_failed_section(tmp_path: Path, module: str) -> None:
+    """Importing torch from a cold disk is not the first section's time; and it is bounded."""
+    (tmp_path / "hard_to_import.py").write_text(module)
+    code = (
+        "from pathlib import Path; from measure.gpu_proof import sections, setting; "
+        "sections.START_S, sections._PRELOADED = 1.0, ['hard_to_import']; "
+        "sections.run_parts([sections.Part('x', 'tests.measure.gpu_proof_parts', 5)], setting.dry(Path()), 5)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert "MachineError" in done.stderr
+    assert "it died, or has not imported hard_to_import within 1 s" in done.stderr
+
+
+def test_ranks_that_hang_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(several_gpus, "_END_S", 0.5)
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=wait_for_ever, daemon=True) for _ in range(2)]
+    for process in processes:
+        process.start()
+    several_gpus.end_ranks(processes)
+    assert wait_until(lambda: not any(process.is_alive() for process in processes), limit_s=30)
+
+
+def _proof(*sections: Section) -> Proof:
+    return Proof("2026-11-22", "a GPU", False, 450.0, sections)
+
+
+def _case(how: str, fraction: float, case: str = "decode") -> Row:
+    figures = {"ms": 1 / fraction, "floor_ms": 1.0, "fraction": fraction, "tokens_per_s": 100 * fraction}
+    return Row(case, how, {"batch": 1, "context": 512}, figures, {"bound by": "memory"})
+
+
+def test_the_largest_gap_is_that_of_the_fastest_way() -> None:
+    rows = (_case("eager", 0.1), _case("graph", 0.8), _case("eager", 0.5, "prompt"))
+    gap = largest_gap(_proof(Section("decoders", "ran", "", 1.0, rows)))
+    assert gap is not None
+    assert (gap.case, gap.how, gap.fraction) == ("prompt", "eager", 0.5)
+    assert largest_gap(_proof(Section("machine", "ran", "", 1.0))) is None
+
+
+def test_a_way_that_beats_its_floor_hides_no_gap_and_is_named() -> None:
+    rows = (_case("INT8 engine", 1.25), _case("graph", 0.3), _case("eager", 0.5, "prompt"), _case("L2", 2.0, "tiny"))
+    proof = _proof(Section("engines", "ran", "", 1.0, rows))
+    gap = largest_gap(proof)
+    assert gap is not None
+    assert (gap.case, gap.how) == ("decode", "graph")
+    text = page.render(proof, ())
+    assert "decode, INT8 engine: 125.0%; tiny, L2: 200.0%." in text
+    assert largest_gap(_proof(Section("engines", "ran", "", 1.0, rows[:1]))) is None
+
+
+def test_the_page_says_what_ran_what_did_not_and_why() -> None:
+    rows = (
+        _case("graph", 0.5),
+        Row("decode, batch 128", "graph", reason="a cache of 69 GB does not fit"),
+        Row("GPU 0", "driver", facts={"name": "a GPU", "driver_version": "1|2"}),
+    )
+    proof = _proof(
+        Section("decoders", "ran", "", 12.0, rows), Section("vLLM", "not run", "no module vllm", 0.1),
+        Section("served", "failed", "ServerFault: it broke", 3.0),
+    )  # fmt: skip
+    text = page.render(proof, ("fraction",))
+    assert "| decode | graph | 2 | 1 | 50.0% | 50 | memory |" in text
+    assert "- decode, batch 128 (graph): not run: a cache of 69 GB does not fit" in text
+    assert "- GPU 0: name a GPU, driver_version 1|2" in text
+    assert "| served | failed | 3.0 | ServerFault: it broke |" in text
+    assert (
+        "decode: graph, the fastest way that the limit holds for, takes 2 ms where memory alone takes 1 ms: 50.0%"
+        in text
+    )
+    assert "![Achieved fraction of the limit](fraction.svg)" in text
+    assert "Faster than the limit" not in text
+    assert page.DRY_NOTICE not in text
+    assert page.DRY_NOTICE in page.render(replace(proof, dry=True), ())
+    assert Proof.from_json(proof.to_json()) == proof
+    with pytest.raises(ValueError, match="schema 9"):
+        Proof.from_json(proof.to_json().replace('"schema": 1', '"schema": 9'))
+
+
+@no_gpu
+def test_without_a_gpu_it_says_what_to_do_and_exits_2(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "measure.gpu_proof", "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == MachineError.exit_code == 2
+    assert "got none" in done.stderr
+    assert "Fix: run it on a machine with a GPU" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_starts_where_few_packages_are(tmp_path: Path) -> None:
+    """A machine for GPU work has torch and numpy; what else is absent costs the sections that need it."""
+    absent = ("pydantic", "typer", "rich", "polygraphy", "tritonclient", "tensorrt_rtx", "yaml", "matplotlib")
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({absent!r})); import runpy; "
+        "sys.argv = ['gpu-proof', '--help']; runpy.run_module('measure.gpu_proof', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--budget-s" in done.stdout
+
+
+def test_a_result_is_never_written_over(tmp_path: Path) -> None:
+    folder = proof_command.new_folder(tmp_path, "NVIDIA H200 (SXM)")
+    assert folder.name.startswith("nvidia-h200-sxm-20")
+    folder.mkdir()
+    with pytest.raises(InputError, match="Fix: move it away"):
+        proof_command.new_folder(tmp_path, "NVIDIA H200 (SXM)")
+
+
+def test_a_drawing_that_fails_costs_the_drawing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    proof = _proof(Section("decoders", "ran", "", 1.0, (_case("graph", 0.5),)))
+    folder = tmp_path / "result"
+    proof_command.write(proof, folder)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    proof_command.illustrate(proof, folder)
+    assert Proof.from_json((folder / "proof.json").read_text()) == proof
+    assert "No plots: ModuleNotFoundError" in (folder / "README.md").read_text()
+    assert {file.name for file in folder.iterdir()} == {"proof.json", "README.md"}
+
+
+def test_a_failed_section_fails_the_command_and_the_result_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proof_command, "parts", lambda: (_part("raising"), _part("sound")))
+    with pytest.raises(CheckError, match=r"section raising failed: RuntimeError") as raised:
+        proof_command.main(["--dry", "--out", str(tmp_path)])
+    assert raised.value.exit_code == 1
+    (folder,) = tmp_path.iterdir()
+    saved = Proof.from_json((folder / "proof.json").read_text())
+    assert [section.status for section in saved.sections] == ["failed", "ran"]
+
+
+def test_sigterm_ends_the_command_and_everything_it_started_and_keeps_what_was_measured(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "measure.gpu_proof", "--dry", "--out", str(tmp_path / "out")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        assert process.stderr is not None
+        assert "machine: ran" in process.stderr.readline()
+        process.terminate()
+        assert process.wait(60) == 128 + signal.SIGTERM
+        assert wait_until(lambda: not _group_lives(process.pid), limit_s=30)
+    finally:
+        if _group_lives(process.pid):
+            os.killpg(process.pid, signal.SIGKILL)
+    (folder,) = (tmp_path / "out").iterdir()
+    first, *others = Proof.from_json((folder / "proof.json").read_text()).sections
+    assert (first.name, first.status) == ("machine", "ran")
+    assert first.rows
+    assert [first.name, *(section.name for section in others)] == [part.name for part in proof_command.parts()]
+    assert others[-1].reason == "the proof was ended before it was done"
+    assert (folder / "README.md").is_file()
+
+
+def _group_lives(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_the_dry_run_goes_through_every_section(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "measure.gpu_proof", "--dry", "--json", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (folder,) = tmp_path.iterdir()
+    assert {file.name for file in folder.iterdir()} == {"proof.json", "README.md", "fraction.svg", "tokens.svg"}
+    proof = Proof.from_json((folder / "proof.json").read_text())
+    assert json.loads(done.stdout) == json.loads((folder / "proof.json").read_text())
+    assert proof.dry
+    assert page.DRY_NOTICE in (folder / "README.md").read_text()
+    found = {section.name: section for section in proof.sections}
+    assert list(found) == [part.name for part in proof_command.parts()]
+    absent = {name: section.reason for name, section in found.items() if section.status == "not run"}
+    lacking = {"decoders, vLLM", *(name for name in found if name.endswith(", tensorrt"))}  # packages that CI lacks
+    assert set(absent) <= lacking, absent
+    built = [row for name in found for row in found[name].rows if "built ahead of time" in row.note]
+    assert {row.case for row in built if row.figures["mb"] > 0} >= {"tiny BERT, engine"}
+    assert all("not run: no GPU here" in row.note for row in built)
+    ways = {row.how for row in found["decoders"].rows}
+    assert ways == {"torch eager", "torch.compile"}
+    gap = largest_gap(proof)
+    assert gap is not None
+    assert gap.fraction > 0
