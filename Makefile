@@ -33,8 +33,9 @@ demo: install ## the main job: real weights to engines, a served model and a loa
 demo-generate: install ## train a small language model, build it, serve it and stream from it
 	$(BIN)/python -m measure.demo_generate --build-dir $(BUILD)
 
+# Two processes: most tests wait for a server, or for a build that has one thread. A file stays in one process.
 test: install ## every test but the slow ones; a real Triton and real TensorRT builds are in it
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile
 
 test-slow: install ## the slow tests
 	$(BIN)/python -m pytest -m slow

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -119,10 +121,18 @@ def bert_copy(tiny_bert: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def minilm(tmp_path_factory: pytest.TempPathFactory) -> Build:
-    """The preset with real weights; bf16, because the INT8 search takes half a minute and has its own test."""
+    """The preset with real weights; bf16, because the INT8 search takes half a minute and has its own test.
+
+    Processes of one run share the build: the first makes it, the others find it made.
+    """
     spec = load_spec("minilm")
     spec = spec.model_copy(update={"precision": spec.precision.model_copy(update={"cpu": "bf16"})})
-    return pipeline.build(spec, "cpu", tmp_path_factory.mktemp("minilm"), "repository")
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "minilm"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return pipeline.build(spec, "cpu", folder, "repository")
 
 
 @pytest.fixture(scope="session")
