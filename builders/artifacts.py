@@ -10,14 +10,11 @@ import hashlib
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from builders.digests import file_digest as file_digest  # the rest of the house knows it from here
 from builders.spec import CpuPrecision, Flavour, GraphPrecision, Platform, ProfileSlice, Task
-
-
-class Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+from runtime.record import Record
 
 
 class FileRecord(Record):
@@ -233,7 +230,7 @@ class Processor(Record):
         return "BF16" in self.capabilities
 
 
-class Candidate(Record):
+class PrecisionCandidate(Record):
     """A precision as the executor that serves computes it on one CPU. `speed`: of fp32, by CPU time in the same run;
     `reason`: why it is served, or why not. What was not tried or not finished has no figures."""
 
@@ -253,7 +250,7 @@ class PrecisionChoice(Artifact):
     chosen: CpuPrecision
     executor: str
     processor: Processor
-    candidates: tuple[Candidate, ...]
+    candidates: tuple[PrecisionCandidate, ...]
     warning: str | None = None
 
 

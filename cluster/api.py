@@ -16,7 +16,7 @@ import yaml
 
 from cluster.errors import ClusterError
 from cluster.kinds import PODS, Object, Resource, root_path
-from cluster.refusal import Action, read_status, refused
+from cluster.refusal import Operation, read_status, refused
 from runtime.errors import MachineError
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class Cluster:
     def resource(self, api_version: str, kind: str) -> Resource | None:
         """Where this kind lives, or None when the cluster does not know it. Asked once for each group version."""
         if api_version not in self._discovered:
-            probe = Action("get", Resource("v1", "APIResourceList", root_path(api_version)[1:], False))
+            probe = Operation("get", Resource("v1", "APIResourceList", root_path(api_version)[1:], False))
             try:
                 found = self._json("GET", root_path(api_version), probe)
             except ClusterError as error:
@@ -119,7 +119,7 @@ class Cluster:
     def get(self, resource: Resource, namespace: str | None, name: str) -> Object | None:
         """None when there is no such object."""
         try:
-            return self._json("GET", resource.path(namespace, name), Action("get", resource, namespace, name))
+            return self._json("GET", resource.path(namespace, name), Operation("get", resource, namespace, name))
         except ClusterError as error:
             if error.code == 404:
                 return None
@@ -127,26 +127,26 @@ class Cluster:
 
     def list_objects(self, resource: Resource, namespace: str, query: Query | None = None) -> Listing:
         """Every object of one namespace; `query` takes labelSelector and fieldSelector."""
-        found = self._json("GET", resource.path(namespace), Action("list", resource, namespace), query)
+        found = self._json("GET", resource.path(namespace), Operation("list", resource, namespace), query)
         items = tuple({**item, "kind": resource.kind} for item in found.get("items") or ())
         return Listing(items, str(found["metadata"]["resourceVersion"]))
 
     def send(
-        self, method: str, path: str, action: Action, query: Query | None = None, body: Object | None = None
+        self, method: str, path: str, action: Operation, query: Query | None = None, body: Object | None = None
     ) -> Object:
         """POST, PUT, DELETE, and PATCH, which is a server-side apply. Returns the object as it is now."""
         return self._json(method, path, action, query, body)
 
     def log(self, namespace: str, pod: str, query: Query) -> str:
         """Log text of a container of a pod."""
-        action = Action("get", PODS, namespace, pod, "log")
+        action = Operation("get", PODS, namespace, pod, "log")
         return self._bytes("GET", PODS.path(namespace, pod, "log"), action, query, None).decode(errors="replace")
 
     def stream(self, resource: Resource, namespace: str, query: Query, read_s: float) -> Iterator[Object]:
         """Events of a watch, until the server ends it. A connection that breaks ends it too."""
         import urllib3
 
-        action = Action("watch", resource, namespace)
+        action = Operation("watch", resource, namespace)
         response = self._call("GET", resource.path(namespace), action, {**query, "watch": True}, None, read_s)
         try:
             pending = b""
@@ -159,7 +159,7 @@ class Cluster:
             response.response.close()
 
     def _json(
-        self, method: str, path: str, action: Action, query: Query | None = None, body: Object | None = None
+        self, method: str, path: str, action: Operation, query: Query | None = None, body: Object | None = None
     ) -> dict[str, Any]:
         answer = self._bytes(method, path, action, query, body)
         found = read_status(answer)
@@ -172,7 +172,7 @@ class Cluster:
             )
         return dict(found)
 
-    def _bytes(self, method: str, path: str, action: Action, query: Query | None, body: Object | None) -> bytes:
+    def _bytes(self, method: str, path: str, action: Operation, query: Query | None, body: Object | None) -> bytes:
         import urllib3
 
         response = self._call(method, path, action, query, body, READ_S)
@@ -182,7 +182,7 @@ class Cluster:
             raise _unreachable(self.host, error) from error
 
     def _call(
-        self, method: str, path: str, action: Action, query: Query | None, body: Object | None, read_s: float
+        self, method: str, path: str, action: Operation, query: Query | None, body: Object | None, read_s: float
     ) -> Any:
         """One request. Raises ClusterError for no answer, and for one that is no success."""
         import urllib3

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from cluster.api import Cluster, Query
 from cluster.errors import ClusterError
 from cluster.kinds import NAMESPACES, Object, ObjectName, Resource, conditions, metadata
-from cluster.refusal import Action
+from cluster.refusal import Operation
 
 MANAGER = "trireme"
 Change = Literal["created", "changed", "replaced", "unchanged", "unchecked"]
@@ -155,7 +155,7 @@ def delete(cluster: Cluster, name: ObjectName) -> bool:
     resource = cluster.resource(name.api_version, name.kind)
     if resource is None:
         return False
-    action = Action("delete", resource, name.namespace, name.name)
+    action = Operation("delete", resource, name.namespace, name.name)
     try:
         options = {"kind": "DeleteOptions", "apiVersion": "v1", "propagationPolicy": "Background"}
         cluster.send("DELETE", resource.path(name.namespace, name.name), action, body=options)
@@ -171,7 +171,7 @@ def _send(cluster: Cluster, target: Target, force: bool, dry: bool) -> Applied:
     before = cluster.get(resource, name.namespace, name.name)
     dry_only: Query = {"dryRun": "All"} if dry else {}
     query: Query = {"fieldManager": MANAGER, "fieldValidation": "Strict", "force": force, **dry_only}
-    action = Action("patch", resource, name.namespace, name.name)
+    action = Operation("patch", resource, name.namespace, name.name)
     path = resource.path(name.namespace, name.name)
     try:
         after = cluster.send("PATCH", path, action, query, target.body)

@@ -16,7 +16,7 @@ from cluster.api import Cluster
 from cluster.apply import MANAGER
 from cluster.errors import ClusterError
 from cluster.kinds import SECRETS, Object, metadata
-from cluster.refusal import Action
+from cluster.refusal import Operation
 
 CONTROL_SECRET, CONTROL_KEY = "triton-control", "secret"  # as k8s/base/deployment.yaml mounts it
 
@@ -35,7 +35,7 @@ def ensure_control_secret(cluster: Cluster, documents: Sequence[Object]) -> list
         about = {"name": CONTROL_SECRET, "namespace": place, "labels": {"app.kubernetes.io/managed-by": MANAGER}}
         body = {"apiVersion": "v1", "kind": "Secret", "metadata": about, "data": {CONTROL_KEY: value}}
         with _already_there():
-            action = Action("create", SECRETS, place, CONTROL_SECRET)
+            action = Operation("create", SECRETS, place, CONTROL_SECRET)
             cluster.send("POST", SECRETS.path(place), action, {"fieldManager": MANAGER}, body)
     return missing
 

@@ -14,9 +14,9 @@ from cluster.kinds import Object, ObjectName
 from cluster.observe import WORKLOADS
 from cluster.revision import History, Revision, left_behind, read_history, write_history
 from cluster.rights import needed_to_apply, require_rights
-from cluster.rollout import Patience, Progress, wait
+from cluster.rollout import Patience, RolloutProgress, wait
 
-Report = Callable[[Sequence[Progress]], None]
+Report = Callable[[Sequence[RolloutProgress]], None]
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Deployed:
 
     revision: Revision
     applied: tuple[Applied, ...]
-    progress: tuple[Progress, ...]
+    progress: tuple[RolloutProgress, ...]
     deleted: tuple[ObjectName, ...]
     left: tuple[ObjectName, ...]
 

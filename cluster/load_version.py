@@ -34,7 +34,7 @@ from cluster.kinds import (
 )
 from cluster.observe import is_leaving, is_ready, observe
 from cluster.port_forward import PortForward
-from cluster.refusal import Action
+from cluster.refusal import Operation
 from cluster.rights import require_rights
 from runtime.settings import ADMIN_HEADER
 
@@ -56,7 +56,7 @@ class ModelVersion:
 
 
 @dataclass(frozen=True)
-class Pace:
+class LoadPace:
     """`load_s`: for the layout and for each model in one pod. `ready_s`: for the budget to allow a pod, and for a pod
     to be ready again."""
 
@@ -78,7 +78,7 @@ def load_version(
     secret: str,
     *,
     ports: PodPorts | None = None,
-    pace: Pace | None = None,
+    pace: LoadPace | None = None,
     report: Callable[[str], None] = lambda message: None,
 ) -> list[str]:
     """Brings the version into every pod of the workload, and writes it down; returns the pods' names.
@@ -87,8 +87,8 @@ def load_version(
     to come will serve is then as before. Raises ClusterError without the right to write it down.
     """
     namespace = workload.namespace or cluster.namespace
-    rollout = _Rollout(cluster, namespace, version, secret, ports or PodPorts(), pace or Pace(), report)
-    require_rights(cluster, [Action(verb, CONFIG_MAPS, namespace) for verb in ("get", "create", "patch")])
+    rollout = _Rollout(cluster, namespace, version, secret, ports or PodPorts(), pace or LoadPace(), report)
+    require_rights(cluster, [Operation(verb, CONFIG_MAPS, namespace) for verb in ("get", "create", "patch")])
     done: list[str] = []
     written = False
     for _ in range(_ROUNDS):
@@ -127,7 +127,7 @@ def _write_down(cluster: Cluster, namespace: str, version: int) -> None:
         "data": {VERSION_KEY: str(version)},
     }
     query: Query = {"fieldManager": MANAGER, "force": True}
-    action = Action("patch", CONFIG_MAPS, namespace, VERSION_MAP)
+    action = Operation("patch", CONFIG_MAPS, namespace, VERSION_MAP)
     cluster.send("PATCH", CONFIG_MAPS.path(namespace, VERSION_MAP), action, query, body)
 
 
@@ -138,7 +138,7 @@ class _Rollout:
     version: int
     secret: str
     ports: PodPorts
-    pace: Pace
+    pace: LoadPace
     report: Callable[[str], None]
 
     def bring(self, pod: str) -> bool:
@@ -222,7 +222,7 @@ def allows(budget: Object, pod_ready: bool) -> bool:
     return not pod_ready or int(status.get("disruptionsAllowed", 0)) > 0
 
 
-def _await_budget(cluster: Cluster, namespace: str, pod: str, pace: Pace) -> bool:
+def _await_budget(cluster: Cluster, namespace: str, pod: str, pace: LoadPace) -> bool:
     """True when every budget that covers the pod could do without it; False when the pod has gone by itself."""
 
     def free() -> bool:
@@ -256,7 +256,7 @@ def settle_s(pod: Object) -> float:
     return max((p.get("periodSeconds", 10) * p.get("failureThreshold", 3) for p in probes if p), default=0.0)
 
 
-def _await_ready(cluster: Cluster, namespace: str, pod: str, pace: Pace, otherwise: str) -> None:
+def _await_ready(cluster: Cluster, namespace: str, pod: str, pace: LoadPace, otherwise: str) -> None:
     def ready() -> bool:
         item = cluster.get(PODS, namespace, pod)
         if item is None:
@@ -266,13 +266,13 @@ def _await_ready(cluster: Cluster, namespace: str, pod: str, pace: Pace, otherwi
     _await(ready, pace, otherwise)
 
 
-def _settle(cluster: Cluster, namespace: str, pod: str, pace: Pace) -> None:
+def _settle(cluster: Cluster, namespace: str, pod: str, pace: LoadPace) -> None:
     """Until its probe has had the time to fail, Ready may still tell of the time before."""
     item = cluster.get(PODS, namespace, pod)
     time.sleep(min(settle_s(item) if item else 0.0, pace.ready_s))
 
 
-def _await(holds: Callable[[], bool], pace: Pace, otherwise: str) -> None:
+def _await(holds: Callable[[], bool], pace: LoadPace, otherwise: str) -> None:
     end = time.monotonic() + pace.ready_s
     while not holds():
         if time.monotonic() >= end:

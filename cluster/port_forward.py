@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from cluster.api import Cluster
 from cluster.errors import ClusterError
 from cluster.kinds import PODS
-from cluster.refusal import Action, no_rights, read_status, refused
+from cluster.refusal import Operation, no_rights, read_status, refused
 from cluster.rights import PORT_FORWARD
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ class PortForward:
         from websocket import WebSocketException
 
         pod, api = self._choose(), self._cluster.api
-        action = Action("get", PODS, self._namespace, pod, "portforward")
+        action = Operation("get", PODS, self._namespace, pod, "portforward")
         path = PODS.path(self._namespace, pod, "portforward")
         query = [("ports", str(self._pod_port))]
         try:
@@ -242,11 +242,11 @@ def _listen(port: int) -> socket.socket:
     return listener
 
 
-def _refused(error: Exception, action: Action) -> ClusterError:
+def _refused(error: Exception, action: Operation) -> ClusterError:
     """The answer to a handshake that was no success, or no answer at all."""
     code = int(getattr(error, "status_code", 0) or 0)
     if code == 403:
-        both = [Action(verb, PODS, action.namespace, action.name, "portforward") for verb in PORT_FORWARD]
+        both = [Operation(verb, PODS, action.namespace, action.name, "portforward") for verb in PORT_FORWARD]
         return no_rights(both, "these credentials")
     if code:
         return refused(action, code, read_status(getattr(error, "resp_body", None) or b""))

@@ -19,7 +19,7 @@ _SHOWN = 500  # characters of an answer that is no Status, as from a proxy
 
 
 @dataclass(frozen=True)
-class Action:
+class Operation:
     """What was tried: a verb on a resource, as rights name them, and on which object."""
 
     verb: str
@@ -49,7 +49,7 @@ def read_status(body: bytes) -> Object:
     return {"message": " ".join(body.decode(errors="replace").split())[:_SHOWN] or "an empty answer"}
 
 
-def refused(action: Action, code: int, status: Object) -> ClusterError:
+def refused(action: Operation, code: int, status: Object) -> ClusterError:
     """The error for an answer of the server that is no success."""
     message = str(status.get("message") or status.get("reason") or f"HTTP {code}")
     causes: Sequence[Object] = (status.get("details") or {}).get("causes") or ()
@@ -78,7 +78,7 @@ _KNOWN = {
 }
 
 
-def _forbidden(action: Action, message: str) -> ClusterError:
+def _forbidden(action: Operation, message: str) -> ClusterError:
     if "exceeded quota" in message or "must specify limits" in message:
         expected = "room in the namespace's ResourceQuota"
         fix = f"lower the replicas or requests, or raise it: kubectl describe quota -n {action.namespace}"
@@ -94,7 +94,7 @@ def _forbidden(action: Action, message: str) -> ClusterError:
     return ClusterError(str(action), got=message, expected=expected, fix=fix, code=403)
 
 
-def no_rights(missing: Sequence[Action], who: str) -> ClusterError:
+def no_rights(missing: Sequence[Operation], who: str) -> ClusterError:
     """The verbs and resources that `who` may not use, all in one line."""
     listed = ", ".join(f"{action.verb} {action.granted_as}" for action in missing)
     namespace = next((action.namespace for action in missing if action.namespace), None)
@@ -109,7 +109,7 @@ def no_rights(missing: Sequence[Action], who: str) -> ClusterError:
     )
 
 
-def _conflict(action: Action, causes: Sequence[Object]) -> ClusterError:
+def _conflict(action: Operation, causes: Sequence[Object]) -> ClusterError:
     """Fields that another manager set. Its name comes quoted in the message of each cause."""
     fields: dict[str, list[str]] = {}
     for cause in causes:

@@ -19,7 +19,7 @@ from cluster.api import Cluster
 from cluster.apply import MANAGER
 from cluster.errors import ClusterError
 from cluster.kinds import SECRETS, Object, ObjectName, metadata
-from cluster.refusal import Action
+from cluster.refusal import Operation
 
 Outcome = Literal["started", "ready", "failed"]
 KEPT = 5  # a Secret holds 1 MiB, a compressed set some 10 KiB
@@ -125,7 +125,7 @@ def write_history(cluster: Cluster, history: History) -> History:
         about["resourceVersion"] = history.version
     body = {"apiVersion": "v1", "kind": "Secret", "metadata": about, "data": {"revisions": packed}}
     new = history.version is None
-    action = Action("create" if new else "update", SECRETS, cluster.namespace, _secret(history.name))
+    action = Operation("create" if new else "update", SECRETS, cluster.namespace, _secret(history.name))
     path = SECRETS.path(cluster.namespace, None if new else _secret(history.name))
     answer = cluster.send("POST" if new else "PUT", path, action, {"fieldManager": MANAGER}, body)
     return replace(history, version=str(metadata(answer)["resourceVersion"]))

@@ -23,7 +23,7 @@ State = Literal["progressing", "done", "failed"]
 
 
 @dataclass(frozen=True)
-class Progress:
+class RolloutProgress:
     """`ready` of `wanted` pods; for a job, completions. `text` is one line for a person."""
 
     name: ObjectName
@@ -47,14 +47,14 @@ class Patience:
     pause_s: float = 0.5
 
 
-def progress(seen: Observed) -> Progress:
+def progress(seen: Observed) -> RolloutProgress:
     """Where the workload is. A problem alone does not make it `failed`: its controller may still get over it."""
     if seen.workload is None:
-        return Progress(seen.name, "failed", 0, 0, "it is not in the cluster (any more)")
+        return RolloutProgress(seen.name, "failed", 0, 0, "it is not in the cluster (any more)")
     reduce = {"Deployment": _deployment, "LeaderWorkerSet": _leader_worker_set, "Job": _job}[seen.name.kind]
     state, ready, wanted, text = reduce(seen.workload)
     found = () if state == "done" else tuple(problems(seen))
-    return Progress(seen.name, state, ready, wanted, text, found)
+    return RolloutProgress(seen.name, state, ready, wanted, text, found)
 
 
 Reduced = tuple[State, int, int, str]
@@ -119,8 +119,8 @@ def wait(
     cluster: Cluster,
     names: Sequence[ObjectName],
     patience: Patience,
-    report: Callable[[Sequence[Progress]], None],
-) -> list[Progress]:
+    report: Callable[[Sequence[RolloutProgress]], None],
+) -> list[RolloutProgress]:
     """Returns when every workload is done. `report` hears of each look.
 
     Raises RolloutError with the pods' own reasons when one has failed, when a problem lasts, or when the time is up.
@@ -150,12 +150,12 @@ def wait(
         wait_for_change(cluster, waiting, min(patience.refresh_s, end - now), patience.pause_s)
 
 
-def _lasting(found: Sequence[Progress]) -> set[tuple[str, str]]:
+def _lasting(found: Sequence[RolloutProgress]) -> set[tuple[str, str]]:
     """What will not mend by itself, by pod and remedy: the words change with each attempt to pull or to start."""
     return {(problem.subject, problem.fix) for item in found for problem in item.problems if not problem.waits}
 
 
-def _reason(cluster: Cluster, item: Progress, seen: Sequence[Observed]) -> str:
+def _reason(cluster: Cluster, item: RolloutProgress, seen: Sequence[Observed]) -> str:
     """One line with the next step, and under it the last of a broken container's log."""
     if not item.problems:
         where = f"-n {item.name.namespace} {item.name.kind.lower()}/{item.name.name}"

@@ -8,14 +8,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from loadtest.base import Record
 from loadtest.errors import LoadInputError
 from loadtest.requests.connection import Protocol
 from loadtest.requests.prompts import StreamLoad
 from loadtest.seen.counters import Ledger, RequestLedger
 from loadtest.seen.recording import Trace
-from loadtest.seen.server import Snapshot, Target
+from loadtest.seen.server import Snapshot, TestedServer
 from loadtest.shapes import DRAIN_SLACK_S, EARLY_DRAIN_S, SETTLE_S, Schedule, Shape
+from runtime.record import Record
 
 Address = Annotated[str, Field(pattern=r"^[A-Za-z0-9.-]+:[0-9]{1,5}$")]
 Positive = Annotated[int, Field(gt=0)]
@@ -67,7 +67,7 @@ class LoadPlan(Record):
         return START_LIMIT_S + self.schedule.end_s + self.request_timeout_s + 2 * DRAIN_SLACK_S + STOP_LIMIT_S
 
 
-class Progress(Record):
+class RunProgress(Record):
     """How far a run is; `answered` and `errors` count from its start, the warm-up included."""
 
     elapsed_s: float
@@ -83,7 +83,7 @@ class Evidence:
 
     plan: LoadPlan
     texts: tuple[str, ...]
-    target: Target
+    target: TestedServer
     trace: Trace
     before: Snapshot
     after: Snapshot

@@ -8,18 +8,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
 
 from runtime.errors import BadEnvironment
+from runtime.record import Record
 
 S = TypeVar("S", bound="Settings")
 FILE_NAME = "settings.json"
 ADMIN_HEADER = "trireme-admin"  # carries the control secret, to the health port and to Triton's gRPC
 
 
-class Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
+class Settings(Record):
     @classmethod
     def load(cls: type[S], version_directory: Path) -> S:
         """Raises BadEnvironment when the file is missing or of another release."""
@@ -47,7 +46,7 @@ class TokenizerSettings(Settings):
     token_type_ids: bool
     pair: bool
     length_buckets: tuple[int, ...] = ()
-    prompts: dict[str, str] = {}
+    prompts: dict[str, str] = Field(default_factory=dict)
     prompt_name: str | None = None
     lower_case: bool = False
 

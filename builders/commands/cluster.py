@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from cluster.deploy import Deployed
     from cluster.kinds import ObjectName
     from cluster.revision import Revision
-    from cluster.rollout import Progress
+    from cluster.rollout import RolloutProgress
 
 Target = Annotated[str, typer.Argument(help="spec file or preset; or manifests: a YAML file, a kustomize folder")]
 Kubeconfig = Annotated[Path | None, typer.Option(help="default: KUBECONFIG, then ~/.kube/config, then the pod's own")]
@@ -305,19 +305,20 @@ def _serving_workload(cluster: Cluster, found: AppliedSet) -> ObjectName:
 
 
 @contextmanager
-def rollout_display(quiet: bool) -> Iterator[Callable[[Sequence[Progress]], None]]:
+def rollout_display(quiet: bool) -> Iterator[Callable[[Sequence[RolloutProgress]], None]]:
     """A bar for each workload with what it waits for; a line for each change where standard error is no terminal."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as Bars
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     console = Console(stderr=True, quiet=quiet)
     said: dict[str, str] = {}
     columns = TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn()
-    with Bars(*columns, TextColumn("{task.fields[detail]}"), console=console, disable=not console.is_terminal) as bars:
+    with Progress(
+        *columns, TextColumn("{task.fields[detail]}"), console=console, disable=not console.is_terminal
+    ) as bars:
         tasks: dict[str, Any] = {}
 
-        def show(found: Sequence[Progress]) -> None:
+        def show(found: Sequence[RolloutProgress]) -> None:
             for item in found:
                 name = str(item.name)
                 detail = f"{item.text}; {item.problems[0]}" if item.problems else item.text
@@ -364,6 +365,6 @@ def _without_documents(revision: Revision) -> dict[str, Any]:
     return {key: text for key, text in vars(revision).items() if key != "documents"}
 
 
-def _progress_json(look: Progress) -> dict[str, Any]:
+def _progress_json(look: RolloutProgress) -> dict[str, Any]:
     about = {"workload": str(look.name), "state": look.state, "ready": look.ready, "wanted": look.wanted}
     return {**about, "text": look.text, "problems": [str(problem) for problem in look.problems]}

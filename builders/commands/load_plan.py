@@ -15,7 +15,7 @@ from builders.judging import corpus
 from builders.spec import DeploymentSpec
 from loadtest.drive.run import run_load
 from loadtest.drive.stopping import Stop
-from loadtest.plan import LoadPlan, Progress
+from loadtest.plan import LoadPlan, RunProgress
 from loadtest.report.page import render_html
 from loadtest.report.record import LoadReport
 from loadtest.report.slo import judge
@@ -53,7 +53,7 @@ def measure(
     spec: DeploymentSpec,
     request: LoadRequest,
     output: Path,
-    on_progress: Callable[[Progress], None],
+    on_progress: Callable[[RunProgress], None],
     stop: Stop | None = None,
 ) -> LoadReport:
     """Runs the load, holds it to the spec's limits, and writes `output` (JSON) and the page beside it."""

@@ -12,7 +12,7 @@ from builders.errors import CheckError, InputError
 
 if TYPE_CHECKING:
     from builders.planning.gpus import Gpu
-    from builders.planning.plan import Candidate, Load
+    from builders.planning.plan import Candidate, ExpectedLoad
     from builders.planning.report import PlanReport
     from builders.spec import DeploymentSpec
 
@@ -89,9 +89,9 @@ def _gpus(names: list[str]) -> tuple[Gpu, ...]:
     return tuple(known[name.lower()] for name in dict.fromkeys(names)) or tuple(GPUS.values())
 
 
-def _load(spec: DeploymentSpec, generates: bool, **given: Any) -> Load:
+def _load(spec: DeploymentSpec, generates: bool, **given: Any) -> ExpectedLoad:
     """What is not given comes from the spec."""
-    from builders.planning.plan import Load
+    from builders.planning.plan import ExpectedLoad
 
     for key in ("output_tokens", "max_between_tokens_ms"):
         if given[key] is not None and not generates:
@@ -105,7 +105,7 @@ def _load(spec: DeploymentSpec, generates: bool, **given: Any) -> Load:
     given["sequences"] = given["sequences"] or (spec.generation.slots if generates else spec.serving.max_batch_size)
     if given["max_first_token_ms"] is None and not generates:
         given["max_first_token_ms"] = spec.slo.p95_latency_ms
-    return Load(**given)
+    return ExpectedLoad(**given)
 
 
 def _print(result: PlanReport, output: Path | None) -> None:

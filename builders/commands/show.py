@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from builders.artifacts import Partition
 from builders.pipeline import Build, Report
-from loadtest.plan import Progress
+from loadtest.plan import RunProgress
 
 if TYPE_CHECKING:
     from builders.partition.prove.verify import VerifyReport
@@ -48,20 +48,19 @@ def build_progress(quiet: bool) -> Iterator[Report]:
 
 
 @contextmanager
-def load_progress(quiet: bool) -> Iterator[Callable[[Progress], None]]:
+def load_progress(quiet: bool) -> Iterator[Callable[[RunProgress], None]]:
     """A bar over the seconds of a load test; nothing where standard error is no terminal."""
     from rich.console import Console
-    from rich.progress import BarColumn, TextColumn
-    from rich.progress import Progress as Bars
+    from rich.progress import BarColumn, Progress, TextColumn
 
     console = Console(stderr=True, quiet=quiet)
     if not console.is_terminal:
         yield lambda progress: None
         return
-    with Bars(TextColumn("load test"), BarColumn(24), TextColumn("{task.fields[detail]}"), console=console) as bars:
+    with Progress(TextColumn("load test"), BarColumn(24), TextColumn("{task.fields[detail]}"), console=console) as bars:
         task = bars.add_task("load", total=None, detail="starting Locust")
 
-        def show(progress: Progress) -> None:
+        def show(progress: RunProgress) -> None:
             detail = f"{progress.users} users, {progress.answered} answered, {progress.errors} errors"
             bars.update(task, total=progress.end_s, completed=progress.elapsed_s, detail=detail)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from builders.artifacts import Candidate, Processor
+from builders.artifacts import PrecisionCandidate, Processor
 from builders.errors import QualityError
 from builders.spec import CpuPrecision
 
@@ -18,7 +18,9 @@ AS_FAST = 0.05
 Executor = Literal["openvino", "onnxruntime"]
 
 
-def candidates(generates: bool, executor: Executor, processor: Processor) -> tuple[list[CpuPrecision], list[Candidate]]:
+def candidates(
+    generates: bool, executor: Executor, processor: Processor
+) -> tuple[list[CpuPrecision], list[PrecisionCandidate]]:
     """(to try, the likeliest first; left out, with the reason). fp32 is always tried: it is what speed is measured by.
 
     For ranks, `executor` is that of their pieces, ONNX Runtime.
@@ -37,11 +39,11 @@ def candidates(generates: bool, executor: Executor, processor: Processor) -> tup
     order: tuple[CpuPrecision, ...] = ("int8", "bf16", "fp32")
     return (
         [name for name in order if name not in reasons],
-        [Candidate(precision=name, reason=f"not tried: {reasons[name]}") for name in order if name in reasons],
+        [PrecisionCandidate(precision=name, reason=f"not tried: {reasons[name]}") for name in order if name in reasons],
     )
 
 
-def decide(measured: Sequence[Candidate], what: str) -> tuple[CpuPrecision, tuple[Candidate, ...]]:
+def decide(measured: Sequence[PrecisionCandidate], what: str) -> tuple[CpuPrecision, tuple[PrecisionCandidate, ...]]:
     """The fastest within the budget, the widest of those as fast; and all candidates with their reasons.
 
     A candidate that was refused, or not tried, has a reason already. Raises QualityError with the figures of all when
@@ -54,7 +56,7 @@ def decide(measured: Sequence[Candidate], what: str) -> tuple[CpuPrecision, tupl
     near = [item for item in fit if (item.speed or 0.0) >= best * (1 - AS_FAST)]
     taken = min(near, key=lambda item: WIDEST_FIRST.index(item.precision))
 
-    def judged(item: Candidate) -> Candidate:
+    def judged(item: PrecisionCandidate) -> PrecisionCandidate:
         if item.reason:
             return item
         if item is taken:
@@ -68,7 +70,7 @@ def decide(measured: Sequence[Candidate], what: str) -> tuple[CpuPrecision, tupl
     return taken.precision, tuple(map(judged, measured))
 
 
-def warning(named: Candidate, processor: Processor) -> str | None:
+def warning(named: PrecisionCandidate, processor: Processor) -> str | None:
     """What to say of a precision that was asked for by name, where it does not pay."""
     if named.precision == "bf16" and not processor.has_bfloat16:
         return f"precision.cpu=bf16: {processor.name} has no bf16, and OpenVINO computes in fp32 there; use auto"
@@ -80,7 +82,7 @@ def warning(named: Candidate, processor: Processor) -> str | None:
     )
 
 
-def describe(item: Candidate) -> str:
+def describe(item: PrecisionCandidate) -> str:
     """One line: precision, speed, quality, reason."""
     speed = "" if item.speed is None else f"{item.speed:.2f} of fp32's speed, "
     quality = "" if item.quality is None else f"{item.quality.summary}, "

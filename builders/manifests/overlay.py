@@ -21,7 +21,6 @@ from typing import Any
 
 import yaml
 
-from builders.artifacts import Record
 from builders.errors import InputError, SpecError
 from builders.manifests.jobs import jobs
 from builders.manifests.lint.check import ManifestFault, check_text
@@ -30,6 +29,7 @@ from builders.manifests.render import K8S, render
 from builders.manifests.sizing import Sizing, size
 from builders.spec import DeploymentSpec, Platform
 from builders.store.atomic import atomic_directory
+from runtime.record import Record
 
 RENDERED = "rendered.yaml"
 _HEADER = "# Written by `trireme manifests`; change the spec and write it again.\n"

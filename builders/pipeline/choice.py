@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from builders.artifacts import Candidate, PrecisionChoice, Processor
+from builders.artifacts import PrecisionCandidate, PrecisionChoice, Processor
 from builders.errors import CheckError, UnsupportedError
 from builders.judging import corpus, perplexity, precision, speed, vectors
 from builders.pipeline import encoder, generator
@@ -52,8 +52,10 @@ def weigh(built: Build, store: Store, report: Report) -> Build:
     def run(out: Path) -> PrecisionChoice:
         found = built.served or built.served_graph.quality
         ratio = _speed(_alone(built, "fp32"), _alone(built, named))
-        asked = Candidate(precision=named, quality=found, speed=ratio, reason="taken: asked for by name")
-        plain = Candidate(precision="fp32", quality=built.graph("fp32").quality, speed=1.0, reason="the yardstick")
+        asked = PrecisionCandidate(precision=named, quality=found, speed=ratio, reason="taken: asked for by name")
+        plain = PrecisionCandidate(
+            precision="fp32", quality=built.graph("fp32").quality, speed=1.0, reason="the yardstick"
+        )
         note = precision.warning(asked, processor)
         return _record(built, processor, out, named, (asked, plain), note)
 
@@ -65,7 +67,7 @@ def weigh(built: Build, store: Store, report: Report) -> Build:
 
 def _try_all(
     built: Build, processor: Processor, store: Store, report: Report
-) -> tuple[list[Candidate], list[Candidate]]:
+) -> tuple[list[PrecisionCandidate], list[PrecisionCandidate]]:
     """Candidates with their figures or refusals, and those left out."""
     names, left_out = precision.candidates(built.spec.generates, built.spec.cpu_executor, processor)
     builds: dict[CpuPrecision, Build] = {"fp32": _qualified(built, "fp32", store, report)}
@@ -77,17 +79,17 @@ def _try_all(
         try:
             builds[name] = _qualified(built, name, store, report)
         except (CheckError, UnsupportedError) as error:
-            found.append(Candidate(precision=name, reason=f"refused: {error}"))
+            found.append(PrecisionCandidate(precision=name, reason=f"refused: {error}"))
             continue
         report("precision", f"{name} against fp32 in speed")
         found.append(_measured(builds[name], _speed(builds["fp32"], builds[name])))
     return found, left_out
 
 
-def _measured(built: Build, ratio: float) -> Candidate:
+def _measured(built: Build, ratio: float) -> PrecisionCandidate:
     chosen = built.spec.precision.cpu
     assert chosen != "auto"
-    return Candidate(precision=chosen, quality=built.served or built.served_graph.quality, speed=ratio)
+    return PrecisionCandidate(precision=chosen, quality=built.served or built.served_graph.quality, speed=ratio)
 
 
 def _qualified(built: Build, name: CpuPrecision, store: Store, report: Report) -> Build:
@@ -144,7 +146,7 @@ def _record(
     processor: Processor,
     out: Path,
     chosen: CpuPrecision,
-    candidates: tuple[Candidate, ...],
+    candidates: tuple[PrecisionCandidate, ...],
     warning: str | None = None,
 ) -> PrecisionChoice:
     return PrecisionChoice(

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from builders.artifacts import Checkpoint, FileRecord, OnnxGraph, Record, file_digest
+from builders.artifacts import Checkpoint, FileRecord, OnnxGraph, file_digest
 from builders.checkpoint import load_checkpoint
 from builders.errors import InputError
 from builders.graph import GRAPH_FILE
@@ -21,6 +21,7 @@ from builders.judging import corpus
 from builders.judging.perplexity import ENCODER_FILE
 from builders.judging.vectors import HELD_OUT_TEXTS, calibration_and_held_out
 from builders.spec import Flavour, ModelSlice, PrecisionSlice, ProfileSlice, Range
+from runtime.record import Record
 
 Scheme = Literal["int8", "w8", "w4"]
 DECODER_FILE = "decoder.onnx"  # of an encoder-decoder, as its export names it

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from builders.artifacts import Record
+from runtime.record import Record
 
 GIGA, TERA = 10**9, 10**12
 

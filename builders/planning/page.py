@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 
 from builders.artifacts import Partition, PipelineStage
-from builders.planning.picture import STYLE, Map, Rank, Stage, amount, draw, milliseconds
+from builders.planning.picture import STYLE, DrawnStage, Map, Rank, amount, draw, milliseconds
 from builders.planning.plan import CONTEXT_BYTES, Candidate, StagePlan
 
 _PAGE_STYLE = """
@@ -36,7 +36,7 @@ def map_of_plan(title: str, chosen: Candidate) -> Map:
     return Map(title, notes, tuple(_planned(chosen, index) for index in range(chosen.pipeline)))
 
 
-def _planned(chosen: Candidate, index: int) -> Stage:
+def _planned(chosen: Candidate, index: int) -> DrawnStage:
     stage = chosen.stages[index]
     fullest = max(each.cache_bytes_per_token for each in chosen.stages)
     cached = chosen.cache_bytes * stage.cache_bytes_per_token // fullest if fullest else 0
@@ -54,7 +54,7 @@ def _planned(chosen: Candidate, index: int) -> Stage:
     ranks = tuple(Rank(f"rank {number}", rank.parts, rank.capacity) for number in range(chosen.tensor))
     held = ["embeddings"] * (index == 0) + [f"{stage.layers} layers"] + ["head"] * stage.head
     last = index == chosen.pipeline - 1
-    return Stage(
+    return DrawnStage(
         f"stage {index}", ", ".join(held), ranks, _said(chosen, stage, last), None if last else "hidden\nstates"
     )
 
@@ -81,7 +81,7 @@ def map_of_partition(partition: Partition) -> Map:
     )
 
 
-def _written(partition: Partition, index: int, stage: PipelineStage) -> Stage:
+def _written(partition: Partition, index: int, stage: PipelineStage) -> DrawnStage:
     whole = sum(weight.bytes for weight in stage.weights if weight.cut is None) if partition.tensor > 1 else 0
     parts = (("split", stage.rank_bytes - whole), ("whole", whole))
     ranks = tuple(Rank(f"rank {rank}", parts) for rank in range(partition.tensor))  # type: ignore[arg-type]  # literals
@@ -91,7 +91,7 @@ def _written(partition: Partition, index: int, stage: PipelineStage) -> Stage:
     said = f"{told}; {amount(moved)} a token" if told else "no collectives"
     sent = [port for later in partition.stages for port in later.inputs if port.from_stage == index]
     names = "\n".join(dict.fromkeys(port.name[:16] for port in sent[:2]))
-    return Stage(f"stage {index}", f"{len(stage.weights)} weights", ranks, (said,), names or None)
+    return DrawnStage(f"stage {index}", f"{len(stage.weights)} weights", ranks, (said,), names or None)
 
 
 def page(title: str, notes: Sequence[str], maps: Sequence[Map], tables: Sequence[str] = ()) -> str:

@@ -33,7 +33,7 @@ class Rank:
 
 
 @dataclass(frozen=True)
-class Stage:
+class DrawnStage:
     """`says` are the collectives among its ranks, `sends` is what it hands to the next stage; each a line of text."""
 
     name: str
@@ -47,7 +47,7 @@ class Stage:
 class Map:
     title: str
     notes: tuple[str, ...]
-    stages: tuple[Stage, ...]
+    stages: tuple[DrawnStage, ...]
 
 
 STYLE = """
@@ -105,7 +105,7 @@ def draw(found: Map) -> str:
     )
 
 
-def _stage(stage: Stage, left: float, top: float, high: float, widest: int) -> list[str]:
+def _stage(stage: DrawnStage, left: float, top: float, high: float, widest: int) -> list[str]:
     parts = [f'<rect class="panel" x="{left}" y="{top}" width="{_WIDE}" height="{high}" rx="8"/>']
     parts.append(_text(left + _PAD, top + 22, stage.name, "name"))
     parts.append(_text(left + _PAD, top + 40, stage.note, "soft"))

@@ -11,9 +11,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from builders.artifacts import Record
 from builders.planning.gpus import GIGA, Gpu
 from builders.planning.transformer import Model
+from runtime.record import Record
 
 MEMORY_SHARE = 0.9  # the rest: fragmentation, and what the driver keeps
 CONTEXT_BYTES = 1 << 30  # CUDA context, TensorRT runtime, NCCL buffers; an assumption, as are the next lines
@@ -22,7 +22,7 @@ TABLE_SHARE = 0.1  # of all weights: what a table of words must be over for its 
 COLLECTIVE_SECONDS = {"nvlink": 8e-6, "pcie": 25e-6}  # latency of one collective of a small message
 
 
-class Load(Record):
+class ExpectedLoad(Record):
     """One moment of traffic on all replicas, and the limits that it must meet; None asks for nothing."""
 
     sequences: int
@@ -74,7 +74,7 @@ class Candidate(Record):
         return sum(stage.collective_bytes_per_token for stage in self.stages)
 
 
-def plan(model: Model, gpu: Gpu, load: Load, *, max_gpus: int = 8) -> tuple[Candidate, ...]:
+def plan(model: Model, gpu: Gpu, load: ExpectedLoad, *, max_gpus: int = 8) -> tuple[Candidate, ...]:
     """Every tensor x pipeline x replicas of up to `max_gpus` GPUs, fewest GPUs first, then the fastest.
 
     Tensor ranks that do not divide the heads are left out, and stages beyond the layers.
@@ -197,7 +197,7 @@ def step_seconds(
     return max(compute, memory) + links, bound
 
 
-def _candidate(model: Model, gpu: Gpu, load: Load, tensor: int, pipeline: int, replicas: int) -> Candidate:
+def _candidate(model: Model, gpu: Gpu, load: ExpectedLoad, tensor: int, pipeline: int, replicas: int) -> Candidate:
     sequences = math.ceil(load.sequences / replicas)
     context = load.prompt_tokens + load.output_tokens
     stages = plan_stages(model, tensor, pipeline)
@@ -228,7 +228,7 @@ def _candidate(model: Model, gpu: Gpu, load: Load, tensor: int, pipeline: int, r
 
 
 def _times(
-    model: Model, gpu: Gpu, load: Load, tensor: int, stages: Sequence[StagePlan], sequences: int
+    model: Model, gpu: Gpu, load: ExpectedLoad, tensor: int, stages: Sequence[StagePlan], sequences: int
 ) -> tuple[float, float, float, str]:
     """Seconds to the first token and between tokens, tokens per second of a replica, and what bounds the slowest stage.
 
@@ -246,7 +246,7 @@ def _times(
     return prefill, cycle, sequences / cycle, bound
 
 
-def _activation_bytes(model: Model, tensor: int, sequences: int, load: Load) -> int:
+def _activation_bytes(model: Model, tensor: int, sequences: int, load: ExpectedLoad) -> int:
     """The widest moment: residual, normed input and both feed-forward halves of a prefill, or logits of a step."""
     tokens = load.prompt_tokens if model.generates else sequences * load.prompt_tokens
     wide = (3 * model.hidden + 2 * model.ffn // tensor) * model.value_bytes * tokens
@@ -255,7 +255,7 @@ def _activation_bytes(model: Model, tensor: int, sequences: int, load: Load) -> 
 
 
 def _reasons(
-    gpu: Gpu, load: Load, over: int, total: int, first_ms: float, between_ms: float, rate: float
+    gpu: Gpu, load: ExpectedLoad, over: int, total: int, first_ms: float, between_ms: float, rate: float
 ) -> tuple[str, ...]:
     found = []
     if over > 0:

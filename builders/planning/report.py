@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from builders.artifacts import Record
 from builders.planning.gpus import Gpu
 from builders.planning.page import map_of_plan, page, table
 from builders.planning.picture import amount, milliseconds
-from builders.planning.plan import Candidate, Load, best, nearest, plan, shortlist
+from builders.planning.plan import Candidate, ExpectedLoad, best, nearest, plan, shortlist
 from builders.planning.transformer import Model
+from runtime.record import Record
 
 _DECODER = ("GPU", "layout", "weights", "cache", "free", "first token", "between", "tokens/s", "bound by", "verdict")
 _ENCODER = ("GPU", "layout", "weights", "free", "answers", "tokens/s", "bound by", "verdict")
@@ -29,7 +29,7 @@ class PlanReport(Record):
 
     name: str
     model: Model
-    load: Load
+    load: ExpectedLoad
     max_gpus: int
     choices: tuple[Choice, ...]
 
@@ -48,7 +48,7 @@ class PlanReport(Record):
         )
 
 
-def report_plan(name: str, model: Model, gpus: Sequence[Gpu], load: Load, max_gpus: int) -> PlanReport:
+def report_plan(name: str, model: Model, gpus: Sequence[Gpu], load: ExpectedLoad, max_gpus: int) -> PlanReport:
     choices = []
     for gpu in gpus:
         found = plan(model, gpu, load, max_gpus=max_gpus)

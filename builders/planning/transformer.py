@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from builders.artifacts import Record
 from builders.errors import InputError, UnsupportedError
+from runtime.record import Record
 
 # What these keys stand for needs other arithmetic: experts, compressed caches, two stacks of layers.
 _OTHER_ARITHMETIC = ("num_local_experts", "num_experts", "n_routed_experts", "kv_lora_rank")

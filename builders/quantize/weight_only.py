@@ -46,7 +46,7 @@ _HESSIAN_BYTES = 1 << 31  # held at a time; calibration runs once for each such 
 
 
 @dataclass(frozen=True)
-class Recipe:
+class WeightRecipe:
     """How the weights are rounded."""
 
     name: str
@@ -56,12 +56,12 @@ class Recipe:
     longest_block: int = BLOCK
 
 
-RECIPES: dict[str, tuple[Recipe, ...]] = {
-    "w8": (Recipe("round to nearest", 8, 8, longest_block=128),),
+RECIPES: dict[str, tuple[WeightRecipe, ...]] = {
+    "w8": (WeightRecipe("round to nearest", 8, 8, longest_block=128),),
     "w4": (
-        Recipe("round to nearest", 4, 4),
-        Recipe("GPTQ", 4, 4, gptq=True),
-        Recipe("GPTQ, head in 8 bits", 4, 8, gptq=True),
+        WeightRecipe("round to nearest", 4, 4),
+        WeightRecipe("GPTQ", 4, 4, gptq=True),
+        WeightRecipe("GPTQ, head in 8 bits", 4, 8, gptq=True),
     ),
 }
 
@@ -183,7 +183,7 @@ def _head(model: ir.Model) -> ir.Node | None:
 
 
 def write_quantised(
-    source: Path, recipe: Recipe, compensated: Mapping[int, Blocks], target: Path, ranks: int = 1
+    source: Path, recipe: WeightRecipe, compensated: Mapping[int, Blocks], target: Path, ranks: int = 1
 ) -> None:
     """Saves `source` with the weights of its products rounded; `compensated` are GPTQ's, by place in the graph.
 

@@ -10,7 +10,7 @@ from builders.artifacts import Checkpoint, Engine, OnnxGraph, Partition, RankFil
 from builders.errors import UnsupportedError
 from builders.judging.perplexity import ENCODER_FILE
 from builders.judging.vectors import tokenizer_settings
-from builders.repository.encoder_config import Interface, model_configs, to_pbtxt, uses_tensorrt_backend
+from builders.repository.encoder_config import EncoderInterface, model_configs, to_pbtxt, uses_tensorrt_backend
 from builders.repository.ensemble import check_ensemble
 from builders.repository.generator_config import generator_config
 from builders.spec import DeploymentSpec, Platform
@@ -61,7 +61,7 @@ def _encoder_directories(
     served: ServedModel,
 ) -> dict[str, ModelDirectory]:
     stages = partition.stages if partition is not None else ()
-    configs = model_configs(spec, platform, Interface.of(checkpoint), stages)
+    configs = model_configs(spec, platform, EncoderInterface.of(checkpoint), stages)
     check_ensemble(configs[spec.name], configs)
     if checkpoint.prompts is not None and spec.serving.response_cache_bytes:
         raise UnsupportedError(

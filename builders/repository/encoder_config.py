@@ -20,7 +20,7 @@ from builders.spec import DeploymentSpec, Platform
 
 
 @dataclass(frozen=True)
-class Interface:
+class EncoderInterface:
     """What the models exchange, as far as it depends on the checkpoint."""
 
     output: str  # `embedding` or `logits`
@@ -29,9 +29,9 @@ class Interface:
     pair: bool
 
     @staticmethod
-    def of(checkpoint: Checkpoint) -> Interface:
+    def of(checkpoint: Checkpoint) -> EncoderInterface:
         embedding = checkpoint.task == "embedding"
-        return Interface(
+        return EncoderInterface(
             output="embedding" if embedding else "logits",
             width=checkpoint.width,
             token_type_ids=checkpoint.token_type_ids,
@@ -49,7 +49,7 @@ class Interface:
 
 
 def model_configs(
-    spec: DeploymentSpec, platform: Platform, interface: Interface, stages: Sequence[PipelineStage] = ()
+    spec: DeploymentSpec, platform: Platform, interface: EncoderInterface, stages: Sequence[PipelineStage] = ()
 ) -> dict[str, Any]:
     """ModelConfig messages by model name; the ensemble comes last.
 
@@ -112,7 +112,7 @@ def _tensor(name: str, data_type: str, dims: list[int], *, ragged: bool = False)
     return {**tensor, "allow_ragged_batch": True} if ragged else tensor
 
 
-def _tokenizer(spec: DeploymentSpec, interface: Interface) -> Any:
+def _tokenizer(spec: DeploymentSpec, interface: EncoderInterface) -> Any:
     return _message(
         name=f"{spec.name}-tokenizer",
         backend="python",
@@ -129,7 +129,7 @@ def _tokenizer(spec: DeploymentSpec, interface: Interface) -> Any:
     )
 
 
-def _cpu_encoder(spec: DeploymentSpec, interface: Interface) -> Any:
+def _cpu_encoder(spec: DeploymentSpec, interface: EncoderInterface) -> Any:
     return _message(
         name=f"{spec.name}-encoder",
         backend="python",
@@ -141,7 +141,7 @@ def _cpu_encoder(spec: DeploymentSpec, interface: Interface) -> Any:
     )
 
 
-def _gpu_encoder(spec: DeploymentSpec, interface: Interface) -> Any:
+def _gpu_encoder(spec: DeploymentSpec, interface: EncoderInterface) -> Any:
     config = _message(
         name=f"{spec.name}-encoder",
         backend="tensorrt" if uses_tensorrt_backend(spec) else "python",
@@ -157,7 +157,7 @@ def _gpu_encoder(spec: DeploymentSpec, interface: Interface) -> Any:
     return config
 
 
-def _multi_device_encoder(spec: DeploymentSpec, interface: Interface) -> Any:
+def _multi_device_encoder(spec: DeploymentSpec, interface: EncoderInterface) -> Any:
     """One instance drives a GPU a rank. The backend takes whole requests: no batch dimension, no dynamic batching."""
     gpus = ",".join(str(rank) for rank in range(spec.parallel.tensor))
     return _message(
@@ -179,7 +179,7 @@ def _multi_device_encoder(spec: DeploymentSpec, interface: Interface) -> Any:
     )
 
 
-def _stage(spec: DeploymentSpec, interface: Interface, stages: Sequence[PipelineStage], index: int) -> Any:
+def _stage(spec: DeploymentSpec, interface: EncoderInterface, stages: Sequence[PipelineStage], index: int) -> Any:
     """One pipeline stage on its own GPU: unpinned, ensemble steps land on arbitrary GPUs."""
     stage = stages[index]
     inputs = {port.name: (_data_type(port), _row_dims(port)) for port in stage.inputs}
@@ -229,7 +229,7 @@ def compute_capability(target: str) -> str:
     return f"{digits[:-1]}.{digits[-1]}"
 
 
-def _ensemble(spec: DeploymentSpec, interface: Interface, parts: Sequence[Any]) -> Any:
+def _ensemble(spec: DeploymentSpec, interface: EncoderInterface, parts: Sequence[Any]) -> Any:
     """The parts in a row. A tensor keeps its name from the part that makes it to every part that takes it."""
     # Where the last part takes whole requests, so does the ensemble: its dims then begin with the batch.
     rows = [] if parts[-1].max_batch_size else [-1]

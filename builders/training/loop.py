@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from builders.store.processor import this_processor
-from builders.training.recipe import LossPoint, Progress, Recipe
-from builders.training.text import END_OF_TEXT_ID, Tokens, batches
+from builders.training.recipe import LossPoint, TrainingProgress, TrainingRecipe
+from builders.training.text import END_OF_TEXT_ID, TokenIds, batches
 
 if TYPE_CHECKING:
     import torch
@@ -26,10 +26,10 @@ def arithmetic() -> str:
     return "bfloat16" if {"avx512_bf16", "amx_bf16"} & set(flags) else "float32"
 
 
-def recipe_here() -> Recipe:
+def recipe_here() -> TrainingRecipe:
     """The default sizes, for as many steps as this CPU makes in about six minutes on two cores. In fp32 a step takes
     three times as long, and the last third of the steps gives the least."""
-    return Recipe() if arithmetic() == "bfloat16" else Recipe(steps=FP32_STEPS)
+    return TrainingRecipe() if arithmetic() == "bfloat16" else TrainingRecipe(steps=FP32_STEPS)
 
 
 @contextlib.contextmanager
@@ -50,7 +50,7 @@ def reproducible(seed: int) -> Iterator[None]:
             options.fill_uninitialized_memory = filling
 
 
-def new_model(recipe: Recipe) -> Any:
+def new_model(recipe: TrainingRecipe) -> Any:
     """A transformers LlamaForCausalLM in fp32 with random weights; embedding and head are one matrix."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -70,7 +70,7 @@ def new_model(recipe: Recipe) -> Any:
     return LlamaForCausalLM(config)
 
 
-def loss_of(model: Any, tokens: Tokens) -> torch.Tensor:
+def loss_of(model: Any, tokens: TokenIds) -> torch.Tensor:
     """Mean cross-entropy, in nats, of each row's tokens given those before. `tokens`: [rows, window + 1]"""
     import torch
 
@@ -80,7 +80,7 @@ def loss_of(model: Any, tokens: Tokens) -> torch.Tensor:
 
 
 def train(
-    model: Any, stream: Tokens, held_out: Tokens, recipe: Recipe, report: Callable[[Progress], None]
+    model: Any, stream: TokenIds, held_out: TokenIds, recipe: TrainingRecipe, report: Callable[[TrainingProgress], None]
 ) -> tuple[LossPoint, ...]:
     """Trains `model` in place, from `stream`, for exactly `recipe.steps` steps; returns its loss curve.
 
@@ -107,13 +107,13 @@ def train(
             tokens = done * recipe.tokens_per_step
             curve.append(LossPoint(step=done, tokens=tokens, train=float(np.mean(losses)), held_out=judged))
             losses.clear()
-        report(Progress(done, recipe.steps, loss.item(), curve[-1].held_out if curve else None))
+        report(TrainingProgress(done, recipe.steps, loss.item(), curve[-1].held_out if curve else None))
     _cast(model, torch.float32)
     _write(model, masters)
     return tuple(curve)
 
 
-def _schedule(stream: Tokens, recipe: Recipe) -> Iterator[Tokens]:
+def _schedule(stream: TokenIds, recipe: TrainingRecipe) -> Iterator[TokenIds]:
     """`recipe.steps` batches, first of short windows and then of whole ones."""
     random = np.random.default_rng(recipe.seed)
     sources = {

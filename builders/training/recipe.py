@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 from pydantic import Field, model_validator
 
-from builders.artifacts import Record
 from builders.errors import SpecError
+from runtime.record import Record
 
 SMALLEST_VOCABULARY = 257  # every byte, and the end of a text
 
 
-class Recipe(Record):
+class TrainingRecipe(Record):
     """Sizes, schedule and seed. The defaults take about three minutes on two idle cores with bf16 arithmetic.
 
     All widths divide by 4, so that the model can be sharded over 2 or 4 ranks, and by 32, the block of weight-only
@@ -34,7 +34,7 @@ class Recipe(Record):
     seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
-    def _sizes_fit(self) -> Recipe:
+    def _sizes_fit(self) -> TrainingRecipe:
         if self.hidden % (2 * self.heads):
             raise _refused("hidden", self.hidden, f"a multiple of 2 x heads = {2 * self.heads}: rotary halves a head")
         if self.heads % self.kv_heads:
@@ -62,7 +62,7 @@ def _refused(name: str, got: object, expected: str) -> SpecError:
 
 
 @dataclass(frozen=True)
-class Progress:
+class TrainingProgress:
     """What is under way: `step` of `steps` is done."""
 
     step: int
@@ -99,7 +99,7 @@ class Sample(Record):
 class TrainingReport(Record):
     """Saved as `training.json` beside the weights."""
 
-    recipe: Recipe
+    recipe: TrainingRecipe
     parameters: int
     arithmetic: str  # "bfloat16" or "float32"
     documents: int

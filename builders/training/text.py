@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_ID = 0
-Tokens = NDArray[np.int64]
+TokenIds = NDArray[np.int64]
 
 
 def split(documents: Sequence[Document], held_out_share: float) -> tuple[list[Document], list[Document]]:
@@ -46,7 +46,7 @@ def train_tokenizer(documents: Sequence[Document], vocabulary: int) -> Tokenizer
     return tokenizer
 
 
-def to_tokens(tokenizer: Tokenizer, documents: Sequence[Document]) -> Tokens:
+def to_tokens(tokenizer: Tokenizer, documents: Sequence[Document]) -> TokenIds:
     """All passages in their order, each between ends of text. [tokens]"""
     passages = [text for document in documents for text in document.passages]
     stream = [END_OF_TEXT_ID]
@@ -55,7 +55,7 @@ def to_tokens(tokenizer: Tokenizer, documents: Sequence[Document]) -> Tokens:
     return np.array(stream, np.int64)
 
 
-def batches(stream: Tokens, window: int, rows: int, random: np.random.Generator) -> Iterator[Tokens]:
+def batches(stream: TokenIds, window: int, rows: int, random: np.random.Generator) -> Iterator[TokenIds]:
     """Endless batches [rows, window + 1]: each epoch cuts the stream at another offset and shuffles the windows.
 
     Neighbouring windows share one token: the last target of one is the first input of the next.

@@ -52,7 +52,7 @@ def with_ledgers(evidence: Evidence, before: Counts) -> Evidence:
 
 
 def _with_server(seen: RequestLedger, evidence: Evidence, before: Counts, early: tuple[int, int]) -> RequestLedger:
-    from runtime.server.supervise import Pace
+    from runtime.server.supervise import ProbePace
 
     plan, trials = evidence.plan, evidence.target.trial_requests
     least = early[0] + trials + seen.answered
@@ -63,7 +63,7 @@ def _with_server(seen: RequestLedger, evidence: Evidence, before: Counts, early:
         update={
             "server_succeeded": late[0] - early[0] - trials,
             "server_failed": late[1] - early[1],
-            "probes": round((time.monotonic() - before.at) / Pace().interval_s) + 2,
+            "probes": round((time.monotonic() - before.at) / ProbePace().interval_s) + 2,
         }
     )
 

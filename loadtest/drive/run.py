@@ -18,12 +18,12 @@ from pathlib import Path
 from loadtest.drive.ledger import counts_before, with_ledgers
 from loadtest.drive.stopping import Stop
 from loadtest.errors import LoadRunError
-from loadtest.plan import EARLY_END_LIMIT_S, START_LIMIT_S, STOP_LIMIT_S, Evidence, LoadPlan, Progress, check_plan
+from loadtest.plan import EARLY_END_LIMIT_S, START_LIMIT_S, STOP_LIMIT_S, Evidence, LoadPlan, RunProgress, check_plan
 from loadtest.report.record import LoadReport
 from loadtest.requests.prompts import longest_prompts
 from loadtest.requests.texts import read_texts
 from loadtest.seen.recording import PROGRESS_PREFIX, Trace
-from loadtest.seen.server import Snapshot, Target, probe, snapshot
+from loadtest.seen.server import Snapshot, TestedServer, probe, snapshot
 
 LOOK_S = 0.5  # how often a stop is looked for
 
@@ -32,7 +32,7 @@ def run_load(
     plan: LoadPlan,
     *,
     spec_name: str = "unknown",
-    on_progress: Callable[[Progress], None] | None = None,
+    on_progress: Callable[[RunProgress], None] | None = None,
     stop: Stop | None = None,
 ) -> LoadReport:
     """Measures a served model; blocks for about warm_up_s + duration_s + 5 s, and never longer than plan.limit_s.
@@ -91,9 +91,9 @@ def command(plan: LoadPlan, trace_file: Path) -> list[str]:
 def _drive(
     plan: LoadPlan,
     texts: tuple[str, ...],
-    target: Target,
+    target: TestedServer,
     folder: Path,
-    on_progress: Callable[[Progress], None],
+    on_progress: Callable[[RunProgress], None],
     stop: Stop,
 ) -> Evidence:
     trace_file, log_file = folder / "trace.json", folder / "locust.log"
@@ -149,7 +149,7 @@ def _generator(arguments: list[str], log_file: Path) -> Iterator[subprocess.Pope
             process.stdout.close()
 
 
-def _progress_of(process: subprocess.Popen[str], plan: LoadPlan, stop: Stop) -> Iterator[Progress]:
+def _progress_of(process: subprocess.Popen[str], plan: LoadPlan, stop: Stop) -> Iterator[RunProgress]:
     """Progress until the process closes its output; when `stop` is asked for, the last once more, and then the process
     is asked to end. Raises LoadRunError when it does not end within plan.limit_s.
     """
@@ -178,7 +178,7 @@ def _progress_of(process: subprocess.Popen[str], plan: LoadPlan, stop: Stop) -> 
         if line is None:
             return
         if line.startswith(PROGRESS_PREFIX):
-            last = Progress(end_s=plan.schedule.end_s, **json.loads(line.removeprefix(PROGRESS_PREFIX)))
+            last = RunProgress(end_s=plan.schedule.end_s, **json.loads(line.removeprefix(PROGRESS_PREFIX)))
             yield last
 
 

@@ -17,7 +17,7 @@ from gevent.pool import Pool
 from locust import User
 
 from loadtest.errors import LoadInputError
-from loadtest.requests.clients import Client, Orders, Outcome, open_client
+from loadtest.requests.clients import LoadClient, Orders, Outcome, open_client
 from loadtest.requests.interface import RequestError
 from loadtest.requests.texts import dice_of_user
 
@@ -39,7 +39,7 @@ class TritonUser(User):  # type: ignore[misc]  # locust is untyped here
         self.dice = dice_of_user(self.orders.seed, environment.runner.worker_index, number)
         protocols = sorted(self.orders.addresses)
         self.protocol = protocols[number % len(protocols)]
-        self.client: Client | None = None
+        self.client: LoadClient | None = None
         self.asks = False  # it has started its first request
         self.under_way = Pool()
 

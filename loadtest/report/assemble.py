@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from loadtest.errors import LoadRunError
 from loadtest.report.notes import notes_of
-from loadtest.report.record import Load, LoadReport, Machine, Processor, Stopped
+from loadtest.report.record import Load, LoadReport, Machine, ProcessorTime, Stopped
 from loadtest.report.rows import few_of, intervals_by_line
 from loadtest.requests.interface import TOKEN_COUNT, TRUNCATED
 from loadtest.requests.texts import digest_texts
@@ -120,13 +120,13 @@ def _load(plan: LoadPlan, texts: tuple[str, ...]) -> Load:
     )
 
 
-def _processor(before: Snapshot, after: Snapshot, late: LatencyHistogram) -> Processor:
+def _processor(before: Snapshot, after: Snapshot, late: LatencyHistogram) -> ProcessorTime:
     seconds = max(after.at - before.at, math.ulp(1.0))
     client_s = max(0.0, after.client_cpu_s - before.client_cpu_s)
     server_s = None
     if before.server_cpu_s is not None and after.server_cpu_s is not None:
         server_s = max(0.0, after.server_cpu_s - before.server_cpu_s)
-    return Processor(
+    return ProcessorTime(
         client_seconds=client_s,
         client_cores=client_s / seconds,
         client_late_p99_ms=late.percentile(99),

@@ -10,7 +10,7 @@ from loadtest.seen.figures import Figures, measured_keys
 
 if TYPE_CHECKING:
     from loadtest.plan import Evidence
-    from loadtest.report.record import Processor
+    from loadtest.report.record import ProcessorTime
 
 LATE = 0.1  # of what is measured: above it, the lateness of the generator's own timers matters
 STARVED_MS = 500.0  # so late it is starved, whatever is measured
@@ -18,7 +18,7 @@ ASKING = 0.95  # of the users, by the start of the window
 BUSY = 0.9  # of the cores that the generator can use: above it, the figures are partly its own
 
 
-def notes_of(evidence: Evidence, whole: Figures, processor: Processor) -> tuple[str, ...]:
+def notes_of(evidence: Evidence, whole: Figures, processor: ProcessorTime) -> tuple[str, ...]:
     return (
         *_on_weights(evidence),
         *_on_client(evidence, whole, processor),
@@ -44,7 +44,7 @@ def _on_weights(evidence: Evidence) -> list[str]:
     return notes
 
 
-def _on_client(evidence: Evidence, whole: Figures, processor: Processor) -> list[str]:
+def _on_client(evidence: Evidence, whole: Figures, processor: ProcessorTime) -> list[str]:
     """Where the load generator itself may be what was measured."""
     notes = []
     if processor.client_cores > BUSY * min(evidence.plan.processes, os.cpu_count() or 1):

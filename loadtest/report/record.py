@@ -8,7 +8,6 @@ from typing import Literal
 
 from pydantic import Field, ValidationError
 
-from loadtest.base import Record
 from loadtest.errors import LoadInputError
 from loadtest.requests.prompts import StreamLoad
 from loadtest.seen.counters import GeneratorStatistics, Ledger, ModelStatistics, RequestLedger
@@ -17,6 +16,7 @@ from loadtest.seen.histogram import PERCENTILE_ERROR
 from loadtest.seen.intervals import Interval
 from loadtest.seen.proof import ProofFigure
 from loadtest.seen.server import Identity
+from runtime.record import Record
 
 FORMAT: Literal["trireme-load-report-1"] = "trireme-load-report-1"
 
@@ -61,7 +61,7 @@ class Machine(Record):
     system: str
 
 
-class Processor(Record):
+class ProcessorTime(Record):
     """CPU time over the measured window. The server's is known when it runs on this machine under the same user."""
 
     client_seconds: float
@@ -122,7 +122,7 @@ class LoadReport(Record):
     generator: GeneratorStatistics | None = None
     ledger: Ledger | None = None
     requests: RequestLedger | None = None
-    processor: Processor
+    processor: ProcessorTime
     machine: Machine
     tools: dict[str, str]  # name -> version
     notes: tuple[str, ...]  # what a reader must know before trusting the figures

@@ -132,7 +132,7 @@ _GENERATOR = (
 
 
 @dataclass(frozen=True)
-class Row:
+class ReportRow:
     """One figure, and how it stands to the baseline's. Infinite: a failed request stands there."""
 
     line: Line
@@ -180,18 +180,18 @@ def rows_of(
     baseline: Figures | None,
     intervals: Mapping[str, Interval] | None = None,
     baseline_intervals: Mapping[str, Interval] | None = None,
-) -> list[Row]:
+) -> list[ReportRow]:
     rows = []
     for line in lines_of(figures):
         value = line.value(figures)
         old = line.value(baseline) if baseline is not None else None
         ratio = value / old if value not in (None, math.inf) and old not in (None, math.inf, 0) else None
         own, other = (found.get(line.key) if found else None for found in (intervals, baseline_intervals))
-        rows.append(Row(line, value, own, old, other, ratio, _verdict(line, value, old, own, other)))
+        rows.append(ReportRow(line, value, own, old, other, ratio, _verdict(line, value, old, own, other)))
     return rows
 
 
-def pair_rows(report: LoadReport, baseline: LoadReport) -> list[Row]:
+def pair_rows(report: LoadReport, baseline: LoadReport) -> list[ReportRow]:
     return rows_of(report.figures, baseline.figures, report.intervals, baseline.intervals)
 
 

@@ -9,7 +9,7 @@ from loadtest.seen.figures import WithFailures
 from loadtest.seen.histogram import samples_for
 
 
-class Limits(Protocol):
+class SloLimits(Protocol):
     """What a load test must show. The spec's slice `slo` has these, and so can any record."""
 
     @property
@@ -28,7 +28,7 @@ class Limits(Protocol):
     def min_output_tokens_per_s(self) -> float | None: ...
 
 
-def judge(report: LoadReport, limits: Limits) -> tuple[Judgement, ...]:
+def judge(report: LoadReport, limits: SloLimits) -> tuple[Judgement, ...]:
     """Every limit that is set, in the spec's words. Latencies are judged over all requests, and a failed one counts as
     later than any answer. Throughput is in texts, a generator's in requests; its latency is that of a whole answer.
 
@@ -56,7 +56,7 @@ def judge(report: LoadReport, limits: Limits) -> tuple[Judgement, ...]:
     return (*judged, _errors(report, limits.max_error_rate))
 
 
-def check_slo(report: LoadReport, limits: Limits) -> list[str]:
+def check_slo(report: LoadReport, limits: SloLimits) -> list[str]:
     """One sentence for each limit that was missed; empty: all were met."""
     return [one.said for one in judge(report, limits) if not one.met]
 

@@ -36,7 +36,7 @@ class Outcome:
     error: RequestError | None = None
 
 
-class Client(Protocol):
+class LoadClient(Protocol):
     def ask(self, dice: random.Random, due: float) -> Outcome:
         """One request, whose clock runs from `due`, a moment of time.perf_counter."""
         ...
@@ -79,7 +79,7 @@ class GeneratorClient:
         self._connection.close()
 
 
-def open_client(orders: Orders, transport: Transport, parallel: int) -> Client:
+def open_client(orders: Orders, transport: Transport, parallel: int) -> LoadClient:
     """Asks the model what it is. `parallel`: most requests under way at once.
 
     Raises RequestError, and LoadInputError for a model of neither kind.

@@ -11,8 +11,8 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from loadtest.base import Record
 from loadtest.errors import LoadInputError
+from runtime.record import Record
 
 CANDIDATES = 2  # by each measure
 LETTERS_A_PIECE = 6

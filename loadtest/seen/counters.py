@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from loadtest.base import Record
 from runtime.prometheus import metric_lines
+from runtime.record import Record
 
 # Triton's statistics as JSON, by (model, version)
 Counters = Mapping[tuple[str, str], Mapping[str, Any]]

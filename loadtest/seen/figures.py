@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from loadtest.base import Record
 from loadtest.seen.histogram import LatencyHistogram
 from loadtest.seen.recording import Cell, StreamCell, Trace
 from loadtest.shapes import SETTLE_S, Schedule
+from runtime.record import Record
 
 KNEE = 0.95  # the knee is the smallest load that reaches this share of the best throughput
 

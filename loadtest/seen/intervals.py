@@ -11,9 +11,9 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 
-from loadtest.base import Record
 from loadtest.seen.figures import Counted, Figures, figures_of, merged
 from loadtest.seen.recording import Cell
+from runtime.record import Record
 
 RESAMPLES = 300
 LEAST_BLOCKS, MOST_BLOCKS = 5, 40

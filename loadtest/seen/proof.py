@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from loadtest.base import Record
 from runtime.prometheus import metric_lines
+from runtime.record import Record
 
 
 class ProofFigure(Record):

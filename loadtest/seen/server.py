@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from loadtest.base import Record
 from loadtest.errors import LoadInputError
 from loadtest.requests.connection import Connection, Protocol
 from loadtest.requests.interface import Interface, RequestError, interface_from_metadata
@@ -18,6 +17,7 @@ from loadtest.requests.streaming import Stream, StreamConnection, require_genera
 from loadtest.seen.counters import Counters, generator_counters
 from loadtest.seen.proof import ProofFigure, proof_from_metrics
 from runtime.prometheus import fetch, model_labels
+from runtime.record import Record
 
 UNKNOWN = "unknown"
 CONTROL_TIMEOUT_S = 5.0
@@ -34,7 +34,7 @@ class Identity(Record):
 
 
 @dataclass(frozen=True)
-class Target:
+class TestedServer:
     """A server that answered a trial request over every protocol of the plan."""
 
     interface: Interface | None  # None: a generator
@@ -70,7 +70,7 @@ def _client(address: str) -> Any:
 
 def probe(
     model: str, addresses: Mapping[Protocol, str], grpc_address: str, rows: Sequence[str], prompts: Sequence[Prompt]
-) -> Target:
+) -> TestedServer:
     """Asks everything that a run needs once, so that a wrong plan fails in a second and not after an hour.
 
     `rows` are asked of an encoder; of a generator, that one of the `prompts` that has the most tokens.
@@ -97,9 +97,9 @@ def probe(
     models = tuple(dict.fromkeys([model, *(step["model_name"] for step in steps)]))
     if prompts:
         tokens = _try_streams(grpc_address, model, prompts)
-        return Target(interface=None, triton_version=triton_version, models=models, trial_tokens=tokens)
+        return TestedServer(interface=None, triton_version=triton_version, models=models, trial_tokens=tokens)
     interfaces = [_try_once(protocol, address, model, rows) for protocol, address in addresses.items()]
-    return Target(interfaces[0], triton_version, models, trial_requests=len(interfaces))
+    return TestedServer(interfaces[0], triton_version, models, trial_requests=len(interfaces))
 
 
 def _not_ready(client: Any, model: str) -> LoadInputError:
@@ -189,7 +189,9 @@ def _other_kind(model: str, got: str, expected: str) -> LoadInputError:
     )
 
 
-def snapshot(model: str, target: Target, grpc_address: str, metrics_address: str | None, client_pid: int) -> Snapshot:
+def snapshot(
+    model: str, target: TestedServer, grpc_address: str, metrics_address: str | None, client_pid: int
+) -> Snapshot:
     """Never raises for what a server may lack: what could not be read is named in `faults`."""
     from tritonclient.utils import InferenceServerException
 

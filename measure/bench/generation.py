@@ -25,7 +25,7 @@ from builders.pipeline import Build
 from builders.spec import DeploymentSpec
 from measure.bench.bare_loop import BareLoop, bare_loop, mean_loop
 from measure.bench.generation_peer_process import Workload
-from measure.bench.generation_peers import Peer, run_all
+from measure.bench.generation_peers import GenerationPeer, run_all
 from measure.bench.random_llama import random_llama, random_prompts
 from runtime.client import Client
 from runtime.errors import ServerFault
@@ -71,7 +71,7 @@ def main() -> None:
     console, folder = Console(width=120), arguments.build_dir / "bench"
     model = random_llama(folder / "llama-100m")
     console.print(f"{model.name}, {PROMPT_TOKENS} + {NEW_TOKENS} tokens, {os.cpu_count()} cores")
-    peers: list[Peer] = []
+    peers: list[GenerationPeer] = []
     for precision in arguments.precisions:
         with show.build_progress(quiet=False) as report:
             built = pipeline.build(_spec(model, precision), "cpu", folder, "repository", report)
@@ -203,7 +203,7 @@ def _context_table(precision: str, found: dict[tuple[int, int], float]) -> Any:
     return table
 
 
-def _peer_table(peers: list[Peer]) -> Any:
+def _peer_table(peers: list[GenerationPeer]) -> Any:
     table = _table("peers, in process: tokens/s from prompts to the last token", ("peer", *map(str, STREAMS), "note"))
     for peer in peers:
         by_batch = {timing.batch: f"{timing.tokens_per_s:.0f}" for timing in peer.timings}

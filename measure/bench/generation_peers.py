@@ -31,7 +31,7 @@ _MODULES = {
 
 
 @dataclass(frozen=True)
-class Peer:
+class GenerationPeer:
     """The timings of one peer, a batch size each, and its perplexity where text was given; or nothing, and why."""
 
     name: str
@@ -48,7 +48,7 @@ def run_all(
     openvino_exporter: str | None = None,
     timeout_s: float = 600,
     report: Callable[[str], None] = lambda peer: None,
-) -> list[Peer]:
+) -> list[GenerationPeer]:
     """Every peer over the Hugging Face folder `model`; conversions are kept in `work`, which is for that model alone.
 
     `openvino_exporter` is the path of `optimum-cli`, which wants an older transformers than this project and so an
@@ -62,9 +62,11 @@ def run_all(
     return found
 
 
-def _run(name: str, model: Path, work: Path, workload: Workload, exporter: str | None, timeout_s: float) -> Peer:
+def _run(
+    name: str, model: Path, work: Path, workload: Workload, exporter: str | None, timeout_s: float
+) -> GenerationPeer:
     if importlib.util.find_spec(_MODULES[name]) is None:
-        return Peer(name, skipped=f"{_MODULES[name]} is not installed (make bench-install)")
+        return GenerationPeer(name, skipped=f"{_MODULES[name]} is not installed (make bench-install)")
     try:
         if name.startswith("OpenVINO"):
             _export_openvino(model, work, name.rsplit(" ", 1)[1], exporter, timeout_s)
@@ -74,9 +76,9 @@ def _run(name: str, model: Path, work: Path, workload: Workload, exporter: str |
             json.loads(line) for line in _output([*program, *arguments], timeout_s).splitlines() if line[:1] == "{"
         ]
     except _PeerFailed as failure:
-        return Peer(name, skipped=str(failure))
+        return GenerationPeer(name, skipped=str(failure))
     perplexity = next((line["perplexity"] for line in lines if "perplexity" in line), None)
-    return Peer(name, tuple(Timing(**line) for line in lines if "perplexity" not in line), perplexity)
+    return GenerationPeer(name, tuple(Timing(**line) for line in lines if "perplexity" not in line), perplexity)
 
 
 class _PeerFailed(Exception):

@@ -10,17 +10,17 @@ from numpy.typing import NDArray
 from builders.judging import corpus
 from builders.store.atomic import atomic_directory
 from builders.training.loop import new_model, reproducible
-from builders.training.recipe import Recipe
+from builders.training.recipe import TrainingRecipe
 from builders.training.text import train_tokenizer
 from measure.small_model.folder import save_folder
 
 # 12 layers of 768, 12 query and 4 key-value heads, 32k entries: 100 M parameters.
-LLAMA_100M = Recipe(
+LLAMA_100M = TrainingRecipe(
     vocabulary=32_000, hidden=768, layers=12, heads=12, kv_heads=4, ffn=2048, context=2048, tokens_per_step=2048
 )
 
 
-def random_llama(out: Path, sizes: Recipe = LLAMA_100M) -> Path:
+def random_llama(out: Path, sizes: TrainingRecipe = LLAMA_100M) -> Path:
     """Writes the Hugging Face folder `out` if it is not there; returns it.
 
     The tokenizer is trained on Python's own text, which holds fewer merges than a vocabulary of 32k wants: the rest

@@ -14,7 +14,7 @@ from builders.spec import DeploymentSpec, Flavour, ModelSlice
 from builders.store.atomic import atomic_directory
 from builders.store.store import Store
 from builders.training.loop import new_model, reproducible
-from builders.training.recipe import Recipe
+from builders.training.recipe import TrainingRecipe
 from builders.training.text import train_tokenizer
 from measure.gpu_proof.roofline import EncoderShape
 from measure.gpu_proof.setting import MINILM, Setting
@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 # What the dry run builds and serves; on a GPU that is LLAMA_100M.
-TINY_LLAMA = Recipe(vocabulary=320, hidden=64, layers=2, heads=4, kv_heads=2, ffn=128, context=64, tokens_per_step=64)
+TINY_LLAMA = TrainingRecipe(
+    vocabulary=320, hidden=64, layers=2, heads=4, kv_heads=2, ffn=128, context=64, tokens_per_step=64
+)
 
 
 def packaged_minilm() -> Path:
@@ -53,7 +55,7 @@ def _write_bert(shape: EncoderShape, folder: Path) -> None:
         _tokenizer(shape.vocabulary).save(str(work / "tokenizer.json"))
 
 
-def write_llama(sizes: Recipe, folder: Path) -> Path:
+def write_llama(sizes: TrainingRecipe, folder: Path) -> Path:
     """A Hugging Face folder of a random Llama."""
     with atomic_directory(folder) as work, reproducible(sizes.seed):
         save_folder(new_model(sizes), _tokenizer(sizes.vocabulary), sizes.context, work)

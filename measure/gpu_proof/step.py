@@ -21,9 +21,8 @@ from measure.gpu_proof.record import Row
 from measure.gpu_proof.roofline import Limits
 from measure.gpu_proof.setting import Budget, Setting
 from runtime.generation.cache import SlotCache
-from runtime.generation.engine import Engine, generate
-from runtime.generation.request import Limits as RequestLimits
-from runtime.generation.request import SamplingParams, Tokens
+from runtime.generation.engine import GenerationEngine, generate
+from runtime.generation.request import RequestLimits, SamplingParams, Tokens
 from runtime.generation.scheduler import Scheduler
 from runtime.step import StepExecutor
 
@@ -34,12 +33,12 @@ QUEUE = 1024  # more than a measurement asks for at once
 Interval = tuple[float, float]
 
 
-def engine_over(executor: StepExecutor, capacity: int, slots: int, chunk: int) -> Engine:
+def engine_over(executor: StepExecutor, capacity: int, slots: int, chunk: int) -> GenerationEngine:
     """The serving loop with one pool; the executor has `slots + KEPT` rows."""
     scheduler = Scheduler(
         SlotCache((capacity,), slots, KEPT), chunk_tokens=chunk, queue_size=QUEUE, call_cost=executor.call_cost
     )
-    return Engine(executor, scheduler, RequestLimits(executor.vocabulary, capacity, capacity, ()))
+    return GenerationEngine(executor, scheduler, RequestLimits(executor.vocabulary, capacity, capacity, ()))
 
 
 def measure(setting: Setting, limits: Limits | None, budget: Budget) -> Iterator[Row]:
@@ -53,7 +52,7 @@ def measure(setting: Setting, limits: Limits | None, budget: Budget) -> Iterator
 
 
 def _by_rows(
-    setting: Setting, budget: Budget, row: Callable[[int], Row], measured: Callable[[Engine, int], Row]
+    setting: Setting, budget: Budget, row: Callable[[int], Row], measured: Callable[[GenerationEngine, int], Row]
 ) -> Iterator[Row]:
     """What is `measured` by the serving loop over the torch executor, for each batch that fits; else why not."""
     require_torch(setting)
@@ -78,7 +77,7 @@ def unfit(setting: Setting, shape: DecoderShape, rows: int, capacity: int, budge
     return "" if fits(setting, shape, rows + KEPT, capacity, weights_held=True) else "its cache does not fit the memory"
 
 
-def split(setting: Setting, engine: Engine, capacity: int, rows: int, row: Row) -> Row:
+def split(setting: Setting, engine: GenerationEngine, capacity: int, rows: int, row: Row) -> Row:
     """Milliseconds of one step by what they were spent on, once every stream decodes."""
     _start(engine, rows, min(rows + 2 * setting.steps + 8, capacity - 1))  # streams begin one after the other
     counters = engine.counters
@@ -113,7 +112,7 @@ def split(setting: Setting, engine: Engine, capacity: int, rows: int, row: Row) 
     return replace(row, figures=figures, facts={"device time by": by}, note=note)
 
 
-def _start(engine: Engine, rows: int, tokens: int) -> None:
+def _start(engine: GenerationEngine, rows: int, tokens: int) -> None:
     """All streams decoding, and past the steps that compile and capture."""
     random = np.random.default_rng(0)
     length = max(1, engine.limits.max_length - tokens)
@@ -127,14 +126,14 @@ def _start(engine: Engine, rows: int, tokens: int) -> None:
     _steps(engine, 2)
 
 
-def _steps(engine: Engine, count: int) -> None:
+def _steps(engine: GenerationEngine, count: int) -> None:
     for _ in range(count):
         if not engine.step():
             return
         engine.take_updates()
 
 
-def _device_seconds(setting: Setting, engine: Engine) -> tuple[float, float]:
+def _device_seconds(setting: Setting, engine: GenerationEngine) -> tuple[float, float]:
     """Kernels and copies of one step, as the profiler sees them."""
     from torch.profiler import ProfilerActivity, profile
 
@@ -173,7 +172,7 @@ def in_process(setting: Setting, limits: Limits | None, budget: Budget) -> Itera
     def row(rows: int) -> Row:
         return Row(f"{setting.decoder_name}, {rows} streams to their end", how, {"batch": rows})
 
-    def measured(engine: Engine, rows: int) -> Row:
+    def measured(engine: GenerationEngine, rows: int) -> Row:
         random = np.random.default_rng(0)
         prompts = [random.integers(0, engine.executor.vocabulary, capacity - new) for _ in range(2 * rows)]
         generated_per_second(engine, prompts[:rows], new)  # compiles and captures
@@ -183,7 +182,7 @@ def in_process(setting: Setting, limits: Limits | None, budget: Budget) -> Itera
     return _by_rows(setting, budget, row, measured)
 
 
-def generated_per_second(engine: Engine, prompts: Sequence[Tokens], new_tokens: int) -> float:
+def generated_per_second(engine: GenerationEngine, prompts: Sequence[Tokens], new_tokens: int) -> float:
     """Tokens a second of whole generations, prompts included."""
     began = time.perf_counter()
     outputs = generate(engine, prompts, SamplingParams(max_tokens=new_tokens, min_tokens=new_tokens))

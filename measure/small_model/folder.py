@@ -15,7 +15,7 @@ from builders.errors import InputError
 from builders.judging import corpus
 from builders.store.atomic import atomic_directory
 from builders.training import curve, loop, text
-from builders.training.recipe import Progress, Recipe, TrainingReport
+from builders.training.recipe import TrainingProgress, TrainingRecipe, TrainingReport
 from measure.small_model import judging
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def train_small_model(
-    out: Path, report: Callable[[Progress], None] = lambda progress: None, recipe: Recipe | None = None
+    out: Path, report: Callable[[TrainingProgress], None] = lambda progress: None, recipe: TrainingRecipe | None = None
 ) -> TrainingReport:
     """Trains a Llama-shaped model and its tokenizer on Python's own text, and writes both to the new folder `out`.
 
@@ -75,7 +75,7 @@ def train_small_model(
     return found
 
 
-def held_out_rows(folder: Path) -> text.Tokens:
+def held_out_rows(folder: Path) -> text.TokenIds:
     """The text that the model in `folder` never saw, as token ids [rows, context + 1]; each row stands alone.
 
     The last token of a row is the first of the next, so that every token but the very first is judged once. What does
@@ -120,7 +120,7 @@ def _no_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _require_text(stream: text.Tokens, least: int, use: str) -> None:
+def _require_text(stream: text.TokenIds, least: int, use: str) -> None:
     if len(stream) <= least:
         raise InputError(
             f"Python's text {use}",

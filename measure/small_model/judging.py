@@ -10,7 +10,7 @@ import numpy as np
 
 from builders.judging.corpus import Document
 from builders.training.recipe import HeldOut, Sample
-from builders.training.text import END_OF_TEXT_ID, Tokens, to_tokens
+from builders.training.text import END_OF_TEXT_ID, TokenIds, to_tokens
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -37,7 +37,7 @@ def judge(model: Any, tokenizer: Tokenizer, documents: Sequence[Document], conte
     )
 
 
-def rows(stream: Tokens, context: int) -> Tokens:
+def rows(stream: TokenIds, context: int) -> TokenIds:
     """Whole windows [rows, context + 1]; neighbours share one token, so that each but the first is a target once.
 
     `stream` has more than `context` tokens.
@@ -46,7 +46,7 @@ def rows(stream: Tokens, context: int) -> Tokens:
     return np.stack([stream[start : start + context + 1] for start in starts])
 
 
-def windows(stream: Tokens, context: int) -> list[Tokens]:
+def windows(stream: TokenIds, context: int) -> list[TokenIds]:
     """`rows` in batches, and the rest of the stream as a batch of one shorter row."""
     whole = rows(stream, context) if len(stream) > context else stream[:0, None]
     rest = stream[None, len(whole) * context :]
@@ -54,7 +54,7 @@ def windows(stream: Tokens, context: int) -> list[Tokens]:
     return [*parts, rest] if rest.shape[1] > 1 else parts
 
 
-def nats_of(model: Any, tokens: Tokens) -> float:
+def nats_of(model: Any, tokens: TokenIds) -> float:
     """The sum of cross-entropies, in nats, of a batch [rows, length + 1]."""
     import torch
 

@@ -26,7 +26,7 @@ def padded_length(length: int, longest: int) -> int:
 
 
 @dataclass(frozen=True)
-class Plan:
+class BatchPlan:
     """Indices of the sequences of each part: of `wide` parts, one after the other on all cores, or of `narrow` ones,
     the dearest first, side by side on the lanes. `ms`: what that takes by the cost model."""
 
@@ -35,7 +35,7 @@ class Plan:
     ms: float
 
 
-def plan(lengths: Sequence[int], max_tokens: int, longest: int, costs: Costs) -> Plan:
+def plan(lengths: Sequence[int], max_tokens: int, longest: int, costs: Costs) -> BatchPlan:
     """The plan that ends first: of the cheapest cut into parts of `max_tokens`, and of cuts that all lanes share."""
     total = sum(padded_length(max(length, 1), longest) for length in lengths)
     limits = {max_tokens, *(min(max_tokens, -(-total // (share * costs.lanes))) for share in (1, 2))}
@@ -51,7 +51,7 @@ def plan(lengths: Sequence[int], max_tokens: int, longest: int, costs: Costs) ->
 _PUSHED_ASIDE = 1.25
 
 
-def _placed(parts: list[list[int]], lengths: Sequence[int], longest: int, costs: Costs) -> Plan:
+def _placed(parts: list[list[int]], lengths: Sequence[int], longest: int, costs: Costs) -> BatchPlan:
     """Parts that are fewer than the lanes may be better off with all cores, one after the other. Where every lane has
     work they are not: a part on all cores waits for each thread that the server or a client pushes aside."""
 
@@ -60,10 +60,10 @@ def _placed(parts: list[list[int]], lengths: Sequence[int], longest: int, costs:
 
     timed = sorted(((costs.lane.of(*shape(part)), part) for part in parts), key=lambda item: -item[0])
     ordered = [part for _, part in timed]
-    narrow = Plan([], ordered, _side_by_side([ms for ms, _ in timed], costs.lanes))
+    narrow = BatchPlan([], ordered, _side_by_side([ms for ms, _ in timed], costs.lanes))
     if costs.wide is None or len(parts) >= costs.lanes:
         return narrow
-    wide = Plan(ordered, [], _PUSHED_ASIDE * sum(costs.wide.of(*shape(part)) for part in parts))
+    wide = BatchPlan(ordered, [], _PUSHED_ASIDE * sum(costs.wide.of(*shape(part)) for part in parts))
     return min(narrow, wide, key=lambda found: found.ms)
 
 

@@ -18,33 +18,32 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator
-from collections.abc import Sequence as Collection
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from runtime.errors import ServerFault, ServingError, TooLate, Unavailable
 from runtime.generation.detokenizer import Decoder
 from runtime.generation.metrics import Counters, Gauges
 from runtime.generation.recovery import Recovery
-from runtime.generation.request import Limits, Request, SamplingParams, Tokens, Update
+from runtime.generation.request import Request, RequestLimits, SamplingParams, Tokens, Update
 from runtime.generation.sampler import sample
-from runtime.generation.scheduler import Plan, Scheduler, Work
-from runtime.generation.sequence import Sequence
+from runtime.generation.scheduler import Scheduler, StepPlan, Work
+from runtime.generation.sequence import TokenSequence
 from runtime.step import Logits, StepExecutor
 
 _IDLE_SECONDS = 0.2
 
-Sampler = Callable[[Logits, Collection[Sequence]], tuple[list[int], list[float]]]
+Sampler = Callable[[Logits, Sequence[TokenSequence]], tuple[list[int], list[float]]]
 
 
-class Engine:
+class GenerationEngine:
     """Requests in, updates out. `decoder` turns tokens into text; without one, updates hold tokens alone."""
 
     def __init__(
         self,
         executor: StepExecutor,
         scheduler: Scheduler,
-        limits: Limits,
+        limits: RequestLimits,
         decoder: Decoder | None = None,
         clock: Callable[[], float] = time.monotonic,
         sampler: Sampler = sample,
@@ -55,7 +54,7 @@ class Engine:
         self._decoder, self._sampler = decoder, sampler
         self._recovery = Recovery(executor, clock)
         self._arrived = threading.Condition()  # guards the next two
-        self._inbox: deque[Sequence | int] = deque()  # an int cancels that request
+        self._inbox: deque[TokenSequence | int] = deque()  # an int cancels that request
         self._refusal: str | None = None  # why nothing is taken in
         self._ids = itertools.count(1)
 
@@ -65,7 +64,7 @@ class Engine:
         """The request's number. Raises BadRequest; that the queue is full comes as an update."""
         now = self.clock()
         request = Request(next(self._ids), prompt, params, None if timeout_s is None else now + timeout_s, probe)
-        sequence = Sequence.start(request, self.limits, self._decoder, now)
+        sequence = TokenSequence.start(request, self.limits, self._decoder, now)
         with self._arrived:
             refusal = self._refusal
             if refusal is None:
@@ -139,7 +138,7 @@ class Engine:
             self._inbox.clear()
         updates: list[Update] = []
         for message in messages:
-            if isinstance(message, Sequence):
+            if isinstance(message, TokenSequence):
                 try:
                     self.scheduler.add(message)
                 except Unavailable as error:
@@ -151,7 +150,7 @@ class Engine:
                 updates.append(Update(message, finish="cancelled"))
         return updates
 
-    def _carry_out(self, plan: Plan, updates: list[Update]) -> None:
+    def _carry_out(self, plan: StepPlan, updates: list[Update]) -> None:
         """Adds to `updates` what the plan brings. Whatever it raises is a fault of the executor."""
         logits = self._execute(plan)
         self.scheduler.done(plan)
@@ -159,7 +158,7 @@ class Engine:
             if work.last:
                 self._advance(work, rows, updates)
 
-    def _execute(self, plan: Plan) -> list[Logits]:
+    def _execute(self, plan: StepPlan) -> list[Logits]:
         began = self.clock()
         self.executor.copy(plan.copies)
         for row, source in plan.encodes:
@@ -183,7 +182,7 @@ class Engine:
                 updates.append(_failed(sequence, ServerFault("the request failed; the server log has the cause")))
                 self.scheduler.remove(sequence, keep=False)
 
-    def _choose(self, logits: Logits, sequences: Collection[Sequence]) -> list[tuple[int, float] | Exception]:
+    def _choose(self, logits: Logits, sequences: Sequence[TokenSequence]) -> list[tuple[int, float] | Exception]:
         """Token and log-probability of each, or its fault. Raises ServerFault: lazy logits were lost with their device.
 
         A fault among many is looked for one by one, and each draws its random number again.
@@ -201,7 +200,7 @@ class Engine:
             generator.state = state
         return [self._choose(logits[at : at + 1], [one])[0] for at, one in enumerate(sequences)]
 
-    def _append(self, sequence: Sequence, token: int, logprob: float, now: float) -> Update:
+    def _append(self, sequence: TokenSequence, token: int, logprob: float, now: float) -> Update:
         if token < 0:
             self.scheduler.remove(sequence, keep=False)
             return _failed(sequence, ServerFault("the model gave logits that are not numbers"))
@@ -211,7 +210,7 @@ class Engine:
             self.scheduler.remove(sequence)
         return update
 
-    def _count(self, sequence: Sequence, now: float) -> None:
+    def _count(self, sequence: TokenSequence, now: float) -> None:
         if sequence.request.probe:
             return
         counters = self.counters
@@ -251,7 +250,7 @@ class Engine:
         """Ends who waits, and all who come from here on."""
         with self._arrived:
             self._refusal = refusal
-            arrived = [message for message in self._inbox if isinstance(message, Sequence)]
+            arrived = [message for message in self._inbox if isinstance(message, TokenSequence)]
             self._inbox.clear()
         ended = [_failed(item, Unavailable(refusal)) for item in (*self.scheduler.waiting, *arrived)]
         self.scheduler.waiting.clear()
@@ -283,11 +282,11 @@ class Engine:
         )
 
 
-def _failed(sequence: Sequence, error: ServingError) -> Update:
+def _failed(sequence: TokenSequence, error: ServingError) -> Update:
     return Update(sequence.request.id, finish="error", error=error)
 
 
-def generate(engine: Engine, prompts: Collection[Tokens], params: SamplingParams) -> list[list[int]]:
+def generate(engine: GenerationEngine, prompts: Sequence[Tokens], params: SamplingParams) -> list[list[int]]:
     """All prompts at once, to their end, on this thread. For tests, checks and benchmarks. Raises what ended one."""
     order = [engine.submit(prompt, params) for prompt in prompts]
     outputs: dict[int, list[int]] = {request: [] for request in order}

@@ -10,10 +10,10 @@ import numpy as np
 
 from runtime.errors import BadEnvironment, BadRequest
 from runtime.generation.cache import SlotCache
-from runtime.generation.engine import Engine
+from runtime.generation.engine import GenerationEngine
 from runtime.generation.executor.onnxruntime import OnnxRuntimeStepExecutor
 from runtime.generation.interface import Asked
-from runtime.generation.request import Limits, Tokens
+from runtime.generation.request import RequestLimits, Tokens
 from runtime.generation.scheduler import Scheduler
 from runtime.prefix import Prefix
 from runtime.rows import CacheShape
@@ -68,7 +68,9 @@ class TextTokenizer:
         return str(self.fast.decode(asked.ids.tolist())) if asked.ids is not None else asked.text or ""
 
 
-def open_engine(settings: GeneratorModelSettings, directory: Path, device: int = 0) -> tuple[Engine, TextTokenizer]:
+def open_engine(
+    settings: GeneratorModelSettings, directory: Path, device: int = 0
+) -> tuple[GenerationEngine, TextTokenizer]:
     """Raises BadEnvironment where the files do not fit each other or this machine, ServerFault for ranks that fail."""
     executor = open_executor(settings, {key: directory / name for key, name in settings.files.items()}, device)
     try:
@@ -85,12 +87,12 @@ def open_engine(settings: GeneratorModelSettings, directory: Path, device: int =
         stages=executor.stages,
         encoder=settings.decoder_start_id is not None,
     )
-    return Engine(executor, scheduler, limits, tokenizer.fast), tokenizer
+    return GenerationEngine(executor, scheduler, limits, tokenizer.fast), tokenizer
 
 
-def _limits(settings: GeneratorModelSettings, vocabulary: int) -> Limits:
+def _limits(settings: GeneratorModelSettings, vocabulary: int) -> RequestLimits:
     """Raises BadEnvironment for ids that the model does not have."""
-    limits = Limits(
+    limits = RequestLimits(
         vocabulary=vocabulary,
         max_length=min(settings.max_length, settings.capacities[-1]),
         default_max_tokens=settings.default_max_tokens,

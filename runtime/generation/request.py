@@ -121,7 +121,7 @@ def join(before: Update, update: Update) -> Update:
 
 
 @dataclass(frozen=True)
-class Limits:
+class RequestLimits:
     """What the model can take. `max_length` counts prompt and output together; of an encoder-decoder, each alone."""
 
     vocabulary: int

@@ -10,12 +10,12 @@ The filters keep every token whose probability is at least a threshold, so token
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Collection
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.generation.sequence import Sequence
+from runtime.generation.sequence import TokenSequence
 
 Logits = NDArray[np.float32]
 
@@ -23,7 +23,7 @@ _COLDEST = 1e-5  # a temperature below it is greedy anyway
 _BLOCK = 128  # of the two-level search through a cumulative sum
 
 
-def sample(logits: Logits, sequences: Collection[Sequence]) -> tuple[list[int], list[float]]:
+def sample(logits: Logits, sequences: Sequence[TokenSequence]) -> tuple[list[int], list[float]]:
     """One token for each row of [rows, vocabulary], and its log-probability (0.0 where nobody asked).
 
     A row with a logit that is not a number gives token -1: nothing can be chosen from it. `logits` stays as it is.
@@ -43,7 +43,7 @@ def sample(logits: Logits, sequences: Collection[Sequence]) -> tuple[list[int], 
     return tokens.tolist(), logprobs
 
 
-def _choose(logits: Logits, sequences: Collection[Sequence]) -> NDArray[np.int64]:
+def _choose(logits: Logits, sequences: Sequence[TokenSequence]) -> NDArray[np.int64]:
     _penalise(logits, sequences)
     for row, sequence in enumerate(sequences):
         if sequence.held:
@@ -63,7 +63,7 @@ def _choose(logits: Logits, sequences: Collection[Sequence]) -> NDArray[np.int64
     return tokens
 
 
-def _penalise(logits: Logits, sequences: Collection[Sequence]) -> None:
+def _penalise(logits: Logits, sequences: Sequence[TokenSequence]) -> None:
     """In place. One fancy index over the tokens of all rows; a token that occurs twice is written twice, alike."""
     rows, ids, factors = _occurrences(sequences, "repetition_penalty", 1.0, whole=True)
     if len(rows):
@@ -78,7 +78,7 @@ def _penalise(logits: Logits, sequences: Collection[Sequence]) -> None:
 
 
 def _occurrences(
-    sequences: Collection[Sequence], name: str, off: float, *, whole: bool
+    sequences: Sequence[TokenSequence], name: str, off: float, *, whole: bool
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
     """Row, token and penalty of each token so far: of prompt and output, or of the output alone."""
     rows, ids, amounts = [], [], []
@@ -94,7 +94,7 @@ def _occurrences(
     return np.concatenate(rows), np.concatenate(ids), np.concatenate(amounts)
 
 
-def _draw(logits: Logits, largest: Logits, sequences: Collection[Sequence]) -> NDArray[np.int64]:
+def _draw(logits: Logits, largest: Logits, sequences: Sequence[TokenSequence]) -> NDArray[np.int64]:
     """`largest` is the largest of each row. `logits` is used up."""
     params = [sequence.request.params for sequence in sequences]
     temperatures = np.array([max(item.temperature, _COLDEST) for item in params], np.float32)

@@ -9,7 +9,7 @@ prompt does not wait for a long one, and the oldest always gets on. Whoever wait
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence as Collection
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,7 @@ from runtime.errors import Unavailable
 from runtime.generation.cache import Slot, SlotCache, positions
 from runtime.generation.grouping import pool_for, regroup
 from runtime.generation.request import Tokens
-from runtime.generation.sequence import Sequence
+from runtime.generation.sequence import TokenSequence
 from runtime.step import Batch, Copy, Row
 
 _SMALLEST_CHUNK = 16  # of a prompt, beside however many decoding rows
@@ -29,18 +29,18 @@ class Work:
     """A batch and whose rows it computes. `last`: the logits choose a token; otherwise the prompt goes on."""
 
     batch: Batch
-    sequences: list[Sequence]
+    sequences: list[TokenSequence]
     last: bool
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class StepPlan:
     """What one step does, in this order. `expired` have waited too long, and are gone.
 
     `encodes` are sources of rows that are new, each where its row lies after `copies`.
     """
 
-    expired: list[Sequence]
+    expired: list[TokenSequence]
     copies: list[Copy]
     encodes: list[tuple[Row, Tokens]]
     work: list[Work]
@@ -60,25 +60,25 @@ class Scheduler:
         encoder: bool = False,
     ) -> None:
         self.cache = cache
-        self.waiting: deque[Sequence] = deque()
-        self.running: dict[int, Sequence] = {}
+        self.waiting: deque[TokenSequence] = deque()
+        self.running: dict[int, TokenSequence] = {}
         self.reused_tokens = 0
         self._chunk_tokens, self._queue_size = chunk_tokens, queue_size
         self._call_cost, self._stages, self._encoder = call_cost, stages, encoder
         self._oldest_first = True
         self._regroup = False
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: TokenSequence) -> None:
         """Raises Unavailable when too many wait already."""
         if len(self.waiting) >= self._queue_size:
             raise Unavailable(f"{self._queue_size} requests wait already; try again later")
         self.waiting.append(sequence)
 
-    def find(self, request: int) -> Sequence | None:
+    def find(self, request: int) -> TokenSequence | None:
         waiting = (sequence for sequence in self.waiting if sequence.request.id == request)
         return self.running.get(request) or next(waiting, None)
 
-    def remove(self, sequence: Sequence, *, keep: bool = True) -> None:
+    def remove(self, sequence: TokenSequence, *, keep: bool = True) -> None:
         """The request has ended, however it did. Its row is free for others, and keeps its tokens until then."""
         if sequence.slot is None:
             self.waiting.remove(sequence)
@@ -88,7 +88,7 @@ class Scheduler:
         self.cache.close(sequence.slot, keep=keep and not sequence.request.probe and not self._encoder)
         sequence.slot, self._regroup = None, True
 
-    def clear(self) -> list[Sequence]:
+    def clear(self) -> list[TokenSequence]:
         """Ends every running request, because the caches are gone; returns them. Who waits goes on waiting."""
         ended = list(self.running.values())
         for sequence in ended:
@@ -97,7 +97,7 @@ class Scheduler:
         self.cache.clear()
         return ended
 
-    def plan(self, now: float) -> Plan:
+    def plan(self, now: float) -> StepPlan:
         expired = self._expire(now)
         self._activate()
         self._make_room()
@@ -107,11 +107,11 @@ class Scheduler:
         work = decodes + self._prefills(budget)
         if not work:  # nothing is carried out; what rows that ended left to copy waits for the next plan
             assert not admitted, "a prompt was admitted, and no chunk of any planned"
-            return Plan(expired, [], [], [])
+            return StepPlan(expired, [], [], [])
         encodes = [(s.slot.row, s.request.prompt) for s in admitted if s.slot is not None] if self._encoder else []
-        return Plan(expired, self.cache.take_copies(), encodes, work)
+        return StepPlan(expired, self.cache.take_copies(), encodes, work)
 
-    def done(self, plan: Plan) -> None:
+    def done(self, plan: StepPlan) -> None:
         """The plan has run: its tokens are in the cache. Before anything is removed, for that moves rows as far as they
         are filled: rows of the same plan, too.
         """
@@ -120,7 +120,7 @@ class Scheduler:
                 assert sequence.slot is not None
                 sequence.slot.filled += work.batch.input_ids.shape[1]
 
-    def _expire(self, now: float) -> list[Sequence]:
+    def _expire(self, now: float) -> list[TokenSequence]:
         late = [
             sequence
             for sequence in (*self.waiting, *self.running.values())
@@ -152,7 +152,7 @@ class Scheduler:
             self.cache.place(slot, pool)
         self._regroup = False
 
-    def _admit(self) -> list[Sequence]:
+    def _admit(self) -> list[TokenSequence]:
         """Who got a row; where it lies may change until the plan is complete."""
         admitted = []
         while self.waiting and len(self.running) < self.cache.slots:
@@ -171,7 +171,7 @@ class Scheduler:
             admitted.append(sequence)
         return admitted
 
-    def _source_length(self, sequence: Sequence) -> int:
+    def _source_length(self, sequence: TokenSequence) -> int:
         """Of an encoder-decoder: the cross-attention cache lies in the same row and needs its own positions."""
         return len(sequence.request.prompt) if self._encoder else 1
 
@@ -223,6 +223,6 @@ class Scheduler:
         assert self.cache.running == len(self.running), "a row runs for nobody"
 
 
-def _split(items: Collection[Slot], parts: int) -> list[Collection[Slot]]:
+def _split(items: Sequence[Slot], parts: int) -> list[Sequence[Slot]]:
     size = -(-len(items) // parts)
     return [items[start : start + size] for start in range(0, len(items), size)] if items else []

@@ -8,11 +8,11 @@ import numpy as np
 
 from runtime.generation.cache import Slot
 from runtime.generation.detokenizer import Decoder, Detokenizer
-from runtime.generation.request import FinishReason, Limits, Request, Tokens, Update
+from runtime.generation.request import FinishReason, Request, RequestLimits, Tokens, Update
 
 
 @dataclass(eq=False)
-class Sequence:
+class TokenSequence:
     """`buffer[:length]` are prompt and output. The cache holds the first `slot.filled` of them."""
 
     request: Request
@@ -30,7 +30,7 @@ class Sequence:
     unsent: list[tuple[int, float]] = field(default_factory=list)  # tokens and log-probabilities; their text is held
 
     @classmethod
-    def start(cls, request: Request, limits: Limits, decoder: Decoder | None, now: float) -> Sequence:
+    def start(cls, request: Request, limits: RequestLimits, decoder: Decoder | None, now: float) -> TokenSequence:
         """`decoder` turns tokens into text, if text is wanted. Raises BadRequest for what does not fit the model."""
         room = limits.room(request)
         start = limits.decoder_start_id

@@ -23,7 +23,7 @@ from runtime.leases import abandoned, owner
 from runtime.ranks.channel import Channel
 from runtime.ranks.hosts import Gathering
 from runtime.ranks.process import CPU_WORKER, end_processes, start_rank
-from runtime.ranks.program import Layout, RankProgram
+from runtime.ranks.program import RankGrid, RankProgram
 from runtime.rows import CacheShape
 from runtime.step import Copy
 
@@ -76,7 +76,7 @@ class RankGroup:
         """Process ids, by rank."""
         return [process.pid for process in self._processes]
 
-    def load(self, programs: Sequence[RankProgram], layout: Layout, *, seconds: float = 120.0) -> None:
+    def load(self, programs: Sequence[RankProgram], layout: RankGrid, *, seconds: float = 120.0) -> None:
         """A program for each rank of the layout; processes beyond it stay idle."""
         if len(programs) != layout.ranks or layout.ranks > self.count:
             raise ServerFault(f"{len(programs)} programs for {layout.ranks} ranks, and {self.count} processes")

@@ -51,7 +51,7 @@ class RankProgram:
 
 
 @dataclass(frozen=True)
-class Layout:
+class RankGrid:
     """Rank r of stage s is process s * tensor + r."""
 
     tensor: int

@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from runtime.errors import BadEnvironment
-from runtime.ranks.program import Communicate, Layout, RankProgram, RunGraph, Transfer
+from runtime.ranks.program import Communicate, RankGrid, RankProgram, RunGraph, Transfer
 
 MANIFEST = "ranks.json"
 
@@ -55,7 +55,7 @@ class _Manifest(_Stored):
 class StoredPrograms:
     """What a group loads: a program for each process of the layout. `outputs` are those of the whole graph."""
 
-    layout: Layout
+    layout: RankGrid
     outputs: tuple[str, ...]
     programs: tuple[RankProgram, ...]
 
@@ -113,7 +113,7 @@ def load_programs(manifest: Path) -> StoredPrograms:
         raise BadEnvironment(
             f"{manifest}: missing, or not of this release; run `trireme build` again ({error})"
         ) from error
-    layout = Layout(stored.tensor, stored.pipeline)
+    layout = RankGrid(stored.tensor, stored.pipeline)
     if len(programs) != layout.ranks:
         raise BadEnvironment(
             f"{manifest}: {len(programs)} programs for {layout.ranks} ranks; run `trireme build` again"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.ranks.program import Communicate, Layout, RankProgram, RunGraph
+from runtime.ranks.program import Communicate, RankGrid, RankProgram, RunGraph
 from runtime.rows import CacheShape, Pools
 from runtime.session import open_session
 
@@ -55,7 +55,7 @@ class Worker:
         self._sessions: dict[int, onnxruntime.InferenceSession] = {}
         self._states: Arrays = {}
 
-    def load(self, program: RankProgram | None, layout: Layout) -> None:
+    def load(self, program: RankProgram | None, layout: RankGrid) -> None:
         """Every process takes part, idle ones too: groups of ranks are made by all of them together."""
         groups = [self._dist.new_group(list(layout.stage(stage))) for stage in range(layout.pipeline)]
         self._layout, self._program, self._states, self._sessions = layout, program, {}, {}

@@ -23,7 +23,7 @@ def work_done(page: str, model: str) -> float | None:
     return None
 
 
-class Progress:
+class ServerProgress:
     """Compares looks at one server's metrics."""
 
     def __init__(self, address: str, model: str) -> None:

@@ -20,7 +20,7 @@ from runtime.errors import BadEnvironment, NotProven, ProofOverdue, ServerFault
 from runtime.server.health import Health
 from runtime.server.launch import Ports, TritonServer
 from runtime.server.probing import PROBE_TIMEOUT_S, Failure, Probe, failure_of
-from runtime.server.progress import Progress
+from runtime.server.progress import ServerProgress
 from runtime.server.server_proof import ServerProof
 from runtime.server.staging import StagedVersions
 from runtime.server.supervision import STANDSTILL_S, Act, Action, Event, Supervision
@@ -29,7 +29,7 @@ _LOOK_S = 0.1  # between two looks at whether something has died, and at being a
 
 
 @dataclass(frozen=True)
-class Pace:
+class ProbePace:
     """`interval_s` between probes; `standstill_s`: so long may nothing be done while work waits."""
 
     interval_s: float = 2.0
@@ -50,12 +50,12 @@ class Supervisor:
         server: TritonServer,
         versions: StagedVersions | None = None,
         health: Health | None = None,
-        pace: Pace | None = None,
+        pace: ProbePace | None = None,
         report: Callable[[str], None] = lambda message: None,
     ) -> None:
         self._server, self._versions, self._report = server, versions, report
         self._stopped = threading.Event()
-        self._health, self._pace = health or Health(), pace or Pace()
+        self._health, self._pace = health or Health(), pace or ProbePace()
         self._prober = ThreadPoolExecutor(1, "probe")
         self._probing: Future[Failure | None] | None = None
         self._due = 0.0
@@ -63,7 +63,7 @@ class Supervisor:
 
     def _open(self) -> None:
         self._client = Probe(self._server.grpc_address, self._server.probe_id, self._pace.timeout_s)
-        self._progress = Progress(self._server.metrics_address, self._server.settings.ensemble)
+        self._progress = ServerProgress(self._server.metrics_address, self._server.settings.ensemble)
         given_up = self._stopped.is_set
         self._proof = ServerProof(self._server, self._versions, self._client.client, self._report, given_up)
 

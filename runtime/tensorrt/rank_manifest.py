@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from runtime.errors import BadEnvironment
-from runtime.ranks.program import Layout
+from runtime.ranks.program import RankGrid
 
 MANIFEST = "engines.json"
 
@@ -44,8 +44,8 @@ class EngineManifest(_Stored):
     ranks: tuple[RankEngines, ...]
 
     @property
-    def layout(self) -> Layout:
-        return Layout(self.tensor, self.pipeline)
+    def layout(self) -> RankGrid:
+        return RankGrid(self.tensor, self.pipeline)
 
     def save(self, folder: Path) -> Path:
         file = folder / MANIFEST

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.ranks.program import Layout
+from runtime.ranks.program import RankGrid
 from runtime.ranks.worker import die_with_parent, serve
 from runtime.step import Batch, Copy, Logits
 from runtime.tensorrt.cuda import Cuda, load_runtime, pin_device
@@ -34,7 +34,7 @@ class EngineProgram:
     the stage.
     """
 
-    layout: Layout
+    layout: RankGrid
     flavour: Flavour
     files: tuple[Path, ...]
     capacities: tuple[int, ...]
@@ -63,7 +63,7 @@ class EngineWorker:
         self._nccl: Any = None
         self._world: Communicator | None = None
 
-    def identify(self, layout: Layout, device: int) -> tuple[bytes, bytes]:
+    def identify(self, layout: RankGrid, device: int) -> tuple[bytes, bytes]:
         """Ids for the communicator of all ranks and for that of the stage; empty where another rank makes them.
 
         `device` is the GPU's number on this machine.

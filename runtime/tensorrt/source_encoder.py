@@ -13,7 +13,7 @@ from runtime.tensorrt.cuda import Box, Cuda
 from runtime.tensorrt.engine import ALIGNMENT, CROSS, EnginePool, Launcher, bind_address, require
 
 
-class Encoder:
+class SourceEncoder:
     """One source at a time, so it has one context; `pool` is any of the decoder's, whose rows it fills."""
 
     def __init__(self, engine: Any, longest: int, cuda: Cuda, launcher: Launcher, pool: EnginePool) -> None:

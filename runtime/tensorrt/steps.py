@@ -20,7 +20,7 @@ from runtime.step import Batch, Copy, Logits, Row, Tokens
 from runtime.tensorrt.cuda import Cuda
 from runtime.tensorrt.engine import ALIGNMENT, TOP, At, EnginePool, Launcher, Port
 from runtime.tensorrt.logits import DeviceLogits
-from runtime.tensorrt.source_encoder import Encoder
+from runtime.tensorrt.source_encoder import SourceEncoder
 
 _INT64 = 8
 _STEP_PORTS = (
@@ -71,7 +71,7 @@ class DeviceSteps:
         ]
         if bool(self.pools[0].cross) != (encoder is not None):
             raise BadEnvironment(f"the decoder's engine {'needs' if encoder is None else 'takes no'} encoder")
-        self._encoder = None if encoder is None else Encoder(encoder, longest, cuda, launcher, self.pools[0])
+        self._encoder = None if encoder is None else SourceEncoder(encoder, longest, cuda, launcher, self.pools[0])
         self._source_lengths = np.ones((len(capacities), rows), np.int64)
         self.vocabulary = self.pools[0].vocabulary
         self._staging = cuda.pinned(_STAGED_CALLS * self._bytes).reshape(_STAGED_CALLS, self._bytes)

@@ -139,7 +139,7 @@ def test_a_head_in_fp16_and_served_width(bert_copy: Path, tmp_path: Path) -> Non
     import torch
     from safetensors.torch import save_file
 
-    from builders.repository.encoder_config import Interface
+    from builders.repository.encoder_config import EncoderInterface
 
     _modules(bert_copy, "Transformer", "Pooling", "Dense")
     _write(bert_copy, "1_Pooling/config.json", {"embedding_dimension": 32, "pooling_mode": "cls"})
@@ -149,7 +149,7 @@ def test_a_head_in_fp16_and_served_width(bert_copy: Path, tmp_path: Path) -> Non
     (tmp_path / "out").mkdir()
     graph = export_encoder(checkpoint, "fp16", TEXTS, tmp_path / "out")
     assert graph.quality.worst_cosine > 0.9999  # type: ignore[union-attr]
-    assert Interface.of(checkpoint).width == 16
+    assert EncoderInterface.of(checkpoint).width == 16
 
 
 def test_an_older_head_is_a_pickle_that_must_be_asked_for(bert_copy: Path, tmp_path: Path) -> None:

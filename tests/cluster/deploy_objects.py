@@ -9,7 +9,7 @@ from typing import Any
 
 from cluster.api import Cluster
 from cluster.kinds import ObjectName, Resource
-from cluster.rollout import Patience, Progress
+from cluster.rollout import Patience, RolloutProgress
 from tests.cluster.fake_api import serving, write_kubeconfig
 from tests.cluster.fake_cluster import FakeCluster
 from tests.cluster.fake_controllers import running
@@ -66,7 +66,7 @@ class Seen:
     """A report that keeps every look."""
 
     def __init__(self) -> None:
-        self.looks: list[list[Progress]] = []
+        self.looks: list[list[RolloutProgress]] = []
 
     def __call__(self, found: Any) -> None:
         self.looks.append(list(found))

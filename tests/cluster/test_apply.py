@@ -16,7 +16,7 @@ from cluster.apply import apply, dry_run, in_order
 from cluster.deploy import deploy
 from cluster.diff import changes_text
 from cluster.errors import ClusterError
-from cluster.refusal import Action, refused
+from cluster.refusal import Operation, refused
 from cluster.rights import needed_to_apply, require_rights
 from tests.cluster.deploy_objects import (
     CONFIG_MAPS,
@@ -206,7 +206,7 @@ def test_quota(cluster: Cluster, fake: FakeCluster) -> None:
     ],
 )
 def test_each_refusal_has_a_next_step(code: int, message: str, expected: str) -> None:
-    found = refused(Action("patch", DEPLOYMENTS, "prod", "server"), code, {"message": message})
+    found = refused(Operation("patch", DEPLOYMENTS, "prod", "server"), code, {"message": message})
     assert str(found).startswith(f"patch deployments.apps server in namespace prod: got {message}; expected ")
     assert expected in found.fix
     assert found.code == code

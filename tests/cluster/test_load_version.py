@@ -21,7 +21,7 @@ from cluster.deploy import deploy
 from cluster.errors import ClusterError, RolloutError
 from cluster.load_version import (
     CONTROL_HEADER,
-    Pace,
+    LoadPace,
     PodPorts,
     allows,
     load_version,
@@ -39,7 +39,7 @@ from tests.cluster.deploy_objects import CONFIG_MAPS, PATIENCE, SERVER, connecte
 from tests.cluster.fake_cluster import FakeCluster
 
 SECRET = "open-sesame"
-PACE = Pace(load_s=20, ready_s=0.5, pause_s=0.02)
+PACE = LoadPace(load_s=20, ready_s=0.5, pause_s=0.02)
 VERSION = 2
 
 

@@ -15,9 +15,9 @@ from builders.judging.perplexity import continuation_losses
 from builders.repository.encoder_config import to_pbtxt
 from builders.repository.generator_config import generator_config
 from runtime.generation.cache import SlotCache
-from runtime.generation.engine import Engine
+from runtime.generation.engine import GenerationEngine
 from runtime.generation.executor.onnxruntime import OnnxRuntimeStepExecutor
-from runtime.generation.request import Limits, Tokens
+from runtime.generation.request import RequestLimits, Tokens
 from runtime.generation.scheduler import Scheduler
 from runtime.proof.record import PROOF_FILE, GeneratorProof, ProofRow
 from runtime.settings import GeneratorModelSettings, ServedModel, ServerSettings
@@ -67,17 +67,17 @@ def engine_over(
     call_cost: int | None = None,
     end_ids: tuple[int, ...] = (),
     start: int | None = None,
-) -> Engine:
+) -> GenerationEngine:
     """`start` is the token that outputs begin with where an encoder reads the prompts."""
     cache = SlotCache(capacities, slots, kept)
     cost = executor.call_cost if call_cost is None else call_cost
     scheduler = Scheduler(
         cache, chunk_tokens=chunk, queue_size=queue, call_cost=cost, stages=executor.stages, encoder=start is not None
     )
-    return Engine(executor, scheduler, Limits(executor.vocabulary, capacities[-1], 16, end_ids, start))
+    return GenerationEngine(executor, scheduler, RequestLimits(executor.vocabulary, capacities[-1], 16, end_ids, start))
 
 
-def real_engine(graph: Path, capacities: Sequence[int], slots: int, **options: int) -> Engine:
+def real_engine(graph: Path, capacities: Sequence[int], slots: int, **options: int) -> GenerationEngine:
     kept = options.pop("kept", 2)
     executor = OnnxRuntimeStepExecutor(graph, capacities, slots + kept, threads=1)
     return engine_over(executor, capacities, slots, kept=kept, **options)

@@ -11,10 +11,10 @@ import pytest
 from measure.bench.bare_loop import bare_loop
 from runtime.errors import BadEnvironment, BadRequest, ServerFault
 from runtime.generation.cache import capacity_ladder
-from runtime.generation.engine import Engine, generate
+from runtime.generation.engine import GenerationEngine, generate
 from runtime.generation.executor.onnxruntime import OnnxRuntimeStepExecutor
 from runtime.generation.opening import TextTokenizer
-from runtime.generation.request import Limits, SamplingParams, Tokens, Update
+from runtime.generation.request import RequestLimits, SamplingParams, Tokens, Update
 from runtime.session import open_session
 from tests.generation.setup import VOCABULARY, prompts, real_engine, write_tokenizer
 
@@ -120,7 +120,7 @@ def test_logprobs_are_those_of_the_model(decoder_graph: Path) -> None:
 def test_text_streams_and_stop_strings_end_it(decoder_graph: Path, tmp_path: Path) -> None:
     tokenizer = TextTokenizer(write_tokenizer(tmp_path / "tokenizer.json"), VOCABULARY)
     base = real_engine(decoder_graph, (64,), 2)
-    engine = Engine(base.executor, base.scheduler, base.limits, tokenizer.fast)
+    engine = GenerationEngine(base.executor, base.scheduler, base.limits, tokenizer.fast)
 
     def ask(**changes: object) -> tuple[str, str | None]:
         engine.submit(prompts(3)[2], SamplingParams(**{"max_tokens": 30, **changes}))  # type: ignore[arg-type]
@@ -153,7 +153,7 @@ def test_a_model_that_gives_nan_fails_the_request_alone(decoder_graph: Path) -> 
             return logits
 
     base = real_engine(decoder_graph, (64,), 4)
-    engine = Engine(Spoiling(base.executor), base.scheduler, base.limits)  # type: ignore[arg-type]
+    engine = GenerationEngine(Spoiling(base.executor), base.scheduler, base.limits)  # type: ignore[arg-type]
     for prompt in prompts(3):
         engine.submit(prompt, SamplingParams(max_tokens=5))
     updates: list[Update] = []
@@ -189,7 +189,7 @@ def test_requests_that_do_not_fit(prompt: list[int], params: SamplingParams, sai
     from runtime.generation.request import Request
 
     with pytest.raises(BadRequest, match=said):
-        Limits(VOCABULARY, 64, 16).room(Request(1, np.array(prompt, np.int64), params))
+        RequestLimits(VOCABULARY, 64, 16).room(Request(1, np.array(prompt, np.int64), params))
 
 
 def test_graphs_and_tokenizers_that_do_not_fit(decoder_graph: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from runtime.errors import BadEnvironment, ServerFault, Unavailable
-from runtime.generation.engine import Engine, generate
+from runtime.generation.engine import GenerationEngine, generate
 from runtime.generation.opening import _limits
 from runtime.generation.recovery import MOST_FAULTS
 from runtime.generation.request import SamplingParams, Update
@@ -84,7 +84,7 @@ class Run:
         self.executor = Faulty(self.calls, stages, encoder=encoder)
         self.encoder = encoder
         base = engine_over(self.executor, CAPACITIES, SLOTS, start=START if encoder else None)
-        self.engine = Engine(
+        self.engine = GenerationEngine(
             base.executor, base.scheduler, base.limits, self.letters, clock=lambda: self.now, sampler=self._sample
         )
         self.asked: dict[int, tuple[list[int], SamplingParams]] = {}

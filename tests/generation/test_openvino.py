@@ -14,7 +14,7 @@ from builders.artifacts import OnnxGraph
 from builders.export.decoder import export_decoder
 from builders.quantize.weight_only import RECIPES, write_quantised
 from runtime.errors import BadEnvironment, ServerFault
-from runtime.generation.engine import Engine, generate
+from runtime.generation.engine import GenerationEngine, generate
 from runtime.generation.executor.onnxruntime import OnnxRuntimeStepExecutor
 from runtime.generation.executor.openvino import OpenVinoStepExecutor
 from runtime.generation.request import SamplingParams
@@ -55,7 +55,7 @@ def _poisoned(graph: Path, capacities: tuple[int, ...] = (CAPACITY,), rows: int 
     return executor
 
 
-def _engine(graph: Path, slots: int, chunk: int = 16, capacities: tuple[int, ...] = (64,)) -> Engine:
+def _engine(graph: Path, slots: int, chunk: int = 16, capacities: tuple[int, ...] = (64,)) -> GenerationEngine:
     return engine_over(_poisoned(graph, capacities, slots + 2), capacities, slots, chunk=chunk)
 
 

@@ -17,7 +17,7 @@ from runtime.errors import Unavailable
 from runtime.generation.engine import generate
 from runtime.generation.executor.rank_processes import RankStepExecutor
 from runtime.generation.request import SamplingParams
-from runtime.ranks.program import Layout
+from runtime.ranks.program import RankGrid
 from runtime.ranks.stored import StoredPrograms, save_programs
 from runtime.rows import CacheShape
 from tests.generation.setup import VOCABULARY, engine_over, prompts, real_engine
@@ -31,7 +31,7 @@ GREEDY = SamplingParams(max_tokens=12)
 def _ranks(graph: Path, folder: Path, tensor: int, pipeline: int, slots: int = 4) -> RankStepExecutor:
     partition = partition_graph(graph, tensor, pipeline, folder / "parts")
     outputs = tuple(port.name for port in partition.outputs)
-    programs = StoredPrograms(Layout(tensor, pipeline), outputs, tuple(rank_programs(partition)))
+    programs = StoredPrograms(RankGrid(tensor, pipeline), outputs, tuple(rank_programs(partition)))
     manifest = save_programs(programs, partition.directory)[-1]
     shape = CacheShape(heads=2 // tensor, head_dim=8, dtype="float32")
     return RankStepExecutor(manifest, CAPACITIES, slots + 2, shape=shape, vocabulary=VOCABULARY, threads=1)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from runtime.errors import TooLate, Unavailable
-from runtime.generation.engine import Engine, generate
+from runtime.generation.engine import GenerationEngine, generate
 from runtime.generation.grouping import choose_pools, pool_for, regroup
 from runtime.generation.request import SamplingParams, Update
 from tests.generation.ledger import VOCABULARY, Ledger, continuation
@@ -43,7 +43,7 @@ class Traffic(RuleBasedStateMachine):
             self.ledger, capacities, slots, kept=kept, chunk=chunk, queue=slots + 1, call_cost=cost,
             start=START if encoder else None,
         )  # fmt: skip
-        self.engine = Engine(engine.executor, engine.scheduler, engine.limits, clock=lambda: self.now)
+        self.engine = GenerationEngine(engine.executor, engine.scheduler, engine.limits, clock=lambda: self.now)
         self.prompts: dict[int, list[int]] = {}
         self.room: dict[int, int] = {}
         self.outputs: dict[int, list[int]] = {}
@@ -205,7 +205,7 @@ def test_a_finished_prompt_is_not_computed_again() -> None:
 def test_a_full_queue_refuses_and_a_late_request_is_told_so() -> None:
     now = [0.0]
     base = engine_over(Ledger((32,), 2), (32,), 1, kept=1, queue=2)
-    engine = Engine(base.executor, base.scheduler, base.limits, clock=lambda: now[0])
+    engine = GenerationEngine(base.executor, base.scheduler, base.limits, clock=lambda: now[0])
     numbers = [
         engine.submit(np.array([1]), SamplingParams(max_tokens=20), timeout_s=timeout) for timeout in (5, 9, 9, 9)
     ]

@@ -10,9 +10,9 @@ import pytest
 from builders.export.seq2seq import write_graphs
 from runtime.errors import BadRequest
 from runtime.generation.cache import SlotCache
-from runtime.generation.engine import Engine, generate
+from runtime.generation.engine import GenerationEngine, generate
 from runtime.generation.executor.onnxruntime import OnnxRuntimeStepExecutor
-from runtime.generation.request import Limits, SamplingParams
+from runtime.generation.request import RequestLimits, SamplingParams
 from runtime.generation.scheduler import Scheduler
 from tests.generators import eager_logits, generator_checkpoint, make_generator, save_generator
 
@@ -27,12 +27,14 @@ def graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _engine(graphs: Path, capacities: tuple[int, ...], slots: int) -> Engine:
+def _engine(graphs: Path, capacities: tuple[int, ...], slots: int) -> GenerationEngine:
     executor = OnnxRuntimeStepExecutor(
         graphs / "decoder.onnx", capacities, slots + 2, encoder=graphs / "encoder.onnx", threads=1
     )
     scheduler = Scheduler(SlotCache(capacities, slots, 2), chunk_tokens=16, queue_size=100, call_cost=4, encoder=True)
-    return Engine(executor, scheduler, Limits(executor.vocabulary, capacities[-1], 16, decoder_start_id=START))
+    return GenerationEngine(
+        executor, scheduler, RequestLimits(executor.vocabulary, capacities[-1], 16, decoder_start_id=START)
+    )
 
 
 def test_tokens_are_those_of_the_model(graphs: Path) -> None:

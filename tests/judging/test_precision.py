@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from builders.artifacts import Candidate, Processor, Quality
+from builders.artifacts import PrecisionCandidate, Processor, Quality
 from builders.errors import QualityError
 from builders.judging.precision import AS_FAST, WIDEST_FIRST, candidates, decide, warning
 from builders.judging.speed import ROUNDS, decoder_work, speed_ratio
@@ -60,8 +60,8 @@ def test_the_processor_is_read_as_it_stands() -> None:
     assert this_processor().capabilities  # whatever this machine is
 
 
-def _measured(**speeds: float) -> list[Candidate]:
-    return [Candidate(precision=name, speed=speed, quality=FIGURES) for name, speed in speeds.items()]  # type: ignore[arg-type]
+def _measured(**speeds: float) -> list[PrecisionCandidate]:
+    return [PrecisionCandidate(precision=name, speed=speed, quality=FIGURES) for name, speed in speeds.items()]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_the_fastest_is_taken_and_the_wider_of_two_as_fast(speeds: dict[str, flo
 
 
 def test_one_that_was_refused_is_never_taken_however_fast() -> None:
-    refused = Candidate(
+    refused = PrecisionCandidate(
         precision="int8", speed=9.0, quality=FIGURES, reason="refused: mean cosine 0.9964 (budget 0.998)"
     )
     taken, judged = decide([refused, *_measured(fp32=1.0)], "m")

@@ -16,7 +16,7 @@ import yaml
 
 from loadtest.drive.run import run_load
 from loadtest.errors import LoadInputError
-from loadtest.plan import LoadPlan, Progress
+from loadtest.plan import LoadPlan, RunProgress
 from loadtest.report.record import read_report
 from loadtest.requests.prompts import Lengths, Prompt, StreamLoad
 from loadtest.requests.streaming import StreamConnection
@@ -121,7 +121,7 @@ def test_arrivals_go_on_while_the_server_is_dead(repository: Path, texts: Path) 
     """In the open loop a failure thins no load. 40 requests/s for 4 s: 160, with a standard deviation of 13."""
     with ready_server(repository) as server:
 
-        def kill_under_load(progress: Progress) -> None:
+        def kill_under_load(progress: RunProgress) -> None:
             if progress.elapsed_s >= 3:  # the window begins within 2 s
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(server.pid, signal.SIGKILL)

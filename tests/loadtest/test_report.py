@@ -21,7 +21,7 @@ from loadtest.report.summary import render_text
 from loadtest.requests.interface import Interface
 from loadtest.seen.intervals import Interval
 from loadtest.seen.recording import Trace
-from loadtest.seen.server import Identity, Snapshot, Target
+from loadtest.seen.server import Identity, Snapshot, TestedServer
 
 START = 1_000_000.4  # the window of a plan with one second of warm-up begins at 1000002
 EVIL = '<script>alert("x")</script>$a_b$'
@@ -61,7 +61,7 @@ def _evidence(*, failures: int = 0, identity: Identity | None = None, **changes:
     return Evidence(
         plan=plan,
         texts=("a", "b"),
-        target=Target(Interface(("text",), "embedding", 8, ("token_count", "truncated")), "2.51.0", ("core",)),
+        target=TestedServer(Interface(("text",), "embedding", 8, ("token_count", "truncated")), "2.51.0", ("core",)),
         trace=trace,
         before=Snapshot(at=10, statistics=early, client_cpu_s=1, server_cpu_s=2, identity=identity),
         after=Snapshot(at=14, statistics=late, client_cpu_s=2, server_cpu_s=4, identity=identity),

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from loadtest.drive.run import _generator, _progress_of, run_load
 from loadtest.drive.stopping import Stop
 from loadtest.errors import LoadInputError, LoadRunError
-from loadtest.plan import LoadPlan, Progress, check_plan
+from loadtest.plan import LoadPlan, RunProgress, check_plan
 from loadtest.requests.connection import kind_of_status
 from loadtest.requests.interface import Interface, RequestError, interface_from_metadata
 from loadtest.requests.texts import dice_of_user, read_texts
@@ -208,7 +208,7 @@ def test_server_elsewhere_has_no_process_here() -> None:
     assert listening_process("triton.example:8001") is None
 
 
-def _run(code: str, folder: Path, plan: LoadPlan) -> list[Progress]:
+def _run(code: str, folder: Path, plan: LoadPlan) -> list[RunProgress]:
     with _generator([sys.executable, "-c", code], folder / "log") as process:
         seen = list(_progress_of(process, plan, Stop()))
     assert process.poll() is not None

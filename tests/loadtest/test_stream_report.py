@@ -23,7 +23,7 @@ from loadtest.seen.counters import Ledger, generator_between, generator_counters
 from loadtest.seen.figures import Counted, figures_of
 from loadtest.seen.histogram import CURVE_PERCENTS, PERCENTILE_ERROR
 from loadtest.seen.recording import Cell, Trace
-from loadtest.seen.server import Identity, Snapshot, Target, snapshot
+from loadtest.seen.server import Identity, Snapshot, TestedServer, snapshot
 from runtime.server.launch import Ports
 from tests.loadtest.test_report import Page
 
@@ -122,7 +122,7 @@ def _evidence(
     pages = [generator_counters(_page(tokens, tokens // 2), "tiny") for tokens in (0, 40)]
     known = Identity(model="tiny", digest="d")
     ends = [Snapshot(at, {}, at, None, known, generator=page) for at, page in zip((10, 14), pages, strict=True)]
-    return Evidence(plan, TEXTS, Target(None, "2.51.0", ("tiny",)), trace, ends[0], ends[1], ledger)
+    return Evidence(plan, TEXTS, TestedServer(None, "2.51.0", ("tiny",)), trace, ends[0], ends[1], ledger)
 
 
 def _report(**changes: object) -> LoadReport:
@@ -260,7 +260,7 @@ def test_a_load_that_every_client_leaves_is_judged_by_what_it_shows() -> None:
 
 def test_counters_that_could_not_be_read_are_no_zeros() -> None:
     nobody = f"127.0.0.1:{Ports.free().grpc}"
-    unread = snapshot("tiny", Target(None, "2.51.0", ("tiny",)), nobody, nobody, os.getpid())
+    unread = snapshot("tiny", TestedServer(None, "2.51.0", ("tiny",)), nobody, nobody, os.getpid())
     assert unread.generator is None
     report = report_from_evidence(replace(_evidence(), before=unread), "spec")
     assert report.generator is None

@@ -16,7 +16,7 @@ import pytest
 from loadtest.drive.run import run_load
 from loadtest.drive.stopping import Stop
 from loadtest.errors import LoadInputError
-from loadtest.plan import LoadPlan, Progress
+from loadtest.plan import LoadPlan, RunProgress
 from loadtest.report.page import render_html
 from loadtest.report.record import LoadReport, read_report
 from loadtest.report.slo import check_slo
@@ -145,7 +145,7 @@ class Limits:
 
 
 def test_both_protocols_give_a_report_that_names_the_weights(server: TritonServer, texts: Path, tmp_path: Path) -> None:
-    seen: list[Progress] = []
+    seen: list[RunProgress] = []
     report = run_load(_plan(server, texts, protocol="both"), spec_name="toy-spec", on_progress=seen.append)
     assert seen
     assert seen[-1].answered > 0
@@ -238,7 +238,7 @@ def test_server_that_dies_during_the_run_shows_as_unavailable(repository: Path, 
     with TritonServer(repository, Ports.free()) as server:
         _wait_ready(server)
 
-        def kill_under_load(progress: Progress) -> None:
+        def kill_under_load(progress: RunProgress) -> None:
             if progress.elapsed_s >= 2:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(server.pid, signal.SIGKILL)
@@ -269,7 +269,7 @@ def test_a_run_that_is_stopped_reports_what_it_measured(server: TritonServer, te
     """By two workers, whose last words still reach the report."""
     stop = Stop()
 
-    def ask_to_stop(progress: Progress) -> None:
+    def ask_to_stop(progress: RunProgress) -> None:
         stop.asked = progress.elapsed_s >= 5
 
     report = run_load(_plan(server, texts, processes=2, duration_s=60), on_progress=ask_to_stop, stop=stop)
@@ -324,7 +324,7 @@ def _answered(server: TritonServer) -> int:
 def test_nothing_is_left_running(server: TritonServer, texts: Path) -> None:
     import psutil
 
-    def interrupt(_: Progress) -> None:
+    def interrupt(_: RunProgress) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -21,7 +21,7 @@ from loadtest.seen.counters import RequestLedger
 from loadtest.seen.histogram import LatencyHistogram, samples_for
 from loadtest.seen.intervals import Interval
 from loadtest.seen.recording import Trace
-from loadtest.seen.server import Identity, Snapshot, Target
+from loadtest.seen.server import Identity, Snapshot, TestedServer
 from tests.loadtest.test_report import Limits, Page
 
 START = 1_000_000.0
@@ -31,7 +31,7 @@ def _evidence(trace: Trace, *, requests: RequestLedger | None = None, **changes:
     plan = LoadPlan.model_validate(
         {"model": "m", "texts_file": "t", "users": 2, "duration_s": 30, "warm_up_s": 0, **changes}
     )
-    target = Target(Interface(("text",), "embedding", 8, ()), "2.51.0", ("m",))
+    target = TestedServer(Interface(("text",), "embedding", 8, ()), "2.51.0", ("m",))
     ends = [Snapshot(at, {}, at, None, Identity(model="m", digest="d")) for at in (0.0, 30.0)]
     return Evidence(plan, ("a",), target, trace, ends[0], ends[1], requests=requests)
 

@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from builders.training.recipe import Recipe
+from builders.training.recipe import TrainingRecipe
 from measure.bench.generation_peer_process import PEERS, Timing, Workload, measure, perplexity
 from measure.bench.generation_peers import run_all
 from measure.bench.random_llama import random_llama, random_prompts
 
 # 128 wide, and blocks of 32: what every peer's converter takes.
-TINY = Recipe(vocabulary=640, hidden=128, layers=1, heads=4, kv_heads=2, ffn=256, context=64, tokens_per_step=64)
+TINY = TrainingRecipe(
+    vocabulary=640, hidden=128, layers=1, heads=4, kv_heads=2, ffn=256, context=64, tokens_per_step=64
+)
 
 
 @pytest.fixture(scope="module")

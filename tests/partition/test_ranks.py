@@ -17,7 +17,7 @@ from onnx import TensorProto, helper
 
 from runtime.errors import ServerFault
 from runtime.ranks.group import RankGroup
-from runtime.ranks.program import Communicate, Layout, RankProgram, RunGraph, Transfer
+from runtime.ranks.program import Communicate, RankGrid, RankProgram, RunGraph, Transfer
 
 PATIENCE_SECONDS = 30.0
 
@@ -60,23 +60,23 @@ def alive(pid: int) -> bool:
 
 def test_collectives_states_and_stages(pair: RankGroup) -> None:
     feeds = [{"x": np.float32([rank + 1])} for rank in range(2)]
-    pair.load([program(Communicate("all_reduce", "y", "z", 2))] * 2, Layout(2, 1))
+    pair.load([program(Communicate("all_reduce", "y", "z", 2))] * 2, RankGrid(2, 1))
     assert [result["z"].tolist() for result in pair.run(feeds, ["z"], seconds=20)] == [[6.0], [6.0]]
-    pair.load([program(Communicate("all_gather", "y", "z", 2))] * 2, Layout(2, 1))
+    pair.load([program(Communicate("all_gather", "y", "z", 2))] * 2, RankGrid(2, 1))
     assert [result["z"].tolist() for result in pair.run(feeds, ["z"], seconds=20)] == [[2.0, 4.0], [2.0, 4.0]]
     kept = [program(Communicate("all_reduce", "y", "z", 2), states=(("z", "x"),))] * 2
-    pair.load(kept, Layout(2, 1))
+    pair.load(kept, RankGrid(2, 1))
     pair.run(feeds, [], seconds=20)
     assert pair.run([{}, {}], ["z"], seconds=20)[0]["z"].tolist() == [24.0]
     first = RankProgram("", (doubled(),), ("x",), ("y",), sent=(Transfer("y", 1),))
     second = RankProgram("", (RunGraph(doubled().model, ("x",), ("y",)),), (), ("y",), received=(Transfer("x", 0),))
     named = RankProgram("", first.steps, ("x",), ("y",), sent=(Transfer("x", 1),))
-    pair.load([named, second], Layout(1, 2))
+    pair.load([named, second], RankGrid(1, 2))
     assert pair.run([{"x": np.float32([[1, 2]])}, {}], ["y"], seconds=20)[1]["y"].tolist() == [[2.0, 4.0]]
 
 
 def test_wrong_number_of_ranks_in_the_graph(pair: RankGroup) -> None:
-    pair.load([program(Communicate("all_reduce", "y", "z", 4))] * 2, Layout(2, 1))
+    pair.load([program(Communicate("all_reduce", "y", "z", 4))] * 2, RankGrid(2, 1))
     pids = pair.processes
     with pytest.raises(ServerFault, match="for 4 ranks, the stage has 2"):
         pair.run([{"x": np.float32([1])}] * 2, ["z"], seconds=20)
@@ -86,7 +86,7 @@ def test_wrong_number_of_ranks_in_the_graph(pair: RankGroup) -> None:
 
 
 def test_rank_that_dies_ends_the_group(pair: RankGroup) -> None:
-    pair.load([program(Communicate("all_reduce", "y", "z", 2))] * 2, Layout(2, 1))
+    pair.load([program(Communicate("all_reduce", "y", "z", 2))] * 2, RankGrid(2, 1))
     pids = pair.processes
     os.kill(pids[1], signal.SIGKILL)
     begun = time.monotonic()
@@ -97,7 +97,7 @@ def test_rank_that_dies_ends_the_group(pair: RankGroup) -> None:
 
 
 def test_rank_that_hangs_ends_the_group(pair: RankGroup) -> None:
-    pair.load([program(Communicate("all_reduce", "y", "z", 2))] * 2, Layout(2, 1))
+    pair.load([program(Communicate("all_reduce", "y", "z", 2))] * 2, RankGrid(2, 1))
     pids = pair.processes
     os.kill(pids[0], signal.SIGSTOP)
     with pytest.raises(ServerFault, match="no answer from rank 0, 1 within 1 s"):

@@ -16,7 +16,7 @@ from builders.errors import CheckError, InputError, UnsupportedError
 from builders.partition.cut.shard import partition_graph
 from builders.planning.gpus import GIGA, GPUS
 from builders.planning.page import map_of_partition, page
-from builders.planning.plan import Load, best, divides, plan, plan_stages, shortlist, step_seconds
+from builders.planning.plan import ExpectedLoad, best, divides, plan, plan_stages, shortlist, step_seconds
 from builders.planning.report import layout_rows, report_page, report_plan
 from builders.planning.transformer import Model, model_from_config
 from measure.bench.decoder_graph import DecoderShape, write_decoder
@@ -25,7 +25,7 @@ GOLDEN = Path(__file__).parent / "golden" / "plan-minilm.json"
 
 LLAMA_8B = Model(layers=32, hidden=4096, heads=32, kv_heads=8, head_dim=128, ffn=14336, vocabulary=128256)
 LLAMA_70B = Model(layers=80, hidden=8192, heads=64, kv_heads=8, head_dim=128, ffn=28672, vocabulary=128256)
-CHAT = Load(sequences=16, prompt_tokens=1024, output_tokens=256)
+CHAT = ExpectedLoad(sequences=16, prompt_tokens=1024, output_tokens=256)
 
 
 def test_parameters_are_those_of_the_published_models() -> None:
@@ -109,7 +109,7 @@ def test_decoding_is_bound_by_memory_and_prefill_by_compute() -> None:
 
 @given(sequences=st.integers(1, 64), prompt=st.integers(1, 4096), output=st.integers(1, 1024))
 def test_more_load_never_takes_less(sequences: int, prompt: int, output: int) -> None:
-    load = Load(sequences=sequences, prompt_tokens=prompt, output_tokens=output)
+    load = ExpectedLoad(sequences=sequences, prompt_tokens=prompt, output_tokens=output)
     before = {(each.tensor, each.pipeline): each for each in plan(LLAMA_8B, GPUS["H200"], load) if each.replicas == 1}
     for key in ("sequences", "prompt_tokens", "output_tokens"):
         more = load.model_copy(update={key: getattr(load, key) + 7})
@@ -134,7 +134,7 @@ def test_sizes_from_a_config() -> None:
     model = model_from_config(config)
     assert (model.head_dim, model.gated, model.generates) == (32, False, False)
     assert plan_stages(model, 1, 1)[0].cache_bytes_per_token == 0
-    encoder = best(plan(model, GPUS["L4"], Load(sequences=32, prompt_tokens=128)))
+    encoder = best(plan(model, GPUS["L4"], ExpectedLoad(sequences=32, prompt_tokens=128)))
     assert encoder is not None
     assert encoder.gpus == 1
     with pytest.raises(InputError, match="vocab_size"):

@@ -26,7 +26,7 @@ from tritonclient.utils import InferenceServerException
 from builders import pipeline
 from cluster.deploy import deploy
 from cluster.errors import RolloutError
-from cluster.load_version import Pace, PodPorts, load_version
+from cluster.load_version import LoadPace, PodPorts, load_version
 from cluster.observe import observe
 from runtime.errors import BadEnvironment
 from runtime.pod.layout import Layout
@@ -40,7 +40,7 @@ from tests.cluster.fake_cluster import FakeCluster
 from tests.conftest import ALL_ONES, tiny_spec, wait_until
 
 SECRET = "a-secret-of-the-test"
-PACE = Pace(load_s=60, ready_s=20, pause_s=0.02)
+PACE = LoadPace(load_s=60, ready_s=20, pause_s=0.02)
 HERE = Node({}, None)
 
 

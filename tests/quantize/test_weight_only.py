@@ -17,7 +17,14 @@ from builders.errors import ParityError, QualityError, UnsupportedError
 from builders.export.decoder import export_decoder
 from builders.graph import describe, fix_dimension
 from builders.quantize.blocks import BLOCK, Bits, gptq, round_to_nearest
-from builders.quantize.weight_only import RECIPES, Recipe, compensate, find_products, quantize_weights, write_quantised
+from builders.quantize.weight_only import (
+    RECIPES,
+    WeightRecipe,
+    compensate,
+    find_products,
+    quantize_weights,
+    write_quantised,
+)
 from builders.spec import ProfileSlice, Range
 from runtime.session import open_session
 from tests.generators import TEXTS, generator_checkpoint, save_generator
@@ -121,7 +128,7 @@ def test_the_tied_head_is_quantised_and_the_lookup_is_not(
     exported: tuple[Checkpoint, OnnxGraph], tmp_path: Path
 ) -> None:
     file = tmp_path / "graph.onnx"
-    write_quantised(exported[1].file_path, Recipe("head in 8 bits", 4, 8), {}, file)
+    write_quantised(exported[1].file_path, WeightRecipe("head in 8 bits", 4, 8), {}, file)
     graph = onnx.load(str(file)).graph
     weights = {item.name: item for item in graph.initializer}
     table = next(node.input[0] for node in graph.node if node.op_type == "Gather" and node.input[1] == "input_ids")

@@ -13,7 +13,7 @@ import numpy as np
 from runtime.errors import ServerFault
 from runtime.ranks.group import RankGroup
 from runtime.ranks.hosts import Gathering, Hosts
-from runtime.ranks.program import Communicate, Layout
+from runtime.ranks.program import Communicate, RankGrid
 from tests.partition.test_ranks import program
 
 STEP_SECONDS = 100.0
@@ -28,7 +28,7 @@ def main() -> None:
             try:
                 if request.strip() == "group":
                     group = RankGroup(2, gathering=gathering)
-                    group.load([program(Communicate("all_reduce", "y", "z", 2))] * 2, Layout(2, 1))
+                    group.load([program(Communicate("all_reduce", "y", "z", 2))] * 2, RankGrid(2, 1))
                 assert group is not None
                 print("stepping", flush=True)
                 feeds = [{"x": np.array([rank + 1], np.float32)} for rank in range(2)]

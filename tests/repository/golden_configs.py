@@ -14,7 +14,7 @@ from builders import pipeline
 from builders.artifacts import PipelineStage
 from builders.checkpoint import load_checkpoint
 from builders.partition.cut.shard import plan_graph
-from builders.repository.encoder_config import Interface, model_configs, to_pbtxt
+from builders.repository.encoder_config import EncoderInterface, model_configs, to_pbtxt
 from builders.spec import PRESETS, DeploymentSpec, Flavour, Platform, load_spec
 from tests import ROOT
 
@@ -27,7 +27,7 @@ def expected(build_dir: Path) -> dict[Path, str]:
     files = {}
     for preset in sorted(path.stem for path in PRESETS.glob("*.yaml")):
         spec = load_spec(preset)
-        interface = Interface.of(load_checkpoint(spec.model))
+        interface = EncoderInterface.of(load_checkpoint(spec.model))
         stages = _stages(spec, build_dir)
         wanted: list[tuple[str, Platform, Flavour]] = [("cpu", "cpu", spec.engine.flavour)]
         wanted += [("gpu-tensorrt", "gpu", "tensorrt")]

@@ -14,7 +14,7 @@ from builders.checkpoint import load_checkpoint
 from builders.errors import CheckError
 from builders.pipeline import Build
 from builders.repository import publish
-from builders.repository.encoder_config import Interface, model_configs
+from builders.repository.encoder_config import EncoderInterface, model_configs
 from builders.repository.ensemble import check_ensemble
 from builders.spec import DeploymentSpec, load_spec
 from runtime.errors import BadEnvironment
@@ -36,7 +36,7 @@ def test_committed_configs_are_what_is_generated(minilm: Build) -> None:
 @pytest.fixture
 def configs() -> dict[str, Any]:
     spec = load_spec("minilm")
-    return model_configs(spec, "cpu", Interface.of(load_checkpoint(spec.model)))
+    return model_configs(spec, "cpu", EncoderInterface.of(load_checkpoint(spec.model)))
 
 
 def _step(configs: dict[str, Any], index: int) -> Any:
@@ -107,7 +107,7 @@ def test_the_spec_reaches_the_configs() -> None:
         "warmup": False,
     }
     spec = DeploymentSpec.model_validate({**preset.model_dump(), "serving": serving})
-    interface = Interface.of(load_checkpoint(spec.model))
+    interface = EncoderInterface.of(load_checkpoint(spec.model))
     cpu = model_configs(spec, "cpu", interface)
     encoder = cpu["minilm-encoder"]
     assert encoder.instance_group[0].count == 3
@@ -121,7 +121,7 @@ def test_the_spec_reaches_the_configs() -> None:
 def test_the_tensorrt_backend_picks_the_engine_by_gpu() -> None:
     spec = load_spec("minilm")
     spec = spec.model_copy(update={"engine": spec.engine.model_copy(update={"flavour": "tensorrt"})})
-    encoder = model_configs(spec, "gpu", Interface.of(load_checkpoint(spec.model)))["minilm-encoder"]
+    encoder = model_configs(spec, "gpu", EncoderInterface.of(load_checkpoint(spec.model)))["minilm-encoder"]
     assert encoder.backend == "tensorrt"
     assert dict(encoder.cc_model_filenames)["12.0"] == "model.sm120.plan"
     assert list(encoder.instance_group[0].profile) == ["0"]

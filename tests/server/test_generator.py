@@ -26,7 +26,7 @@ from runtime.client import infer_input
 from runtime.server.health import Health
 from runtime.server.launch import EXIT_TIMEOUT_S, Ports, TritonServer
 from runtime.server.probing import Failure
-from runtime.server.supervise import Pace, Supervisor
+from runtime.server.supervise import ProbePace, Supervisor
 from tests.conftest import wait_until
 from tests.generation.setup import write_repository
 
@@ -106,7 +106,7 @@ class Stream:
 
 
 @contextmanager
-def _supervised(root: Path, pace: Pace | None = None, health: Health | None = None) -> Iterator[Supervised]:
+def _supervised(root: Path, pace: ProbePace | None = None, health: Health | None = None) -> Iterator[Supervised]:
     asked_to_stop = threading.Event()
     with TritonServer(root, Ports.free()) as server:
         running = Supervised(server, health or Health())
@@ -201,7 +201,7 @@ def test_a_stub_that_dies_while_draining_holds_up_nobody(repository: Path) -> No
 
 
 def test_a_generator_that_hangs_is_started_again(repository: Path) -> None:
-    with _supervised(repository, Pace(interval_s=0.2, timeout_s=1.0, standstill_s=4.0)) as running:
+    with _supervised(repository, ProbePace(interval_s=0.2, timeout_s=1.0, standstill_s=4.0)) as running:
         stream = Stream(running.server.grpc_address, LONGEST - 20)
         assert stream.piece() is None
         running.stub().send_signal(signal.SIGSTOP)
@@ -228,7 +228,7 @@ def test_a_generator_with_more_than_it_can_do_stays_ready(repository: Path) -> N
     """For longer than a server may stand still, and than one success makes it ready."""
     health = HealthAndHistory()
     done = threading.Event()
-    with _supervised(repository, Pace(interval_s=0.1, timeout_s=0.5, standstill_s=6.0), health) as running:
+    with _supervised(repository, ProbePace(interval_s=0.1, timeout_s=0.5, standstill_s=6.0), health) as running:
 
         def ask() -> None:
             while not done.is_set():

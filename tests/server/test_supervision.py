@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.server.guardian import left
-from runtime.server.progress import Progress, work_done
+from runtime.server.progress import ServerProgress, work_done
 from runtime.server.stubs import Stubs
 from runtime.server.supervision import (
     FAILURES_BEFORE_REPAIR,
@@ -166,7 +166,7 @@ def page() -> Iterator[tuple[str, list[str]]]:
 
 def test_progress_is_a_change_since_the_last_look(page: tuple[str, list[str]]) -> None:
     address, texts = page
-    progress = Progress(address, "lm")
+    progress = ServerProgress(address, "lm")
     assert not progress.moved(), "nothing to compare with"
     assert not progress.moved()
     texts.append(GENERATOR.replace("2.5", "2.75"))
@@ -174,7 +174,7 @@ def test_progress_is_a_change_since_the_last_look(page: tuple[str, list[str]]) -
     assert not progress.moved()
     texts.append("a page of somebody else")
     assert not progress.moved()
-    assert not Progress("127.0.0.1:9", "lm").moved()
+    assert not ServerProgress("127.0.0.1:9", "lm").moved()
 
 
 def _process(proc: Path, number: int, parent: int, state: str) -> None:

@@ -18,9 +18,9 @@ from builders.export.seq2seq import write_graphs
 from measure.bench.bare_loop import bare_loop
 from runtime.errors import BadEnvironment, ServerFault, Unavailable
 from runtime.generation.cache import SlotCache
-from runtime.generation.engine import Engine, generate
+from runtime.generation.engine import GenerationEngine, generate
 from runtime.generation.executor.onnxruntime import OnnxRuntimeStepExecutor
-from runtime.generation.request import Limits, SamplingParams
+from runtime.generation.request import RequestLimits, SamplingParams
 from runtime.generation.scheduler import Scheduler
 from runtime.step import Batch, Copy, Row, StepExecutor
 from runtime.tensorrt import engine as engine_files
@@ -75,10 +75,12 @@ def test_encoder_decoders_attend_to_their_own_sources(tmp_path: Path) -> None:
     random = np.random.default_rng(2)
     sources = [random.integers(4, 300, size).astype(np.int64) for size in (3, 30, 9, 17, 3, 21, 8)]
 
-    def engine(executor: StepExecutor) -> Engine:
+    def engine(executor: StepExecutor) -> GenerationEngine:
         cache = SlotCache(CAPACITIES, SLOTS, 2)
         scheduler = Scheduler(cache, chunk_tokens=CHUNK, queue_size=100, call_cost=4, encoder=True)
-        return Engine(executor, scheduler, Limits(executor.vocabulary, CAPACITIES[-1], 16, decoder_start_id=1))
+        return GenerationEngine(
+            executor, scheduler, RequestLimits(executor.vocabulary, CAPACITIES[-1], 16, decoder_start_id=1)
+        )
 
     reference = OnnxRuntimeStepExecutor(decoder, CAPACITIES, ROWS, encoder=encoder, threads=1)
     with standing_in(decoder, CAPACITIES, encoder=encoder) as (cuda, engines):

@@ -15,7 +15,7 @@ from builders.partition.prove.verify import rank_programs
 from runtime.errors import BadEnvironment, ServerFault, Unavailable
 from runtime.generation.engine import generate
 from runtime.generation.request import SamplingParams
-from runtime.ranks.program import Layout
+from runtime.ranks.program import RankGrid
 from runtime.ranks.stored import MANIFEST, StoredPrograms, save_programs
 from runtime.step import Batch
 from runtime.tensorrt import rank_executor
@@ -33,7 +33,7 @@ def _manifest(graph: Path, folder: Path, tensor: int, pipeline: int, flavour: st
     """The manifest of a partition whose "engines" are its ranks' programs, in a folder for each capacity."""
     partition = partition_graph(graph, tensor, pipeline, folder / "parts")
     programs = rank_programs(partition)
-    stored = StoredPrograms(Layout(tensor, pipeline), ("logits",), tuple(programs))
+    stored = StoredPrograms(RankGrid(tensor, pipeline), ("logits",), tuple(programs))
     save_programs(stored, partition.directory)
     for capacity in CAPACITIES:
         (folder / str(capacity)).symlink_to(partition.directory)

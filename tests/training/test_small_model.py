@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from builders.artifacts import file_digest
 from builders.errors import InputError, SpecError
 from builders.judging import corpus
-from builders.training.recipe import Progress, Recipe, TrainingReport
+from builders.training.recipe import TrainingProgress, TrainingRecipe, TrainingReport
 from builders.training.text import END_OF_TEXT_ID, batches, split, train_tokenizer
 from measure.small_model.folder import held_out_rows, train_small_model
 from measure.small_model.judging import windows
 
-TINY = Recipe(
+TINY = TrainingRecipe(
     vocabulary=320, hidden=32, layers=1, heads=4, kv_heads=2, ffn=64, context=32, steps=20, tokens_per_step=512,
     learning_rate=0.02, held_out_share=0.01,
 )  # fmt: skip
@@ -28,15 +28,15 @@ TEXTS = ["def f(x):\n    return x", "naïve café, 日本語 🚣", " leading an
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainingReport, list[Progress]]:
-    seen: list[Progress] = []
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainingReport, list[TrainingProgress]]:
+    seen: list[TrainingProgress] = []
     out = tmp_path_factory.mktemp("small") / "model"
     report = train_small_model(out, seen.append, TINY)
     return out, report, seen
 
 
 def test_the_same_seed_gives_the_same_weights(
-    trained: tuple[Path, TrainingReport, list[Progress]], tmp_path: Path
+    trained: tuple[Path, TrainingReport, list[TrainingProgress]], tmp_path: Path
 ) -> None:
     again = train_small_model(tmp_path / "again", recipe=TINY)
     assert again.weights_sha256 == trained[1].weights_sha256 == file_digest(trained[0] / "model.safetensors")
@@ -44,12 +44,14 @@ def test_the_same_seed_gives_the_same_weights(
     assert again.curve == trained[1].curve
 
 
-def test_another_seed_gives_other_weights(trained: tuple[Path, TrainingReport, list[Progress]], tmp_path: Path) -> None:
+def test_another_seed_gives_other_weights(
+    trained: tuple[Path, TrainingReport, list[TrainingProgress]], tmp_path: Path
+) -> None:
     other = train_small_model(tmp_path / "other", recipe=TINY.model_copy(update={"seed": 1, "steps": 1}))
     assert other.curve[0].train != trained[1].curve[0].train  # of the first step, before any update
 
 
-def test_the_loss_falls(trained: tuple[Path, TrainingReport, list[Progress]]) -> None:
+def test_the_loss_falls(trained: tuple[Path, TrainingReport, list[TrainingProgress]]) -> None:
     _, report, seen = trained
     uniform = math.log(TINY.vocabulary)
     assert report.curve[-1].held_out < report.curve[0].held_out < uniform + 0.2
@@ -58,7 +60,7 @@ def test_the_loss_falls(trained: tuple[Path, TrainingReport, list[Progress]]) ->
     assert report.curve[-1].tokens == TINY.steps * TINY.tokens_per_step
 
 
-def test_transformers_loads_the_folder(trained: tuple[Path, TrainingReport, list[Progress]]) -> None:
+def test_transformers_loads_the_folder(trained: tuple[Path, TrainingReport, list[TrainingProgress]]) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -79,7 +81,9 @@ def test_transformers_loads_the_folder(trained: tuple[Path, TrainingReport, list
     assert math.exp(loss) == pytest.approx(report.held_out.perplexity_per_token, rel=0.01)
 
 
-def test_report_and_curve_stand_beside_the_weights(trained: tuple[Path, TrainingReport, list[Progress]]) -> None:
+def test_report_and_curve_stand_beside_the_weights(
+    trained: tuple[Path, TrainingReport, list[TrainingProgress]],
+) -> None:
     folder, report, _ = trained
     assert TrainingReport.model_validate_json((folder / "training.json").read_text()) == report
     page = (folder / "training.html").read_text()
@@ -145,7 +149,7 @@ def test_the_tokenizer_has_every_byte() -> None:
 )
 def test_sizes_that_make_no_llama_are_refused(change: dict[str, Any], said: str) -> None:
     with pytest.raises((SpecError, ValueError), match=said):
-        Recipe(**{**TINY.model_dump(), **change})
+        TrainingRecipe(**{**TINY.model_dump(), **change})
 
 
 def test_a_folder_that_is_there_is_left_alone(tmp_path: Path) -> None:
@@ -163,7 +167,7 @@ def test_too_little_text_leaves_nothing_behind(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_training_leaves_nothing_behind(tmp_path: Path) -> None:
-    def interrupt(progress: Progress) -> None:
+    def interrupt(progress: TrainingProgress) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -214,5 +218,5 @@ def test_a_cpu_without_bf16_makes_fewer_steps(monkeypatch: pytest.MonkeyPatch) -
         processor = read_processor(f"flags : {flags}", (), 2)
         monkeypatch.setattr(loop, "this_processor", lambda processor=processor: processor)
         steps[loop.arithmetic()] = loop.recipe_here().steps
-    assert steps == {"float32": loop.FP32_STEPS, "bfloat16": Recipe().steps}
+    assert steps == {"float32": loop.FP32_STEPS, "bfloat16": TrainingRecipe().steps}
     assert steps["float32"] < steps["bfloat16"]

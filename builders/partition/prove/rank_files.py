@@ -9,7 +9,7 @@ from builders.artifacts import FileRecord, Partition, RankFiles
 from builders.errors import CheckError
 from builders.partition.prove.verify import rank_programs
 from builders.store.store import link_or_copy
-from runtime.ranks.program import Layout
+from runtime.ranks.program import RankGrid
 from runtime.ranks.stored import StoredPrograms, save_programs
 
 
@@ -24,7 +24,7 @@ def write_rank_files(partition: Partition, out: Path) -> RankFiles:
     if cut:
         raise CheckError(f"partition of {partition.source_file}: {', '.join(cut[:4])} differ by rank")
     programs = StoredPrograms(
-        Layout(partition.tensor, partition.pipeline),
+        RankGrid(partition.tensor, partition.pipeline),
         tuple(port.name for port in partition.outputs),
         # As ONNX Runtime runs the whole graph by default; the proof runs weight-only products in fp32 instead.
         tuple(replace(program, session=()) for program in rank_programs(partition)),

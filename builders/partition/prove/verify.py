@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from builders.artifacts import Cut, Partition, Record, file_digest
+from builders.artifacts import Cut, Partition, file_digest
 from builders.errors import CheckError, InputError, ParityError
 from builders.partition.cut.shard import load_partition, ports
 from builders.partition.placement import Block, spans
@@ -31,7 +31,8 @@ from builders.partition.prove.structure import structure_faults
 from builders.partition.read import Source, read
 from runtime.errors import ServerFault
 from runtime.ranks.group import RankGroup
-from runtime.ranks.program import Layout, RankProgram, Transfer
+from runtime.ranks.program import RankGrid, RankProgram, Transfer
+from runtime.record import Record
 from runtime.session import open_session
 
 MAX_RELATIVE = 1e-4  # fp32: largest difference over the largest value of the output
@@ -170,7 +171,7 @@ def _cases(
 
 
 def _run(partition: Partition, source: Source, all_cases: list[Case], group: RankGroup | None) -> list[OutputCheck]:
-    layout = Layout(partition.tensor, partition.pipeline)
+    layout = RankGrid(partition.tensor, partition.pipeline)
     whole = _Whole(source.file, {given: made for made, given in partition.states})
     with ExitStack() as stack:
         ranks = group or stack.enter_context(RankGroup(layout.ranks))

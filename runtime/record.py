@@ -1,4 +1,4 @@
-"""What every record of the load test is: frozen, and of known keys only."""
+"""What every record is: frozen, and closed to keys that it does not know."""
 
 from __future__ import annotations
 
@@ -6,6 +6,4 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Record(BaseModel):
-    """A part of a report: frozen, and closed to keys that it does not know."""
-
     model_config = ConfigDict(extra="forbid", frozen=True)
