@@ -5,6 +5,7 @@ Typed JSON instead of string parameters in `config.pbtxt`: one reader, unknown k
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -66,10 +67,25 @@ class TokenizerModelSettings(Settings):
     served: ServedModel
 
 
-class EncoderModelSettings(Settings):
-    executor: Literal["openvino", "onnxruntime", "ranks", "tensorrt-rtx"]
-    files: dict[str, str]  # target -> file; the key is "cpu", or an SM such as "sm89"
+class ComputeSettings(Settings):
+    """What models that compute share, encoders and generators."""
+
+    files: dict[str, str]
     threads: int | None  # none: every core of the machine
+
+    @property
+    def cores(self) -> int:
+        """Threads on this machine."""
+        return self.threads or os.cpu_count() or 1
+
+    def paths(self, version_directory: Path) -> dict[str, Path]:
+        return {key: version_directory / name for key, name in self.files.items()}
+
+
+class EncoderModelSettings(ComputeSettings):
+    """`files`: target -> file; the key is "cpu", or an SM such as "sm89"."""
+
+    executor: Literal["openvino", "onnxruntime", "ranks", "tensorrt-rtx"]
     bfloat16: bool
     tokens_per_batch: int
     max_length: int
@@ -85,15 +101,13 @@ class RankCacheSettings(Settings):
     vocabulary: int
 
 
-class GeneratorModelSettings(Settings):
+class GeneratorModelSettings(ComputeSettings):
     """`files`: "decoder" (and "encoder") for graphs, "ranks" for the manifest of rank programs, and for TensorRT one
     engine for each target and capacity ("sm89.512", and "sm89.encoder"), or "engines" for the manifest of ranks.
     `capacities` are those of the cache's pools, in tokens.
     """
 
     executor: Literal["openvino", "onnxruntime", "ranks", "tensorrt", "tensorrt-rtx"]
-    files: dict[str, str]
-    threads: int | None  # none: every core of the machine
     spinning: bool = False  # idle threads take the cores from the server and its clients on the same machine
     capacities: tuple[int, ...]
     slots: int  # sequences that run at once

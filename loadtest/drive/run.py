@@ -24,6 +24,7 @@ from loadtest.requests.prompts import longest_prompts
 from loadtest.requests.texts import read_texts
 from loadtest.seen.recording import PROGRESS_PREFIX, Trace
 from loadtest.seen.server import Snapshot, TestedServer, probe, snapshot
+from runtime.ports import free_ports
 
 LOOK_S = 0.5  # how often a stop is looked for
 
@@ -82,7 +83,7 @@ def command(plan: LoadPlan, trace_file: Path) -> list[str]:
         options |= {"--prompt-words": plan.stream.prompt_words or ""}
     flags = ["--headless", "--only-summary", "--json", "--progress"]  # --json: no tables among the log
     if plan.processes > 1:
-        port = _free_port()
+        port = free_ports(1)[0]
         flags += [f"--processes={plan.processes}", "--master-bind-host=127.0.0.1", f"--master-bind-port={port}"]
         flags += ["--master-host=127.0.0.1", f"--master-port={port}", f"--expect-workers-max-wait={START_LIMIT_S}"]
     return [sys.executable, "-m", "locust", *flags, *(f"{name}={value}" for name, value in options.items())]
@@ -180,14 +181,6 @@ def _progress_of(process: subprocess.Popen[str], plan: LoadPlan, stop: Stop) -> 
         if line.startswith(PROGRESS_PREFIX):
             last = RunProgress(end_s=plan.schedule.end_s, **json.loads(line.removeprefix(PROGRESS_PREFIX)))
             yield last
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe_socket:
-        probe_socket.bind(("127.0.0.1", 0))
-        return int(probe_socket.getsockname()[1])
 
 
 def _tail(log_file: Path, characters: int = 1500) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -92,7 +91,7 @@ def _gather(requests: Sequence[Tensors], rows: Sequence[tuple[int, int]], length
 
 def open_encoder(settings: EncoderModelSettings, files: Mapping[str, Path], device: int = 0) -> Encoder:
     """The encoder that the settings name; `close` it. Raises BadEnvironment where this machine cannot run it."""
-    threads = settings.threads or os.cpu_count() or 1
+    threads = settings.cores
     shape = (settings.tokens_per_batch, settings.max_length)
     if settings.executor == "openvino":
         return Encoder(OpenVinoExecutor(files["cpu"], threads=threads, bfloat16=settings.bfloat16), *shape)

@@ -72,7 +72,7 @@ def open_engine(
     settings: GeneratorModelSettings, directory: Path, device: int = 0
 ) -> tuple[GenerationEngine, TextTokenizer]:
     """Raises BadEnvironment where the files do not fit each other or this machine, ServerFault for ranks that fail."""
-    executor = open_executor(settings, {key: directory / name for key, name in settings.files.items()}, device)
+    executor = open_executor(settings, settings.paths(directory), device)
     try:
         limits = _limits(settings, executor.vocabulary)
         tokenizer = TextTokenizer(directory / TOKENIZER_FILE, executor.vocabulary, limits.max_length)
@@ -113,7 +113,7 @@ def _limits(settings: GeneratorModelSettings, vocabulary: int) -> RequestLimits:
 
 def open_executor(settings: GeneratorModelSettings, files: Mapping[str, Path], device: int = 0) -> StepExecutor:
     """`files` by the keys of `settings.files`. Raises as `open_engine`."""
-    threads = settings.threads or os.cpu_count() or 1
+    threads = settings.cores
     rows = settings.slots + settings.kept
     if settings.executor == "onnxruntime":
         return OnnxRuntimeStepExecutor(

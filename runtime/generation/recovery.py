@@ -5,6 +5,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable
 
+from runtime.backoff import pause_s
 from runtime.errors import ServerFault
 from runtime.step import StepExecutor
 from runtime.tensorrt.cuda import DeviceLost
@@ -59,7 +60,7 @@ class Recovery:
             raise
         except Exception as error:  # noqa: BLE001 - no memory, no processes, no files: there may be some later
             traceback.print_exception(error)
-            pause = min(_FIRST_PAUSE_S * 2 ** (self._faults - 1), _LONGEST_PAUSE_S)
+            pause = pause_s(self._faults, _FIRST_PAUSE_S, _LONGEST_PAUSE_S)
             self._again_at = self._clock() + pause
             return f"the executor has failed and is not ready again; send the request again in {pause:.1f} s"
         return None

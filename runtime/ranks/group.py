@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from runtime.errors import ServerFault
 from runtime.leases import abandoned, owner
+from runtime.ports import free_ports
 from runtime.ranks.channel import Channel
 from runtime.ranks.hosts import Gathering
 from runtime.ranks.process import CPU_WORKER, end_processes, start_rank
@@ -63,7 +64,7 @@ class RankGroup:
             if gathering is None:
                 self._start(range(count), f"file://{self._folder / 'store'}", "lo")
             else:
-                meeting = f"tcp://{gathering.hosts.leader}:{_free_port()}"
+                meeting = f"tcp://{gathering.hosts.leader}:{free_ports(1, '')[0]}"
                 self._start(gathering.hosts.local(0), meeting, gathering.hosts.interface)
                 self._channels += gathering.begin(meeting, start_seconds)
             self._exchange([[] for _ in range(count)], range(count), 1, start_seconds)
@@ -244,13 +245,6 @@ class RankGroup:
     def _end(self, reason: str) -> ServerFault:
         self.close()
         return ServerFault(f"{reason}; all {self.count} ranks were ended")
-
-
-def _free_port() -> int:
-    """A port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
 
 
 def _sweep_dead() -> None:

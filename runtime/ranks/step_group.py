@@ -1,12 +1,30 @@
-"""What executors over rank processes share, on CPU and on GPUs: the life of their group."""
+"""What executors over rank processes share, of encoders and generators, on CPU and on GPUs: the life of their group."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from runtime.errors import ServerFault
 from runtime.ranks.group import RankGroup
+from runtime.ranks.stored import StoredPrograms
 from runtime.step import Row, Tokens
 
 STEP_SECONDS = 30.0  # of a rank that hangs; one that dies is noticed at once
+
+
+START_SECONDS = 120.0  # of a group on CPU, with its weights loaded
+
+
+def start_group(stored: StoredPrograms, prepare: Callable[[RankGroup], None] = lambda group: None) -> RankGroup:
+    """A group on this machine that has loaded its programs. What raises leaves no process behind."""
+    group = RankGroup(stored.layout.ranks, start_seconds=START_SECONDS)
+    try:
+        group.load(stored.programs, stored.layout, seconds=START_SECONDS)
+        prepare(group)
+    except BaseException:
+        group.close()
+        raise
+    return group
 
 
 class RankGroupHolder:

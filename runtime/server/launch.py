@@ -23,6 +23,7 @@ from pathlib import Path
 from runtime.encoding.encoder import require_numpy_1
 from runtime.errors import BadEnvironment, ServerFault
 from runtime.generation.interface import PROBE_ID_VARIABLE
+from runtime.ports import free_ports
 from runtime.proof.proven import Proven
 from runtime.server.guardian import sweep
 from runtime.server.installation import Installation
@@ -58,14 +59,7 @@ class Ports:
     @staticmethod
     def free() -> Ports:
         """Three ports that were free a moment ago."""
-        sockets = [socket.socket() for _ in range(3)]
-        try:
-            for item in sockets:
-                item.bind((LOOPBACK, 0))
-            return Ports(*(item.getsockname()[1] for item in sockets))
-        finally:
-            for item in sockets:
-                item.close()
+        return Ports(*free_ports(3, LOOPBACK))
 
     def hold(self, exposure: Exposure) -> list[socket.socket]:
         """Keeps the ports from everybody but a server that reuses addresses, as Triton does, until they are closed:

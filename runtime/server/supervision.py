@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import NamedTuple
 
+from runtime.backoff import pause_s
+
 FAILURES_BEFORE_REPAIR = 2  # one wrong answer may pass
 # With work waiting and nothing done. Longer than any step or batch should take: a step reads at most `chunk_tokens`.
 STANDSTILL_S = 30.0
@@ -109,8 +111,7 @@ class Supervision:
         self.repairs += 1
         self._repairing = True
         # The first is made at once; after one that failed, 1 s, 2 s, 4 s, 8 s.
-        pause_s = 2.0 ** (self._failed_repairs - 1) if self._failed_repairs else 0.0
-        return Action(Act.REPAIR, reason, pause_s)
+        return Action(Act.REPAIR, reason, pause_s(self._failed_repairs, 1.0))
 
     def _over(self, action: Action) -> Action:
         self._end = action

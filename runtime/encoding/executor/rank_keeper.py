@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.backoff import pause_s
 from runtime.errors import ServerFault, Unavailable
 from runtime.graph import Tensors
 from runtime.ranks.group import RankGroup, RankStep
+from runtime.ranks.step_group import STEP_SECONDS, start_group
 from runtime.ranks.stored import load_programs
 
-START_SECONDS = 120.0
-STEP_SECONDS = 30.0  # a rank that is stopped but alive; one that dies is noticed at once
 _POLL_SECONDS = 0.2
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.5, 30.0
 
@@ -95,7 +95,7 @@ class RankExecutor:
 
     def _keep(self) -> None:
         """Until closed: start a group, watch it, end what is left of it, begin again."""
-        pause = _FIRST_PAUSE_SECONDS
+        failures = 0
         while not self._closing.is_set():
             try:
                 group = self._start()
@@ -105,21 +105,17 @@ class RankExecutor:
                     self._first_fault.append(fault)
                     self._started.set()
                     return
+                failures += 1
+                pause = pause_s(failures, _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS)
                 _log(f"the rank group does not start ({fault}); next try in {pause:.1f} s")
                 self._closing.wait(pause)
-                pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
                 continue
-            pause = _FIRST_PAUSE_SECONDS
+            failures = 0
             self._started.set()
             self._watch(group)
 
     def _start(self) -> RankGroup:
-        group = RankGroup(self._stored.layout.ranks, start_seconds=START_SECONDS)
-        try:
-            group.load(self._stored.programs, self._stored.layout, seconds=START_SECONDS)
-        except BaseException:
-            group.close()
-            raise
+        group = start_group(self._stored)
         with self._running:
             self._group = group
         return group

@@ -12,13 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from runtime.ranks.group import RankGroup, RankStep
-from runtime.ranks.step_group import STEP_SECONDS, RankGroupHolder
+from runtime.ranks.group import RankStep
+from runtime.ranks.step_group import STEP_SECONDS, RankGroupHolder, start_group
 from runtime.ranks.stored import load_programs
 from runtime.rows import CacheShape
 from runtime.step import Batch, Copy, Logits
-
-_START_SECONDS = 120.0
 
 
 class RankStepExecutor(RankGroupHolder):
@@ -49,14 +47,7 @@ class RankStepExecutor(RankGroupHolder):
 
     def reset(self) -> None:
         self.close()
-        group = RankGroup(self._stored.layout.ranks, start_seconds=_START_SECONDS)
-        try:
-            group.load(self._stored.programs, self._stored.layout, seconds=_START_SECONDS)
-            group.reserve(self._shape, self._capacities, self._rows)
-        except BaseException:
-            group.close()
-            raise
-        self._group = group
+        self._group = start_group(self._stored, lambda group: group.reserve(self._shape, self._capacities, self._rows))
 
     def run(self, batches: Sequence[Batch]) -> list[Logits]:
         steps = [self._step(batch) for batch in batches]

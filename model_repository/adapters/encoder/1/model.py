@@ -30,8 +30,7 @@ class TritonPythonModel:
         config = json.loads(args["model_config"])
         self.inputs = [item["name"] for item in config["input"]]
         self.output = config["output"][0]["name"]
-        files = {key: directory / name for key, name in settings.files.items()}
-        self.encoder = open_encoder(settings, files, int(args["model_instance_device_id"]))
+        self.encoder = open_encoder(settings, settings.paths(directory), int(args["model_instance_device_id"]))
         self.encoder.warm_up(self.inputs, settings.warmup_lengths)
         if args["model_instance_kind"] == "CPU":
             print(f"encoder: {self.encoder.fit(self.inputs).summary}", file=sys.stderr, flush=True)
