@@ -10,6 +10,7 @@ cut/
   solve     seeds a split, lets it spread, keeps what is legal and pays   Source -> Solution
   localise  one rank's graph: local sizes, collectives                    Source, Solution -> LocalGraph
   stages    where stages are cut                                          LocalGraph -> Stages
+  passes    both in a row, each held to what it promises
   weights   slices of weights, streamed from file to files
   shard     the whole: partition_graph                                    file -> directory
 

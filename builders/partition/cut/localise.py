@@ -20,7 +20,7 @@ from builders.partition.cut.solve import Solution, token_bytes
 from builders.partition.placement import REPLICATE, Partial, Placement, Replicate, Shard, local_shape, spans
 from builders.partition.read import Source, constant_array, shape_of
 
-_COLLECTIVE = "DistCollective"  # default domain: what TensorRT's parser knows
+COLLECTIVE = "DistCollective"  # in the default domain: what TensorRT's parser knows
 
 
 @dataclass(frozen=True)
@@ -255,7 +255,7 @@ def _collective(value: ir.Value, operation: str, ranks: int) -> ir.Node:
         ir.AttrInt64s("groups", []),  # written out: the parser wants the attribute, and empty means all ranks
         ir.AttrInt64("group_size", 0),
     ]
-    node = ir.Node("", _COLLECTIVE, [value], attributes, num_outputs=1)
+    node = ir.Node("", COLLECTIVE, [value], attributes, num_outputs=1)
     node.outputs[0].shape, node.outputs[0].type = value.shape, value.type
     return node
 

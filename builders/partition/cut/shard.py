@@ -22,9 +22,10 @@ from builders.artifacts import (
     file_digest,
 )
 from builders.errors import InputError
-from builders.partition.cut.localise import LocalGraph, localise
+from builders.partition.cut.localise import LocalGraph
+from builders.partition.cut.passes import run_passes
 from builders.partition.cut.solve import Embeddings, solve
-from builders.partition.cut.stages import Stage, cut_stages
+from builders.partition.cut.stages import Stage
 from builders.partition.cut.weights import Placed, RankFile, lay_out, slice_bytes, slices, write_files
 from builders.partition.placement import Placement, Shard, local_shape
 from builders.partition.read import Source, read, shape_of
@@ -55,8 +56,8 @@ def partition_graph(
     inputs, outputs = ports(source)
     source_bytes = source.weight_bytes
     solution = solve(source, tensor, embeddings)
-    local = localise(source, solution)
-    planned = [_plan(stage, local) for stage in cut_stages(local, pipeline, graph_file.name)]
+    local, stages = run_passes(source, solution, pipeline, graph_file.name)
+    planned = [_plan(stage, local) for stage in stages]
     with atomic_directory(out) as work:
         written = _write_stages(planned, work)
         partition = Partition(
@@ -83,8 +84,8 @@ def plan_graph(
 ) -> tuple[PlannedStage, ...]:
     """What `partition_graph` would write, without writing it."""
     source = read(graph_file)
-    local = localise(source, solve(source, tensor, embeddings))
-    return tuple(_plan(stage, local) for stage in cut_stages(local, pipeline, graph_file.name))
+    local, stages = run_passes(source, solve(source, tensor, embeddings), pipeline, graph_file.name)
+    return tuple(_plan(stage, local) for stage in stages)
 
 
 @dataclass(frozen=True)

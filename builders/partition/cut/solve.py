@@ -3,7 +3,11 @@
 Every weight product that could be split by rows is a seed: its input is cut along the contracted dimension, and the
 rules spread that cut to and fro until nothing changes. What the cut reaches is a region: it begins at weights split by
 columns and ends in partial sums. A region is legal when every node that it touches has a rule for it. The attention
-and the feed-forward part of a block come out as one region each, so each block closes with two all-reduces.
+and the feed-forward part of a block come out as one region each, so each block closes with two all-reduces:
+
+                by columns                    by rows
+    stream ──► Wq Wk Wv ──Shard(heads)──► attention ──Shard(2)──► Wo ──Partial──► all-reduce ──► + ──► stream
+    stream ──► W_up ──Shard(2)──► activation ──Shard(2)──► W_down ──Partial──► all-reduce ──► + ──► stream
 """
 
 from __future__ import annotations
