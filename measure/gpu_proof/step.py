@@ -22,7 +22,8 @@ from measure.gpu_proof.roofline import Limits
 from measure.gpu_proof.setting import Budget, Setting
 from runtime.generation.cache import SlotCache
 from runtime.generation.engine import GenerationEngine, generate
-from runtime.generation.request import RequestLimits, SamplingParams, Tokens
+from runtime.generation.request import Limits as RequestLimits
+from runtime.generation.request import SamplingParams, Tokens
 from runtime.generation.scheduler import Scheduler
 from runtime.step import StepExecutor
 

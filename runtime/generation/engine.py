@@ -25,7 +25,7 @@ from runtime.errors import ServerFault, ServingError, TooLate, Unavailable
 from runtime.generation.detokenizer import Decoder
 from runtime.generation.metrics import Counters, Gauges
 from runtime.generation.recovery import Recovery
-from runtime.generation.request import Request, RequestLimits, SamplingParams, Tokens, Update
+from runtime.generation.request import Limits, Request, SamplingParams, Tokens, Update
 from runtime.generation.sampler import sample
 from runtime.generation.scheduler import Scheduler, StepPlan, Work
 from runtime.generation.sequence import TokenSequence
@@ -43,7 +43,7 @@ class GenerationEngine:
         self,
         executor: StepExecutor,
         scheduler: Scheduler,
-        limits: RequestLimits,
+        limits: Limits,
         decoder: Decoder | None = None,
         clock: Callable[[], float] = time.monotonic,
         sampler: Sampler = sample,

@@ -13,7 +13,7 @@ from runtime.generation.cache import SlotCache
 from runtime.generation.engine import GenerationEngine
 from runtime.generation.executor.onnxruntime import OnnxRuntimeStepExecutor
 from runtime.generation.interface import Asked
-from runtime.generation.request import RequestLimits, Tokens
+from runtime.generation.request import Limits, Tokens
 from runtime.generation.scheduler import Scheduler
 from runtime.prefix import Prefix
 from runtime.rows import CacheShape
@@ -90,9 +90,9 @@ def open_engine(
     return GenerationEngine(executor, scheduler, limits, tokenizer.fast), tokenizer
 
 
-def _limits(settings: GeneratorModelSettings, vocabulary: int) -> RequestLimits:
+def _limits(settings: GeneratorModelSettings, vocabulary: int) -> Limits:
     """Raises BadEnvironment for ids that the model does not have."""
-    limits = RequestLimits(
+    limits = Limits(
         vocabulary=vocabulary,
         max_length=min(settings.max_length, settings.capacities[-1]),
         default_max_tokens=settings.default_max_tokens,

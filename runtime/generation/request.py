@@ -121,7 +121,7 @@ def join(before: Update, update: Update) -> Update:
 
 
 @dataclass(frozen=True)
-class RequestLimits:
+class Limits:
     """What the model can take. `max_length` counts prompt and output together; of an encoder-decoder, each alone."""
 
     vocabulary: int

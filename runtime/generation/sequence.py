@@ -8,7 +8,7 @@ import numpy as np
 
 from runtime.generation.cache import Slot
 from runtime.generation.detokenizer import Decoder, Detokenizer
-from runtime.generation.request import FinishReason, Request, RequestLimits, Tokens, Update
+from runtime.generation.request import FinishReason, Limits, Request, Tokens, Update
 
 
 @dataclass(eq=False)
@@ -30,7 +30,7 @@ class TokenSequence:
     unsent: list[tuple[int, float]] = field(default_factory=list)  # tokens and log-probabilities; their text is held
 
     @classmethod
-    def start(cls, request: Request, limits: RequestLimits, decoder: Decoder | None, now: float) -> TokenSequence:
+    def start(cls, request: Request, limits: Limits, decoder: Decoder | None, now: float) -> TokenSequence:
         """`decoder` turns tokens into text, if text is wanted. Raises BadRequest for what does not fit the model."""
         room = limits.room(request)
         start = limits.decoder_start_id

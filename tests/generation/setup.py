@@ -17,7 +17,7 @@ from builders.repository.generator_config import generator_config
 from runtime.generation.cache import SlotCache
 from runtime.generation.engine import GenerationEngine
 from runtime.generation.executor.onnxruntime import OnnxRuntimeStepExecutor
-from runtime.generation.request import RequestLimits, Tokens
+from runtime.generation.request import Limits, Tokens
 from runtime.generation.scheduler import Scheduler
 from runtime.proof.record import PROOF_FILE, GeneratorProof, ProofRow
 from runtime.settings import GeneratorModelSettings, ServedModel, ServerSettings
@@ -74,7 +74,7 @@ def engine_over(
     scheduler = Scheduler(
         cache, chunk_tokens=chunk, queue_size=queue, call_cost=cost, stages=executor.stages, encoder=start is not None
     )
-    return GenerationEngine(executor, scheduler, RequestLimits(executor.vocabulary, capacities[-1], 16, end_ids, start))
+    return GenerationEngine(executor, scheduler, Limits(executor.vocabulary, capacities[-1], 16, end_ids, start))
 
 
 def real_engine(graph: Path, capacities: Sequence[int], slots: int, **options: int) -> GenerationEngine:

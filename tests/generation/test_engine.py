@@ -14,7 +14,7 @@ from runtime.generation.cache import capacity_ladder
 from runtime.generation.engine import GenerationEngine, generate
 from runtime.generation.executor.onnxruntime import OnnxRuntimeStepExecutor
 from runtime.generation.opening import TextTokenizer
-from runtime.generation.request import RequestLimits, SamplingParams, Tokens, Update
+from runtime.generation.request import Limits, SamplingParams, Tokens, Update
 from runtime.session import open_session
 from tests.generation.setup import VOCABULARY, prompts, real_engine, write_tokenizer
 
@@ -189,7 +189,7 @@ def test_requests_that_do_not_fit(prompt: list[int], params: SamplingParams, sai
     from runtime.generation.request import Request
 
     with pytest.raises(BadRequest, match=said):
-        RequestLimits(VOCABULARY, 64, 16).room(Request(1, np.array(prompt, np.int64), params))
+        Limits(VOCABULARY, 64, 16).room(Request(1, np.array(prompt, np.int64), params))
 
 
 def test_graphs_and_tokenizers_that_do_not_fit(decoder_graph: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from builders.repository.generator_config import generator_config
 from runtime.errors import BadRequest
 from runtime.generation.interface import INPUTS, OUTPUTS, read_request
 from runtime.generation.metrics import Histogram
-from runtime.generation.request import Request, RequestLimits, SamplingParams, Update, coalesce
+from runtime.generation.request import Limits, Request, SamplingParams, Update, coalesce
 
 TEXT = np.array([[b"a text"]], np.object_)
 
@@ -105,7 +105,7 @@ def test_tritons_own_parameters_are_no_ones_mistake() -> None:
 @pytest.mark.parametrize(("min_tokens", "room"), [(0, 16), (10, 16), (40, 40), (512, 512)])
 def test_the_default_of_max_tokens_gives_way_to_min_length(min_tokens: int, room: int) -> None:
     request = Request(1, np.array([5]), SamplingParams(min_tokens=min_tokens))
-    assert RequestLimits(400, 512, 16).room(request) == room
+    assert Limits(400, 512, 16).room(request) == room
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from runtime.errors import BadRequest
-from runtime.generation.request import Request, RequestLimits, SamplingParams
+from runtime.generation.request import Limits, Request, SamplingParams
 from runtime.generation.sampler import sample
 from runtime.generation.sequence import TokenSequence
 
 VOCABULARY = 300
-LIMITS = RequestLimits(VOCABULARY, 512, 16, end_ids=(2,))
+LIMITS = Limits(VOCABULARY, 512, 16, end_ids=(2,))
 
 
 def sequence(params: SamplingParams, output: list[int], prompt: tuple[int, ...] = (5, 6, 5)) -> TokenSequence:

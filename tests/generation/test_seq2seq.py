@@ -12,7 +12,7 @@ from runtime.errors import BadRequest
 from runtime.generation.cache import SlotCache
 from runtime.generation.engine import GenerationEngine, generate
 from runtime.generation.executor.onnxruntime import OnnxRuntimeStepExecutor
-from runtime.generation.request import RequestLimits, SamplingParams
+from runtime.generation.request import Limits, SamplingParams
 from runtime.generation.scheduler import Scheduler
 from tests.generators import eager_logits, generator_checkpoint, make_generator, save_generator
 
@@ -33,7 +33,7 @@ def _engine(graphs: Path, capacities: tuple[int, ...], slots: int) -> Generation
     )
     scheduler = Scheduler(SlotCache(capacities, slots, 2), chunk_tokens=16, queue_size=100, call_cost=4, encoder=True)
     return GenerationEngine(
-        executor, scheduler, RequestLimits(executor.vocabulary, capacities[-1], 16, decoder_start_id=START)
+        executor, scheduler, Limits(executor.vocabulary, capacities[-1], 16, decoder_start_id=START)
     )
 
 

@@ -20,7 +20,7 @@ from runtime.errors import BadEnvironment, ServerFault, Unavailable
 from runtime.generation.cache import SlotCache
 from runtime.generation.engine import GenerationEngine, generate
 from runtime.generation.executor.onnxruntime import OnnxRuntimeStepExecutor
-from runtime.generation.request import RequestLimits, SamplingParams
+from runtime.generation.request import Limits, SamplingParams
 from runtime.generation.scheduler import Scheduler
 from runtime.step import Batch, Copy, Row, StepExecutor
 from runtime.tensorrt import engine as engine_files
@@ -79,7 +79,7 @@ def test_encoder_decoders_attend_to_their_own_sources(tmp_path: Path) -> None:
         cache = SlotCache(CAPACITIES, SLOTS, 2)
         scheduler = Scheduler(cache, chunk_tokens=CHUNK, queue_size=100, call_cost=4, encoder=True)
         return GenerationEngine(
-            executor, scheduler, RequestLimits(executor.vocabulary, CAPACITIES[-1], 16, decoder_start_id=1)
+            executor, scheduler, Limits(executor.vocabulary, CAPACITIES[-1], 16, decoder_start_id=1)
         )
 
     reference = OnnxRuntimeStepExecutor(decoder, CAPACITIES, ROWS, encoder=encoder, threads=1)
