@@ -104,7 +104,7 @@ def test_a_full_queue_and_clients_that_leave_are_lines_of_their_own(server: Trit
     """Answers are long and left in their first half: Triton 2.51 can crash when a client leaves at an end."""
     users = 3 * (SLOTS + QUEUE)
     load = StreamLoad(output_tokens=Lengths(low=1500, high=1500), cancel_share=1.0)
-    report = run_load(_plan(server, texts, users=users, processes=2, stream=load))
+    report = run_load(_plan(server, texts, users=users, processes=2, stream=load, request_timeout_s=60.0))
     stream = report.figures.stream
     assert stream is not None
     assert set(report.figures.errors) == {"UNAVAILABLE"}
