@@ -10,7 +10,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-generate test test-slow check format bench-serving bench-shard bench-generation bench-install bench-tools golden \
+.PHONY: help install demo demo-generate test test-slow check format bench-serving bench-shard bench-generation bench-install bench-tools golden docs \
 	gpu-proof gpu-proof-dry gpu-bundle house clean
 
 help: ## list the targets
@@ -54,6 +54,9 @@ format: install ## rewrite the sources as ruff wants them
 golden: install ## write the committed config.pbtxt and manifests again, after a change that is meant
 	$(BIN)/python -m tests.repository.golden_configs
 	$(BIN)/python -m tests.manifests.golden_manifests
+
+docs: install ## write the generated pages again: docs/spec.md
+	$(BIN)/python -m measure.spec_page
 
 bench-shard: install ## memory and time of sharding 5 GB, against a plain copy
 	$(BIN)/python -m measure.bench.shard --folder $(BUILD)

@@ -6,7 +6,7 @@ import hashlib
 import json
 from typing import Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from builders.spec.kubernetes import KubernetesSlice
 from builders.spec.slices import (
@@ -28,7 +28,7 @@ from builders.spec.slices import (
 
 GENERATES = ("generation", "seq2seq")
 # Keys that a kind of model does not read, by slice; an empty tuple: none of the slice.
-_UNREAD: dict[str, dict[str, tuple[str, ...]]] = {
+UNREAD: dict[str, dict[str, tuple[str, ...]]] = {
     "encoder": {
         "generation": (), "precision": ("max_perplexity_ratio",),
         "slo": ("p99_first_token_ms", "p99_response_gap_ms", "p99_inter_token_ms", "min_output_tokens_per_s"),
@@ -52,7 +52,9 @@ _GENERATOR_PRECISIONS = {"cpu": ("auto", "fp32", "w8", "w4"), "gpu": ("fp16", "w
 class DeploymentSpec(Slice):
     """One deployment, from checkpoint to service."""
 
-    name: Name
+    name: Name = Field(
+        description="of the model as clients ask for it: lower-case letters, digits and dashes, 42 characters at most"
+    )
     model: ModelSlice
     compress: CompressSlice = CompressSlice()
     precision: PrecisionSlice = PrecisionSlice()
@@ -87,7 +89,7 @@ class DeploymentSpec(Slice):
     def _require_read_keys(self) -> None:
         """A key that the task does not read must not look as if it did something."""
         kinds = ("generator",) if self.generates else ("encoder", self.model.task)
-        for slice_name, keys in (item for kind in kinds for item in _UNREAD.get(kind, {}).items()):
+        for slice_name, keys in (item for kind in kinds for item in UNREAD.get(kind, {}).items()):
             given: Slice = getattr(self, slice_name)
             unused = type(given)()
             for key in keys or type(given).model_fields:

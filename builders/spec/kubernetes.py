@@ -1,4 +1,4 @@
-"""What the spec says about the cluster. Every key has a default; the arithmetic that follows is in `deploy.sizing`."""
+"""What the spec says about the cluster. The arithmetic that follows is in `manifests.sizing`."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ class ImageSlice(Slice):
     """Where images come from. `trireme/serving`, `-gpu` variants and the builder share one tag."""
 
     registry: str = Field("", description="put before every image name, such as registry.example.com/team")
-    tag: Tag = "0.1.0"
-    serving_digest: Digest | None = Field(None, description="pins the serving image harder than its tag")
-    pull_secret: Name | None = None
+    tag: Tag = Field("0.1.0", description="of all images; `latest` is refused")
+    serving_digest: Digest | None = Field(
+        None, description="`sha256:…`: the serving image by its content, instead of the tag"
+    )
+    pull_secret: Name | None = Field(None, description="Secret with the registry's login")
 
     @model_validator(mode="after")
     def _pinned(self) -> ImageSlice:
@@ -34,11 +36,15 @@ class ModelStoreSlice(Slice):
     the pods' service account.
     """
 
-    kind: Literal["claim", "gcs", "s3"] = "claim"
-    size_gib: Positive = 50
-    access: Literal["ReadWriteMany", "ReadOnlyMany", "ReadWriteOnce"] = "ReadWriteMany"
-    storage_class: str | None = Field(None, description="default: the cluster's default class")
-    bucket: str | None = Field(None, description="gcs and s3")
+    kind: Literal["claim", "gcs", "s3"] = Field(
+        "claim", description="a PersistentVolumeClaim, or a bucket of Google Cloud Storage or of S3"
+    )
+    size_gib: Positive = Field(50, description="asked of the storage class; a bucket grows as it must")
+    access: Literal["ReadWriteMany", "ReadOnlyMany", "ReadWriteOnce"] = Field(
+        "ReadWriteMany", description="claim only; ReadWriteOnce holds all pods on one node"
+    )
+    storage_class: str | None = Field(None, description="claim only; default: the cluster's default class")
+    bucket: str | None = Field(None, description="name of the bucket; required for gcs and s3")
     identity: str | None = Field(None, description="Google service account (gcs) or IAM role ARN (s3) of the pods")
     cache_gib: NotNegative = Field(
         0, description="room for the weights of two versions, copied to the node's disk first; 0: read from the store"
@@ -56,14 +62,16 @@ class ModelStoreSlice(Slice):
 class ScalingSlice(Slice):
     """How the number of pods follows the load. `hpa` needs prometheus-adapter, `keda` needs KEDA; never both."""
 
-    by: Literal["none", "hpa", "keda"] = "hpa"
+    by: Literal["none", "hpa", "keda"] = Field("hpa", description="none: as many pods as min_replicas, always")
     min_replicas: Positive = Field(2, description="also the number of pods where scaling.by is none")
-    max_replicas: Positive = 8
+    max_replicas: Positive = Field(8, description="most pods")
     queue_share: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.25, description="share of slo.p95_latency_ms that a request may wait before pods are added"
     )
     scale_down_s: Positive = Field(600, description="how long the load must have been low before a pod goes")
-    prometheus: str = Field("http://prometheus-operated.monitoring.svc:9090", description="keda only")
+    prometheus: str = Field(
+        "http://prometheus-operated.monitoring.svc:9090", description="keda only: where Prometheus answers"
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> ScalingSlice:
@@ -75,34 +83,44 @@ class ScalingSlice(Slice):
 class GatewaySlice(Slice):
     """gRPC from outside, through Gateway API."""
 
-    class_name: str
-    hostname: str
-    tls_secret: Name = "serving-tls"
+    class_name: str = Field(description="GatewayClass of the cluster's implementation")
+    hostname: str = Field(description="name under which clients ask")
+    tls_secret: Name = Field("serving-tls", description="Secret with the certificate of that name")
 
 
 class KubernetesSlice(Slice):
     """Deployment to a cluster."""
 
-    namespace: Name | None = Field(None, description="default: the spec's name, so that each model has its own")
+    namespace: Name | None = Field(
+        None, description="namespace; default: the spec's name, so that each model has its own"
+    )
     images: ImageSlice = ImageSlice()
     model_store: ModelStoreSlice = ModelStoreSlice()
     scaling: ScalingSlice = ScalingSlice()
-    gateway: GatewaySlice | None = Field(None, description="default: reachable inside the cluster only")
+    gateway: GatewaySlice | None = Field(
+        None, description="a way in from outside; default: reachable inside the cluster only"
+    )
     build_in_cluster: bool = Field(True, description="a Job builds the model on the kind of node that will serve it")
     monitoring: bool = Field(True, description="PodMonitor, alerts and a dashboard; needs the Prometheus operator")
 
-    gpu_resource: str = "nvidia.com/gpu"
-    gpus_by: Literal["device-plugin", "dra"] = "device-plugin"
-    gpus_per_node: Positive = Field(8, description="a replica with more ranks is spread over nodes")
+    gpu_resource: str = Field("nvidia.com/gpu", description="device plugin's name; a MIG slice has one of its own")
+    gpus_by: Literal["device-plugin", "dra"] = Field(
+        "device-plugin", description="how a pod gets its GPUs; dra: a ResourceClaimTemplate"
+    )
+    gpus_per_node: Positive = Field(8, description="a spec with more ranks than this is refused")
     node_selector: dict[str, str] = Field({}, description="labels of the nodes; GPU nodes are found by engine.targets")
-    priority_class: str | None = None
+    priority_class: str | None = Field(None, description="PriorityClass of the pods")
 
-    cpus: Positive | None = Field(None, description="default: 4, or 8 for each GPU")
-    memory_gib: Positive | None = Field(None, description="without /dev/shm; default: 4, or 16 for each GPU")
-    shm_mib: Positive | None = Field(None, description="default: 256, or 2048 for each GPU where there are several")
+    cpus: Positive | None = Field(None, description="CPUs of a pod; default: 4, or 8 for each GPU")
+    memory_gib: Positive | None = Field(
+        None, description="memory of a pod without /dev/shm; default: 4, or 16 for each GPU"
+    )
+    shm_mib: Positive | None = Field(
+        None, description="/dev/shm of a pod; default: 256, or 2048 for each GPU where there are several"
+    )
 
     load_s: Positive = Field(
-        300, description="fetched model to first answer, at worst; the startup probe waits as long"
+        300, description="longest time from the fetched model to its first answer; the startup probe waits as long"
     )
     fetch_s: Positive = Field(3600, description="how long a pod waits for its model to be built")
     pre_stop_s: Positive = Field(10, description="pause before SIGTERM, in which endpoints are withdrawn")

@@ -34,9 +34,15 @@ class Slice(BaseModel):
 class ModelSlice(Slice):
     """What is served."""
 
-    source: str = Field(description="`packaged:all-MiniLM-L6-v2`, a local folder, or a Hugging Face id (`org/model`)")
+    source: str = Field(
+        description="`packaged:all-MiniLM-L6-v2`, a folder (`./…` counts from the spec's), or a Hugging Face id "
+        "(`org/model`)"
+    )
     revision: str | None = Field(None, description="branch, tag or commit of a Hugging Face id")
-    task: Task
+    task: Task = Field(
+        description="embedding: a vector for each text. classification: scores for each text. reranking: scores for a "
+        "pair of texts. generation: a language model. seq2seq: an encoder-decoder such as T5"
+    )
     max_length: Annotated[int, Field(ge=8)] = Field(
         256,
         description="tokens, special ones included; longer text is truncated and reported as such. Generation: prompt "
@@ -61,32 +67,36 @@ class PrecisionSlice(Slice):
 
     cpu: CpuPrecision | Literal["auto"] = Field(
         "auto",
-        description="auto: the fastest within the budget, measured on the CPU that builds. fp32, bf16 (the fp32 graph, "
-        "computed in bfloat16 by OpenVINO where the CPU has it) or int8; generation: fp32, or weights alone in 8 or 4 "
-        "bits (w8, w4)",
+        description="auto: the fastest within the budget, measured on the CPU that builds. Encoders: fp32, bf16 (the "
+        "fp32 graph, computed in bfloat16 by OpenVINO where the CPU has it) or int8; language models: fp32, or weights "
+        "alone in 8 or 4 bits (w8, w4)",
     )
-    gpu: Literal["fp16", "int8", "w4"] = "fp16"
-    min_mean_cosine: Fraction = Field(0.998, description="against the fp32 model, mean over held-out texts")
-    min_worst_cosine: Fraction = Field(0.98, description="against the fp32 model, the worst held-out text")
+    gpu: Literal["fp16", "int8", "w4"] = Field(
+        "fp16", description="encoders: fp16 or int8; language models: fp16, or weights alone in 4 bits (w4)"
+    )
+    min_mean_cosine: Fraction = Field(0.998, description="least cosine to the fp32 model, mean over held-out texts")
+    min_worst_cosine: Fraction = Field(0.98, description="least cosine to the fp32 model, of the worst held-out text")
     max_logit_error: Annotated[float, Field(gt=0)] = Field(
         0.2,
-        description="classification and reranking: root mean square difference to the fp32 model's logits, over their "
+        description="root mean square difference to the fp32 model's logits, over their "
         "spread; 0.2 is what noise alone makes of a correlation of 0.98, the default of min_worst_cosine",
     )
     max_perplexity_ratio: Annotated[float, Field(ge=1)] = Field(
-        1.03, description="generation: perplexity on held-out texts over that of the fp32 model"
+        1.03, description="perplexity on held-out texts, over that of the fp32 model"
     )
     calibration_texts: Path | None = Field(
         None, description="UTF-8 file, one text a line; default: docstrings of Python's standard library"
     )
-    calibration_samples: Annotated[int, Field(ge=8, le=4096)] = 128
+    calibration_samples: Annotated[int, Field(ge=8, le=4096)] = Field(
+        128, description="texts to calibrate with; those that judge the result come after them and are others"
+    )
 
 
 class ParallelSlice(Slice):
     """Ranks per replica: `tensor` of them share each layer, `pipeline` stages follow each other."""
 
-    tensor: Positive = 1
-    pipeline: Positive = 1
+    tensor: Positive = Field(1, description="ranks that share each layer")
+    pipeline: Positive = Field(1, description="stages that follow each other, each with its share of the layers")
 
     @property
     def ranks(self) -> int:
@@ -96,9 +106,9 @@ class ParallelSlice(Slice):
 class Range(Slice):
     """Smallest, most usual and largest size of one dynamic dimension."""
 
-    min: Positive
-    opt: Positive
-    max: Positive
+    min: Positive = Field(description="smallest size")
+    opt: Positive = Field(description="size that the engine is tuned for")
+    max: Positive = Field(description="largest size")
 
     @model_validator(mode="after")
     def _ordered(self) -> Range:
@@ -113,15 +123,21 @@ class Range(Slice):
 class ProfileSlice(Slice):
     """One TensorRT optimisation profile: sequences per batch, tokens per sequence."""
 
-    batch: Range
-    length: Range
+    batch: Range = Field(description="texts in a batch: `{min: 1, opt: 16, max: 64}`")
+    length: Range = Field(description="tokens in a text, given the same way")
 
 
 class EngineSlice(Slice):
     """What TensorRT builds. `targets` are streaming-multiprocessor versions: sm89 is an L4 or an RTX 4090."""
 
-    flavour: Flavour = "tensorrt-rtx"
-    targets: Annotated[tuple[SmTarget, ...], Field(min_length=1)] = ("sm89",)
+    flavour: Flavour = Field(
+        "tensorrt-rtx",
+        description="tensorrt-rtx builds without a GPU and is served by the Python backend; tensorrt builds on the GPU "
+        "and is what Triton's own tensorrt backend and tensor ranks need",
+    )
+    targets: Annotated[tuple[SmTarget, ...], Field(min_length=1)] = Field(
+        ("sm89",), description="GPU types, as the version of their multiprocessors: sm80 is an A100, sm89 an L4"
+    )
     profiles: tuple[ProfileSlice, ...] = Field(
         (), description="default: one that holds batches to serving.max_batch_size and lengths to model.max_length"
     )
@@ -130,9 +146,9 @@ class EngineSlice(Slice):
 class RateLimitSlice(Slice):
     """Triton rate limiter: an execution holds `count` units of `resource` while it runs."""
 
-    resource: str
-    count: Positive = 1
-    priority: Positive = 1
+    resource: str = Field(description="any name; models that give the same name share its units")
+    count: Positive = Field(1, description="units that one execution holds")
+    priority: Positive = Field(1, description="Triton's: an instance of priority 2 gets half the turns of one of 1")
 
 
 class ServingSlice(Slice):
@@ -143,19 +159,30 @@ class ServingSlice(Slice):
     )
     max_batch_size: Positive = Field(32, description="sequences in one execution, and texts in one request")
     length_buckets: tuple[Positive, ...] = Field(
-        (16, 32, 64, 128, 256), description="GPU: sequences are padded to the next of these token counts"
+        (16, 32, 64, 128, 256),
+        description="GPU: texts are padded to the next of these token counts; the last is model.max_length",
     )
     tokens_per_batch: Positive = Field(
-        512, description="CPU: a ragged batch is sorted and split so that a part holds at most this many padded tokens"
+        512,
+        description="CPU: a batch is sorted by length and split into parts of at most this many tokens, "
+        "padding counted",
     )
-    instances: Positive = 1
+    instances: Positive = Field(
+        1, description="copies of the encoder on a machine, or on each GPU; two let one compute while the other answers"
+    )
     threads: Positive | None = Field(None, description="CPU threads of one instance; default: every core")
-    queue_size: Positive = 256
-    queue_delay_us: NotNegative = 1000
-    queue_timeout_us: NotNegative = Field(2_000_000, description="0: wait without limit")
-    response_cache_bytes: NotNegative = Field(0, description="0: off; Triton wants at least 1 MiB")
-    warmup: bool = True
-    rate_limit: RateLimitSlice | None = None
+    queue_size: Positive = Field(
+        256, description="requests that may wait; one more is refused with UNAVAILABLE (HTTP 503)"
+    )
+    queue_delay_us: NotNegative = Field(1000, description="how long a request may wait for others to share its batch")
+    queue_timeout_us: NotNegative = Field(
+        2_000_000, description="a request that has waited so long is refused with UNAVAILABLE; 0: wait without limit"
+    )
+    response_cache_bytes: NotNegative = Field(
+        0, description="memory for answers to texts that come again; at least 1048576, or 0: off"
+    )
+    warmup: bool = Field(True, description="run every length of length_buckets before the server is ready")
+    rate_limit: RateLimitSlice | None = Field(None, description="Triton's rate limiter; off unless given")
 
 
 class GenerationSlice(Slice):
@@ -165,16 +192,21 @@ class GenerationSlice(Slice):
     kept_prefixes: Positive = Field(8, description="ended sequences whose cache stays for others that begin alike")
     cache_lengths: tuple[Positive, ...] | None = Field(
         None,
-        description="tokens of the cache's rows, rising; default: 128, 192, 256 … model.max_length; GPU: the last",
+        description="lengths in tokens that a row of the cache may have, rising to model.max_length. Default: "
+        "128, 192, 256 … model.max_length on ONNX Runtime; elsewhere model.max_length alone",
     )
     chunk_tokens: Annotated[int, Field(ge=16)] = Field(
-        128, description="of a long prompt in one step, so that running streams go on"
+        128, description="tokens of a long prompt that one step reads, so that running streams go on"
     )
     stream_interval_ms: NotNegative = Field(
-        40, description="a stream gets tokens together that come within it; the first comes at once; 0: each by itself"
+        40,
+        description="tokens of a stream that come within this time are sent together, the first at once; 0: each by "
+        "itself",
     )
-    default_max_tokens: Positive = 128
-    request_timeout_s: Annotated[float, Field(gt=0)] | None = None
+    default_max_tokens: Positive = Field(128, description="new tokens of a request that names no max_tokens")
+    request_timeout_s: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="time that a request has, unless it brings its own; default: no limit"
+    )
 
 
 class SloSlice(Slice):
@@ -182,16 +214,20 @@ class SloSlice(Slice):
     requests, and one that failed counts as later than any answer.
     """
 
-    p95_latency_ms: Annotated[float, Field(gt=0)] | None = Field(None, description="of a generator: its whole answer")
+    p95_latency_ms: Annotated[float, Field(gt=0)] | None = Field(None, description="of the whole answer")
     min_throughput_per_s: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="texts; of a generator: requests"
+        None, description="texts a second; of a language model: requests a second"
     )
-    p99_first_token_ms: Annotated[float, Field(gt=0)] | None = Field(None, description="generation")
+    p99_first_token_ms: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="from the request to its first token"
+    )
     p99_response_gap_ms: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="generation: between two responses of a stream, which generation.stream_interval_ms spaces"
+        None, description="between two responses of a stream, which generation.stream_interval_ms spaces"
     )
     p99_inter_token_ms: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="generation: a token, which is its share of the gap before the response that brought it"
+        None, description="of a token: its share of the gap before the response that brought it"
     )
-    min_output_tokens_per_s: Annotated[float, Field(gt=0)] | None = Field(None, description="generation")
-    max_error_rate: Fraction = 0.0
+    min_output_tokens_per_s: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="new tokens a second, of all streams together"
+    )
+    max_error_rate: Fraction = Field(0.0, description="share of requests that may fail")
