@@ -55,8 +55,9 @@ golden: install ## write the committed config.pbtxt and manifests again, after a
 	$(BIN)/python -m tests.repository.golden_configs
 	$(BIN)/python -m tests.manifests.golden_manifests
 
-docs: install ## write the generated pages again: docs/spec.md
+docs: install ## write the generated pages again: docs/spec.md, and the tree in docs/house.md
 	$(BIN)/python -m measure.spec_page
+	$(BIN)/python -m measure.house_page
 
 bench-shard: install ## memory and time of sharding 5 GB, against a plain copy
 	$(BIN)/python -m measure.bench.shard --folder $(BUILD)

@@ -11,8 +11,9 @@ from pydantic.fields import FieldInfo
 
 from builders.spec import PRESETS, DeploymentSpec, Slice
 from builders.spec.deployment import UNREAD
+from measure.house import ROOT
 
-PAGE = Path(__file__).parents[1] / "docs" / "spec.md"
+PAGE = ROOT / "docs" / "spec.md"
 _NAMES = {str: "text", int: "whole number", float: "number", bool: "true or false", Path: "path"}
 _BOUNDS = {"gt": "over", "ge": "at least", "lt": "under", "le": "at most"}
 _HEAD = """# The spec

@@ -33,7 +33,7 @@ def infer_input(name: str, array: NDArray[Any]) -> Any:
 
 @dataclass(frozen=True)
 class Chunk:
-    """What came since the last one. The last of all has `finish`: `stop`, `length` or `eos`, and the counts."""
+    """What came since the last one. The last of all has `finish`, which is `stop` or `length`, and the counts."""
 
     text: str
     tokens: tuple[int, ...]

@@ -2,9 +2,12 @@
 
 program   what one rank runs: pieces of its graph, and the collectives between them
 worker    one process: ONNX Runtime for the pieces, gloo between ranks
-engine_worker, engines, nccl     the same on a GPU: TensorRT engines, which of them, NCCL between ranks
+stored    the programs of a group in a folder
 process   how a rank's process is started and ended
 channel   messages between a group's owner and its ranks, each within a limit of time
 group     starts, feeds and ends the processes of a group; nothing waits without a limit, nothing outlives it
+step_group  a group behind a step executor, which is replaced when it fails
 hosts     a group over several hosts: the leader's meeting point, and the agent on each other host
+
+On GPUs the worker is `runtime.tensorrt.rank_worker`.
 """

@@ -1,1 +1,1 @@
-"""Everything that touches a GPU: engines, their memory, their ranks; nothing here is imported without one."""
+"""Everything that touches a GPU: engines, their memory, their ranks; libraries load where one is used."""

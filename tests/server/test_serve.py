@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import signal
 import socket
@@ -115,14 +114,6 @@ def test_metrics_name_what_is_served(server: TritonServer, minilm: Build) -> Non
     line = next(line for line in text.splitlines() if line.startswith("trireme_model_info{"))
     assert f'digest="{minilm.entry.model_digest}"' in line
     assert f'spec_digest="{minilm.spec.digest}"' in line
-
-
-@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S))
-def test_the_clients_of_the_readme_run(server: TritonServer, block: str) -> None:
-    code = block.replace("127.0.0.1:8001", server.grpc_address).replace("127.0.0.1:8000", server.http_address)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
 
 
 def test_a_busy_port_is_named_before_anything_starts(minilm: Build) -> None:
