@@ -40,12 +40,12 @@ test: install ## every test but the slow ones; a real Triton and real TensorRT b
 test-slow: install ## the slow tests
 	$(BIN)/python -m pytest -m slow
 
-check: install ## lint, format, types, architecture, Kubernetes manifests
+check: install ## lint, format, types, architecture, generated pages, Kubernetes manifests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -m "not slow" tests/test_architecture.py tests/manifests/test_k8s_folder.py tests/manifests/test_overlay.py \
-		tests/manifests/test_lint.py
+		tests/manifests/test_lint.py tests/docs/test_spec_page.py tests/docs/test_house.py
 
 format: install ## rewrite the sources as ruff wants them
 	$(BIN)/ruff check --fix .
