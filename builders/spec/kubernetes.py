@@ -92,7 +92,7 @@ class KubernetesSlice(Slice):
     """Deployment to a cluster."""
 
     namespace: Name | None = Field(
-        None, description="namespace; default: the spec's name, so that each model has its own"
+        None, description="where everything goes; default: the spec's name, so that each model has its own"
     )
     images: ImageSlice = ImageSlice()
     model_store: ModelStoreSlice = ModelStoreSlice()
