@@ -55,9 +55,10 @@ golden: install ## write the committed config.pbtxt and manifests again, after a
 	$(BIN)/python -m tests.repository.golden_configs
 	$(BIN)/python -m tests.manifests.golden_manifests
 
-docs: install ## write the generated pages again: docs/spec.md, and the tree in docs/house.md
+docs: install ## write the generated pages again: docs/spec.md, the tree in docs/house.md and its picture
 	$(BIN)/python -m measure.spec_page
 	$(BIN)/python -m measure.house_page
+	$(BIN)/python -m measure.house
 
 bench-shard: install ## memory and time of sharding 5 GB, against a plain copy
 	$(BIN)/python -m measure.bench.shard --folder $(BUILD)

@@ -8,6 +8,8 @@ from typing import Any
 from builders.errors import InputError, UnsupportedError
 from runtime.record import Record
 
+# Families whose feed-forward part is gated whatever the activation.
+_GATED = ("cohere", "gemma", "glm", "granite", "llama", "mistral", "olmo", "phi3", "qwen2", "qwen3", "smollm3", "stablelm")
 # What these keys stand for needs other arithmetic: experts, compressed caches, two stacks of layers.
 _OTHER_ARITHMETIC = ("num_local_experts", "num_experts", "n_routed_experts", "kv_lora_rank")
 _TIED = ("gpt2", "gemma", "gemma2", "gemma3_text")  # tied unless the file says otherwise
@@ -91,5 +93,8 @@ def _require_plain(config: Mapping[str, Any]) -> None:
 
 
 def _gated(config: Mapping[str, Any]) -> bool:
-    """Whether the feed-forward part multiplies two projections (SwiGLU and its kin)."""
-    return str(config.get("model_type")).startswith("gemma") or str(config.get("hidden_act")) in ("silu", "swish")
+    """Whether the feed-forward part multiplies two projections (SwiGLU and its kin).
+
+    A config.json may leave out what is its class's default, so the kind of model tells first.
+    """
+    return str(config.get("model_type")).startswith(_GATED) or str(config.get("hidden_act")) in ("silu", "swish")

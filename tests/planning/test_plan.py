@@ -128,6 +128,16 @@ def test_more_gpus_never_hold_more_each(tensor: int, pipeline: int) -> None:
     assert weight_bytes(LLAMA_70B, tensor, pipeline) >= LLAMA_70B.parameters * 2 / (tensor * pipeline) * 0.9
 
 
+def test_a_default_that_a_config_leaves_out_counts() -> None:
+    """Llama's class has `silu` where config.json says nothing: a third of a block's weights."""
+    config = {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 128,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100,
+    }  # fmt: skip
+    assert model_from_config(config) == model_from_config({**config, "hidden_act": "silu"})
+    assert not model_from_config({**config, "model_type": "gpt_neox"}).gated
+
+
 def test_sizes_from_a_config() -> None:
     config = {"hidden_size": 384, "num_attention_heads": 12, "num_hidden_layers": 6, "intermediate_size": 1536,
               "vocab_size": 30522, "hidden_act": "gelu", "architectures": ["BertModel"]}  # fmt: skip
