@@ -9,7 +9,9 @@ from builders.errors import InputError, UnsupportedError
 from runtime.record import Record
 
 # Families whose feed-forward part is gated whatever the activation.
-_GATED = ("cohere", "gemma", "glm", "granite", "llama", "mistral", "olmo", "phi3", "qwen2", "qwen3", "smollm3", "stablelm")
+_GATED = (
+    "cohere", "gemma", "glm", "granite", "llama", "mistral", "olmo", "phi3", "qwen2", "qwen3", "smollm3", "stablelm",
+)  # fmt: skip
 # What these keys stand for needs other arithmetic: experts, compressed caches, two stacks of layers.
 _OTHER_ARITHMETIC = ("num_local_experts", "num_experts", "n_routed_experts", "kv_lora_rank")
 _TIED = ("gpt2", "gemma", "gemma2", "gemma3_text")  # tied unless the file says otherwise
