@@ -4,9 +4,9 @@ setting    what is measured, and on which device: a GPU, or the CPU for the dry 
 record     the result: sections of rows, as JSON
 roofline   bytes and operations counted, and the least time that they take
 sections   parts as processes with a time limit each, so that none takes the others down
-timing     seconds on a device
-machine, decoders, step, decoder_engines, encoders, encoder_engines, served, peers, several_gpus   the parts
-llama      a Llama in plain torch behind the executor's seam: what is measured where no engine runs
-page, plots   the result for people
+machine, decoders, step, decoder_engines, encoders, served, several_gpus   the parts
+llama      transformers' Llama behind the executor's seam: what is measured where no engine runs
+folders    checkpoints, graphs and engines that parts share, built as users build them
+page       the result for people, with plots
 bundle     everything in a folder that can be carried to a machine without a network
 """

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,79 +28,65 @@ from builders.spec import Flavour
 from builders.store.atomic import atomic_directory
 from measure.bench.bare_loop import bare_loop
 from measure.bench.decoder_graph import DecoderShape
-from measure.gpu_proof.decoders import Way, decode_case, open_executor
-from measure.gpu_proof.llama import Llama, llama_of
+from measure.gpu_proof.decoders import decode_row, open_executor
+from measure.gpu_proof.folders import built_row, stand_in
+from measure.gpu_proof.llama import new_llama
 from measure.gpu_proof.machine import try_flavour
 from measure.gpu_proof.record import Row
-from measure.gpu_proof.roofline import Limits, against, decode_work
-from measure.gpu_proof.setting import Budget, Setting
+from measure.gpu_proof.roofline import against, decode_work
+from measure.gpu_proof.setting import Setting
 from measure.gpu_proof.step import KEPT, engine_over, split
 from measure.gpu_proof.timing import host_seconds
 from runtime.step import Batch, StepExecutor
 
 MOST_DIFFERENCE = {"float16": 0.02, "float32": 1e-4}  # of the logits, over the largest of them
 _PROMPT = 8
+_LEAST_S = 30.0  # of the budget, to build an engine
 
 
-def measure(setting: Setting, limits: Limits | None, budget: Budget, *, flavour: Flavour) -> Iterator[Row]:
+def measure(setting: Setting, flavour: Flavour) -> Iterator[Row]:
     try_flavour(flavour, setting)
-    how = f"{flavour} step executor" + (" (stand-in: its graph on ONNX Runtime)" if setting.dry else "")
+    how = f"{flavour} step executor{stand_in(setting)}"
+    rows, shortest = max(setting.decode_rows) + KEPT, min(setting.contexts)
     seconds: dict[tuple[int, int, int], float] = {}  # by layers, context and rows
-    made: dict[int, tuple[OnnxGraph, Llama]] = {}  # by layers
-    for context in setting.contexts:
-        for layers in setting.depths:
-            case = f"{setting.decoder_name} of {layers} layers, engine of capacity {context}"
-            if budget.left_s < 30 and not setting.dry:
-                yield Row(case, how, reason="time")
-                continue
-            if layers not in made:
-                made[layers] = decoder_graph(replace(setting.decoder, layers=layers), setting)
-            graph, model = made[layers]
-            rows = max(setting.decode_rows) + KEPT
-            profiles = decoder_profiles(rows, min(setting.contexts))
-            folder = setting.scratch / f"{flavour}-{layers}-{context}"
-            folder.mkdir(exist_ok=True)
-            engine = build_decoder_engine(graph, context, flavour, setting.target, profiles, folder)
-            figures = {"build_s": engine.build_seconds, "mb": engine.bytes / 1e6, "layers": float(engine.layers)}
-            unrun = "built ahead of time; not run: no GPU here" if setting.dry else ""
-            yield Row(case, f"{flavour} engine", figures=figures, facts={"target": engine.target}, note=unrun)
-            executor = open_engines(setting, engine.file_path, graph, context, rows, flavour)
-            try:
-                yield _compared(setting, executor, model, context, case, how)
-                for count in setting.decode_rows:
-                    seconds[layers, context, count] = _decode_seconds(setting, executor, context, count)
-                if layers == max(setting.depths) and context == min(setting.contexts):
-                    yield _loop(setting, executor, context, case, how)
-                    yield _split(setting, executor, context, case, how)
-            finally:
-                executor.close()
-    yield from _derived(setting, limits, seconds, how)
+    made: dict[int, tuple[OnnxGraph, Any]] = {}  # by layers
+    for context, layers in product(setting.contexts, setting.depths):
+        case = f"{setting.decoder_name} of {layers} layers, engine of capacity {context}"
+        if setting.left_s < _LEAST_S and not setting.dry:
+            yield Row(case, how, reason="time")
+            continue
+        if layers not in made:
+            made[layers] = decoder_graph(replace(setting.decoder, layers=layers), setting)
+        graph, model = made[layers]
+        folder = setting.scratch / f"{flavour}-{layers}-{context}"
+        folder.mkdir(exist_ok=True)
+        profiles = decoder_profiles(rows, shortest)
+        engine = build_decoder_engine(graph, context, flavour, setting.target, profiles, folder)
+        yield built_row(setting, engine, case, f"{flavour} engine")
+        executor = open_engines(setting, engine.file_path, graph, context, rows, flavour)
+        try:
+            yield _compared(setting, executor, model, context, case, how)
+            for count in setting.decode_rows:
+                seconds[layers, context, count] = _decode_seconds(setting, executor, context, count)
+            if layers == max(setting.depths) and context == shortest:
+                yield from _looped(setting, executor, context, case, how)
+        finally:
+            executor.close()
+    yield from _derived(setting, seconds, how)
 
 
-def decoder_graph(shape: DecoderShape, setting: Setting) -> tuple[OnnxGraph, Llama]:
-    """A random Llama exported as every decoder is, and the same weights in plain torch to compare with."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
+def decoder_graph(shape: DecoderShape, setting: Setting) -> tuple[OnnxGraph, Any]:
+    """A random Llama exported as every decoder is, and the same weights in torch to compare with."""
     positions = max(setting.contexts)
-    config = LlamaConfig(
-        vocab_size=shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.ffn,
-        num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
-        max_position_embeddings=positions, tie_word_embeddings=False, attn_implementation="eager",
-    )  # fmt: skip
-    torch.manual_seed(0)
-    with torch.device(setting.device):  # where random numbers are made fast
-        made = LlamaForCausalLM(config)
-    network = made.to("cpu", getattr(torch, setting.dtype)).eval()
+    model = new_llama(shape, positions, setting.dtype, setting.device)  # where random numbers are made fast
     folder = setting.scratch / f"decoder-{shape.layers}"
     if not folder.is_dir():  # else the other flavour's section has made it
         with atomic_directory(folder) as work:
-            export.write_graph(network, _facts(shape, positions), [None] * shape.layers, work / GRAPH_FILE)
+            export.write_graph(model.to("cpu"), _facts(shape, positions), [None] * shape.layers, work / GRAPH_FILE)
     # Nothing judges random weights.
     unjudged = GenerationQuality(perplexity=np.nan, reference_perplexity=np.nan, tokens=0, executor="none")
-    return record_graph(folder, setting.precision, unjudged, f"random, {shape.layers} layers"), llama_of(
-        network.to(setting.device), positions
-    )
+    graph = record_graph(folder, setting.precision, unjudged, f"random, {shape.layers} layers")
+    return graph, model.to(setting.device)
 
 
 def _facts(shape: DecoderShape, positions: int) -> Checkpoint:
@@ -127,9 +115,9 @@ def open_engines(
     return TensorRtStepExecutor(engines, (capacity,), rows, flavour=flavour, device=0)
 
 
-def _compared(setting: Setting, executor: StepExecutor, model: Llama, context: int, case: str, how: str) -> Row:
+def _compared(setting: Setting, executor: StepExecutor, model: Any, context: int, case: str, how: str) -> Row:
     """A prompt and a token after it, against the same weights in torch. Raises ParityError where they differ."""
-    reference = open_executor(setting, model, context, 1, Way(compile=False, graph=False))
+    reference = open_executor(setting, model, context, 1, compiled=False)
     random, worst = np.random.default_rng(0), 0.0
     place = np.zeros(1, np.int64)
     for length in (_PROMPT, 1):
@@ -149,35 +137,27 @@ def _decode_seconds(setting: Setting, executor: StepExecutor, context: int, rows
     return host_seconds(lambda: executor.run([batch])[0].argmax(axis=1), setting)
 
 
-def _loop(setting: Setting, executor: StepExecutor, context: int, case: str, how: str) -> Row:
+def _looped(setting: Setting, executor: StepExecutor, context: int, case: str, how: str) -> Iterator[Row]:
+    """In the bare loop, and a step of the serving loop split into its parts."""
     rows, new = min(8, max(setting.decode_rows)), min(setting.steps, context // 2)
     loop = bare_loop(executor, 0, rows, context - new, new)
     figures = {"tokens_per_s": loop.decode_tokens_per_second, "prompt_s": loop.prefill_seconds / rows}
-    return Row(f"{case}, bare loop, batch {rows}", how, figures=figures)
+    yield Row(f"{case}, bare loop, batch {rows}", how, figures=figures)
+    executor.reset()  # the loop has left its own keys and values
+    row = Row(f"{case}, a step of the serving loop, batch 1", how, {"batch": 1})
+    yield split(setting, engine_over(executor, context, 1, chunk=context), row)
 
 
-def _split(setting: Setting, executor: StepExecutor, context: int, case: str, how: str) -> Row:
-    executor.reset()  # the loop above has left its own keys and values
-    engine = engine_over(executor, context, 1, chunk=min(setting.contexts))
-    row = Row(f"{case}, a step of the serving loop, batch 1", how, axes={"batch": 1})
-    return split(setting, engine, context, 1, row)
-
-
-def _derived(
-    setting: Setting, limits: Limits | None, seconds: dict[tuple[int, int, int], float], how: str
-) -> Iterator[Row]:
+def _derived(setting: Setting, seconds: dict[tuple[int, int, int], float], how: str) -> Iterator[Row]:
     few, more = setting.depths
-    for context in setting.contexts:
-        for rows in setting.decode_rows:
-            if (few, context, rows) not in seconds or (more, context, rows) not in seconds:
-                continue
+    for context, rows in product(setting.contexts, setting.decode_rows):
+        if (few, context, rows) in seconds and (more, context, rows) in seconds:
             first, second = seconds[few, context, rows], seconds[more, context, rows]
             whole = whole_seconds(first, second, setting.depths, setting.decoder.layers)
             work = decode_work(setting.decoder, rows, context, setting.value_bytes)
-            figures, facts = against(work, whole, limits)
-            figures |= {"tokens_per_s": rows / whole, "block_ms": (second - first) / (more - few) * 1e3}
-            axes, case = {"batch": rows, "context": context}, decode_case(setting, rows, context)
-            yield Row(case, how, axes, figures, facts, note=f"derived from {few} and {more} layers")
+            row = decode_row(setting, how, context, rows, f"derived from {few} and {more} layers")
+            figures = {"tokens_per_s": rows / whole, "block_ms": (second - first) / (more - few) * 1e3}
+            yield against(row, work, whole, setting.limits, **figures)
 
 
 def whole_seconds(few: float, more: float, depths: tuple[int, int], layers: int) -> float:

@@ -1,8 +1,8 @@
-"""A Llama in plain torch, with caches of fixed length, behind the seam that engines stand behind.
+"""transformers' Llama with caches of fixed length, behind the seam that engines stand behind.
 
-It is the peer that an engine must beat, and what the serving loop runs on where no engine does. Weights are random or
-those of a transformers model. A step of one token a row is a CUDA graph, as gpt-fast and vLLM have it: captured once,
-then launched as one. Blocks are compiled one for all, so that compiling takes seconds.
+It is the peer that an engine must beat, and what the serving loop runs on where no engine does. A step of one token a
+row is a CUDA graph, as gpt-fast and vLLM have it: captured once, then launched as one. Blocks are compiled one for
+all, so that compiling takes seconds.
 """
 
 from __future__ import annotations
@@ -25,165 +25,75 @@ if TYPE_CHECKING:
     # Logits [rows, vocabulary]; the largest of each row, and its token [rows, 2].
     Made = tuple[torch.Tensor, torch.Tensor]
 
-EPSILON, THETA = 1e-6, 10_000.0  # transformers' defaults for a LlamaConfig
+_ATTENTION = "rows_of_one_cache"  # as transformers knows it
+Run = Callable[[], object]
+
+
+def llama_config(shape: DecoderShape, positions: int) -> Any:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.ffn,
+        num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
+        max_position_embeddings=positions, tie_word_embeddings=False, architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+
+
+def new_llama(shape: DecoderShape, positions: int, dtype: str, device: str) -> Any:
+    """A LlamaForCausalLM with random weights, made on the device; the same twice."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = LlamaForCausalLM._from_config(llama_config(shape, positions), dtype=getattr(torch, dtype))
+    return model.eval()
 
 
 @dataclass(frozen=True, eq=False)
-class Block:
-    """`qkv` [(heads + 2 kv_heads) head_dim, hidden], `gate_up` [2 ffn, hidden]: one product each."""
+class _LayerCache:
+    """What a layer's attention takes for transformers' cache: views [rows, kv_heads, capacity, head_dim].
 
-    norm: torch.Tensor
-    qkv: torch.Tensor
-    out: torch.Tensor
-    ffn_norm: torch.Tensor
-    gate_up: torch.Tensor
-    down: torch.Tensor
+    `fresh`: they hold nothing before these tokens, which therefore attend to each other alone.
+    """
 
+    keys: torch.Tensor
+    values: torch.Tensor
+    positions: torch.Tensor  # [rows, length]
+    fresh: bool
 
-@dataclass(frozen=True, eq=False)
-class Llama:
-    """`cosine` and `sine` are [positions, head_dim]."""
+    def update(self, keys: torch.Tensor, values: torch.Tensor, _: int) -> tuple[torch.Tensor, torch.Tensor]:
+        import torch
 
-    shape: DecoderShape
-    table: torch.Tensor
-    blocks: tuple[Block, ...]
-    norm: torch.Tensor
-    head: torch.Tensor
-    cosine: torch.Tensor
-    sine: torch.Tensor
+        at = torch.arange(len(keys), device=keys.device)[:, None]
+        self.keys[at, :, self.positions] = keys.transpose(1, 2)
+        self.values[at, :, self.positions] = values.transpose(1, 2)
+        return (keys, values) if self.fresh else (self.keys, self.values)
 
 
-def random_llama(shape: DecoderShape, positions: int, dtype: str, device: str) -> Llama:
-    """Weights of deviation 0.02, made on the device; norms of one."""
-    import torch
-
-    generator = torch.Generator(device).manual_seed(0)
-    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "device": device}
-
-    def weight(*sizes: int) -> torch.Tensor:
-        return torch.empty(sizes, **options).normal_(0, 0.02, generator=generator)
-
-    def norm() -> torch.Tensor:
-        return torch.ones(shape.hidden, **options)
-
-    width = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
-    blocks = tuple(
-        Block(
-            norm(),
-            weight(width, shape.hidden),
-            weight(shape.hidden, shape.hidden),
-            norm(),
-            weight(2 * shape.ffn, shape.hidden),
-            weight(shape.hidden, shape.ffn),
-        )
-        for _ in range(shape.layers)
-    )
-    table, head = weight(shape.vocabulary, shape.hidden), weight(shape.vocabulary, shape.hidden)
-    return Llama(shape, table, blocks, norm(), head, *_angles(shape, positions, options))
-
-
-def llama_of(model: Any, positions: int) -> Llama:
-    """The weights of a transformers LlamaForCausalLM, where they lie."""
-    import torch
-
-    config, inner = model.config, model.model
-    shape = DecoderShape(
-        layers=config.num_hidden_layers,
-        hidden=config.hidden_size,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        ffn=config.intermediate_size,
-        vocabulary=config.vocab_size,
-    )
-    blocks = tuple(
-        Block(
-            layer.input_layernorm.weight.detach(),
-            torch.cat([getattr(layer.self_attn, f"{name}_proj").weight.detach() for name in "qkv"]),
-            layer.self_attn.o_proj.weight.detach(),
-            layer.post_attention_layernorm.weight.detach(),
-            torch.cat([layer.mlp.gate_proj.weight.detach(), layer.mlp.up_proj.weight.detach()]),
-            layer.mlp.down_proj.weight.detach(),
-        )
-        for layer in inner.layers
-    )
-    table, head = inner.embed_tokens.weight.detach(), model.lm_head.weight.detach()
-    options = {"dtype": table.dtype, "device": table.device}
-    return Llama(shape, table, blocks, inner.norm.weight.detach(), head, *_angles(shape, positions, options))
-
-
-def _angles(shape: DecoderShape, positions: int, options: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    import torch
-
-    half = torch.arange(0, shape.head_dim, 2, device=options["device"]) / shape.head_dim
-    angles = torch.outer(torch.arange(positions, device=options["device"]), THETA**-half)
-    both = torch.cat([angles, angles], dim=1)  # [positions, head_dim]
-    return both.cos().to(options["dtype"]), both.sin().to(options["dtype"])
-
-
-@functools.cache
-def _block_function(shape: DecoderShape, compiler: str | None) -> Callable[..., Any]:
-    """One block on [rows, length, hidden]. Writes the caches, [rows, kv_heads, capacity, head_dim], where they lie.
-
-    `fresh`: the caches hold nothing before these tokens, so attention is causal among them. Otherwise every slot of
-    the cache is read under a mask: a static shape, as a CUDA graph wants it. Compiled once for each shape, and for
-    all layers and executors of the process.
+def _attention(
+    module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, scaling: float, **_: Any
+) -> tuple[torch.Tensor, None]:
+    """Without a mask it is causal. With one, [rows, 1, length, capacity], every slot of the cache is read: a static
+    shape, as a CUDA graph wants it.
     """
     import torch
-    from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
 
-    heads, kv, size = shape.heads, shape.kv_heads, shape.head_dim
-    group = heads // kv
-
-    def rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
-        low, high = x.chunk(2, dim=-1)
-        return x * cosine + torch.cat([-high, low], dim=-1) * sine
-
-    def masked(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        rows, length = positions.shape
+    rows, heads, length, size = q.shape
+    if mask is None:
+        seen = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
+    else:
         # The query heads that share a key head are one matrix, so that no key is read twice.
-        grouped = q.view(rows, length, kv, group, size).permute(0, 2, 3, 1, 4).reshape(rows, kv, group * length, size)
-        scores = torch.matmul(grouped, keys.transpose(-1, -2)) * size**-0.5
-        slots = torch.arange(keys.shape[2], device=q.device)
-        unseen = (slots > positions[:, None, :, None]).expand(rows, group, length, -1).flatten(1, 2)
-        weights = scores.float().masked_fill(unseen[:, None], float("-inf")).softmax(-1).to(q.dtype)
-        seen = torch.matmul(weights, values).view(rows, kv, group, length, size)
-        return seen.permute(0, 3, 1, 2, 4).reshape(rows, length, heads * size)
-
-    def causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        seen = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        return seen.transpose(1, 2).flatten(2)
-
-    def block(
-        x: torch.Tensor,
-        weights: tuple[torch.Tensor, ...],
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        positions: torch.Tensor,
-        angles: tuple[torch.Tensor, torch.Tensor],
-        fresh: bool,
-    ) -> torch.Tensor:
-        norm, qkv, out, ffn_norm, gate_up, down = weights
-        rows, length, hidden = x.shape
-        joined = linear(rms_norm(x, (hidden,), norm, EPSILON), qkv).view(rows, length, heads + 2 * kv, size)
-        q, k, v = torch.split(joined, [heads, kv, kv], dim=2)
-        q, k = rotate(q, *angles), rotate(k, *angles)
-        at = torch.arange(rows, device=x.device)[:, None]
-        keys[at, :, positions], values[at, :, positions] = k, v
-        x = x + linear(causal(q, k, v) if fresh else masked(q, keys, values, positions), out)
-        gate, up = linear(rms_norm(x, (hidden,), ffn_norm, EPSILON), gate_up).chunk(2, dim=-1)
-        return x + linear(silu(gate) * up, down)
-
-    if compiler is None:
-        return block
-    settings: Any = torch._dynamo.config
-    settings.recompile_limit = 64  # a shape is a compilation, and after 8 of them Dynamo would give up
-    return torch.compile(block, backend=compiler, fullgraph=True, dynamic=False)
+        grouped = q.reshape(rows, k.shape[1], -1, size)
+        scores = (grouped @ k.transpose(-1, -2)).float() * scaling
+        unseen = ~mask.repeat(1, 1, heads // k.shape[1], 1)
+        seen = scores.masked_fill(unseen, float("-inf")).softmax(-1).to(q.dtype) @ v
+    return seen.reshape(rows, heads, length, size).transpose(1, 2), None
 
 
 class TorchStepExecutor:
-    """A `StepExecutor`. `compiler` is torch.compile's backend for steps of one token a row; `graphs`: these steps are
-    captured and launched as CUDA graphs.
+    """A `StepExecutor` over a LlamaForCausalLM, which it takes over. `compiler` is torch.compile's backend for steps of
+    one token a row; `graphs`: these steps are captured and launched as CUDA graphs.
 
     Steps are made for 1, 2, 4, … rows and padded to the next, so that there are few of them. A padding row writes to
     the last position of a row that is not decoding, which its own token overwrites before anything reads it.
@@ -192,32 +102,31 @@ class TorchStepExecutor:
     stages = 1
 
     def __init__(
-        self, model: Llama, capacities: Sequence[int], rows: int, *, compiler: str | None = None, graphs: bool = False
+        self, model: Any, capacities: Sequence[int], rows: int, *, compiler: str | None = None, graphs: bool = False
     ) -> None:
         import torch
+        from transformers import AttentionInterface
 
+        AttentionInterface.register(_ATTENTION, _attention)
+        model.config._attn_implementation = _ATTENTION
         self.model, self.capacities, self.rows, self.graphs = model, tuple(capacities), rows, graphs
-        self.vocabulary = model.shape.vocabulary
-        table, shape = model.table, model.shape
-        self._eager, self._compiled = _block_function(shape, None), _block_function(shape, compiler)
+        config, head = model.config, model.lm_head.weight
+        self.vocabulary = config.vocab_size
+        self._eager = type(model.model.layers[0]).forward
+        self._compiled = self._eager if compiler is None else _compiled(self._eager, compiler)
+        line = config.num_hidden_layers, rows, config.num_key_value_heads
         # Keys and values apart: tensors that share memory and are written to are slow to call compiled code with.
         self._caches = [
-            tuple(
-                torch.zeros(
-                    shape.layers, rows, shape.kv_heads, size, shape.head_dim, dtype=table.dtype, device=table.device
-                )
-                for _ in range(2)
-            )
+            tuple(torch.zeros(*line, size, config.head_dim, dtype=head.dtype, device=head.device) for _ in "kv")
             for size in capacities
         ]
-        position_bytes = 2 * shape.layers * shape.kv_heads * shape.head_dim * table.itemsize
-        weights = (table, model.head, *(tensor for block in model.blocks for tensor in vars(block).values()))
-        self.call_cost = sum(tensor.nbytes for tensor in weights) // position_bytes
-        pinned = table.device.type == "cuda"
+        position_bytes = 2 * line[0] * line[2] * config.head_dim * head.itemsize
+        self.call_cost = sum(weight.nbytes for weight in model.parameters()) // position_bytes
+        pinned = head.is_cuda
         self._given = torch.zeros(2, rows, dtype=torch.int64, pin_memory=pinned)  # tokens; their positions
-        self._tokens = torch.zeros(2, rows, dtype=torch.int64, device=table.device)
+        self._tokens = torch.zeros(2, rows, dtype=torch.int64, device=head.device)
         self._top = [torch.zeros(rows, 2, pin_memory=pinned) for _ in capacities]
-        self._decodes: dict[tuple[int, int], tuple[Callable[[], object], Made]] = {}
+        self._decodes: dict[tuple[int, int], tuple[Run, Made]] = {}
 
     def run(self, batches: Sequence[Batch]) -> list[Logits]:
         # DeviceLogits are arrays in all that samplers do with them.
@@ -247,10 +156,9 @@ class TorchStepExecutor:
         positions = torch.from_numpy(batch.write_indices[:, None] + np.arange(length)).to(device)
         ids = torch.from_numpy(np.ascontiguousarray(batch.input_ids)).to(device)
         block = self._compiled if compiled else self._eager
-        fresh = not batch.write_indices.any()
-        return self._forward(ids, positions, batch.pool, batch.first, block, fresh=fresh)
+        return self._forward(ids, positions, batch.pool, batch.first, block, fresh=not batch.write_indices.any())
 
-    def decode(self, batch: Batch) -> tuple[Callable[[], object], Made]:
+    def decode(self, batch: Batch) -> tuple[Run, Made]:
         """What launches this step, as often as one likes, and where its results will lie; padding rows come last."""
         import torch
 
@@ -268,7 +176,7 @@ class TorchStepExecutor:
             )
         return self._decodes[key]
 
-    def _captured(self, step: Callable[[], Made]) -> tuple[Callable[[], object], Made]:
+    def _captured(self, step: Callable[[], Made]) -> tuple[Run, Made]:
         """The step as a CUDA graph; where there is none, a call that writes its results to one place."""
         import torch
 
@@ -287,28 +195,20 @@ class TorchStepExecutor:
         return graph.replay, made
 
     def _forward(
-        self,
-        ids: torch.Tensor,
-        positions: torch.Tensor,
-        pool: int,
-        first: int,
-        block_of: Callable[..., Any],
-        *,
-        fresh: bool,
+        self, ids: torch.Tensor, positions: torch.Tensor, pool: int, first: int, block: Any, *, fresh: bool
     ) -> Made:
         import torch
-        from torch.nn.functional import linear, rms_norm
 
-        model, rows = self.model, slice(first, first + len(ids))
-        keys, values = self._caches[pool]  # [layers, rows, kv_heads, capacity, head_dim]
+        inner, rows = self.model.model, slice(first, first + len(ids))
         with torch.no_grad():
-            x = model.table[ids]
-            angles = model.cosine[positions][:, :, None], model.sine[positions][:, :, None]  # [rows, length, 1, size]
-            for layer, block in enumerate(model.blocks):
-                weights = tuple(vars(block).values())
-                x = block_of(x, weights, keys[layer, rows], values[layer, rows], positions, angles, fresh)
-            last = rms_norm(x[:, -1], (x.shape[-1],), model.norm, EPSILON)
-            logits = linear(last, model.head).float()
+            x = inner.embed_tokens(ids)
+            angles = inner.rotary_emb(x, positions)
+            slots = torch.arange(self.capacities[pool], device=ids.device)
+            mask = None if fresh else slots <= positions[:, None, :, None]
+            for layer, keys, values in zip(inner.layers, *self._caches[pool], strict=True):
+                cache = _LayerCache(keys[rows], values[rows], positions, fresh)
+                x = block(layer, x, attention_mask=mask, position_embeddings=angles, past_key_values=cache)
+            logits = self.model.lm_head(inner.norm(x[:, -1])).float()
             largest, tokens = logits.max(1)
             return logits, torch.stack([largest, tokens.float()], 1)
 
@@ -327,10 +227,20 @@ class TorchStepExecutor:
         return False
 
     def reset(self) -> None:
-        for keys, values in self._caches:
-            keys.zero_()
-            values.zero_()
+        for cache in self._caches:
+            for part in cache:
+                part.zero_()
 
     def close(self) -> None:
         self._decodes.clear()
         self._caches.clear()
+
+
+@functools.cache
+def _compiled(block: Callable[..., Any], compiler: str) -> Callable[..., Any]:
+    """Compiled once for each shape, and for all layers and executors of the process."""
+    import torch
+
+    settings: Any = torch._dynamo.config
+    settings.recompile_limit = 64  # a shape is a compilation, and after 8 of them Dynamo would give up
+    return torch.compile(block, backend=compiler, fullgraph=True, dynamic=False)

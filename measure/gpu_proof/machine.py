@@ -1,4 +1,4 @@
-"""The first sections: what the machine is, and what its device can do at most."""
+"""The first sections: what the machine is, what its device can do at most, and which TensorRT builds for it."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ import importlib.util
 import os
 import platform
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from builders.errors import TriremeError
 from measure.gpu_proof.record import Row
-from measure.gpu_proof.roofline import Limits
-from measure.gpu_proof.setting import Budget, NotRun, Setting
+from measure.gpu_proof.setting import NotRun, Setting
 from measure.gpu_proof.timing import device_seconds, host_seconds
 from runtime.gpu import visible_gpus
 
 if TYPE_CHECKING:
     from builders.spec import Flavour
 
-FLAVOURS: tuple[Flavour, ...] = ("tensorrt", "tensorrt-rtx")
 _PACKAGES = (
     "torch", "triton", "transformers", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt_rtx", "polygraphy",
     "tritonclient", "nvidia-pytriton", "vllm", "numpy",
 )  # fmt: skip
 _QUERY = "name,driver_version,memory.total,clocks.max.sm,clocks.max.mem,power.limit"
+_LAUNCHES = 1000
 
 
 def gpu_facts() -> list[dict[str, str]]:
@@ -39,48 +39,28 @@ def processor_name() -> str:
     return next(named, platform.machine())
 
 
-def describe(setting: Setting, _: Limits | None, budget: Budget) -> Iterator[Row]:
+def describe(setting: Setting) -> Iterator[Row]:
     for number, facts in enumerate(gpu_facts()):
         yield Row(f"GPU {number}", "driver", facts=facts)
-    yield Row(
-        "host", "system", facts={"processor": processor_name(), "cores": str(os.cpu_count()), **_python_versions()}
-    )
-    yield _torch_facts(setting)
-
-
-def _python_versions() -> dict[str, str]:
-    from importlib import metadata
-
-    found = {"python": platform.python_version()}
+    host = {"processor": processor_name(), "cores": str(os.cpu_count()), "python": platform.python_version()}
     for name in _PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def _torch_facts(setting: Setting) -> Row:
+        if next(iter(metadata.Distribution.discover(name=name)), None) is not None:
+            host[name] = metadata.version(name)
+    yield Row("host", "system", facts=host)
     if importlib.util.find_spec("torch") is None:
-        return Row("torch", "device", reason="no module torch")
+        yield Row("torch", "device", reason="no module torch")
+        return
     import torch
 
-    if setting.device == "cpu" or not torch.cuda.is_available():
-        return Row("torch", "device", facts={"CUDA": str(torch.version.cuda), "threads": str(torch.get_num_threads())})
-    found = torch.cuda.get_device_properties(0)
-    nccl: Any = torch.cuda.nccl
-    facts = {
-        "device": found.name,
-        "SM": f"{found.major}.{found.minor}",
-        "multiprocessors": str(found.multi_processor_count),
-        "memory": f"{found.total_memory / 1e9:.1f} GB",
-        "CUDA": str(torch.version.cuda),
-        "NCCL": ".".join(map(str, nccl.version())),
-    }
-    return Row("torch", "device", facts=facts)
+    facts = {"CUDA": str(torch.version.cuda), "threads": str(torch.get_num_threads())}
+    if setting.device == "cuda" and torch.cuda.is_available():
+        found, nccl = torch.cuda.get_device_properties(0), torch.cuda.nccl.version()  # type: ignore[no-untyped-call]
+        facts |= {"device": found.name, "SM": f"{found.major}.{found.minor}", "NCCL": ".".join(map(str, nccl))}
+        facts |= {"multiprocessors": str(found.multi_processor_count), "memory": f"{found.total_memory / 1e9:.1f} GB"}
+    yield Row("torch", "device", facts=facts)
 
 
-def one_layer(setting: Setting, _: Limits | None, budget: Budget, *, flavour: Flavour) -> Iterator[Row]:
+def one_layer(setting: Setting, flavour: Flavour) -> Iterator[Row]:
     """Whether this TensorRT builds for the device at all; where it refuses, its own words are the reason."""
     seconds = try_flavour(flavour, setting)
     yield Row(f"a network of one layer for {setting.target}", flavour, figures={"build_s": seconds})
@@ -103,83 +83,60 @@ def try_flavour(flavour: Flavour, setting: Setting) -> float:
         onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)]), str(file))
         one = Range(min=1, opt=1, max=1)
         inputs = (TensorSpec(name="x", dtype="float32", dims=("batch", 8)),)
-        profiles = (ProfileSlice(batch=one, length=one),)
-        return compile_plan(file, flavour, setting.target, profiles, inputs).seconds
+        return compile_plan(file, flavour, setting.target, (ProfileSlice(batch=one, length=one),), inputs).seconds
     except ModuleNotFoundError as error:
         raise NotRun(f"no module {error.name}") from error
     except TriremeError as error:
         raise NotRun(str(error)) from error
 
 
-def limits(setting: Setting, _: Limits | None, budget: Budget) -> Iterator[Row]:
-    """Measured in the same run, since clocks and cooling differ from one machine to the next."""
-    require_torch(setting)
-    yield _copies(setting)
-    for dtype in ("float16", "bfloat16") if setting.device == "cuda" else ("float32",):
-        yield _products(setting, dtype, limit=dtype == setting.dtype)
-    yield _to_device(setting)
-    yield _launches(setting)
-
-
-def require_torch(setting: Setting) -> None:
-    """Raises NotRun where torch cannot compute on the device."""
-    if importlib.util.find_spec("torch") is None:
-        raise NotRun("no module torch")
+def require_torch(setting: Setting, *others: str) -> Any:
+    """torch. Raises NotRun where it cannot compute on the device, or another module is absent."""
+    for name in ("torch", *others):
+        if importlib.util.find_spec(name) is None:
+            raise NotRun(f"no module {name}")
     import torch
 
     if setting.device == "cuda" and not torch.cuda.is_available():
         raise NotRun(f"torch {torch.__version__} does not see the GPU")
     if setting.dry:
         torch.set_num_threads(1)  # tiny shapes: threads that wait for each other would take most of the time
+    return torch
 
 
-def _copies(setting: Setting) -> Row:
-    import torch
+def limits(setting: Setting) -> Iterator[Row]:
+    """Measured in the same run, since clocks and cooling differ from one machine to the next."""
+    torch = require_torch(setting)
+    cuda = setting.device == "cuda"
+    bytes_of = {"dtype": torch.uint8, "device": setting.device}
+    size = min(setting.copy_bytes, torch.cuda.mem_get_info()[0] // 4) if cuda else setting.copy_bytes
+    source, target = torch.randint(0, 255, (size,), **bytes_of), torch.empty(size, **bytes_of)
+    rate = 2 * size / device_seconds(lambda: target.copy_(source), setting) / 1e9
+    yield Row("copy on the device", "torch", figures={"copy_gb_per_s": rate}, note="bytes read and bytes written")
+    for dtype in ("float16", "bfloat16") if cuda else ("float32",):
+        yield _product(setting, torch, dtype)
+    size = min(setting.copy_bytes, 256 << 20)
+    pinned = torch.zeros(size, dtype=torch.uint8, pin_memory=cuda)
+    seconds = device_seconds(lambda: target[:size].copy_(pinned, non_blocking=True), setting)
+    yield Row("copy from pinned memory to the device", "torch", figures={"gb_per_s": size / seconds / 1e9})
+    x = torch.zeros(16, device=setting.device)
 
-    size = setting.copy_bytes
-    if setting.device == "cuda":
-        size = min(size, torch.cuda.mem_get_info()[0] // 4)
-    source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=setting.device)
-    target = torch.empty_like(source)
-    seconds = device_seconds(lambda: target.copy_(source), setting)
-    rate = 2 * size / seconds / 1e9
-    return Row("copy on the device", "torch", figures={"copy_gb_per_s": rate}, note="bytes read and bytes written")
+    def launches() -> None:
+        for _ in range(_LAUNCHES):
+            x.add_(1)
+        if cuda:
+            torch.cuda.synchronize()
+
+    # Host time of one small operation where many are queued: what a step of many kernels pays without a graph.
+    figures = {"us": host_seconds(launches, setting) / _LAUNCHES * 1e6}
+    yield Row("one operation launched from Python", "torch eager", figures=figures, note=f"of {_LAUNCHES} in a row")
 
 
-def _products(setting: Setting, dtype: str, *, limit: bool) -> Row:
+def _product(setting: Setting, torch: Any, dtype: str) -> Row:
     """Random values: on zeros the chip draws less power and clocks higher."""
-    import torch
-
     size = setting.product_size
     left, right = (torch.randn(size, size, device=setting.device).to(getattr(torch, dtype)) for _ in range(2))
     out = torch.empty_like(left)
-    seconds = device_seconds(lambda: torch.mm(left, right, out=out), setting)
-    rate = 2 * size**3 / seconds / 1e12
-    name = "product_tflop_per_s" if limit else f"{dtype}_tflop_per_s"
+    rate = 2 * size**3 / device_seconds(lambda: torch.mm(left, right, out=out), setting) / 1e12
+    name = "product_tflop_per_s" if dtype == setting.dtype else f"{dtype}_tflop_per_s"
     return Row(f"matrix product {size}³, {dtype}", "torch", figures={name: rate})
-
-
-def _to_device(setting: Setting) -> Row:
-    import torch
-
-    size = min(setting.copy_bytes, 256 << 20)
-    source = torch.zeros(size, dtype=torch.uint8, pin_memory=setting.device == "cuda")
-    target = torch.empty(size, dtype=torch.uint8, device=setting.device)
-    seconds = device_seconds(lambda: target.copy_(source, non_blocking=True), setting)
-    return Row("copy from pinned memory to the device", "torch", figures={"gb_per_s": size / seconds / 1e9})
-
-
-def _launches(setting: Setting) -> Row:
-    """Host time of one small operation where many are queued: what a step of many kernels pays without a graph."""
-    import torch
-
-    x, count = torch.zeros(16, device=setting.device), 1000
-
-    def many() -> None:
-        for _ in range(count):
-            x.add_(1)
-        if setting.device == "cuda":
-            torch.cuda.synchronize()
-
-    figures = {"us": host_seconds(many, setting) / count * 1e6}
-    return Row("one operation launched from Python", "torch eager", figures=figures, note=f"of {count} in a row")

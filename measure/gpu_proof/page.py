@@ -1,67 +1,67 @@
-"""The result as a Markdown page: what was measured, what was not and why, and the largest gap to the limit."""
+"""The result for people: a Markdown page that says what was measured, what was not and why, and SVG plots beside it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-from measure.gpu_proof.record import Proof, Row, Section, beyond_limit, largest_gap
+from measure.gpu_proof.record import Proof, Row, Section, largest_gap
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 DRY_NOTICE = "dry run: proves the script, not a speed"
 _PERCENT = ("fraction", "host_share")
 _PLOTS = {"fraction": "Achieved fraction of the limit", "tokens": "Decode: tokens/s against batch"}
 
 
-def render(proof: Proof, plots: Sequence[str], note: str = "") -> str:
+def render(proof: Proof, plots: Sequence[str] = (), note: str = "") -> str:
     """`plots` are the names of the SVG files beside the page, without their ending; `note` says why there are none."""
     ran = sum(section.status == "ran" for section in proof.sections)
     lines = [
-        f"# GPU proof: {proof.device}, {proof.date}",
-        "",
-        *([f"**{DRY_NOTICE}.**", ""] if proof.dry else []),
+        f"# GPU proof: {proof.device}, {proof.date}\n",
+        *([f"**{DRY_NOTICE}.**\n"] if proof.dry else []),
         f"{ran} of {len(proof.sections)} sections ran, in {sum(s.seconds for s in proof.sections):.0f} s of "
         f"{proof.budget_s:.0f} s. `floor_ms` is the least time that the bytes and operations of a case can take at the "
-        "limits measured here; `fraction` is that over the time measured. Everything is in `proof.json`.",
-        "",
+        "limits measured here; `fraction` is that over the time measured. Everything is in `proof.json`.\n",
         "| section | status | seconds | |",
         "|---|---|--:|---|",
         *(f"| {s.name} | {s.status} | {s.seconds:.1f} | {_cell(s.reason)} |" for s in proof.sections),
         "",
         *_gap_lines(proof),
-        *(line for name in plots for line in (f"![{_PLOTS[name]}]({name}.svg)", "")),
-        *([" ".join(note.split()), ""] if note else []),
+        *(f"![{_PLOTS[name]}]({name}.svg)\n" for name in plots),
+        *([" ".join(note.split()) + "\n"] if note else []),
+        *(line for section in proof.sections for line in _section_lines(section)),
     ]
-    for section in proof.sections:
-        lines += _section_lines(section)
     return "\n".join(lines).rstrip() + "\n"
 
 
 def _gap_lines(proof: Proof) -> list[str]:
-    gap, beyond = largest_gap(proof), beyond_limit(proof)
-    lines = ["No case was held against a limit, so no gap is named.", ""]
+    gap, lines = largest_gap(proof), ["No case was held against a limit, so no gap is named.\n"]
     if gap is not None:
         lines = [
             f"**Largest gap to the limit:** {gap.case}: {gap.how}, the fastest way that the limit holds for, takes "
-            f"{_number(gap.ms)} ms where {gap.bound_by} alone takes {_number(gap.floor_ms)} ms: {gap.fraction:.1%} of "
-            "the limit.",
-            "",
+            f"{_number(gap.figures['ms'])} ms where {gap.facts['bound by']} alone takes "
+            f"{_number(gap.figures['floor_ms'])} ms: {gap.figures['fraction']:.1%} of the limit.\n"
         ]
+    beyond = [row for row in proof.held if row.figures["fraction"] > 1]
     if beyond:
         named = "; ".join(f"{row.case}, {row.how}: {row.figures['fraction']:.1%}" for row in beyond)
-        lines += [f"Faster than the limit, which therefore does not hold for them (docs/gpu says when): {named}.", ""]
+        lines.append(f"Faster than the limit, which therefore does not hold for them (docs/gpu says when): {named}.\n")
     return lines
 
 
 def _section_lines(section: Section) -> list[str]:
-    lines = [f"## {section.name}", ""]
+    lines = [f"## {section.name}\n"]
     if section.status != "ran":
-        lines += [f"{section.status}: {section.reason}", ""]
+        lines.append(f"{section.status}: {section.reason}\n")
     measured = [row for row in section.rows if row.figures]
     for names in dict.fromkeys(tuple(row.figures) for row in measured):  # a table for each set of figures
         lines += [*_table([row for row in measured if tuple(row.figures) == names], names), ""]
     for row in section.rows:
         if row.facts and not row.figures:
-            facts = ", ".join(f"{name} {value}" for name, value in row.facts.items())
-            lines.append(f"- {row.case}: {facts}")
+            lines.append(f"- {row.case}: {', '.join(f'{name} {value}' for name, value in row.facts.items())}")
         elif row.reason:
             lines.append(f"- {row.case} ({row.how}): not run: {row.reason}")
     return [*lines, ""]
@@ -69,18 +69,14 @@ def _section_lines(section: Section) -> list[str]:
 
 def _table(rows: Sequence[Row], names: tuple[str, ...]) -> list[str]:
     facts = list(dict.fromkeys(name for row in rows for name in row.facts))
-    noted = any(row.note for row in rows)
-    heads = ["case", "how", *names, *facts, *(["note"] if noted else [])]
-    lines = [f"| {' | '.join(heads)} |", f"|---|---|{'--:|' * len(names)}{'---|' * (len(heads) - 2 - len(names))}"]
+    noted = ["note"] if any(row.note for row in rows) else []
+    heads = ["case", "how", *names, *facts, *noted]
+    lines = [f"| {' | '.join(heads)} |", f"|---|---|{'--:|' * len(names)}{'---|' * len([*facts, *noted])}"]
     for row in rows:
-        figures = [_figure(name, row.figures[name]) for name in names]
-        cells = [row.case, row.how, *figures, *(row.facts.get(name, "") for name in facts)]
-        lines.append(f"| {' | '.join(map(_cell, [*cells, *([row.note] if noted else [])]))} |")
+        figures = [f"{row.figures[n]:.1%}" if n in _PERCENT else _number(row.figures[n]) for n in names]
+        cells = [row.case, row.how, *figures, *(row.facts.get(name, "") for name in facts), *(row.note for _ in noted)]
+        lines.append(f"| {' | '.join(map(_cell, cells))} |")
     return lines
-
-
-def _figure(name: str, value: float) -> str:
-    return f"{value:.1%}" if name in _PERCENT else _number(value)
 
 
 def _number(value: float) -> str:
@@ -89,3 +85,56 @@ def _number(value: float) -> str:
 
 def _cell(text: str) -> str:
     return " ".join(text.replace("|", "\\|").split())
+
+
+def draw(proof: Proof) -> dict[str, str]:
+    """SVG by name, for what there are figures of."""
+    decode = [row for row in proof.held if "tokens_per_s" in row.figures and {"batch", "context"} <= set(row.axes)]
+    found = {}
+    if proof.held:
+        cases = list(dict.fromkeys(row.case for row in proof.held))
+        found["fraction"] = _figure(proof, 1.5 + 0.26 * len(cases), lambda axes: _fractions(axes, proof.held, cases))
+    if decode:
+        found["tokens"] = _figure(proof, 4.0, lambda axes: _tokens(axes, decode))
+    return found
+
+
+def _fractions(axes: Axes, rows: list[Row], cases: list[str]) -> None:
+    """A line a case, the first on top; a mark for each way."""
+    for number, how in enumerate(dict.fromkeys(row.how for row in rows)):
+        mine = [row for row in rows if row.how == how]
+        places = [cases.index(row.case) for row in mine]
+        axes.plot([100 * row.figures["fraction"] for row in mine], places, "os^Dv<>P"[number % 8], label=how)
+    axes.set_yticks(range(len(cases)), cases)
+    axes.invert_yaxis()
+    axes.set_xlim(left=0)
+    axes.axvline(100, color="0.4", linewidth=1)
+    axes.set_xlabel("achieved, % of the limit measured in the same run")
+
+
+def _tokens(axes: Axes, rows: list[Row]) -> None:
+    for how, context in dict.fromkeys((row.how, row.axes["context"]) for row in rows):
+        mine = [row for row in rows if (row.how, row.axes["context"]) == (how, context)]
+        points = sorted((row.axes["batch"], row.figures["tokens_per_s"]) for row in mine)
+        axes.plot(*zip(*points, strict=True), "o-", label=f"{how}, context {context}")
+    axes.set(xscale="log", yscale="log", xlabel="batch", ylabel="tokens/s")
+    batches = sorted({row.axes["batch"] for row in rows})
+    axes.set_xticks(batches, [str(batch) for batch in batches])
+    axes.yaxis.set_major_formatter("{x:g}")
+
+
+def _figure(proof: Proof, height: float, draw_on: Callable[[Axes], None]) -> str:
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"svg.hashsalt": "trireme", "svg.fonttype": "none", "text.parse_math": False}):
+        figure = Figure(figsize=(9, height), layout="constrained")
+        axes = figure.add_subplot()
+        draw_on(axes)
+        axes.grid(alpha=0.3)
+        axes.set_axisbelow(True)
+        axes.set_title(f"{proof.device}, {proof.date}" + (f" ({DRY_NOTICE})" if proof.dry else ""), fontsize=10)
+        figure.legend(loc="outside lower center", ncols=2, fontsize=8)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()

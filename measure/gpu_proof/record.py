@@ -50,8 +50,13 @@ class Proof:
     schema: int = SCHEMA
 
     @property
-    def failed(self) -> tuple[Section, ...]:
-        return tuple(section for section in self.sections if section.status == "failed")
+    def failed(self) -> list[Section]:
+        return [section for section in self.sections if section.status == "failed"]
+
+    @property
+    def held(self) -> list[Row]:
+        """Rows that were held against a limit."""
+        return [row for section in self.sections for row in section.rows if "fraction" in row.figures]
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2) + "\n"
@@ -68,36 +73,13 @@ class Proof:
         return Proof(**{**data, "sections": sections})
 
 
-@dataclass(frozen=True)
-class Gap:
-    """The case that stays furthest from its limit in the fastest way that the limit holds for."""
+def largest_gap(proof: Proof) -> Row | None:
+    """Of the fastest way of each case that the limit holds for, the one furthest from it.
 
-    case: str
-    how: str
-    fraction: float
-    ms: float
-    floor_ms: float
-    bound_by: str
-
-
-def _held(proof: Proof) -> list[Row]:
-    return [row for section in proof.sections for row in section.rows if "fraction" in row.figures]
-
-
-def beyond_limit(proof: Proof) -> tuple[Row, ...]:
-    """Rows that took less than their floor: it was not theirs, as `roofline` says, and tells nothing of them."""
-    return tuple(row for row in _held(proof) if row.figures["fraction"] > 1)
-
-
-def largest_gap(proof: Proof) -> Gap | None:
-    """None where nothing was held against limits that hold for it."""
+    A row that took less than its floor tells nothing: the floor was not its own, as `roofline` says.
+    """
     best: dict[str, Row] = {}
-    for row in (row for row in _held(proof) if row.figures["fraction"] <= 1):
-        kept = best.get(row.case)
-        if kept is None or row.figures["fraction"] > kept.figures["fraction"]:
+    for row in sorted(proof.held, key=lambda each: each.figures["fraction"]):
+        if row.figures["fraction"] <= 1:
             best[row.case] = row
-    if not best:
-        return None
-    row = min(best.values(), key=lambda each: each.figures["fraction"])
-    figures = row.figures
-    return Gap(row.case, row.how, figures["fraction"], figures["ms"], figures["floor_ms"], row.facts["bound by"])
+    return min(best.values(), key=lambda row: row.figures["fraction"], default=None)

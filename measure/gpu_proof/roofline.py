@@ -8,11 +8,10 @@ the memory, and INT8 products are held against the rate of fp16.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from measure.bench.decoder_graph import DecoderShape
-from measure.gpu_proof.record import Section
+from measure.gpu_proof.record import Row
 
 
 @dataclass(frozen=True)
@@ -40,18 +39,6 @@ class Limits:
     bytes_per_s: float
     flops_per_s: float
 
-    @staticmethod
-    def of(sections: Sequence[Section]) -> Limits | None:
-        """From the section that measured them; None where it did not."""
-        figures: dict[str, float] = {}
-        for section in sections:
-            if section.name == "limits":
-                for row in section.rows:
-                    figures |= row.figures
-        if "copy_gb_per_s" not in figures or "product_tflop_per_s" not in figures:
-            return None
-        return Limits(figures["copy_gb_per_s"] * 1e9, figures["product_tflop_per_s"] * 1e12)
-
 
 def floor_seconds(work: Work, limits: Limits) -> tuple[float, str]:
     """The longer of both times, and what it is spent on."""
@@ -59,13 +46,14 @@ def floor_seconds(work: Work, limits: Limits) -> tuple[float, str]:
     return (memory, "memory") if memory >= arithmetic else (arithmetic, "arithmetic")
 
 
-def against(work: Work, seconds: float, limits: Limits | None) -> tuple[dict[str, float], dict[str, str]]:
-    """Figures and facts of a row that took `seconds`; without limits, the counts alone."""
-    figures = {"ms": seconds * 1e3, "gb": work.bytes / 1e9, "gflop": work.flops / 1e9}
+def against(row: Row, work: Work, seconds: float, limits: Limits | None, **figures: float) -> Row:
+    """`row`, whose work took `seconds`, held against the limits; without limits, the counts alone."""
+    found = {"ms": seconds * 1e3, "gb": work.bytes / 1e9, "gflop": work.flops / 1e9}
     if limits is None:
-        return figures, {}
+        return replace(row, figures={**found, **figures})
     floor, bound = floor_seconds(work, limits)
-    return {**figures, "floor_ms": floor * 1e3, "fraction": floor / seconds}, {"bound by": bound}
+    found |= {"floor_ms": floor * 1e3, "fraction": floor / seconds}
+    return replace(row, figures={**found, **figures}, facts={"bound by": bound})
 
 
 def block_parameters(shape: DecoderShape) -> int:

@@ -15,15 +15,15 @@ import multiprocessing
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import Any
 
 from builders.errors import MachineError, UnsupportedError
 from measure.gpu_proof.record import Row, Section, Status
 from measure.gpu_proof.roofline import Limits
-from measure.gpu_proof.setting import Budget, NotRun, Setting
+from measure.gpu_proof.setting import NotRun, Setting
 
 START_S = 180.0  # of the server: it imports from a disk that may be cold
 BEGIN_S = 60.0  # of a section's process, until its first word
@@ -33,28 +33,31 @@ _END_S = 5.0  # from asking a process to end to ending it
 _PRELOADED = ["torch", "transformers.models.bert.modeling_bert", "transformers.models.llama.modeling_llama", "onnx"]
 _OURS = ("builders", "measure", "runtime")
 _ENDED = "the proof was ended before it was done"
-_STATUS: dict[str, Status] = {"done": "ran", "not run": "not run"}
 
 
 @dataclass(frozen=True)
 class Part:
     """A section to run. It gets at most `most_s`, and is not begun with less than `least_s` left of the budget.
 
-    `module`.`function`(setting, limits, budget, **arguments) yields its rows. It is imported in its own process, so
-    that a package which a machine lacks costs the sections that need it, and no other.
+    `function` names what yields its rows, given the setting and `arguments`. It is imported in the section's process:
+    a package which a machine lacks costs the sections that need it, and no other.
     """
 
     name: str
-    module: str
+    function: str
     most_s: float
     least_s: float = 5.0
-    function: str = "measure"
-    arguments: Mapping[str, str] = field(default_factory=dict)
+    arguments: tuple[str, ...] = ()
+
+    def resolve(self) -> Callable[..., Any]:
+        module, _, name = self.function.rpartition(".")
+        function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+        return function
 
 
 def run_parts(
     parts: Sequence[Part], setting: Setting, seconds: float, report: Callable[[Section], None] = lambda section: None
-) -> tuple[Section, ...]:
+) -> list[Section]:
     """One section a part, in order, all within `seconds`. Never raises for what happens inside one.
 
     What ends the whole (a signal) is raised once every part has been reported, with the rows that it has until then.
@@ -63,12 +66,16 @@ def run_parts(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
     _start_server(context)
-    budget = Budget(time.monotonic() + seconds)
+    deadline = time.monotonic() + seconds
     done: list[Section] = []
     for number, part in enumerate(parts):
         rows: list[Row] = []
         try:
-            section = _timed(context, part, setting, budget, done, rows)
+            left = deadline - time.monotonic()
+            if left < part.least_s:
+                section = Section(part.name, "not run", f"time: {max(left, 0):.0f} s of the budget were left", 0.0)
+            else:
+                section = _run(context, part, replace(setting, limits=_limits(done)), min(left, part.most_s), rows)
             done.append(section)
             report(section)
         except (KeyboardInterrupt, SystemExit):  # also one that comes while a section is reported
@@ -77,17 +84,16 @@ def run_parts(
             for other in parts[number + 1 :]:
                 report(Section(other.name, "not run", _ENDED, 0.0))
             raise
-    return tuple(done)
+    return done
 
 
-def _timed(
-    context: Any, part: Part, setting: Setting, budget: Budget, done: Sequence[Section], rows: list[Row]
-) -> Section:
-    """The section of `part`, or that there was no time for it."""
-    left = budget.left_s
-    if left < part.least_s:
-        return Section(part.name, "not run", f"time: {max(left, 0):.0f} s of the budget were left", 0.0)
-    return _run(context, part, setting, Limits.of(done), min(left, part.most_s), rows)
+def _limits(done: Sequence[Section]) -> Limits | None:
+    """From the section that measured them; None where it did not."""
+    rows = (row for section in done if section.name == "limits" for row in section.rows)
+    figures = {name: value for row in rows for name, value in row.figures.items()}
+    if not {"copy_gb_per_s", "product_tflop_per_s"} <= set(figures):
+        return None
+    return Limits(figures["copy_gb_per_s"] * 1e9, figures["product_tflop_per_s"] * 1e12)
 
 
 def _start_server(context: Any) -> None:
@@ -112,41 +118,40 @@ def _start_server(context: Any) -> None:
         )
 
 
-def _run(context: Any, part: Part, setting: Setting, limits: Limits | None, seconds: float, rows: list[Row]) -> Section:
+def _run(context: Any, part: Part, setting: Setting, seconds: float, rows: list[Row]) -> Section:
     """Appends to `rows` as they come."""
     began = time.monotonic()
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=measure_here, args=(part, setting, limits, seconds, sender))
+    process = context.Process(target=measure_here, args=(part, setting, seconds, sender))
     patience = 0.0  # none where this is ended from outside
     try:
         process.start()
         sender.close()  # this end; the process holds the other, and its death is the end of the pipe
-        kind, reason = _collect(receiver, rows, seconds)
+        end = _collect(receiver, rows, seconds)
         patience = _END_S
     finally:
         _end(process, patience)
         receiver.close()
-    if kind == "died":
-        reason = f"its process ended with exit code {process.exitcode}"
-    return Section(part.name, _STATUS.get(kind, "failed"), reason, time.monotonic() - began, tuple(rows))
+    status, reason = end or ("failed", f"its process ended with exit code {process.exitcode}")
+    return Section(part.name, status, reason, time.monotonic() - began, tuple(rows))
 
 
-def _collect(receiver: Connection, rows: list[Row], seconds: float) -> tuple[str, str]:
-    """Rows until the section says how it ended; "died" where it did not. `seconds` count from its first word."""
+def _collect(receiver: Connection, rows: list[Row], seconds: float) -> tuple[Status, str] | None:
+    """Rows until the section says how it ended; None where it died. `seconds` count from its first word."""
     deadline, late = time.monotonic() + BEGIN_S, f"its process did not begin within {BEGIN_S:.0f} s, and was ended"
-    while True:
-        if not receiver.poll(max(0.0, deadline - time.monotonic())):
-            return "late", late
+    while receiver.poll(max(0.0, deadline - time.monotonic())):
         try:
-            kind, content = receiver.recv()
+            word = receiver.recv()
         except (EOFError, OSError):  # OSError: in the middle of a row
-            return "died", ""
-        if kind == "begun":
+            return None
+        if word == "begun":
             deadline, late = time.monotonic() + seconds + GRACE_S, "it did not end in its time, and was ended"
-        elif kind == "row":
-            rows.append(content)
+        elif isinstance(word, Row):
+            rows.append(word)
         else:
-            return kind, content
+            status, reason = word
+            return status, reason
+    return "failed", late
 
 
 def _end(process: Any, patience: float) -> None:
@@ -162,15 +167,13 @@ def _end(process: Any, patience: float) -> None:
         process.join(_END_S)
 
 
-def measure_here(part: Part, setting: Setting, limits: Limits | None, seconds: float, sender: Connection) -> None:
+def measure_here(part: Part, setting: Setting, seconds: float, sender: Connection) -> None:
     """What a section's process does. What it lacks is "not run"; anything else that is raised has failed."""
-    sender.send(("begun", ""))
-    budget = Budget(time.monotonic() + seconds)
+    sender.send("begun")
+    end: tuple[Status, str] = ("ran", "")
     try:
-        measure = getattr(importlib.import_module(part.module), part.function)
-        for row in measure(setting, limits, budget, **part.arguments):
-            sender.send(("row", row))
-        end = ("done", "")
+        for row in part.resolve()(replace(setting, deadline=time.monotonic() + seconds), *part.arguments):
+            sender.send(row)
     except (NotRun, MachineError, UnsupportedError) as error:
         end = ("not run", str(error))
     except Exception as error:  # noqa: BLE001 - the other sections go on, and the result shows this one

@@ -9,80 +9,68 @@ import importlib.util
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from builders import pipeline
 from builders.judging import corpus
 from builders.spec import DeploymentSpec, Flavour
-from measure.bench.random_llama import LLAMA_100M
-from measure.gpu_proof.folders import TINY_LLAMA, encoder_source, write_llama
+from measure.gpu_proof.folders import encoder_model, llama, repository, spec
 from measure.gpu_proof.machine import try_flavour
 from measure.gpu_proof.record import Row
-from measure.gpu_proof.roofline import Limits
-from measure.gpu_proof.setting import Budget, NotRun, Setting
+from measure.gpu_proof.setting import NotRun, Setting
+from measure.gpu_proof.timing import in_time
 from runtime.client import Client, stream
 from runtime.errors import BadEnvironment
 from runtime.server.supervise import ready_server
 
 _NEW_TOKENS = 32
 _TEXTS_A_REQUEST = 32
+_CLIENTS = 8
 _LEAST_S = 30.0  # of the budget, to build, to start and to ask
-_HOW = "embedded Triton, gRPC"
 _IMAGE = Path("/opt/tritonserver")  # where NVIDIA's image keeps its server
 
 
-def measure(setting: Setting, limits: Limits | None, budget: Budget, *, flavour: Flavour) -> Iterator[Row]:
+def measure(setting: Setting, flavour: Flavour) -> Iterator[Row]:
     """Without a GPU the service runs on ONNX Runtime; it is asked for with a flavour that builds, like the engines."""
     try_flavour(flavour, setting)
     for module in ("tritonclient", "tritonclient.grpc"):
         if importlib.util.find_spec(module) is None:
             raise NotRun(f"no module {module}; the serving loop is measured in process")
-    for case, serve in (("language model", _generation), ("sentences", _sentences)):
-        if budget.left_s < _LEAST_S and not setting.dry:
-            yield Row(f"{case} behind Triton", _HOW, reason="time")
-            continue
-        try:
-            yield serve(setting, flavour)
-        except NotRun as refused:
-            yield Row(f"{case} behind Triton", _HOW, reason=str(refused))
+    how = "embedded Triton, gRPC"
+    cases = (
+        (Row("language model behind Triton", how), partial(_generation, setting, flavour)),
+        (Row("sentences behind Triton", how), partial(_sentences, setting, flavour)),
+    )
+    return in_time(setting, cases, _LEAST_S)
 
 
-def _served(setting: Setting, flavour: Flavour, spec: dict[str, Any], drive: Callable[[str, str], Row]) -> Row:
+def _served(setting: Setting, asked: DeploymentSpec, drive: Callable[[str, str], float]) -> float:
     """Builds, serves, drives: the commands that users give. Raises NotRun where no server is there."""
-    engine = {"engine": {"flavour": flavour, "targets": [setting.target]}}
-    serving = {"executor": "onnxruntime", **spec.get("serving", {})}  # without a GPU, as everywhere in the dry run
-    checked = DeploymentSpec.model_validate({**spec, **engine, "serving": serving})
-    built = pipeline.build(checked, "cpu" if setting.dry else "gpu", setting.scratch, "repository")
-    assert built.entry is not None
+    folder, _ = repository(setting, asked)
     try:
-        with ready_server(built.entry.repository) as server:
-            return drive(server.grpc_address, checked.name)
+        with ready_server(folder) as server:
+            return drive(server.grpc_address, asked.name)
     except BadEnvironment as error:
         raise NotRun(f"{error}; the serving loop is measured in process") from error
 
 
-def _generation(setting: Setting, flavour: Flavour) -> Row:
-    sizes = TINY_LLAMA if setting.dry else LLAMA_100M
-    source = write_llama(sizes, setting.scratch / "llama-folder")
+def _generation(setting: Setting, flavour: Flavour, row: Row) -> Row:
+    source, sizes, name = llama(setting)
     streams = max(rows for rows in setting.decode_rows if rows <= 32)
-    spec = {
-        "name": "proof-llama",
-        "model": {"source": str(source), "task": "generation", "max_length": sizes.context},
-        "precision": {"cpu": "fp32", "gpu": "fp16"},
-        "generation": {"slots": streams},
-    }
-    case = f"language model of {'100 M' if not setting.dry else 'few'} weights behind Triton, {streams} streams"
+    model = {"source": source, "task": "generation", "max_length": sizes.context}
+    prompts = np.random.default_rng(0).integers(1, sizes.vocabulary, (2 * streams, 16))
 
-    def drive(address: str, name: str) -> Row:
-        prompts = np.random.default_rng(0).integers(1, sizes.vocabulary, (2 * streams, 16))
-        streamed_per_second(address, name, prompts[:streams], 4)  # warm
-        rate = streamed_per_second(address, name, prompts[streams:], _NEW_TOKENS)
-        return Row(case, _HOW, {"batch": streams}, {"tokens_per_s": rate})
+    def drive(address: str, model: str) -> float:
+        streamed_per_second(address, model, prompts[:streams], 4)  # warm
+        return streamed_per_second(address, model, prompts[streams:], _NEW_TOKENS)
 
-    return _served(setting, flavour, spec, drive)
+    rate = _served(setting, spec(setting, flavour, "proof-llama", model, generation={"slots": streams}), drive)
+    case = f"{name} behind Triton, {streams} streams"
+    return replace(row, case=case, axes={"batch": streams}, figures={"tokens_per_s": rate})
 
 
 def streamed_per_second(address: str, model: str, prompts: Any, new_tokens: int) -> float:
@@ -98,26 +86,20 @@ def streamed_per_second(address: str, model: str, prompts: Any, new_tokens: int)
     return tokens / (time.perf_counter() - began)
 
 
-def _sentences(setting: Setting, flavour: Flavour) -> Row:
+def _sentences(setting: Setting, flavour: Flavour, row: Row) -> Row:
     if flavour == "tensorrt" and not _IMAGE.is_dir():
         raise NotRun("Triton's own tensorrt backend serves such an encoder, and only NVIDIA's image has it")
-    shape, longest = setting.encoders[0], max(setting.lengths)
-    spec = {
-        "name": "proof-encoder",
-        "model": {
-            "source": encoder_source(shape, setting), "task": "embedding", "max_length": longest, "pooling": "mean"
-        },
-        "precision": {"cpu": "fp32", "gpu": "fp16"},
-        "serving": {"max_batch_size": _TEXTS_A_REQUEST, "length_buckets": list(setting.lengths)},
-    }  # fmt: skip
+    shape = setting.encoders[0]
+    serving = {"max_batch_size": _TEXTS_A_REQUEST, "length_buckets": list(setting.lengths)}
+    asked = spec(setting, flavour, "proof-encoder", encoder_model(shape, setting), serving=serving)
     texts = corpus.texts(None, 256 if setting.dry else 2048)
 
-    def drive(address: str, name: str) -> Row:
-        embedded_per_second(address, name, texts[:_TEXTS_A_REQUEST], 1)  # warm
-        rate = embedded_per_second(address, name, texts, 8)
-        return Row(f"{shape.name} behind Triton, 8 clients", _HOW, {}, {"sentences_per_s": rate})
+    def drive(address: str, model: str) -> float:
+        embedded_per_second(address, model, texts[:_TEXTS_A_REQUEST], 1)  # warm
+        return embedded_per_second(address, model, texts, _CLIENTS)
 
-    return _served(setting, flavour, spec, drive)
+    rate = _served(setting, asked, drive)
+    return replace(row, case=f"{shape.name} behind Triton, {_CLIENTS} clients", figures={"sentences_per_s": rate})
 
 
 def embedded_per_second(address: str, model: str, texts: Sequence[str], clients: int) -> float:

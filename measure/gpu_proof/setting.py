@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from measure.bench.decoder_graph import DecoderShape
-from measure.gpu_proof.roofline import EncoderShape
+from measure.gpu_proof.roofline import EncoderShape, Limits
 
+FLAVOURS: tuple[Literal["tensorrt", "tensorrt-rtx"], ...] = ("tensorrt", "tensorrt-rtx")
 LLAMA_8B = DecoderShape(layers=32, hidden=4096, heads=32, kv_heads=8, ffn=14336, vocabulary=128256)
 MINILM = EncoderShape("MiniLM", layers=6, hidden=384, heads=12, ffn=1536)
 BERT_BASE = EncoderShape("BERT-base", layers=12, hidden=768, heads=12, ffn=3072)
@@ -20,42 +22,37 @@ class NotRun(Exception):
 
 
 @dataclass(frozen=True)
-class Budget:
-    """Until when a section may go on, on the monotonic clock, which all processes of a machine share."""
-
-    deadline: float
-
-    @property
-    def left_s(self) -> float:
-        return self.deadline - time.monotonic()
-
-
-@dataclass(frozen=True)
 class Setting:
-    """`target` is what engines are built for. `depths` are the layers of decoder engines: see `decoder_engines`."""
+    """The sizes are those for a GPU. `target` is what engines are built for."""
 
-    device: Literal["cuda", "cpu"]
-    target: str
     scratch: Path
-    dtype: Literal["float16", "float32"]
-    compiler: str  # torch.compile's backend
-    decoder_name: str
-    decoder: DecoderShape
-    decode_rows: tuple[int, ...]
-    contexts: tuple[int, ...]
-    depths: tuple[int, int]
-    encoders: tuple[EncoderShape, ...]
-    batches: tuple[int, ...]
-    lengths: tuple[int, ...]
-    copy_bytes: int
-    product_size: int
-    steps: int  # of a loop that is timed
-    least_calls: int
-    most_seconds: float  # of one timing
+    target: str
+    device: Literal["cuda", "cpu"] = "cuda"
+    dtype: Literal["float16", "float32"] = "float16"
+    compiler: str = "inductor"  # torch.compile's backend
+    decoder_name: str = "Llama-8B shape"
+    decoder: DecoderShape = LLAMA_8B
+    decode_rows: tuple[int, ...] = (1, 8, 32, 128)
+    contexts: tuple[int, ...] = (512, 4096)
+    depths: tuple[int, int] = (2, 4)  # layers of decoder engines: see `decoder_engines`
+    encoders: tuple[EncoderShape, ...] = (MINILM, BERT_BASE)
+    batches: tuple[int, ...] = (1, 8, 32, 128)
+    lengths: tuple[int, ...] = (32, 128, 256)
+    copy_bytes: int = 4 << 30
+    product_size: int = 8192
+    steps: int = 64  # of a loop that is timed
+    least_calls: int = 5
+    most_seconds: float = 0.5  # of one timing
+    limits: Limits | None = None  # of the device, once they are measured
+    deadline: float = math.inf  # of a section, on the monotonic clock, which all processes of a machine share
 
     @property
     def dry(self) -> bool:
         return self.device == "cpu"
+
+    @property
+    def left_s(self) -> float:
+        return self.deadline - time.monotonic()
 
     @property
     def precision(self) -> Literal["fp16", "fp32"]:
@@ -67,35 +64,12 @@ class Setting:
         return 2 if self.dtype == "float16" else 4
 
 
-def on_gpu(target: str, scratch: Path) -> Setting:
-    return Setting(
-        device="cuda",
-        target=target,
-        scratch=scratch,
-        dtype="float16",
-        compiler="inductor",
-        decoder_name="Llama-8B shape",
-        decoder=LLAMA_8B,
-        decode_rows=(1, 8, 32, 128),
-        contexts=(512, 4096),
-        depths=(2, 4),
-        encoders=(MINILM, BERT_BASE),
-        batches=(1, 8, 32, 128),
-        lengths=(32, 128, 256),
-        copy_bytes=4 << 30,
-        product_size=8192,
-        steps=64,
-        least_calls=5,
-        most_seconds=0.5,
-    )
-
-
 def dry(scratch: Path) -> Setting:
     """`sm89`: TensorRT for RTX builds an engine for it here, which nothing here can run."""
     return Setting(
+        scratch,
+        "sm89",
         device="cpu",
-        target="sm89",
-        scratch=scratch,
         dtype="float32",
         compiler="eager",  # Dynamo traces as it does for Inductor, whose C++ would take a minute to compile
         decoder_name="tiny Llama",

@@ -11,15 +11,14 @@ import socket
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
-from measure.gpu_proof.machine import require_torch
+from measure.gpu_proof.machine import require_torch, try_flavour
 from measure.gpu_proof.record import Row
-from measure.gpu_proof.roofline import Limits
-from measure.gpu_proof.setting import Budget, NotRun, Setting
-from measure.gpu_proof.timing import device_seconds
+from measure.gpu_proof.setting import NotRun, Setting
+from measure.gpu_proof.timing import device_seconds, in_time
 
 _ROWS, _NEW_TOKENS = 4, 32
 _END_S = 3.0  # for all ranks together to end by themselves, and again once they are killed
@@ -29,93 +28,79 @@ _SIZES = {"cuda": (8 << 10, 1 << 20, 256 << 20), "cpu": (8 << 10, 1 << 20)}
 
 
 def _devices(setting: Setting) -> int:
-    require_torch(setting)
-    import torch
-
-    ranks = 2 if setting.dry else torch.cuda.device_count()
+    torch = require_torch(setting)
+    ranks: int = 2 if setting.dry else torch.cuda.device_count()
     if ranks < 2:
         raise NotRun("one GPU: tensor and pipeline parallelism over NCCL was not exercised")
     return ranks
 
 
-def generate(setting: Setting, limits: Limits | None, budget: Budget) -> Iterator[Row]:
+def generate(setting: Setting) -> Iterator[Row]:
     """A decoder built for several ranks as users build it, in the bare loop."""
     devices = _devices(setting)
-    from builders import pipeline
-    from builders.spec import DeploymentSpec
-    from measure.bench.random_llama import LLAMA_100M
-    from measure.gpu_proof.folders import TINY_LLAMA, write_llama
-    from measure.gpu_proof.machine import try_flavour
+    from measure.gpu_proof.folders import llama
 
     if not setting.dry:
         try_flavour("tensorrt", setting)  # TensorRT for RTX has no collectives over several GPUs
-    sizes = TINY_LLAMA if setting.dry else LLAMA_100M
-    source = write_llama(sizes, setting.scratch / "llama-ranks")
-    layouts = ((2, 1),) if setting.dry else tuple(each for each in _LAYOUTS if each[0] * each[1] <= devices)
-    for tensor, stages in layouts:
-        case = f"{'tiny Llama' if setting.dry else 'Llama of 100 M weights'} on {tensor} x {stages} ranks"
-        if budget.left_s < _LEAST_S and not setting.dry:
-            yield Row(case, "rank step executor", reason="time")
-            continue
-        spec = DeploymentSpec.model_validate(
-            {
-                "name": f"proof-ranks-{tensor}-{stages}",
-                "model": {"source": str(source), "task": "generation", "max_length": sizes.context},
-                "precision": {"cpu": "fp32", "gpu": "fp16"},
-                "parallel": {"tensor": tensor, "pipeline": stages},
-                "engine": {"flavour": "tensorrt", "targets": [setting.target]},
-                "serving": {"executor": "onnxruntime"},
-                "generation": {"slots": _ROWS},
-            }
+    name = llama(setting)[2]
+    layouts = ((2, 1),) if setting.dry else [each for each in _LAYOUTS if each[0] * each[1] <= devices]
+    cases = (
+        (
+            Row(f"{name} on {tensor} x {stages} ranks", "rank step executor", {"batch": _ROWS}),
+            partial(_looped, setting, tensor, stages),
         )
-        built = pipeline.build(spec, "cpu" if setting.dry else "gpu", setting.scratch, "repository")
-        assert built.entry is not None
-        yield _looped(built.entry.repository / spec.name / str(built.entry.version), sizes.context, case)
+        for tensor, stages in layouts
+    )
+    yield from in_time(setting, cases, _LEAST_S)
 
 
-def _looped(directory: Path, context: int, case: str) -> Row:
+def _looped(setting: Setting, tensor: int, stages: int, row: Row) -> Row:
     from measure.bench.bare_loop import bare_loop
+    from measure.gpu_proof.folders import llama, repository, spec
     from runtime.generation.opening import open_engine
     from runtime.settings import GeneratorModelSettings
 
+    source, sizes, _ = llama(setting)
+    asked = spec(
+        setting, "tensorrt", f"proof-ranks-{tensor}-{stages}",
+        {"source": source, "task": "generation", "max_length": sizes.context},
+        parallel={"tensor": tensor, "pipeline": stages}, generation={"slots": _ROWS},
+    )  # fmt: skip
+    _, directory = repository(setting, asked)
     settings = GeneratorModelSettings.load(directory)
     engine, _ = open_engine(settings, directory)
     try:
-        new = min(_NEW_TOKENS, context // 2)
-        pool = next(at for at, size in enumerate(settings.capacities) if size >= context // 2 + new)
-        loop = bare_loop(engine.executor, pool, _ROWS, context // 2, new)
+        prompt, new = sizes.context // 2, min(_NEW_TOKENS, sizes.context // 2)
+        pool = next(at for at, size in enumerate(settings.capacities) if size >= prompt + new)
+        loop = bare_loop(engine.executor, pool, _ROWS, prompt, new)
     finally:
         engine.executor.close()
-    return Row(case, "rank step executor", {"batch": _ROWS}, {"tokens_per_s": loop.decode_tokens_per_second})
+    return replace(row, figures={"tokens_per_s": loop.decode_tokens_per_second})
 
 
-def measure(setting: Setting, limits: Limits | None, budget: Budget) -> Iterator[Row]:
+def measure(setting: Setting) -> Iterator[Row]:
     ranks = _devices(setting)
     context = multiprocessing.get_context("spawn")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    pipes = [context.Pipe(duplex=False) for _ in range(ranks)]
+    receiver, sender = context.Pipe(duplex=False)
     processes = [
-        context.Process(target=reduce_here, args=(rank, ranks, port, setting, pipes[rank][1]), daemon=True)
+        context.Process(target=reduce_here, args=(rank, ranks, port, setting, None if rank else sender), daemon=True)
         for rank in range(ranks)
     ]
-    library = "NCCL" if setting.device == "cuda" else "gloo"
     try:
-        for process, (_, sender) in zip(processes, pipes, strict=True):
+        for process in processes:
             process.start()
-            sender.close()
+        sender.close()  # this end: where rank 0 dies, the pipe ends
         for size in _SIZES[setting.device]:
-            receiver = pipes[0][0]
-            if not receiver.poll(max(0.0, budget.left_s)):
+            if not receiver.poll(max(0.0, setting.left_s)):
                 raise TimeoutError(f"an all-reduce of {size} bytes over {ranks} ranks did not end in time")
             seconds = receiver.recv()
             moved = 2 * (ranks - 1) / ranks * size  # what each rank sends in a ring
-            yield Row(
-                f"all-reduce of {size >> 10} KiB over {ranks} ranks",
-                library,
-                figures={"us": seconds * 1e6, "bus_gb_per_s": moved / seconds / 1e9},
-            )
+            figures = {"us": seconds * 1e6, "bus_gb_per_s": moved / seconds / 1e9}
+            library = "NCCL" if setting.device == "cuda" else "gloo"
+            yield Row(f"all-reduce of {size >> 10} KiB over {ranks} ranks", library, figures=figures)
     finally:
         end_ranks([process for process in processes if process.pid is not None])
 
@@ -134,7 +119,7 @@ def _join(processes: Sequence[Any]) -> None:
         process.join(max(0.0, deadline - time.monotonic()))
 
 
-def reduce_here(rank: int, ranks: int, port: int, setting: Setting, sender: Connection) -> None:
+def reduce_here(rank: int, ranks: int, port: int, setting: Setting, sender: Connection | None) -> None:
     """What each rank's process does; rank 0 tells the times."""
     import torch
 
@@ -148,7 +133,7 @@ def reduce_here(rank: int, ranks: int, port: int, setting: Setting, sender: Conn
     for size in _SIZES[setting.device]:
         tensor = torch.zeros(size // 4, device=setting.device)
         dist.all_reduce(tensor)
-        seconds = device_seconds(lambda tensor=tensor: dist.all_reduce(tensor), counted)  # type: ignore[misc]
-        if rank == 0:
+        seconds = device_seconds(partial(dist.all_reduce, tensor), counted)
+        if sender is not None:
             sender.send(seconds)
     dist.destroy_process_group()

@@ -10,16 +10,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
-from measure.bench.decoder_graph import DecoderShape
-from measure.gpu_proof.decoders import WAYS, fits, fitting_shape, open_executor
-from measure.gpu_proof.llama import random_llama
-from measure.gpu_proof.machine import require_torch
+from measure.gpu_proof.decoders import cache_bytes, fitting_llama, free_bytes, open_executor, way
 from measure.gpu_proof.record import Row
-from measure.gpu_proof.roofline import Limits
-from measure.gpu_proof.setting import Budget, Setting
+from measure.gpu_proof.setting import NotRun, Setting
+from measure.gpu_proof.timing import in_time
 from runtime.generation.cache import SlotCache
 from runtime.generation.engine import GenerationEngine, generate
 from runtime.generation.request import Limits as RequestLimits
@@ -36,52 +34,64 @@ Interval = tuple[float, float]
 
 def engine_over(executor: StepExecutor, capacity: int, slots: int, chunk: int) -> GenerationEngine:
     """The serving loop with one pool; the executor has `slots + KEPT` rows."""
-    scheduler = Scheduler(
-        SlotCache((capacity,), slots, KEPT), chunk_tokens=chunk, queue_size=QUEUE, call_cost=executor.call_cost
-    )
+    cache = SlotCache((capacity,), slots, KEPT)
+    scheduler = Scheduler(cache, chunk_tokens=chunk, queue_size=QUEUE, call_cost=executor.call_cost)
     return GenerationEngine(executor, scheduler, RequestLimits(executor.vocabulary, capacity, capacity, ()))
 
 
-def measure(setting: Setting, limits: Limits | None, budget: Budget) -> Iterator[Row]:
-    capacity = min(setting.contexts)
-
-    def row(rows: int) -> Row:
-        case = f"{setting.decoder_name}, a step of the serving loop, batch {rows}, context {capacity}"
-        return Row(case, WAYS[0].name(setting), axes={"batch": rows})
-
-    return _by_rows(setting, budget, row, lambda engine, rows: split(setting, engine, capacity, rows, row(rows)))
+def measure(setting: Setting) -> Iterator[Row]:
+    """A step of the loop over the torch executor, split into its parts."""
+    case = f"{setting.decoder_name}, a step of the serving loop, batch {{}}, context {min(setting.contexts)}"
+    return _over_torch(setting, case, way(setting, compiled=True), partial(split, setting))
 
 
-def _by_rows(
-    setting: Setting, budget: Budget, row: Callable[[int], Row], measured: Callable[[GenerationEngine, int], Row]
+def in_process(setting: Setting) -> Iterator[Row]:
+    """The loop over the torch executor, without a server: also where no engine and no server run."""
+    how = f"in process, no server: serving loop over {way(setting, compiled=True)}"
+    return _over_torch(setting, f"{setting.decoder_name}, {{}} streams to their end", how, _streams)
+
+
+def _over_torch(
+    setting: Setting, case: str, how: str, measured: Callable[[GenerationEngine, Row], Row]
 ) -> Iterator[Row]:
-    """What is `measured` by the serving loop over the torch executor, for each batch that fits; else why not."""
-    require_torch(setting)
-    shape, capacity = fitting_shape(setting), min(setting.contexts)
-    model = random_llama(shape, capacity, setting.dtype, setting.device)
-    for rows in setting.decode_rows:
-        reason = unfit(setting, shape, rows, capacity, budget)
-        if reason:
-            yield replace(row(rows), reason=reason)
-            continue
-        executor = open_executor(setting, model, capacity, rows + KEPT, WAYS[0])
+    """What is `measured` of the serving loop, for each batch that fits; else why not."""
+    capacity = min(setting.contexts)
+    shape, model = fitting_llama(setting, capacity)
+
+    def run(row: Row) -> Row:
+        slots = row.axes["batch"]
+        if cache_bytes(setting, shape, slots + KEPT, capacity) >= free_bytes(setting):
+            raise NotRun("its cache does not fit the memory")
+        executor = open_executor(setting, model, capacity, slots + KEPT)
         try:
-            yield measured(engine_over(executor, capacity, rows, chunk=capacity), rows)
+            return measured(engine_over(executor, capacity, slots, chunk=capacity), row)
         finally:
             executor.close()
 
-
-def unfit(setting: Setting, shape: DecoderShape, rows: int, capacity: int, budget: Budget) -> str:
-    """Why the serving loop is not measured with so many rows; empty: it is."""
-    if budget.left_s < 1:
-        return "time"
-    return "" if fits(setting, shape, rows + KEPT, capacity, weights_held=True) else "its cache does not fit the memory"
+    return in_time(setting, ((Row(case.format(rows), how, {"batch": rows}), run) for rows in setting.decode_rows))
 
 
-def split(setting: Setting, engine: GenerationEngine, capacity: int, rows: int, row: Row) -> Row:
+def _streams(engine: GenerationEngine, row: Row) -> Row:
+    rows, capacity = row.axes["batch"], engine.limits.max_length
+    new = min(NEW_TOKENS, capacity // 2)
+    random = np.random.default_rng(0)
+    prompts = [random.integers(0, engine.executor.vocabulary, capacity - new) for _ in range(2 * rows)]
+    generated_per_second(engine, prompts[:rows], new)  # compiles and captures
+    figures = {"tokens_per_s": generated_per_second(engine, prompts[rows:], new)}
+    return replace(row, figures=figures, note=f"prompts of {capacity - new} and {new} new tokens each")
+
+
+def generated_per_second(engine: GenerationEngine, prompts: Sequence[Tokens], new_tokens: int) -> float:
+    """Tokens a second of whole generations, prompts included."""
+    began = time.perf_counter()
+    outputs = generate(engine, prompts, SamplingParams(max_tokens=new_tokens, min_tokens=new_tokens))
+    return sum(map(len, outputs)) / (time.perf_counter() - began)
+
+
+def split(setting: Setting, engine: GenerationEngine, row: Row) -> Row:
     """Milliseconds of one step by what they were spent on, once every stream decodes."""
-    _start(engine, rows, min(rows + 2 * setting.steps + 8, capacity - 1))  # streams begin one after the other
-    counters = engine.counters
+    rows, counters = row.axes["batch"], engine.counters
+    _start(engine, rows, min(rows + 2 * setting.steps + 8, engine.limits.max_length - 1))  # one begins after the other
     before = replace(counters)
     _steps(engine, setting.steps)
     count, tokens = counters.steps - before.steps, counters.output_tokens - before.output_tokens
@@ -105,10 +115,8 @@ def split(setting: Setting, engine: GenerationEngine, capacity: int, rows: int, 
         "host_share": (step - busy) / step,
         "tokens_per_s": tokens / count / step,
     }
-    note = ""
-    if rows == 1:
-        met = figures["host_share"] <= HOST_AIM
-        note = f"the aim is a host share of at most {HOST_AIM:.0%} at batch 1: {'met' if met else 'missed'}"
+    met = "met" if figures["host_share"] <= HOST_AIM else "missed"
+    note = f"the aim is a host share of at most {HOST_AIM:.0%} at batch 1: {met}" if rows == 1 else ""
     by = "torch.profiler" if seen else "the loop's clock: gaps and copies are in kernels_ms"
     return replace(row, figures=figures, facts={"device time by": by}, note=note)
 
@@ -150,8 +158,7 @@ def _device_seconds(setting: Setting, engine: GenerationEngine) -> tuple[float, 
         if on_device if setting.device == "cuda" else event.cpu_parent is None:
             copied = "memcpy" in event.name.lower() or event.name == "aten::copy_"
             (copies if copied else kernels).append((event.time_range.start, event.time_range.end))
-    together = union_length([*kernels, *copies])
-    alone = union_length(kernels)
+    together, alone = union_length([*kernels, *copies]), union_length(kernels)
     return alone / steps / 1e6, (together - alone) / steps / 1e6  # microseconds
 
 
@@ -162,29 +169,3 @@ def union_length(intervals: Iterable[Interval]) -> float:
         covered += max(0.0, end - max(start, reached))
         reached = max(reached, end)
     return covered
-
-
-def in_process(setting: Setting, limits: Limits | None, budget: Budget) -> Iterator[Row]:
-    """The serving loop over the torch executor, without a server: also where no engine and no server run."""
-    capacity = min(setting.contexts)
-    new = min(NEW_TOKENS, capacity // 2)
-    how = f"in process, no server: serving loop over {WAYS[0].name(setting)}"
-
-    def row(rows: int) -> Row:
-        return Row(f"{setting.decoder_name}, {rows} streams to their end", how, {"batch": rows})
-
-    def measured(engine: GenerationEngine, rows: int) -> Row:
-        random = np.random.default_rng(0)
-        prompts = [random.integers(0, engine.executor.vocabulary, capacity - new) for _ in range(2 * rows)]
-        generated_per_second(engine, prompts[:rows], new)  # compiles and captures
-        figures = {"tokens_per_s": generated_per_second(engine, prompts[rows:], new)}
-        return replace(row(rows), figures=figures, note=f"prompts of {capacity - new} and {new} new tokens each")
-
-    return _by_rows(setting, budget, row, measured)
-
-
-def generated_per_second(engine: GenerationEngine, prompts: Sequence[Tokens], new_tokens: int) -> float:
-    """Tokens a second of whole generations, prompts included."""
-    began = time.perf_counter()
-    outputs = generate(engine, prompts, SamplingParams(max_tokens=new_tokens, min_tokens=new_tokens))
-    return sum(map(len, outputs)) / (time.perf_counter() - began)

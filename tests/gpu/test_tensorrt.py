@@ -12,7 +12,7 @@ from builders.engine.tensorrt import build_decoder_engine, decoder_profiles
 from builders.judging import vectors
 from builders.spec import Flavour
 from measure.gpu_proof.decoder_engines import decoder_graph
-from measure.gpu_proof.encoder_engines import EngineRunner
+from measure.gpu_proof.encoders import EngineRunner
 from measure.gpu_proof.folders import encoder_spec
 from measure.gpu_proof.setting import Setting
 from measure.gpu_proof.step import KEPT, engine_over
@@ -71,9 +71,9 @@ def test_logits_and_largest_tokens_are_those_of_onnx_runtime(executors: tuple[St
 
 def test_an_encoder_engine_gives_the_vectors_of_onnx_runtime(tiny: Setting, flavour: Flavour) -> None:
     """With padding of several lengths, at the edges of the profile and inside it."""
-    spec = encoder_spec(tiny.encoders[0], tiny, flavour, "fp16")
+    spec = encoder_spec(tiny.encoders[0], tiny, flavour)
     built = pipeline.build(spec, "gpu", tiny.scratch, "engine")
-    runner = EngineRunner(built.engines[0], tuple(tensor.name for tensor in built.served_graph.inputs))
+    runner = EngineRunner(built.engines[0], [tensor.name for tensor in built.served_graph.inputs])
     random = np.random.default_rng(0)
     for batch, length in ((1, 1), (max(tiny.batches), max(tiny.lengths)), (3, 17)):
         lengths = random.integers(1, length + 1, batch)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from measure.gpu_proof.decoders import Way, open_executor
-from measure.gpu_proof.llama import TorchStepExecutor, random_llama
+from measure.gpu_proof.llama import TorchStepExecutor, new_llama
 from measure.gpu_proof.machine import require_torch
 from measure.gpu_proof.setting import NotRun, Setting
 from measure.gpu_proof.step import KEPT, engine_over
@@ -25,7 +24,7 @@ def torch_on_the_gpu(tiny: Setting) -> None:
 
 def test_a_graph_gives_the_logits_of_plain_calls(tiny: Setting) -> None:
     """Over steps at moving positions: what a graph was captured with must not stay in it."""
-    model = random_llama(tiny.decoder, 64, tiny.dtype, tiny.device)
+    model = new_llama(tiny.decoder, 64, tiny.dtype, tiny.device)
     plain, graphs = (TorchStepExecutor(model, (64,), 4, graphs=captured) for captured in (False, True))
     random = np.random.default_rng(0)
     for step in range(12):
@@ -39,8 +38,9 @@ def test_captured_steps_change_no_token_of_the_serving_loop(tiny: Setting, compi
     random = np.random.default_rng(1)
     prompts = [random.integers(0, tiny.decoder.vocabulary, length) for length in (3, 9, 17, 5, 12)]
     outputs = []
-    on_gpu = random_llama(tiny.decoder, 64, tiny.dtype, tiny.device)
+    on_gpu = new_llama(tiny.decoder, 64, tiny.dtype, tiny.device)
     for captured in (False, True):
-        executor = open_executor(tiny, on_gpu, 64, 3 + KEPT, Way(compile=compiled, graph=captured))
+        compiler = tiny.compiler if compiled else None
+        executor = TorchStepExecutor(on_gpu, (64,), 3 + KEPT, compiler=compiler, graphs=captured)
         outputs.append(generate(engine_over(executor, 64, 3, chunk=8), prompts, SamplingParams(max_tokens=16)))
     assert outputs[0] == outputs[1]

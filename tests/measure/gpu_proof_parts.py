@@ -8,41 +8,42 @@ import threading
 from collections.abc import Iterator
 
 from measure.gpu_proof.record import Row
-from measure.gpu_proof.roofline import Limits
-from measure.gpu_proof.setting import Budget, NotRun, Setting
+from measure.gpu_proof.setting import NotRun, Setting
 
 ROW = Row("case", "way", figures={"copy_gb_per_s": 100.0, "product_tflop_per_s": 10.0})
 
 
-def sound(setting: Setting, limits: Limits | None, budget: Budget) -> Iterator[Row]:
-    assert budget.left_s > 0
+def sound(setting: Setting) -> Iterator[Row]:
+    assert setting.left_s > 0
     yield ROW
-    yield Row("limits", "handed on", figures={} if limits is None else {"bytes_per_s": limits.bytes_per_s})
+    yield Row(
+        "limits", "handed on", figures={} if setting.limits is None else {"bytes_per_s": setting.limits.bytes_per_s}
+    )
 
 
-def raising(setting: Setting, limits: Limits | None, budget: Budget) -> Iterator[Row]:
+def raising(setting: Setting) -> Iterator[Row]:
     yield ROW
     raise RuntimeError("the third kernel is broken")
 
 
-def lacking(setting: Setting, limits: Limits | None, budget: Budget) -> Iterator[Row]:
-    if budget.left_s > 0:
+def lacking(setting: Setting) -> Iterator[Row]:
+    if setting.left_s > 0:
         raise NotRun("no such GPU")
     yield ROW
 
 
-def without_package(setting: Setting, limits: Limits | None, budget: Budget) -> Iterator[Row]:
+def without_package(setting: Setting) -> Iterator[Row]:
     import a_package_that_nobody_has  # type: ignore[import-not-found]  # noqa: F401
 
     yield ROW
 
 
-def dying(setting: Setting, limits: Limits | None, budget: Budget) -> Iterator[Row]:
+def dying(setting: Setting) -> Iterator[Row]:
     yield ROW
     os.kill(os.getpid(), signal.SIGSEGV)
 
 
-def hanging(setting: Setting, limits: Limits | None, budget: Budget) -> Iterator[Row]:
+def hanging(setting: Setting) -> Iterator[Row]:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     yield Row("process", "hanging", figures={"pid": float(os.getpid())})
     wait_for_ever()

@@ -58,10 +58,11 @@ def test_a_large_decoder_is_counted_as_by_hand() -> None:
 def test_the_floor_is_the_longer_of_both_times() -> None:
     assert floor_seconds(Work(bytes=4e9, flops=8e10), LIMITS) == (1e-3, "memory")
     assert floor_seconds(Work(bytes=4e6, flops=8e11), LIMITS) == (1e-3, "arithmetic")
-    figures, facts = against(Work(bytes=4e9, flops=1.0), 4e-3, LIMITS)
-    assert figures["fraction"] == pytest.approx(0.25)
-    assert facts == {"bound by": "memory"}
-    assert set(against(Work(1.0, 1.0), 1.0, None)[0]) == {"ms", "gb", "gflop"}
+    row = against(Row("case", "way"), Work(bytes=4e9, flops=1.0), 4e-3, LIMITS, tokens_per_s=250.0)
+    assert row.figures["fraction"] == pytest.approx(0.25)
+    assert row.figures["tokens_per_s"] == 250.0
+    assert row.facts == {"bound by": "memory"}
+    assert set(against(Row("case", "way"), Work(1.0, 1.0), 1.0, None).figures) == {"ms", "gb", "gflop"}
 
 
 @given(st.floats(1e-6, 1e-2), st.floats(1e-6, 1e-2), st.integers(1, 4), st.integers(1, 4), st.integers(8, 80))
@@ -84,7 +85,7 @@ def tiny(tmp_path: Path) -> setting.Setting:
 
 
 def _part(function: str, **changes: float) -> Part:
-    return Part(function, "tests.measure.gpu_proof_parts", **{"most_s": 60.0, **changes}, function=function)  # type: ignore[arg-type]
+    return Part(function, f"tests.measure.gpu_proof_parts.{function}", **{"most_s": 60.0, **changes})  # type: ignore[arg-type]
 
 
 def test_sections_end_each_in_its_way_and_the_next_goes_on(
@@ -138,7 +139,7 @@ def test_a_server_of_sections_that_does_not_start_is_no_failed_section(tmp_path:
     code = (
         "from pathlib import Path; from measure.gpu_proof import sections, setting; "
         "sections.START_S, sections._PRELOADED = 1.0, ['hard_to_import']; "
-        "sections.run_parts([sections.Part('x', 'tests.measure.gpu_proof_parts', 5)], setting.dry(Path()), 5)"
+        "sections.run_parts([sections.Part('x', 'tests.measure.gpu_proof_parts.sound', 5)], setting.dry(Path()), 5)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False,
@@ -171,7 +172,7 @@ def test_the_largest_gap_is_that_of_the_fastest_way() -> None:
     rows = (_case("eager", 0.1), _case("graph", 0.8), _case("eager", 0.5, "prompt"))
     gap = largest_gap(_proof(Section("decoders", "ran", "", 1.0, rows)))
     assert gap is not None
-    assert (gap.case, gap.how, gap.fraction) == ("prompt", "eager", 0.5)
+    assert (gap.case, gap.how, gap.figures["fraction"]) == ("prompt", "eager", 0.5)
     assert largest_gap(_proof(Section("machine", "ran", "", 1.0))) is None
 
 
@@ -181,7 +182,7 @@ def test_a_way_that_beats_its_floor_hides_no_gap_and_is_named() -> None:
     gap = largest_gap(proof)
     assert gap is not None
     assert (gap.case, gap.how) == ("decode", "graph")
-    text = page.render(proof, ())
+    text = page.render(proof)
     assert "decode, INT8 engine: 125.0%; tiny, L2: 200.0%." in text
     assert largest_gap(_proof(Section("engines", "ran", "", 1.0, rows[:1]))) is None
 
@@ -208,7 +209,7 @@ def test_the_page_says_what_ran_what_did_not_and_why() -> None:
     assert "![Achieved fraction of the limit](fraction.svg)" in text
     assert "Faster than the limit" not in text
     assert page.DRY_NOTICE not in text
-    assert page.DRY_NOTICE in page.render(replace(proof, dry=True), ())
+    assert page.DRY_NOTICE in page.render(replace(proof, dry=True))
     assert Proof.from_json(proof.to_json()) == proof
     with pytest.raises(ValueError, match="schema 9"):
         Proof.from_json(proof.to_json().replace('"schema": 1', '"schema": 9'))
@@ -319,4 +320,4 @@ def test_the_dry_run_goes_through_every_section(tmp_path: Path) -> None:
     assert ways == {"torch eager", "torch.compile"}
     gap = largest_gap(proof)
     assert gap is not None
-    assert gap.fraction > 0
+    assert gap.figures["fraction"] > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from builders.export import decoder
 from measure.bench.decoder_graph import DecoderShape
 from measure.gpu_proof import decoder_engines, setting
-from measure.gpu_proof.llama import Llama, TorchStepExecutor, llama_of, random_llama
+from measure.gpu_proof.llama import TorchStepExecutor, new_llama
 from measure.gpu_proof.step import KEPT, engine_over
 from runtime.generation.engine import generate
 from runtime.generation.request import SamplingParams
@@ -40,12 +41,12 @@ def network() -> Any:
 
 
 @pytest.fixture(scope="module")
-def llama(network: Any) -> Llama:
-    return llama_of(network, POSITIONS)
+def llama(network: Any) -> Any:
+    return copy.deepcopy(network)  # an executor takes its model over
 
 
 @pytest.mark.parametrize(("row", "compiler"), [(0, None), (0, "eager"), (2, None)])
-def test_logits_are_those_of_transformers(network: Any, llama: Llama, row: int, compiler: str | None) -> None:
+def test_logits_are_those_of_transformers(network: Any, llama: Any, row: int, compiler: str | None) -> None:
     """A prompt, a second chunk of it, then token by token; steps are made once for the rows from the first on."""
     import torch
 
@@ -59,7 +60,7 @@ def test_logits_are_those_of_transformers(network: Any, llama: Llama, row: int, 
         assert logits.argmax(axis=1)[0] == expected[end - 1].argmax()
 
 
-def test_rows_share_a_step_and_copies_carry_their_keys(llama: Llama) -> None:
+def test_rows_share_a_step_and_copies_carry_their_keys(llama: Any) -> None:
     """Three rows in one step, padded to four, give what each gives alone, also one that came from another pool.
 
     The padding row holds a sequence of its own, which is none the worse for it.
@@ -84,7 +85,7 @@ def test_rows_share_a_step_and_copies_carry_their_keys(llama: Llama) -> None:
         assert np.abs(together[which] - alone[0]).max() < 1e-4
 
 
-def test_the_serving_loop_gives_the_tokens_of_greedy_generation(network: Any, llama: Llama) -> None:
+def test_the_serving_loop_gives_the_tokens_of_greedy_generation(network: Any, llama: Any) -> None:
     import torch
 
     random = np.random.default_rng(2)
@@ -123,11 +124,11 @@ def test_random_weights_are_the_same_twice_and_a_reset_forgets() -> None:
     shape = DecoderShape(layers=2, hidden=32, heads=4, kv_heads=2, ffn=48, vocabulary=100)
     batch = Batch(0, 0, np.array([[5, 6, 7]]), np.zeros(1, np.int64))
     first, second = (
-        np.asarray(TorchStepExecutor(random_llama(shape, 16, "float32", "cpu"), (16,), 1).run([batch])[0])
+        np.asarray(TorchStepExecutor(new_llama(shape, 16, "float32", "cpu"), (16,), 1).run([batch])[0])
         for _ in range(2)
     )
     assert (first == second).all()
-    executor = TorchStepExecutor(random_llama(shape, 16, "float32", "cpu"), (16,), 1)
+    executor = TorchStepExecutor(new_llama(shape, 16, "float32", "cpu"), (16,), 1)
     step = Batch(0, 0, np.array([[9]]), np.array([3]))
     executor.run([batch])
     before = np.array(executor.run([step])[0])
