@@ -34,16 +34,15 @@ _PARTS = (
     ("limits", "machine.limits", 30, 5),
     ("TensorRT, {}", "machine.one_layer", 30, 10),
     ("decoders", "decoders.measure", 140, 20),
-    ("step split", "step.measure", 60, 15),
+    ("step split", "decoders.step_split", 60, 15),
     ("decoder engines, {}", "decoder_engines.measure", 150, 40),
     ("encoders", "encoders.measure", 90, 15),
     ("engines, {}", "encoders.measure_engines", 90, 30),
-    ("serving loop", "step.in_process", 40, 15),
+    ("serving loop", "decoders.serving_loop", 40, 15),
     ("served, {}", "served.measure", 120, 40),
-    ("several GPUs", "several_gpus.measure", 40, 15),
-    ("ranks", "several_gpus.generate", 120, 40),
+    ("several GPUs", "machine.all_reduces", 40, 15),
+    ("ranks", "served.ranks", 120, 40),
     ("encoders, ONNX Runtime", "encoders.measure_onnxruntime", 60, 20),
-    ("decoders, vLLM", "decoders.measure_vllm", 180, 90),
 )
 
 

@@ -2,8 +2,8 @@
 
     sources.tar.gz.part00   the repository's sources, as the proof and tests/gpu need them
     wheels.tar.part00 …     packages that such a machine may lack, for its Python; left out where none could be fetched
-    manifest.json           every part with its size and SHA-256, the packages, and what is missing and why
-    SHA256SUMS              the same digests, as sha256sum reads them
+    manifest.json           the packages, and what is missing and why
+    SHA256SUMS              digests of the parts, as sha256sum reads them
     run.sh                  joins, verifies, installs into a folder of its own, runs the proof: `bash run.sh FOLDER`
 
 No part is over 60 MiB. With the sources alone everything runs that the machine's own packages allow.
@@ -20,8 +20,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from builders.errors import InputError
@@ -69,38 +68,23 @@ PYTHONPATH="$target/source:$target/site${PYTHONPATH:+:$PYTHONPATH}" exec python3
 """
 
 
-@dataclass(frozen=True)
-class Part:
-    name: str
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """`missing`: wheels that could not be fetched, and why."""
-
-    python: str
-    parts: tuple[Part, ...]
-    wheels: tuple[str, ...]
-    missing: dict[str, str]
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="gpu-bundle", description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, default=Path("build/gpu-bundle"), help="a new folder")
     parser.add_argument("--python", default="3.12", help="version of the other machine's python3")
     parser.add_argument("--wheels", nargs="*", default=WHEELS, help="packages to carry; none: the sources alone")
     options = parser.parse_args(arguments)
-    manifest = make_bundle(options.out, options.python, options.wheels)
-    for part in manifest.parts:
-        print(f"{part.bytes / 2**20:6.1f} MiB  {options.out / part.name}")
-    for name, reason in manifest.missing.items():
+    missing = make_bundle(options.out, options.python, options.wheels)
+    for part in sorted(options.out.glob("*.part*")):
+        print(f"{part.stat().st_size / 2**20:6.1f} MiB  {part}")
+    for name, reason in missing.items():
         print(f"missing: {name}: {reason}", file=sys.stderr)
 
 
-def make_bundle(out: Path, python: str, wheels: Sequence[str]) -> Manifest:
-    """Writes the folder `out`. Raises InputError where something is there already."""
+def make_bundle(out: Path, python: str, wheels: Sequence[str]) -> dict[str, str]:
+    """Writes the folder `out`; returns the wheels that could not be fetched, and why. Raises InputError where something
+    is there already.
+    """
     if out.exists():
         raise InputError(
             f"bundle {out}", got="something that is there already", expected="a new folder",
@@ -108,61 +92,62 @@ def make_bundle(out: Path, python: str, wheels: Sequence[str]) -> Manifest:
         )  # fmt: skip
     with atomic_directory(out) as work, tempfile.TemporaryDirectory(prefix="gpu-bundle-") as scratch:
         fetched, missing = fetch_wheels(wheels, python, Path(scratch))
-        parts = [*_split(work, "sources.tar.gz", sources())]
+        names = [wheel.name for wheel in fetched]
+        sums = _part(work, "sources.tar.gz", sources())
         if fetched:
-            archive = Path(scratch) / "wheels.tar"
-            with tarfile.open(archive, "w") as tar:
-                for wheel in fetched:
-                    tar.add(wheel, wheel.name)
-            parts += _split(work, "wheels.tar", archive.read_bytes())
-        manifest = Manifest(python, tuple(parts), tuple(wheel.name for wheel in fetched), missing)
-        (work / "manifest.json").write_text(json.dumps(asdict(manifest), indent=2) + "\n")
-        (work / "SHA256SUMS").write_text("".join(f"{part.sha256}  {part.name}\n" for part in parts))
+            sums += _part(work, "wheels.tar", _tar((wheel.name, wheel) for wheel in fetched))
+        manifest = {"python": python, "wheels": names, "missing": missing}
+        (work / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+        (work / "SHA256SUMS").write_text(sums)
         (work / "run.sh").write_text(_RUN)
-    return manifest
+    return missing
 
 
 def sources() -> bytes:
     """A compressed archive of the sources; the same bytes for the same files."""
-    plain = io.BytesIO()
-    with tarfile.open(fileobj=plain, mode="w") as tar:
-        for path in sorted(_source_files()):
-            content = path.read_bytes()
-            info = tarfile.TarInfo(path.relative_to(ROOT).as_posix())
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return gzip.compress(plain.getvalue(), mtime=0)
-
-
-def _source_files() -> Iterator[Path]:
+    found = [ROOT / name for name in _FILES if (ROOT / name).is_file()]
     for folder in _FOLDERS:
-        yield from (path for path in (ROOT / folder).rglob("*") if path.suffix in _ENDINGS and path.is_file())
-    yield from (ROOT / name for name in _FILES if (ROOT / name).is_file())
+        found += (path for path in (ROOT / folder).rglob("*") if path.suffix in _ENDINGS and path.is_file())
+    return gzip.compress(_tar((path.relative_to(ROOT).as_posix(), path) for path in sorted(found)), mtime=0)
 
 
-def _split(folder: Path, name: str, content: bytes) -> Iterator[Part]:
+def _tar(files: Iterable[tuple[str, Path]]) -> bytes:
+    """Without what differs between two copies of a file: its times and its owner."""
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w") as tar:
+        for name, path in files:
+            info = tarfile.TarInfo(name)
+            info.size = path.stat().st_size
+            with path.open("rb") as content:
+                tar.addfile(info, content)
+    return archive.getvalue()
+
+
+def _part(folder: Path, name: str, content: bytes) -> str:
+    """Writes `content` in parts; returns their lines of SHA256SUMS."""
+    lines = ""
     for number, start in enumerate(range(0, len(content), PART_BYTES)):
-        piece = content[start : start + PART_BYTES]
-        part = Part(f"{name}.part{number:02}", len(piece), hashlib.sha256(piece).hexdigest())
-        (folder / part.name).write_bytes(piece)
-        yield part
+        piece, file = content[start : start + PART_BYTES], folder / f"{name}.part{number:02}"
+        file.write_bytes(piece)
+        lines += f"{hashlib.sha256(piece).hexdigest()}  {file.name}\n"
+    return lines
 
 
 def fetch_wheels(names: Iterable[str], python: str, folder: Path) -> tuple[list[Path], dict[str, str]]:
     """Wheels for that Python on 64-bit Linux, one by one: what cannot be had does not keep the others away."""
     common = ["--quiet", "--disable-pip-version-check", "--no-deps", "--retries", "1"]
     common += ["--constraint", str(ROOT / "constraints.txt")]
-    tags = ["--implementation", "cp", "--python-version", python]
+    tags = ["--only-binary=:all:", "--implementation", "cp", "--python-version", python]
     tags += [part for platform in _PLATFORMS for part in ("--platform", platform)]
     missing = {}
     for name in names:
-        reason = _pip("download", *common, "--only-binary=:all:", *tags, "--dest", str(folder), name)
+        reason = _pip("download", *common, *tags, "--dest", str(folder), name)
         if reason:  # some of TensorRT's packages are sources, of nothing but Python: built here, they run anywhere
             with tempfile.TemporaryDirectory(dir=folder) as built:
-                if not _pip("wheel", *common, "--wheel-dir", built, name):
-                    for wheel in Path(built).glob("*-none-any.whl"):
-                        wheel.rename(folder / wheel.name)
-                        reason = ""
+                _pip("wheel", *common, "--wheel-dir", built, name)
+                for wheel in Path(built).glob("*-none-any.whl"):
+                    wheel.rename(folder / wheel.name)
+                    reason = ""
         if reason:
             missing[name] = reason
     return sorted(folder.glob("*.whl")), missing
@@ -175,9 +160,8 @@ def _pip(*arguments: str) -> str:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_FETCH_S, check=False)
     except subprocess.TimeoutExpired:
         return f"not done within {_FETCH_S:.0f} s"
-    if not done.returncode:
-        return ""
-    return next((line for line in done.stderr.splitlines() if line.startswith("ERROR")), "pip failed")
+    errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+    return (errors or ["pip failed"])[0] if done.returncode else ""
 
 
 if __name__ == "__main__":

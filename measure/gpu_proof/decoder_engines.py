@@ -28,15 +28,13 @@ from builders.spec import Flavour
 from builders.store.atomic import atomic_directory
 from measure.bench.bare_loop import bare_loop
 from measure.bench.decoder_graph import DecoderShape
-from measure.gpu_proof.decoders import decode_row, open_executor
+from measure.gpu_proof.decoders import KEPT, decode_row, engine_over, open_executor, split
 from measure.gpu_proof.folders import built_row, stand_in
 from measure.gpu_proof.llama import new_llama
 from measure.gpu_proof.machine import try_flavour
 from measure.gpu_proof.record import Row
 from measure.gpu_proof.roofline import against, decode_work
-from measure.gpu_proof.setting import Setting
-from measure.gpu_proof.step import KEPT, engine_over, split
-from measure.gpu_proof.timing import host_seconds
+from measure.gpu_proof.setting import Setting, host_seconds
 from runtime.step import Batch, StepExecutor
 
 MOST_DIFFERENCE = {"float16": 0.02, "float32": 1e-4}  # of the logits, over the largest of them

@@ -26,8 +26,7 @@ from measure.gpu_proof.folders import built_row, encoder_folder, encoder_graph, 
 from measure.gpu_proof.machine import require_torch, try_flavour
 from measure.gpu_proof.record import Row
 from measure.gpu_proof.roofline import EncoderShape, against, encoder_work
-from measure.gpu_proof.setting import NotRun, Setting
-from measure.gpu_proof.timing import device_seconds, in_time
+from measure.gpu_proof.setting import NotRun, Setting, device_seconds, in_time
 from runtime.session import open_session
 from runtime.tensorrt.executor import load_engines
 

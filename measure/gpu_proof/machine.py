@@ -1,19 +1,24 @@
-"""The first sections: what the machine is, what its device can do at most, and which TensorRT builds for it."""
+"""What the machine is, what its device and several of them can do at most, and which TensorRT builds for it."""
 
 from __future__ import annotations
 
 import importlib.util
+import multiprocessing
 import os
 import platform
-from collections.abc import Iterator
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from importlib import metadata
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from builders.errors import TriremeError
 from measure.gpu_proof.record import Row
-from measure.gpu_proof.setting import NotRun, Setting
-from measure.gpu_proof.timing import device_seconds, host_seconds
+from measure.gpu_proof.setting import NotRun, Setting, device_seconds, host_seconds
 from runtime.gpu import visible_gpus
 
 if TYPE_CHECKING:
@@ -25,6 +30,8 @@ _PACKAGES = (
 )  # fmt: skip
 _QUERY = "name,driver_version,memory.total,clocks.max.sm,clocks.max.mem,power.limit"
 _LAUNCHES = 1000
+_END_S = 3.0  # for all ranks together to end by themselves, and again once they are killed
+_SIZES = {"cuda": (8 << 10, 1 << 20, 256 << 20), "cpu": (8 << 10, 1 << 20)}  # bytes of an all-reduce
 
 
 def gpu_facts() -> list[dict[str, str]]:
@@ -140,3 +147,74 @@ def _product(setting: Setting, torch: Any, dtype: str) -> Row:
     rate = 2 * size**3 / device_seconds(lambda: torch.mm(left, right, out=out), setting) / 1e12
     name = "product_tflop_per_s" if dtype == setting.dtype else f"{dtype}_tflop_per_s"
     return Row(f"matrix product {size}³, {dtype}", "torch", figures={name: rate})
+
+
+def require_gpus(setting: Setting) -> int:
+    """How many there are. Raises NotRun for one alone."""
+    torch = require_torch(setting)
+    gpus: int = 2 if setting.dry else torch.cuda.device_count()
+    if gpus < 2:
+        raise NotRun("one GPU: tensor and pipeline parallelism over NCCL was not exercised")
+    return gpus
+
+
+def all_reduces(setting: Setting) -> Iterator[Row]:
+    """Over NCCL, a process a GPU; the dry run over gloo, two processes on the CPU."""
+    ranks = require_gpus(setting)
+    context = multiprocessing.get_context("spawn")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    receiver, sender = context.Pipe(duplex=False)
+    processes = [
+        context.Process(target=reduce_here, args=(rank, ranks, port, setting, None if rank else sender), daemon=True)
+        for rank in range(ranks)
+    ]
+    try:
+        for process in processes:
+            process.start()
+        sender.close()  # this end: where rank 0 dies, the pipe ends
+        for size in _SIZES[setting.device]:
+            if not receiver.poll(max(0.0, setting.left_s)):
+                raise TimeoutError(f"an all-reduce of {size} bytes over {ranks} ranks did not end in time")
+            seconds = receiver.recv()
+            moved = 2 * (ranks - 1) / ranks * size  # what each rank sends in a ring
+            figures = {"us": seconds * 1e6, "bus_gb_per_s": moved / seconds / 1e9}
+            library = "NCCL" if setting.device == "cuda" else "gloo"
+            yield Row(f"all-reduce of {size >> 10} KiB over {ranks} ranks", library, figures=figures)
+    finally:
+        end_ranks([process for process in processes if process.pid is not None])
+
+
+def end_ranks(processes: Sequence[Any]) -> None:
+    """However many hang, it takes no longer than one: a section has only so much time to end."""
+    _join(processes)
+    for process in processes:
+        process.kill()
+    _join(processes)
+
+
+def _join(processes: Sequence[Any]) -> None:
+    deadline = time.monotonic() + _END_S
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+
+
+def reduce_here(rank: int, ranks: int, port: int, setting: Setting, sender: Connection | None) -> None:
+    """What each rank's process does; rank 0 tells the times."""
+    import torch
+
+    dist: Any = importlib.import_module("torch.distributed")
+    if setting.device == "cuda":
+        torch.cuda.set_device(rank)
+    store = dist.TCPStore("127.0.0.1", port, ranks, rank == 0)
+    dist.init_process_group("nccl" if setting.device == "cuda" else "gloo", store=store, rank=rank, world_size=ranks)
+    # Every rank must make the same number of calls, so none decides by its own clock.
+    counted = replace(setting, most_seconds=0)
+    for size in _SIZES[setting.device]:
+        tensor = torch.zeros(size // 4, device=setting.device)
+        dist.all_reduce(tensor)
+        seconds = device_seconds(partial(dist.all_reduce, tensor), counted)
+        if sender is not None:
+            sender.send(seconds)
+    dist.destroy_process_group()

@@ -1,6 +1,7 @@
-"""The service end to end: tokens and sentences a second through Triton's gRPC port, with the engines behind it.
+"""Built as users build it: tokens and sentences a second through Triton's gRPC port, with the engines behind it; and a
+decoder on tensor and pipeline ranks, a process a GPU, in the bare loop.
 
-The section "serving loop" (see `step`) measures the same loop in process, also where no engine or no server is there.
+The section "serving loop" (see `decoders`) measures that loop in process, also where no engine or no server is there.
 """
 
 from __future__ import annotations
@@ -18,19 +19,23 @@ import numpy as np
 
 from builders.judging import corpus
 from builders.spec import DeploymentSpec, Flavour
+from measure.bench.bare_loop import bare_loop
 from measure.gpu_proof.folders import encoder_model, llama, repository, spec
-from measure.gpu_proof.machine import try_flavour
+from measure.gpu_proof.machine import require_gpus, try_flavour
 from measure.gpu_proof.record import Row
-from measure.gpu_proof.setting import NotRun, Setting
-from measure.gpu_proof.timing import in_time
+from measure.gpu_proof.setting import NotRun, Setting, in_time
 from runtime.client import Client, stream
 from runtime.errors import BadEnvironment
+from runtime.generation.opening import open_engine
 from runtime.server.supervise import ready_server
+from runtime.settings import GeneratorModelSettings
 
 _NEW_TOKENS = 32
 _TEXTS_A_REQUEST = 32
 _CLIENTS = 8
-_LEAST_S = 30.0  # of the budget, to build, to start and to ask
+_LEAST_S = 40.0  # of the budget, to build, to start and to ask
+_LAYOUTS = ((4, 1), (2, 1), (2, 2), (1, 2))  # tensor x pipeline; LLAMA_100M has 4 key-value heads
+_RANK_ROWS = 4
 _IMAGE = Path("/opt/tritonserver")  # where NVIDIA's image keeps its server
 
 
@@ -112,3 +117,38 @@ def embedded_per_second(address: str, model: str, texts: Sequence[str], clients:
         began = time.perf_counter()
         done = sum(pool.map(ask, range(0, len(texts), _TEXTS_A_REQUEST)))
         return done / (time.perf_counter() - began)
+
+
+def ranks(setting: Setting) -> Iterator[Row]:
+    gpus = require_gpus(setting)
+    if not setting.dry:
+        try_flavour("tensorrt", setting)  # TensorRT for RTX has no collectives over several GPUs
+    name, how = llama(setting)[2], "rank step executor"
+    cases = (
+        (
+            Row(f"{name} on {tensor} x {stages} ranks", how, {"batch": _RANK_ROWS}),
+            partial(_on_ranks, setting, tensor, stages),
+        )
+        for tensor, stages in _LAYOUTS
+        if tensor * stages <= gpus and (tensor == 2 or not setting.dry)
+    )
+    yield from in_time(setting, cases, _LEAST_S)
+
+
+def _on_ranks(setting: Setting, tensor: int, stages: int, row: Row) -> Row:
+    source, sizes, _ = llama(setting)
+    asked = spec(
+        setting, "tensorrt", f"proof-ranks-{tensor}-{stages}",
+        {"source": source, "task": "generation", "max_length": sizes.context},
+        parallel={"tensor": tensor, "pipeline": stages}, generation={"slots": _RANK_ROWS},
+    )  # fmt: skip
+    _, directory = repository(setting, asked)
+    settings = GeneratorModelSettings.load(directory)
+    engine, _ = open_engine(settings, directory)
+    try:
+        prompt, new = sizes.context // 2, min(_NEW_TOKENS, sizes.context // 2)
+        pool = next(at for at, size in enumerate(settings.capacities) if size >= prompt + new)
+        loop = bare_loop(engine.executor, pool, _RANK_ROWS, prompt, new)
+    finally:
+        engine.executor.close()
+    return replace(row, figures={"tokens_per_s": loop.decode_tokens_per_second})

@@ -1,20 +1,27 @@
-"""What is measured and where. The dry run is the same script with a CPU, tiny shapes and stand-ins for engines."""
+"""What is measured, where, and for how long. The dry run is the same script with a CPU, tiny shapes and stand-ins."""
 
 from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from statistics import median
+from typing import Any, Literal
 
 from measure.bench.decoder_graph import DecoderShape
+from measure.gpu_proof.record import Row
 from measure.gpu_proof.roofline import EncoderShape, Limits
 
 FLAVOURS: tuple[Literal["tensorrt", "tensorrt-rtx"], ...] = ("tensorrt", "tensorrt-rtx")
 LLAMA_8B = DecoderShape(layers=32, hidden=4096, heads=32, kv_heads=8, ffn=14336, vocabulary=128256)
 MINILM = EncoderShape("MiniLM", layers=6, hidden=384, heads=12, ffn=1536)
 BERT_BASE = EncoderShape("BERT-base", layers=12, hidden=768, heads=12, ffn=3072)
+
+MOST_CALLS = 200
+_WARM_CALLS = 2  # the first ones load modules, choose kernels and fill allocators
+Case = tuple[Row, Callable[[Row], Row]]
 
 
 class NotRun(Exception):
@@ -86,3 +93,64 @@ def dry(scratch: Path) -> Setting:
         least_calls=3,
         most_seconds=0.05,
     )
+
+
+def in_time(setting: Setting, cases: Iterable[Case], least_s: float = 0.0) -> Iterator[Row]:
+    """Each row as its function measures it. It says so where that raises NotRun, and "time" where the section has not
+    twice the longest case's time left, or less than `least_s` (the dry run's cases are short).
+    """
+    longest = 0.0 if setting.dry else least_s / 2
+    for row, measure in cases:
+        began = time.monotonic()
+        if setting.left_s < 2 * longest:
+            found = replace(row, reason="time")
+        else:
+            try:
+                found = measure(row)
+            except NotRun as refused:
+                found = replace(row, reason=str(refused))
+        longest = max(longest, time.monotonic() - began)
+        yield found
+
+
+def device_seconds(call: Callable[[], object], setting: Setting) -> float:
+    """Median time of a call that leaves its work on the device's stream."""
+    if setting.device == "cpu":
+        return host_seconds(call, setting)
+    import torch
+
+    event: Any = torch.cuda.Event
+
+    def once() -> float:
+        start, end = event(enable_timing=True), event(enable_timing=True)
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3
+
+    return _median(once, setting)
+
+
+def host_seconds(call: Callable[[], object], setting: Setting) -> float:
+    """Median time of a call that returns when its work is done."""
+
+    def once() -> float:
+        started = time.perf_counter()
+        call()
+        return time.perf_counter() - started
+
+    return _median(once, setting)
+
+
+def _median(once: Callable[[], float], setting: Setting) -> float:
+    """At least `least_calls`, then until `most_seconds` are over or `MOST_CALLS` are done."""
+    for _ in range(_WARM_CALLS):
+        once()
+    times: list[float] = []
+    began = time.monotonic()
+    while len(times) < MOST_CALLS:
+        times.append(once())
+        if len(times) >= setting.least_calls and time.monotonic() - began > setting.most_seconds:
+            break
+    return median(times)

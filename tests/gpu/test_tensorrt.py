@@ -12,10 +12,10 @@ from builders.engine.tensorrt import build_decoder_engine, decoder_profiles
 from builders.judging import vectors
 from builders.spec import Flavour
 from measure.gpu_proof.decoder_engines import decoder_graph
+from measure.gpu_proof.decoders import KEPT, engine_over
 from measure.gpu_proof.encoders import EngineRunner
 from measure.gpu_proof.folders import encoder_spec
 from measure.gpu_proof.setting import Setting
-from measure.gpu_proof.step import KEPT, engine_over
 from runtime.generation.engine import generate
 from runtime.generation.executor.onnxruntime import OnnxRuntimeStepExecutor
 from runtime.generation.request import SamplingParams

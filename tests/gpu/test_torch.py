@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from measure.gpu_proof.decoders import KEPT, engine_over
 from measure.gpu_proof.llama import TorchStepExecutor, new_llama
 from measure.gpu_proof.machine import require_torch
 from measure.gpu_proof.setting import NotRun, Setting
-from measure.gpu_proof.step import KEPT, engine_over
 from runtime.generation.engine import generate
 from runtime.generation.request import SamplingParams
 from runtime.step import Batch

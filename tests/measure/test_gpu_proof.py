@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 from builders.errors import CheckError, InputError, MachineError
 from measure.gpu_proof import __main__ as proof_command
-from measure.gpu_proof import page, sections, setting, several_gpus
+from measure.gpu_proof import machine, page, sections, setting
 from measure.gpu_proof.decoder_engines import whole_seconds
+from measure.gpu_proof.decoders import union_length
 from measure.gpu_proof.record import Proof, Row, Section, largest_gap
 from measure.gpu_proof.roofline import (
     Limits,
@@ -32,7 +33,6 @@ from measure.gpu_proof.roofline import (
 )
 from measure.gpu_proof.sections import Part, run_parts
 from measure.gpu_proof.setting import BERT_BASE, LLAMA_8B
-from measure.gpu_proof.step import union_length
 from runtime.gpu import visible_targets
 from tests.conftest import wait_until
 from tests.measure.gpu_proof_parts import wait_for_ever
@@ -150,12 +150,12 @@ def test_a_server_of_sections_that_does_not_start_is_no_failed_section(tmp_path:
 
 
 def test_ranks_that_hang_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(several_gpus, "_END_S", 0.5)
+    monkeypatch.setattr(machine, "_END_S", 0.5)
     context = multiprocessing.get_context("spawn")
     processes = [context.Process(target=wait_for_ever, daemon=True) for _ in range(2)]
     for process in processes:
         process.start()
-    several_gpus.end_ranks(processes)
+    machine.end_ranks(processes)
     assert wait_until(lambda: not any(process.is_alive() for process in processes), limit_s=30)
 
 

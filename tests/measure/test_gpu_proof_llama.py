@@ -13,8 +13,8 @@ import pytest
 from builders.export import decoder
 from measure.bench.decoder_graph import DecoderShape
 from measure.gpu_proof import decoder_engines, setting
+from measure.gpu_proof.decoders import KEPT, engine_over
 from measure.gpu_proof.llama import TorchStepExecutor, new_llama
-from measure.gpu_proof.step import KEPT, engine_over
 from runtime.generation.engine import generate
 from runtime.generation.request import SamplingParams
 from runtime.step import Batch, Copy, Row
