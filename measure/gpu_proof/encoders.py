@@ -23,6 +23,7 @@ from builders.judging import corpus, vectors
 from builders.pipeline import Build
 from builders.spec import Flavour
 from measure.gpu_proof.folders import built_row, encoder_folder, encoder_graph, encoder_spec, stand_in, weights_note
+from measure.gpu_proof.llama import captured
 from measure.gpu_proof.machine import require_torch, try_flavour
 from measure.gpu_proof.record import Row
 from measure.gpu_proof.roofline import EncoderShape, against, encoder_work
@@ -84,15 +85,7 @@ def _torch_call(setting: Setting, model: Any, graphs: bool, batch: int, length: 
         with torch.no_grad():
             return model(input_ids=ids).last_hidden_state.mean(1)  # type: ignore[no-any-return]
 
-    if not graphs:
-        return encode
-    for _ in range(3):  # compiled and warm before a capture, which allows neither
-        encode()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        encode()
-    return graph.replay
+    return captured(encode)[0] if graphs else encode
 
 
 def measure_onnxruntime(setting: Setting) -> Iterator[Row]:

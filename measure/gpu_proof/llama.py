@@ -7,9 +7,10 @@ all, so that compiling takes seconds.
 
 from __future__ import annotations
 
-import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -171,28 +172,9 @@ class TorchStepExecutor:
         key = (batch.pool, padded)
         if key not in self._decodes:
             ids, positions = self._tokens[0, :padded, None], self._tokens[1, :padded, None]
-            self._decodes[key] = self._captured(
-                lambda: self._forward(ids, positions, batch.pool, 0, self._compiled, fresh=False)
-            )
+            step = partial(self._forward, ids, positions, batch.pool, 0, self._compiled, fresh=False)
+            self._decodes[key] = captured(step) if self.graphs else _in_place(step)
         return self._decodes[key]
-
-    def _captured(self, step: Callable[[], Made]) -> tuple[Run, Made]:
-        """The step as a CUDA graph; where there is none, a call that writes its results to one place."""
-        import torch
-
-        logits, top = (tensor.clone() for tensor in step())  # compiled and warm: a capture allows neither
-
-        def plain() -> None:
-            for target, made in zip((logits, top), step(), strict=True):
-                target.copy_(made)
-
-        if not self.graphs:
-            return plain, (logits, top)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            made = step()
-        return graph.replay, made
 
     def _forward(
         self, ids: torch.Tensor, positions: torch.Tensor, pool: int, first: int, block: Any, *, fresh: bool
@@ -227,16 +209,39 @@ class TorchStepExecutor:
         return False
 
     def reset(self) -> None:
-        for cache in self._caches:
-            for part in cache:
-                part.zero_()
+        for part in itertools.chain(*self._caches):
+            part.zero_()
 
     def close(self) -> None:
         self._decodes.clear()
         self._caches.clear()
 
 
-@functools.cache
+def captured(step: Callable[[], Any]) -> tuple[Run, Any]:
+    """What launches the step as a CUDA graph, and where its results will lie."""
+    import torch
+
+    for _ in range(3):  # compiled and warm: a capture allows neither
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        made = step()
+    return graph.replay, made
+
+
+def _in_place(step: Callable[[], Made]) -> tuple[Run, Made]:
+    """The same without a graph: the results of each call are copied to one place."""
+    logits, top = (tensor.clone() for tensor in step())
+
+    def run() -> None:
+        for target, made in zip((logits, top), step(), strict=True):
+            target.copy_(made)
+
+    return run, (logits, top)
+
+
+@cache
 def _compiled(block: Callable[..., Any], compiler: str) -> Callable[..., Any]:
     """Compiled once for each shape, and for all layers and executors of the process."""
     import torch

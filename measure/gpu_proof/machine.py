@@ -7,8 +7,7 @@ import multiprocessing
 import os
 import platform
 import socket
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from importlib import metadata
@@ -30,7 +29,6 @@ _PACKAGES = (
 )  # fmt: skip
 _QUERY = "name,driver_version,memory.total,clocks.max.sm,clocks.max.mem,power.limit"
 _LAUNCHES = 1000
-_END_S = 3.0  # for all ranks together to end by themselves, and again once they are killed
 _SIZES = {"cuda": (8 << 10, 1 << 20, 256 << 20), "cpu": (8 << 10, 1 << 20)}  # bytes of an all-reduce
 
 
@@ -115,14 +113,18 @@ def limits(setting: Setting) -> Iterator[Row]:
     """Measured in the same run, since clocks and cooling differ from one machine to the next."""
     torch = require_torch(setting)
     cuda = setting.device == "cuda"
-    bytes_of = {"dtype": torch.uint8, "device": setting.device}
     size = min(setting.copy_bytes, torch.cuda.mem_get_info()[0] // 4) if cuda else setting.copy_bytes
-    source, target = torch.randint(0, 255, (size,), **bytes_of), torch.empty(size, **bytes_of)
+    source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=setting.device)
+    target = torch.empty_like(source)
     rate = 2 * size / device_seconds(lambda: target.copy_(source), setting) / 1e9
     yield Row("copy on the device", "torch", figures={"copy_gb_per_s": rate}, note="bytes read and bytes written")
+    size, side = min(size, 256 << 20), setting.product_size
     for dtype in ("float16", "bfloat16") if cuda else ("float32",):
-        yield _product(setting, torch, dtype)
-    size = min(setting.copy_bytes, 256 << 20)
+        # Random values: on zeros the chip draws less power and clocks higher.
+        left, right = (torch.randn(side, side, device=setting.device).to(getattr(torch, dtype)) for _ in range(2))
+        rate = 2 * side**3 / device_seconds(partial(torch.mm, left, right, out=torch.empty_like(left)), setting) / 1e12
+        name = "product_tflop_per_s" if dtype == setting.dtype else f"{dtype}_tflop_per_s"
+        yield Row(f"matrix product {side}³, {dtype}", "torch", figures={name: rate})
     pinned = torch.zeros(size, dtype=torch.uint8, pin_memory=cuda)
     seconds = device_seconds(lambda: target[:size].copy_(pinned, non_blocking=True), setting)
     yield Row("copy from pinned memory to the device", "torch", figures={"gb_per_s": size / seconds / 1e9})
@@ -139,16 +141,6 @@ def limits(setting: Setting) -> Iterator[Row]:
     yield Row("one operation launched from Python", "torch eager", figures=figures, note=f"of {_LAUNCHES} in a row")
 
 
-def _product(setting: Setting, torch: Any, dtype: str) -> Row:
-    """Random values: on zeros the chip draws less power and clocks higher."""
-    size = setting.product_size
-    left, right = (torch.randn(size, size, device=setting.device).to(getattr(torch, dtype)) for _ in range(2))
-    out = torch.empty_like(left)
-    rate = 2 * size**3 / device_seconds(lambda: torch.mm(left, right, out=out), setting) / 1e12
-    name = "product_tflop_per_s" if dtype == setting.dtype else f"{dtype}_tflop_per_s"
-    return Row(f"matrix product {size}³, {dtype}", "torch", figures={name: rate})
-
-
 def require_gpus(setting: Setting) -> int:
     """How many there are. Raises NotRun for one alone."""
     torch = require_torch(setting)
@@ -161,19 +153,14 @@ def require_gpus(setting: Setting) -> int:
 def all_reduces(setting: Setting) -> Iterator[Row]:
     """Over NCCL, a process a GPU; the dry run over gloo, two processes on the CPU."""
     ranks = require_gpus(setting)
-    context = multiprocessing.get_context("spawn")
+    processes: Any = importlib.import_module("torch.multiprocessing")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    receiver, sender = context.Pipe(duplex=False)
-    processes = [
-        context.Process(target=reduce_here, args=(rank, ranks, port, setting, None if rank else sender), daemon=True)
-        for rank in range(ranks)
-    ]
+    receiver, sender = multiprocessing.get_context("spawn").Pipe(duplex=False)
+    context = processes.start_processes(reduce_here, (ranks, port, setting, sender), ranks, join=False, daemon=True)
+    sender.close()  # this end: where the ranks die, the pipe ends
     try:
-        for process in processes:
-            process.start()
-        sender.close()  # this end: where rank 0 dies, the pipe ends
         for size in _SIZES[setting.device]:
             if not receiver.poll(max(0.0, setting.left_s)):
                 raise TimeoutError(f"an all-reduce of {size} bytes over {ranks} ranks did not end in time")
@@ -183,24 +170,11 @@ def all_reduces(setting: Setting) -> Iterator[Row]:
             library = "NCCL" if setting.device == "cuda" else "gloo"
             yield Row(f"all-reduce of {size >> 10} KiB over {ranks} ranks", library, figures=figures)
     finally:
-        end_ranks([process for process in processes if process.pid is not None])
+        for process in context.processes:
+            process.kill()
 
 
-def end_ranks(processes: Sequence[Any]) -> None:
-    """However many hang, it takes no longer than one: a section has only so much time to end."""
-    _join(processes)
-    for process in processes:
-        process.kill()
-    _join(processes)
-
-
-def _join(processes: Sequence[Any]) -> None:
-    deadline = time.monotonic() + _END_S
-    for process in processes:
-        process.join(max(0.0, deadline - time.monotonic()))
-
-
-def reduce_here(rank: int, ranks: int, port: int, setting: Setting, sender: Connection | None) -> None:
+def reduce_here(rank: int, ranks: int, port: int, setting: Setting, sender: Connection) -> None:
     """What each rank's process does; rank 0 tells the times."""
     import torch
 
@@ -215,6 +189,6 @@ def reduce_here(rank: int, ranks: int, port: int, setting: Setting, sender: Conn
         tensor = torch.zeros(size // 4, device=setting.device)
         dist.all_reduce(tensor)
         seconds = device_seconds(partial(dist.all_reduce, tensor), counted)
-        if sender is not None:
+        if rank == 0:
             sender.send(seconds)
     dist.destroy_process_group()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 SCHEMA = 1
 Status = Literal["ran", "not run", "failed"]
@@ -60,17 +60,6 @@ class Proof:
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2) + "\n"
-
-    @staticmethod
-    def from_json(text: str) -> Proof:
-        """Raises ValueError for another schema."""
-        data: dict[str, Any] = json.loads(text)
-        if data.get("schema") != SCHEMA:
-            raise ValueError(f"proof.json has schema {data.get('schema')}, expected {SCHEMA}")
-        sections = tuple(
-            Section(**{**section, "rows": tuple(Row(**row) for row in section["rows"])}) for section in data["sections"]
-        )
-        return Proof(**{**data, "sections": sections})
 
 
 def largest_gap(proof: Proof) -> Row | None:

@@ -20,7 +20,7 @@ import numpy as np
 from builders.judging import corpus
 from builders.spec import DeploymentSpec, Flavour
 from measure.bench.bare_loop import bare_loop
-from measure.gpu_proof.folders import encoder_model, llama, repository, spec
+from measure.gpu_proof.folders import encoder_spec, llama, repository, spec
 from measure.gpu_proof.machine import require_gpus, try_flavour
 from measure.gpu_proof.record import Row
 from measure.gpu_proof.setting import NotRun, Setting, in_time
@@ -31,7 +31,6 @@ from runtime.server.supervise import ready_server
 from runtime.settings import GeneratorModelSettings
 
 _NEW_TOKENS = 32
-_TEXTS_A_REQUEST = 32
 _CLIENTS = 8
 _LEAST_S = 40.0  # of the budget, to build, to start and to ask
 _LAYOUTS = ((4, 1), (2, 1), (2, 2), (1, 2))  # tensor x pipeline; LLAMA_100M has 4 key-value heads
@@ -94,28 +93,26 @@ def streamed_per_second(address: str, model: str, prompts: Any, new_tokens: int)
 def _sentences(setting: Setting, flavour: Flavour, row: Row) -> Row:
     if flavour == "tensorrt" and not _IMAGE.is_dir():
         raise NotRun("Triton's own tensorrt backend serves such an encoder, and only NVIDIA's image has it")
-    shape = setting.encoders[0]
-    serving = {"max_batch_size": _TEXTS_A_REQUEST, "length_buckets": list(setting.lengths)}
-    asked = spec(setting, flavour, "proof-encoder", encoder_model(shape, setting), serving=serving)
+    shape, size = setting.encoders[0], min(32, max(setting.batches))
     texts = corpus.texts(None, 256 if setting.dry else 2048)
 
     def drive(address: str, model: str) -> float:
-        embedded_per_second(address, model, texts[:_TEXTS_A_REQUEST], 1)  # warm
-        return embedded_per_second(address, model, texts, _CLIENTS)
+        embedded_per_second(address, model, texts[:size], 1, size)  # warm
+        return embedded_per_second(address, model, texts, _CLIENTS, size)
 
-    rate = _served(setting, asked, drive)
+    rate = _served(setting, encoder_spec(shape, setting, flavour), drive)
     return replace(row, case=f"{shape.name} behind Triton, {_CLIENTS} clients", figures={"sentences_per_s": rate})
 
 
-def embedded_per_second(address: str, model: str, texts: Sequence[str], clients: int) -> float:
-    """Sentences a second: requests of 32 texts, `clients` of them under way."""
+def embedded_per_second(address: str, model: str, texts: Sequence[str], clients: int, size: int) -> float:
+    """Sentences a second: requests of `size` texts, `clients` of them under way."""
 
     def ask(start: int) -> int:
-        return len(client.vectors(model, texts[start : start + _TEXTS_A_REQUEST]))
+        return len(client.vectors(model, texts[start : start + size]))
 
     with Client(address) as client, ThreadPoolExecutor(clients) as pool:
         began = time.perf_counter()
-        done = sum(pool.map(ask, range(0, len(texts), _TEXTS_A_REQUEST)))
+        done = sum(pool.map(ask, range(0, len(texts), size)))
         return done / (time.perf_counter() - began)
 
 

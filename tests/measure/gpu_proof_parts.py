@@ -46,8 +46,4 @@ def dying(setting: Setting) -> Iterator[Row]:
 def hanging(setting: Setting) -> Iterator[Row]:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     yield Row("process", "hanging", figures={"pid": float(os.getpid())})
-    wait_for_ever()
-
-
-def wait_for_ever() -> None:
     threading.Event().wait()
