@@ -32,7 +32,7 @@ from measure.gpu_proof.decoders import KEPT, decode_row, engine_over, open_execu
 from measure.gpu_proof.folders import built_row, stand_in
 from measure.gpu_proof.llama import new_llama
 from measure.gpu_proof.machine import try_flavour
-from measure.gpu_proof.record import Row
+from measure.gpu_proof.record import Measured
 from measure.gpu_proof.roofline import against, decode_work
 from measure.gpu_proof.setting import Setting, host_seconds
 from runtime.step import Batch, StepExecutor
@@ -42,7 +42,7 @@ _PROMPT = 8
 _LEAST_S = 30.0  # of the budget, to build an engine
 
 
-def measure(setting: Setting, flavour: Flavour) -> Iterator[Row]:
+def measure(setting: Setting, flavour: Flavour) -> Iterator[Measured]:
     try_flavour(flavour, setting)
     how = f"{flavour} step executor{stand_in(setting)}"
     rows, shortest = max(setting.decode_rows) + KEPT, min(setting.contexts)
@@ -51,7 +51,7 @@ def measure(setting: Setting, flavour: Flavour) -> Iterator[Row]:
     for context, layers in product(setting.contexts, setting.depths):
         case = f"{setting.decoder_name} of {layers} layers, engine of capacity {context}"
         if setting.left_s < _LEAST_S and not setting.dry:
-            yield Row(case, how, reason="time")
+            yield Measured(case, how, reason="time")
             continue
         if layers not in made:
             made[layers] = decoder_graph(replace(setting.decoder, layers=layers), setting)
@@ -113,7 +113,7 @@ def open_engines(
     return TensorRtStepExecutor(engines, (capacity,), rows, flavour=flavour, device=0)
 
 
-def _compared(setting: Setting, executor: StepExecutor, model: Any, context: int, case: str, how: str) -> Row:
+def _compared(setting: Setting, executor: StepExecutor, model: Any, context: int, case: str, how: str) -> Measured:
     """A prompt and a token after it, against the same weights in torch. Raises ParityError where they differ."""
     reference = open_executor(setting, model, context, 1, compiled=False)
     random, worst = np.random.default_rng(0), 0.0
@@ -126,7 +126,7 @@ def _compared(setting: Setting, executor: StepExecutor, model: Any, context: int
     reference.close()
     if not worst <= MOST_DIFFERENCE[setting.dtype]:
         raise ParityError(f"{case}, {how}: logits differ by {worst:.1e} of the largest from the same weights in torch")
-    return Row(f"{case}, against torch", how, figures={"relative_difference": worst})
+    return Measured(f"{case}, against torch", how, figures={"relative_difference": worst})
 
 
 def _decode_seconds(setting: Setting, executor: StepExecutor, context: int, rows: int) -> float:
@@ -135,18 +135,18 @@ def _decode_seconds(setting: Setting, executor: StepExecutor, context: int, rows
     return host_seconds(lambda: executor.run([batch])[0].argmax(axis=1), setting)
 
 
-def _looped(setting: Setting, executor: StepExecutor, context: int, case: str, how: str) -> Iterator[Row]:
+def _looped(setting: Setting, executor: StepExecutor, context: int, case: str, how: str) -> Iterator[Measured]:
     """In the bare loop, and a step of the serving loop split into its parts."""
     rows, new = min(8, max(setting.decode_rows)), min(setting.steps, context // 2)
     loop = bare_loop(executor, 0, rows, context - new, new)
     figures = {"tokens_per_s": loop.decode_tokens_per_second, "prompt_s": loop.prefill_seconds / rows}
-    yield Row(f"{case}, bare loop, batch {rows}", how, figures=figures)
+    yield Measured(f"{case}, bare loop, batch {rows}", how, figures=figures)
     executor.reset()  # the loop has left its own keys and values
-    row = Row(f"{case}, a step of the serving loop, batch 1", how, {"batch": 1})
+    row = Measured(f"{case}, a step of the serving loop, batch 1", how, {"batch": 1})
     yield split(setting, engine_over(executor, context, 1, chunk=context), row)
 
 
-def _derived(setting: Setting, seconds: dict[tuple[int, int, int], float], how: str) -> Iterator[Row]:
+def _derived(setting: Setting, seconds: dict[tuple[int, int, int], float], how: str) -> Iterator[Measured]:
     few, more = setting.depths
     for context, rows in product(setting.contexts, setting.decode_rows):
         if (few, context, rows) in seconds and (more, context, rows) in seconds:

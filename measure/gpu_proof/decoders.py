@@ -25,7 +25,7 @@ from measure.bench.bare_loop import bare_loop
 from measure.bench.decoder_graph import DecoderShape
 from measure.gpu_proof.llama import TorchStepExecutor, new_llama
 from measure.gpu_proof.machine import require_torch
-from measure.gpu_proof.record import Row
+from measure.gpu_proof.record import Measured
 from measure.gpu_proof.roofline import against, decode_work, position_bytes, prefill_work, weight_bytes
 from measure.gpu_proof.setting import Case, NotRun, Setting, device_seconds, host_seconds, in_time
 from runtime.generation.cache import SlotCache
@@ -49,9 +49,9 @@ def way(setting: Setting, *, compiled: bool) -> str:
     return "torch.compile + CUDA graph" if setting.device == "cuda" else "torch.compile"
 
 
-def decode_row(setting: Setting, how: str, context: int, rows: int, note: str = "") -> Row:
+def decode_row(setting: Setting, how: str, context: int, rows: int, note: str = "") -> Measured:
     case = f"{setting.decoder_name}, decode, batch {rows}, context {context}"
-    return Row(case, how, {"batch": rows, "context": context}, note=note)
+    return Measured(case, how, {"batch": rows, "context": context}, note=note)
 
 
 def open_executor(
@@ -87,7 +87,7 @@ def free_bytes(setting: Setting) -> float:
     return _ROOM * torch.cuda.mem_get_info()[0]
 
 
-def measure(setting: Setting) -> Iterator[Row]:
+def measure(setting: Setting) -> Iterator[Measured]:
     shape, model = fitting_llama(setting, max(setting.contexts))
     return in_time(setting, _cases(setting, shape, model))
 
@@ -101,11 +101,11 @@ def _cases(setting: Setting, shape: DecoderShape, model: Any) -> Iterator[Case]:
             row = decode_row(setting, how, context, rows, note)
             yield row, partial(_decode, setting, shape, model, compiled)
         for length in setting.contexts:
-            row = Row(f"{setting.decoder_name}, prompt of {length}", how, {"length": length}, note=note)
+            row = Measured(f"{setting.decoder_name}, prompt of {length}", how, {"length": length}, note=note)
             yield row, partial(_prefill, setting, shape, model, compiled)
 
 
-def _decode(setting: Setting, shape: DecoderShape, model: Any, compiled: bool, row: Row) -> Row:
+def _decode(setting: Setting, shape: DecoderShape, model: Any, compiled: bool, row: Measured) -> Measured:
     """The last positions of a full cache, so that all `context` of them are read."""
     rows, context = row.axes["batch"], row.axes["context"]
     needed = cache_bytes(setting, shape, rows, context)
@@ -125,7 +125,7 @@ def _decode(setting: Setting, shape: DecoderShape, model: Any, compiled: bool, r
         executor.close()
 
 
-def _prefill(setting: Setting, shape: DecoderShape, model: Any, compiled: bool, row: Row) -> Row:
+def _prefill(setting: Setting, shape: DecoderShape, model: Any, compiled: bool, row: Measured) -> Measured:
     length = row.axes["length"]
     executor = open_executor(setting, model, length, 1, compiled=compiled)
     try:
@@ -144,26 +144,26 @@ def engine_over(executor: StepExecutor, capacity: int, slots: int, chunk: int) -
     return GenerationEngine(executor, scheduler, RequestLimits(executor.vocabulary, capacity, capacity, ()))
 
 
-def step_split(setting: Setting) -> Iterator[Row]:
+def step_split(setting: Setting) -> Iterator[Measured]:
     """A step of the loop over the torch executor, split into its parts."""
     case = f"{setting.decoder_name}, a step of the serving loop, batch {{}}, context {min(setting.contexts)}"
     return _over_torch(setting, case, way(setting, compiled=True), partial(split, setting))
 
 
-def serving_loop(setting: Setting) -> Iterator[Row]:
+def serving_loop(setting: Setting) -> Iterator[Measured]:
     """The loop over the torch executor, without a server: also where no engine and no server run."""
     how = f"in process, no server: serving loop over {way(setting, compiled=True)}"
     return _over_torch(setting, f"{setting.decoder_name}, {{}} streams to their end", how, _streams)
 
 
 def _over_torch(
-    setting: Setting, case: str, how: str, measured: Callable[[GenerationEngine, Row], Row]
-) -> Iterator[Row]:
+    setting: Setting, case: str, how: str, measured: Callable[[GenerationEngine, Measured], Measured]
+) -> Iterator[Measured]:
     """What is `measured` of the serving loop, for each batch that fits; else why not."""
     capacity = min(setting.contexts)
     shape, model = fitting_llama(setting, capacity)
 
-    def run(row: Row) -> Row:
+    def run(row: Measured) -> Measured:
         slots = row.axes["batch"]
         if cache_bytes(setting, shape, slots + KEPT, capacity) >= free_bytes(setting):
             raise NotRun("its cache does not fit the memory")
@@ -173,10 +173,10 @@ def _over_torch(
         finally:
             executor.close()
 
-    return in_time(setting, ((Row(case.format(rows), how, {"batch": rows}), run) for rows in setting.decode_rows))
+    return in_time(setting, ((Measured(case.format(rows), how, {"batch": rows}), run) for rows in setting.decode_rows))
 
 
-def _streams(engine: GenerationEngine, row: Row) -> Row:
+def _streams(engine: GenerationEngine, row: Measured) -> Measured:
     rows, capacity = row.axes["batch"], engine.limits.max_length
     new = min(NEW_TOKENS, capacity // 2)
     random = np.random.default_rng(0)
@@ -193,7 +193,7 @@ def generated_per_second(engine: GenerationEngine, prompts: Sequence[Tokens], ne
     return sum(map(len, outputs)) / (time.perf_counter() - began)
 
 
-def split(setting: Setting, engine: GenerationEngine, row: Row) -> Row:
+def split(setting: Setting, engine: GenerationEngine, row: Measured) -> Measured:
     """Milliseconds of one step by what they were spent on, once every stream decodes."""
     rows, counters = row.axes["batch"], engine.counters
     _start(engine, rows, min(rows + 2 * setting.steps + 8, engine.limits.max_length - 1))  # one begins after the other

@@ -25,7 +25,7 @@ from builders.spec import Flavour
 from measure.gpu_proof.folders import built_row, encoder_folder, encoder_graph, encoder_spec, stand_in, weights_note
 from measure.gpu_proof.llama import captured
 from measure.gpu_proof.machine import require_torch, try_flavour
-from measure.gpu_proof.record import Row
+from measure.gpu_proof.record import Measured
 from measure.gpu_proof.roofline import EncoderShape, against, encoder_work
 from measure.gpu_proof.setting import NotRun, Setting, device_seconds, in_time
 from runtime.session import open_session
@@ -37,12 +37,14 @@ Call = Callable[[], object]
 Feeds = Mapping[str, NDArray[Any]]
 
 
-def timed_grid(setting: Setting, shape: EncoderShape, how: str, prepare: Callable[[int, int], Call]) -> Iterator[Row]:
+def timed_grid(
+    setting: Setting, shape: EncoderShape, how: str, prepare: Callable[[int, int], Call]
+) -> Iterator[Measured]:
     """A row for each size. `prepare(batch, length)` gives the call to time. Held against the limits at the setting's
     own precision, INT8 engines too.
     """
 
-    def measured(row: Row) -> Row:
+    def measured(row: Measured) -> Measured:
         batch, length = row.axes["batch"], row.axes["length"]
         seconds = device_seconds(prepare(batch, length), setting)
         work = encoder_work(shape, batch, length, setting.value_bytes)
@@ -50,13 +52,13 @@ def timed_grid(setting: Setting, shape: EncoderShape, how: str, prepare: Callabl
 
     note = weights_note(shape)
     rows = (
-        Row(f"{shape.name}, batch {batch} x length {length}", how, {"batch": batch, "length": length}, note=note)
+        Measured(f"{shape.name}, batch {batch} x length {length}", how, {"batch": batch, "length": length}, note=note)
         for length, batch in product(setting.lengths, setting.batches)
     )
     return in_time(setting, ((row, measured) for row in rows))
 
 
-def measure(setting: Setting) -> Iterator[Row]:
+def measure(setting: Setting) -> Iterator[Measured]:
     """In torch; the better way first."""
     torch = require_torch(setting, "transformers")
     from transformers import BertModel
@@ -88,14 +90,14 @@ def _torch_call(setting: Setting, model: Any, graphs: bool, batch: int, length: 
     return captured(encode)[0] if graphs else encode
 
 
-def measure_onnxruntime(setting: Setting) -> Iterator[Row]:
+def measure_onnxruntime(setting: Setting) -> Iterator[Measured]:
     """The very graph that engines are built from, by ONNX Runtime on the device."""
     for shape in setting.encoders:
         runner = GraphRunner(encoder_graph(shape, setting), setting.device)
         yield from timed_grid(setting, shape, runner.name, runner.call)
 
 
-def measure_engines(setting: Setting, flavour: Flavour) -> Iterator[Row]:
+def measure_engines(setting: Setting, flavour: Flavour) -> Iterator[Measured]:
     try_flavour(flavour, setting)
     for shape, precision in product(setting.encoders, LEAST_COSINE):
         if precision == "int8" and weights_note(shape) != "real weights":
@@ -105,7 +107,7 @@ def measure_engines(setting: Setting, flavour: Flavour) -> Iterator[Row]:
             spec = encoder_spec(shape, setting, flavour, precision)
             built = pipeline.build(spec, "gpu", setting.scratch, "engine")
         except QualityError as error:
-            yield Row(case, how, reason=str(error))
+            yield Measured(case, how, reason=str(error))
             continue
         yield built_row(setting, built.engines[0], case, how)
         how += stand_in(setting)
@@ -118,7 +120,7 @@ def measure_engines(setting: Setting, flavour: Flavour) -> Iterator[Row]:
 
 def _compared(
     built: Build, outputs_of: Callable[[Feeds], NDArray[np.float32]], shape: EncoderShape, how: str, least: float
-) -> Row:
+) -> Measured:
     """Raises ParityError for an engine that computes something else than the fp32 graph."""
     requests = vectors.sample_requests(built.checkpoint, corpus.texts(None, _TEXTS))
     reference = vectors.graph_outputs(built.graph("fp32").file_path, requests, built.checkpoint)
@@ -129,7 +131,7 @@ def _compared(
             f"limit {least}"
         )
     figures = {"mean_cosine": found.mean_cosine, "worst_cosine": found.worst_cosine}
-    return Row(f"{shape.name}, against ONNX Runtime fp32", how, figures=figures)
+    return Measured(f"{shape.name}, against ONNX Runtime fp32", how, figures=figures)
 
 
 class GraphRunner:

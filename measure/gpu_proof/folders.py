@@ -18,7 +18,7 @@ from builders.store.store import Store
 from builders.training.recipe import TrainingRecipe
 from builders.training.text import train_tokenizer
 from measure.bench.random_llama import LLAMA_100M, random_llama
-from measure.gpu_proof.record import Row
+from measure.gpu_proof.record import Measured
 from measure.gpu_proof.roofline import EncoderShape
 from measure.gpu_proof.setting import MINILM, Setting
 
@@ -111,10 +111,10 @@ def repository(setting: Setting, asked: DeploymentSpec) -> tuple[Path, Path]:
     return built.entry.repository, built.entry.repository / asked.name / str(built.entry.version)
 
 
-def built_row(setting: Setting, engine: Engine, case: str, how: str) -> Row:
+def built_row(setting: Setting, engine: Engine, case: str, how: str) -> Measured:
     figures = {"build_s": engine.build_seconds, "mb": engine.bytes / 1e6, "layers": float(engine.layers)}
     unrun = "built ahead of time; not run: no GPU here" if setting.dry else ""
-    return Row(case, how, figures=figures, facts={"target": engine.target}, note=unrun)
+    return Measured(case, how, figures=figures, facts={"target": engine.target}, note=unrun)
 
 
 def stand_in(setting: Setting) -> str:

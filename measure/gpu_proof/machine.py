@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from builders.errors import TriremeError
-from measure.gpu_proof.record import Row
+from measure.gpu_proof.record import Measured
 from measure.gpu_proof.setting import NotRun, Setting, device_seconds, host_seconds
 from runtime.gpu import visible_gpus
 
@@ -44,16 +44,16 @@ def processor_name() -> str:
     return next(named, platform.machine())
 
 
-def describe(setting: Setting) -> Iterator[Row]:
+def describe(setting: Setting) -> Iterator[Measured]:
     for number, facts in enumerate(gpu_facts()):
-        yield Row(f"GPU {number}", "driver", facts=facts)
+        yield Measured(f"GPU {number}", "driver", facts=facts)
     host = {"processor": processor_name(), "cores": str(os.cpu_count()), "python": platform.python_version()}
     for name in _PACKAGES:
         if next(iter(metadata.Distribution.discover(name=name)), None) is not None:
             host[name] = metadata.version(name)
-    yield Row("host", "system", facts=host)
+    yield Measured("host", "system", facts=host)
     if importlib.util.find_spec("torch") is None:
-        yield Row("torch", "device", reason="no module torch")
+        yield Measured("torch", "device", reason="no module torch")
         return
     import torch
 
@@ -62,13 +62,13 @@ def describe(setting: Setting) -> Iterator[Row]:
         found, nccl = torch.cuda.get_device_properties(0), torch.cuda.nccl.version()  # type: ignore[no-untyped-call]
         facts |= {"device": found.name, "SM": f"{found.major}.{found.minor}", "NCCL": ".".join(map(str, nccl))}
         facts |= {"multiprocessors": str(found.multi_processor_count), "memory": f"{found.total_memory / 1e9:.1f} GB"}
-    yield Row("torch", "device", facts=facts)
+    yield Measured("torch", "device", facts=facts)
 
 
-def one_layer(setting: Setting, flavour: Flavour) -> Iterator[Row]:
+def one_layer(setting: Setting, flavour: Flavour) -> Iterator[Measured]:
     """Whether this TensorRT builds for the device at all; where it refuses, its own words are the reason."""
     seconds = try_flavour(flavour, setting)
-    yield Row(f"a network of one layer for {setting.target}", flavour, figures={"build_s": seconds})
+    yield Measured(f"a network of one layer for {setting.target}", flavour, figures={"build_s": seconds})
 
 
 def try_flavour(flavour: Flavour, setting: Setting) -> float:
@@ -109,7 +109,7 @@ def require_torch(setting: Setting, *others: str) -> Any:
     return torch
 
 
-def limits(setting: Setting) -> Iterator[Row]:
+def limits(setting: Setting) -> Iterator[Measured]:
     """Measured in the same run, since clocks and cooling differ from one machine to the next."""
     torch = require_torch(setting)
     cuda = setting.device == "cuda"
@@ -117,17 +117,17 @@ def limits(setting: Setting) -> Iterator[Row]:
     source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=setting.device)
     target = torch.empty_like(source)
     rate = 2 * size / device_seconds(lambda: target.copy_(source), setting) / 1e9
-    yield Row("copy on the device", "torch", figures={"copy_gb_per_s": rate}, note="bytes read and bytes written")
+    yield Measured("copy on the device", "torch", figures={"copy_gb_per_s": rate}, note="bytes read and bytes written")
     size, side = min(size, 256 << 20), setting.product_size
     for dtype in ("float16", "bfloat16") if cuda else ("float32",):
         # Random values: on zeros the chip draws less power and clocks higher.
         left, right = (torch.randn(side, side, device=setting.device).to(getattr(torch, dtype)) for _ in range(2))
         rate = 2 * side**3 / device_seconds(partial(torch.mm, left, right, out=torch.empty_like(left)), setting) / 1e12
         name = "product_tflop_per_s" if dtype == setting.dtype else f"{dtype}_tflop_per_s"
-        yield Row(f"matrix product {side}³, {dtype}", "torch", figures={name: rate})
+        yield Measured(f"matrix product {side}³, {dtype}", "torch", figures={name: rate})
     pinned = torch.zeros(size, dtype=torch.uint8, pin_memory=cuda)
     seconds = device_seconds(lambda: target[:size].copy_(pinned, non_blocking=True), setting)
-    yield Row("copy from pinned memory to the device", "torch", figures={"gb_per_s": size / seconds / 1e9})
+    yield Measured("copy from pinned memory to the device", "torch", figures={"gb_per_s": size / seconds / 1e9})
     x = torch.zeros(16, device=setting.device)
 
     def launches() -> None:
@@ -138,7 +138,9 @@ def limits(setting: Setting) -> Iterator[Row]:
 
     # Host time of one small operation where many are queued: what a step of many kernels pays without a graph.
     figures = {"us": host_seconds(launches, setting) / _LAUNCHES * 1e6}
-    yield Row("one operation launched from Python", "torch eager", figures=figures, note=f"of {_LAUNCHES} in a row")
+    yield Measured(
+        "one operation launched from Python", "torch eager", figures=figures, note=f"of {_LAUNCHES} in a row"
+    )
 
 
 def require_gpus(setting: Setting) -> int:
@@ -150,7 +152,7 @@ def require_gpus(setting: Setting) -> int:
     return gpus
 
 
-def all_reduces(setting: Setting) -> Iterator[Row]:
+def all_reduces(setting: Setting) -> Iterator[Measured]:
     """Over NCCL, a process a GPU; the dry run over gloo, two processes on the CPU."""
     ranks = require_gpus(setting)
     processes: Any = importlib.import_module("torch.multiprocessing")
@@ -168,7 +170,7 @@ def all_reduces(setting: Setting) -> Iterator[Row]:
             moved = 2 * (ranks - 1) / ranks * size  # what each rank sends in a ring
             figures = {"us": seconds * 1e6, "bus_gb_per_s": moved / seconds / 1e9}
             library = "NCCL" if setting.device == "cuda" else "gloo"
-            yield Row(f"all-reduce of {size >> 10} KiB over {ranks} ranks", library, figures=figures)
+            yield Measured(f"all-reduce of {size >> 10} KiB over {ranks} ranks", library, figures=figures)
     finally:
         for process in context.processes:
             process.kill()

@@ -6,7 +6,7 @@ import io
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from measure.gpu_proof.record import Proof, Row, Section, largest_gap
+from measure.gpu_proof.record import Measured, Proof, Section, largest_gap
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -67,7 +67,7 @@ def _section_lines(section: Section) -> list[str]:
     return [*lines, ""]
 
 
-def _table(rows: Sequence[Row], names: tuple[str, ...]) -> list[str]:
+def _table(rows: Sequence[Measured], names: tuple[str, ...]) -> list[str]:
     facts = list(dict.fromkeys(name for row in rows for name in row.facts))
     noted = ["note"] if any(row.note for row in rows) else []
     heads = ["case", "how", *names, *facts, *noted]
@@ -99,7 +99,7 @@ def draw(proof: Proof) -> dict[str, str]:
     return found
 
 
-def _fractions(axes: Axes, rows: list[Row], cases: list[str]) -> None:
+def _fractions(axes: Axes, rows: list[Measured], cases: list[str]) -> None:
     """A line a case, the first on top; a mark for each way."""
     for number, how in enumerate(dict.fromkeys(row.how for row in rows)):
         mine = [row for row in rows if row.how == how]
@@ -112,7 +112,7 @@ def _fractions(axes: Axes, rows: list[Row], cases: list[str]) -> None:
     axes.set_xlabel("achieved, % of the limit measured in the same run")
 
 
-def _tokens(axes: Axes, rows: list[Row]) -> None:
+def _tokens(axes: Axes, rows: list[Measured]) -> None:
     for how, context in dict.fromkeys((row.how, row.axes["context"]) for row in rows):
         mine = [row for row in rows if (row.how, row.axes["context"]) == (how, context)]
         points = sorted((row.axes["batch"], row.figures["tokens_per_s"]) for row in mine)

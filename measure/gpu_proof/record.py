@@ -11,7 +11,7 @@ Status = Literal["ran", "not run", "failed"]
 
 
 @dataclass(frozen=True)
-class Row:
+class Measured:
     """One measurement, or the reason why there is none.
 
     Rows of the same `case` are the same work done in different ways (`how`), so they can be compared. Units stand in
@@ -35,7 +35,7 @@ class Section:
     status: Status
     reason: str
     seconds: float
-    rows: tuple[Row, ...] = ()
+    rows: tuple[Measured, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Proof:
         return [section for section in self.sections if section.status == "failed"]
 
     @property
-    def held(self) -> list[Row]:
+    def held(self) -> list[Measured]:
         """Rows that were held against a limit."""
         return [row for section in self.sections for row in section.rows if "fraction" in row.figures]
 
@@ -62,12 +62,12 @@ class Proof:
         return json.dumps(asdict(self), indent=2) + "\n"
 
 
-def largest_gap(proof: Proof) -> Row | None:
+def largest_gap(proof: Proof) -> Measured | None:
     """Of the fastest way of each case that the limit holds for, the one furthest from it.
 
     A row that took less than its floor tells nothing: the floor was not its own, as `roofline` says.
     """
-    best: dict[str, Row] = {}
+    best: dict[str, Measured] = {}
     for row in sorted(proof.held, key=lambda each: each.figures["fraction"]):
         if row.figures["fraction"] <= 1:
             best[row.case] = row

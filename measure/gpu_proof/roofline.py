@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from measure.bench.decoder_graph import DecoderShape
-from measure.gpu_proof.record import Row
+from measure.gpu_proof.record import Measured
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class EncoderShape:
 
 
 @dataclass(frozen=True)
-class Work:
+class LeastWork:
     bytes: float
     flops: float
 
@@ -40,13 +40,13 @@ class Limits:
     flops_per_s: float
 
 
-def floor_seconds(work: Work, limits: Limits) -> tuple[float, str]:
+def floor_seconds(work: LeastWork, limits: Limits) -> tuple[float, str]:
     """The longer of both times, and what it is spent on."""
     memory, arithmetic = work.bytes / limits.bytes_per_s, work.flops / limits.flops_per_s
     return (memory, "memory") if memory >= arithmetic else (arithmetic, "arithmetic")
 
 
-def against(row: Row, work: Work, seconds: float, limits: Limits | None, **figures: float) -> Row:
+def against(row: Measured, work: LeastWork, seconds: float, limits: Limits | None, **figures: float) -> Measured:
     """`row`, whose work took `seconds`, held against the limits; without limits, the counts alone."""
     found = {"ms": seconds * 1e3, "gb": work.bytes / 1e9, "gflop": work.flops / 1e9}
     if limits is None:
@@ -71,23 +71,23 @@ def position_bytes(shape: DecoderShape, value_bytes: int) -> int:
     return 2 * shape.layers * shape.kv_heads * shape.head_dim * value_bytes
 
 
-def decode_work(shape: DecoderShape, rows: int, context: int, value_bytes: int) -> Work:
+def decode_work(shape: DecoderShape, rows: int, context: int, value_bytes: int) -> LeastWork:
     """One token for each of `rows`, that attend to `context` positions each."""
     multiplied = shape.layers * block_parameters(shape) + shape.vocabulary * shape.hidden
     attention = 4 * rows * context * shape.heads * shape.head_dim * shape.layers
     read = multiplied * value_bytes + rows * context * position_bytes(shape, value_bytes)
-    return Work(read, 2 * rows * multiplied + attention)
+    return LeastWork(read, 2 * rows * multiplied + attention)
 
 
-def prefill_work(shape: DecoderShape, length: int, value_bytes: int) -> Work:
+def prefill_work(shape: DecoderShape, length: int, value_bytes: int) -> LeastWork:
     """One prompt of `length` tokens at once; a token attends to those before it, and the head sees the last one."""
     blocks, head = shape.layers * block_parameters(shape), shape.vocabulary * shape.hidden
     attention = 2 * length * length * shape.heads * shape.head_dim * shape.layers
     moved = (blocks + head) * value_bytes + length * position_bytes(shape, value_bytes)
-    return Work(moved, 2 * (length * blocks + head) + attention)
+    return LeastWork(moved, 2 * (length * blocks + head) + attention)
 
 
-def encoder_work(shape: EncoderShape, batch: int, length: int, value_bytes: int) -> Work:
+def encoder_work(shape: EncoderShape, batch: int, length: int, value_bytes: int) -> LeastWork:
     blocks = shape.layers * (4 * shape.hidden * shape.hidden + 2 * shape.hidden * shape.ffn)
     attention = 4 * batch * length * length * shape.hidden * shape.layers
-    return Work(blocks * value_bytes, 2 * batch * length * blocks + attention)
+    return LeastWork(blocks * value_bytes, 2 * batch * length * blocks + attention)

@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from builders.errors import MachineError, UnsupportedError
-from measure.gpu_proof.record import Row, Section, Status
+from measure.gpu_proof.record import Measured, Section, Status
 from measure.gpu_proof.roofline import Limits
 from measure.gpu_proof.setting import NotRun, Setting
 
@@ -69,7 +69,7 @@ def run_parts(
     deadline = time.monotonic() + seconds
     done: list[Section] = []
     for number, part in enumerate(parts):
-        rows: list[Row] = []
+        rows: list[Measured] = []
         try:
             left = deadline - time.monotonic()
             if left < part.least_s:
@@ -118,7 +118,7 @@ def _start_server(context: Any) -> None:
         )
 
 
-def _run(context: Any, part: Part, setting: Setting, seconds: float, rows: list[Row]) -> Section:
+def _run(context: Any, part: Part, setting: Setting, seconds: float, rows: list[Measured]) -> Section:
     """Appends to `rows` as they come."""
     began = time.monotonic()
     receiver, sender = context.Pipe(duplex=False)
@@ -136,7 +136,7 @@ def _run(context: Any, part: Part, setting: Setting, seconds: float, rows: list[
     return Section(part.name, status, reason, time.monotonic() - began, tuple(rows))
 
 
-def _collect(receiver: Connection, rows: list[Row], seconds: float) -> tuple[Status, str] | None:
+def _collect(receiver: Connection, rows: list[Measured], seconds: float) -> tuple[Status, str] | None:
     """Rows until the section says how it ended; None where it died. `seconds` count from its first word."""
     deadline, late = time.monotonic() + BEGIN_S, f"its process did not begin within {BEGIN_S:.0f} s, and was ended"
     while receiver.poll(max(0.0, deadline - time.monotonic())):
@@ -146,7 +146,7 @@ def _collect(receiver: Connection, rows: list[Row], seconds: float) -> tuple[Sta
             return None
         if word == "begun":
             deadline, late = time.monotonic() + seconds + GRACE_S, "it did not end in its time, and was ended"
-        elif isinstance(word, Row):
+        elif isinstance(word, Measured):
             rows.append(word)
         else:
             status, reason = word

@@ -22,7 +22,7 @@ from builders.spec import DeploymentSpec, Flavour
 from measure.bench.bare_loop import bare_loop
 from measure.gpu_proof.folders import encoder_spec, llama, repository, spec
 from measure.gpu_proof.machine import require_gpus, try_flavour
-from measure.gpu_proof.record import Row
+from measure.gpu_proof.record import Measured
 from measure.gpu_proof.setting import NotRun, Setting, in_time
 from runtime.client import Client, stream
 from runtime.errors import BadEnvironment
@@ -38,7 +38,7 @@ _RANK_ROWS = 4
 _IMAGE = Path("/opt/tritonserver")  # where NVIDIA's image keeps its server
 
 
-def measure(setting: Setting, flavour: Flavour) -> Iterator[Row]:
+def measure(setting: Setting, flavour: Flavour) -> Iterator[Measured]:
     """Without a GPU the service runs on ONNX Runtime; it is asked for with a flavour that builds, like the engines."""
     try_flavour(flavour, setting)
     for module in ("tritonclient", "tritonclient.grpc"):
@@ -46,8 +46,8 @@ def measure(setting: Setting, flavour: Flavour) -> Iterator[Row]:
             raise NotRun(f"no module {module}; the serving loop is measured in process")
     how = "embedded Triton, gRPC"
     cases = (
-        (Row("language model behind Triton", how), partial(_generation, setting, flavour)),
-        (Row("sentences behind Triton", how), partial(_sentences, setting, flavour)),
+        (Measured("language model behind Triton", how), partial(_generation, setting, flavour)),
+        (Measured("sentences behind Triton", how), partial(_sentences, setting, flavour)),
     )
     return in_time(setting, cases, _LEAST_S)
 
@@ -62,7 +62,7 @@ def _served(setting: Setting, asked: DeploymentSpec, drive: Callable[[str, str],
         raise NotRun(f"{error}; the serving loop is measured in process") from error
 
 
-def _generation(setting: Setting, flavour: Flavour, row: Row) -> Row:
+def _generation(setting: Setting, flavour: Flavour, row: Measured) -> Measured:
     source, sizes, name = llama(setting)
     streams = max(rows for rows in setting.decode_rows if rows <= 32)
     model = {"source": source, "task": "generation", "max_length": sizes.context}
@@ -90,7 +90,7 @@ def streamed_per_second(address: str, model: str, prompts: Any, new_tokens: int)
     return tokens / (time.perf_counter() - began)
 
 
-def _sentences(setting: Setting, flavour: Flavour, row: Row) -> Row:
+def _sentences(setting: Setting, flavour: Flavour, row: Measured) -> Measured:
     if flavour == "tensorrt" and not _IMAGE.is_dir():
         raise NotRun("Triton's own tensorrt backend serves such an encoder, and only NVIDIA's image has it")
     shape, size = setting.encoders[0], min(32, max(setting.batches))
@@ -116,14 +116,14 @@ def embedded_per_second(address: str, model: str, texts: Sequence[str], clients:
         return done / (time.perf_counter() - began)
 
 
-def ranks(setting: Setting) -> Iterator[Row]:
+def ranks(setting: Setting) -> Iterator[Measured]:
     gpus = require_gpus(setting)
     if not setting.dry:
         try_flavour("tensorrt", setting)  # TensorRT for RTX has no collectives over several GPUs
     name, how = llama(setting)[2], "rank step executor"
     cases = (
         (
-            Row(f"{name} on {tensor} x {stages} ranks", how, {"batch": _RANK_ROWS}),
+            Measured(f"{name} on {tensor} x {stages} ranks", how, {"batch": _RANK_ROWS}),
             partial(_on_ranks, setting, tensor, stages),
         )
         for tensor, stages in _LAYOUTS
@@ -132,7 +132,7 @@ def ranks(setting: Setting) -> Iterator[Row]:
     yield from in_time(setting, cases, _LEAST_S)
 
 
-def _on_ranks(setting: Setting, tensor: int, stages: int, row: Row) -> Row:
+def _on_ranks(setting: Setting, tensor: int, stages: int, row: Measured) -> Measured:
     source, sizes, _ = llama(setting)
     asked = spec(
         setting, "tensorrt", f"proof-ranks-{tensor}-{stages}",

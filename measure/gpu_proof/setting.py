@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any, Literal
 
 from measure.bench.decoder_graph import DecoderShape
-from measure.gpu_proof.record import Row
+from measure.gpu_proof.record import Measured
 from measure.gpu_proof.roofline import EncoderShape, Limits
 
 FLAVOURS: tuple[Literal["tensorrt", "tensorrt-rtx"], ...] = ("tensorrt", "tensorrt-rtx")
@@ -21,7 +21,7 @@ BERT_BASE = EncoderShape("BERT-base", layers=12, hidden=768, heads=12, ffn=3072)
 
 MOST_CALLS = 200
 _WARM_CALLS = 2  # the first ones load modules, choose kernels and fill allocators
-Case = tuple[Row, Callable[[Row], Row]]
+Case = tuple[Measured, Callable[[Measured], Measured]]
 
 
 class NotRun(Exception):
@@ -95,7 +95,7 @@ def dry(scratch: Path) -> Setting:
     )
 
 
-def in_time(setting: Setting, cases: Iterable[Case], least_s: float = 0.0) -> Iterator[Row]:
+def in_time(setting: Setting, cases: Iterable[Case], least_s: float = 0.0) -> Iterator[Measured]:
     """Each row as its function measures it. It says so where that raises NotRun, and "time" where the section has not
     twice the longest case's time left, or less than `least_s` (the dry run's cases are short).
     """

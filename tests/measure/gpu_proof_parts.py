@@ -7,43 +7,43 @@ import signal
 import threading
 from collections.abc import Iterator
 
-from measure.gpu_proof.record import Row
+from measure.gpu_proof.record import Measured
 from measure.gpu_proof.setting import NotRun, Setting
 
-ROW = Row("case", "way", figures={"copy_gb_per_s": 100.0, "product_tflop_per_s": 10.0})
+ROW = Measured("case", "way", figures={"copy_gb_per_s": 100.0, "product_tflop_per_s": 10.0})
 
 
-def sound(setting: Setting) -> Iterator[Row]:
+def sound(setting: Setting) -> Iterator[Measured]:
     assert setting.left_s > 0
     yield ROW
-    yield Row(
+    yield Measured(
         "limits", "handed on", figures={} if setting.limits is None else {"bytes_per_s": setting.limits.bytes_per_s}
     )
 
 
-def raising(setting: Setting) -> Iterator[Row]:
+def raising(setting: Setting) -> Iterator[Measured]:
     yield ROW
     raise RuntimeError("the third kernel is broken")
 
 
-def lacking(setting: Setting) -> Iterator[Row]:
+def lacking(setting: Setting) -> Iterator[Measured]:
     if setting.left_s > 0:
         raise NotRun("no such GPU")
     yield ROW
 
 
-def without_package(setting: Setting) -> Iterator[Row]:
+def without_package(setting: Setting) -> Iterator[Measured]:
     import a_package_that_nobody_has  # type: ignore[import-not-found]  # noqa: F401
 
     yield ROW
 
 
-def dying(setting: Setting) -> Iterator[Row]:
+def dying(setting: Setting) -> Iterator[Measured]:
     yield ROW
     os.kill(os.getpid(), signal.SIGSEGV)
 
 
-def hanging(setting: Setting) -> Iterator[Row]:
+def hanging(setting: Setting) -> Iterator[Measured]:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    yield Row("process", "hanging", figures={"pid": float(os.getpid())})
+    yield Measured("process", "hanging", figures={"pid": float(os.getpid())})
     threading.Event().wait()

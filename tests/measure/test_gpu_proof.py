@@ -19,10 +19,10 @@ from measure.gpu_proof import __main__ as proof_command
 from measure.gpu_proof import page, sections, setting
 from measure.gpu_proof.decoder_engines import whole_seconds
 from measure.gpu_proof.decoders import union_length
-from measure.gpu_proof.record import Proof, Row, Section, largest_gap
+from measure.gpu_proof.record import Measured, Proof, Section, largest_gap
 from measure.gpu_proof.roofline import (
+    LeastWork,
     Limits,
-    Work,
     against,
     decode_work,
     encoder_work,
@@ -54,13 +54,13 @@ def test_a_large_decoder_is_counted_as_by_hand() -> None:
 
 
 def test_the_floor_is_the_longer_of_both_times() -> None:
-    assert floor_seconds(Work(bytes=4e9, flops=8e10), LIMITS) == (1e-3, "memory")
-    assert floor_seconds(Work(bytes=4e6, flops=8e11), LIMITS) == (1e-3, "arithmetic")
-    row = against(Row("case", "way"), Work(bytes=4e9, flops=1.0), 4e-3, LIMITS, tokens_per_s=250.0)
+    assert floor_seconds(LeastWork(bytes=4e9, flops=8e10), LIMITS) == (1e-3, "memory")
+    assert floor_seconds(LeastWork(bytes=4e6, flops=8e11), LIMITS) == (1e-3, "arithmetic")
+    row = against(Measured("case", "way"), LeastWork(bytes=4e9, flops=1.0), 4e-3, LIMITS, tokens_per_s=250.0)
     assert row.figures["fraction"] == pytest.approx(0.25)
     assert row.figures["tokens_per_s"] == 250.0
     assert row.facts == {"bound by": "memory"}
-    assert set(against(Row("case", "way"), Work(1.0, 1.0), 1.0, None).figures) == {"ms", "gb", "gflop"}
+    assert set(against(Measured("case", "way"), LeastWork(1.0, 1.0), 1.0, None).figures) == {"ms", "gb", "gflop"}
 
 
 @given(st.floats(1e-6, 1e-2), st.floats(1e-6, 1e-2), st.integers(1, 4), st.integers(1, 4), st.integers(8, 80))
@@ -153,13 +153,15 @@ def _proof(*sections: Section) -> Proof:
 
 def _saved(folder: Path) -> Proof:
     data = json.loads((folder / "proof.json").read_text())
-    sections = (Section(**{**each, "rows": tuple(Row(**row) for row in each["rows"])}) for each in data["sections"])
+    sections = (
+        Section(**{**each, "rows": tuple(Measured(**row) for row in each["rows"])}) for each in data["sections"]
+    )
     return Proof(**{**data, "sections": tuple(sections)})
 
 
-def _case(how: str, fraction: float, case: str = "decode") -> Row:
+def _case(how: str, fraction: float, case: str = "decode") -> Measured:
     figures = {"ms": 1 / fraction, "floor_ms": 1.0, "fraction": fraction, "tokens_per_s": 100 * fraction}
-    return Row(case, how, {"batch": 1, "context": 512}, figures, {"bound by": "memory"})
+    return Measured(case, how, {"batch": 1, "context": 512}, figures, {"bound by": "memory"})
 
 
 def test_the_largest_gap_is_that_of_the_fastest_way() -> None:
@@ -184,8 +186,8 @@ def test_a_way_that_beats_its_floor_hides_no_gap_and_is_named() -> None:
 def test_the_page_says_what_ran_what_did_not_and_why() -> None:
     rows = (
         _case("graph", 0.5),
-        Row("decode, batch 128", "graph", reason="a cache of 69 GB does not fit"),
-        Row("GPU 0", "driver", facts={"name": "a GPU", "driver_version": "1|2"}),
+        Measured("decode, batch 128", "graph", reason="a cache of 69 GB does not fit"),
+        Measured("GPU 0", "driver", facts={"name": "a GPU", "driver_version": "1|2"}),
     )
     proof = _proof(
         Section("decoders", "ran", "", 12.0, rows), Section("vLLM", "not run", "no module vllm", 0.1),

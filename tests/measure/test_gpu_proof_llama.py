@@ -120,6 +120,17 @@ def test_a_graph_that_was_left_half_way_is_made_again(tmp_path: Path, monkeypatc
     assert first == again
 
 
+def test_a_shape_is_compiled_once_for_all_layers(llama: Any) -> None:
+    """On a GPU a compilation takes seconds, and there are 32 layers."""
+    from torch._dynamo.utils import counters
+
+    executor = TorchStepExecutor(llama, (24,), 2, compiler="eager")  # a capacity that no other test compiles for
+    before = counters["stats"]["unique_graphs"]
+    for position in range(3):
+        executor.run([Batch(0, 0, np.array([[5], [6]]), np.full(2, position))])
+    assert counters["stats"]["unique_graphs"] == before + 1
+
+
 def test_random_weights_are_the_same_twice_and_a_reset_forgets() -> None:
     shape = DecoderShape(layers=2, hidden=32, heads=4, kv_heads=2, ffn=48, vocabulary=100)
     batch = Batch(0, 0, np.array([[5, 6, 7]]), np.zeros(1, np.int64))
