@@ -30,8 +30,7 @@ from measure.gpu_proof.roofline import against, decode_work, position_bytes, pre
 from measure.gpu_proof.setting import Case, NotRun, Setting, device_seconds, host_seconds, in_time
 from runtime.generation.cache import SlotCache
 from runtime.generation.engine import GenerationEngine, generate
-from runtime.generation.request import Limits as RequestLimits
-from runtime.generation.request import SamplingParams, Tokens
+from runtime.generation.request import Limits, SamplingParams, Tokens
 from runtime.generation.scheduler import Scheduler
 from runtime.step import Batch, StepExecutor
 
@@ -141,7 +140,7 @@ def engine_over(executor: StepExecutor, capacity: int, slots: int, chunk: int) -
     """The serving loop with one pool; the executor has `slots + KEPT` rows."""
     cache = SlotCache((capacity,), slots, KEPT)
     scheduler = Scheduler(cache, chunk_tokens=chunk, queue_size=QUEUE, call_cost=executor.call_cost)
-    return GenerationEngine(executor, scheduler, RequestLimits(executor.vocabulary, capacity, capacity, ()))
+    return GenerationEngine(executor, scheduler, Limits(executor.vocabulary, capacity, capacity, ()))
 
 
 def step_split(setting: Setting) -> Iterator[Measured]:

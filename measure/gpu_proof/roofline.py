@@ -33,20 +33,20 @@ class LeastWork:
 
 
 @dataclass(frozen=True)
-class Limits:
+class DeviceLimits:
     """`bytes_per_s` counts bytes read and written, `flops_per_s` two for each multiplication with its addition."""
 
     bytes_per_s: float
     flops_per_s: float
 
 
-def floor_seconds(work: LeastWork, limits: Limits) -> tuple[float, str]:
+def floor_seconds(work: LeastWork, limits: DeviceLimits) -> tuple[float, str]:
     """The longer of both times, and what it is spent on."""
     memory, arithmetic = work.bytes / limits.bytes_per_s, work.flops / limits.flops_per_s
     return (memory, "memory") if memory >= arithmetic else (arithmetic, "arithmetic")
 
 
-def against(row: Measured, work: LeastWork, seconds: float, limits: Limits | None, **figures: float) -> Measured:
+def against(row: Measured, work: LeastWork, seconds: float, limits: DeviceLimits | None, **figures: float) -> Measured:
     """`row`, whose work took `seconds`, held against the limits; without limits, the counts alone."""
     found = {"ms": seconds * 1e3, "gb": work.bytes / 1e9, "gflop": work.flops / 1e9}
     if limits is None:

@@ -22,7 +22,7 @@ from typing import Any
 
 from builders.errors import MachineError, UnsupportedError
 from measure.gpu_proof.record import Measured, Section, Status
-from measure.gpu_proof.roofline import Limits
+from measure.gpu_proof.roofline import DeviceLimits
 from measure.gpu_proof.setting import NotRun, Setting
 
 START_S = 180.0  # of the server: it imports from a disk that may be cold
@@ -87,13 +87,13 @@ def run_parts(
     return done
 
 
-def _limits(done: Sequence[Section]) -> Limits | None:
+def _limits(done: Sequence[Section]) -> DeviceLimits | None:
     """From the section that measured them; None where it did not."""
     rows = (row for section in done if section.name == "limits" for row in section.rows)
     figures = {name: value for row in rows for name, value in row.figures.items()}
     if not {"copy_gb_per_s", "product_tflop_per_s"} <= set(figures):
         return None
-    return Limits(figures["copy_gb_per_s"] * 1e9, figures["product_tflop_per_s"] * 1e12)
+    return DeviceLimits(figures["copy_gb_per_s"] * 1e9, figures["product_tflop_per_s"] * 1e12)
 
 
 def _start_server(context: Any) -> None:

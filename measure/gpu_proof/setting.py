@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from measure.bench.decoder_graph import DecoderShape
 from measure.gpu_proof.record import Measured
-from measure.gpu_proof.roofline import EncoderShape, Limits
+from measure.gpu_proof.roofline import DeviceLimits, EncoderShape
 
 FLAVOURS: tuple[Literal["tensorrt", "tensorrt-rtx"], ...] = ("tensorrt", "tensorrt-rtx")
 LLAMA_8B = DecoderShape(layers=32, hidden=4096, heads=32, kv_heads=8, ffn=14336, vocabulary=128256)
@@ -50,7 +50,7 @@ class Setting:
     steps: int = 64  # of a loop that is timed
     least_calls: int = 5
     most_seconds: float = 0.5  # of one timing
-    limits: Limits | None = None  # of the device, once they are measured
+    limits: DeviceLimits | None = None  # of the device, once they are measured
     deadline: float = math.inf  # of a section, on the monotonic clock, which all processes of a machine share
 
     @property

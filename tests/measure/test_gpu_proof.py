@@ -21,8 +21,8 @@ from measure.gpu_proof.decoder_engines import whole_seconds
 from measure.gpu_proof.decoders import union_length
 from measure.gpu_proof.record import Measured, Proof, Section, largest_gap
 from measure.gpu_proof.roofline import (
+    DeviceLimits,
     LeastWork,
-    Limits,
     against,
     decode_work,
     encoder_work,
@@ -35,7 +35,7 @@ from measure.gpu_proof.setting import BERT_BASE, LLAMA_8B
 from runtime.gpu import visible_targets
 from tests.conftest import wait_until
 
-LIMITS = Limits(bytes_per_s=4e12, flops_per_s=8e14)
+LIMITS = DeviceLimits(bytes_per_s=4e12, flops_per_s=8e14)
 no_gpu = pytest.mark.skipif(bool(visible_targets()), reason="this machine has a GPU")
 
 
