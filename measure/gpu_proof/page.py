@@ -117,7 +117,8 @@ def _tokens(axes: Axes, rows: list[Measured]) -> None:
         mine = [row for row in rows if (row.how, row.axes["context"]) == (how, context)]
         points = sorted((row.axes["batch"], row.figures["tokens_per_s"]) for row in mine)
         axes.plot(*zip(*points, strict=True), "o-", label=f"{how}, context {context}")
-    axes.set(xscale="log", yscale="log", xlabel="batch", ylabel="tokens/s")
+    axes.set_xscale("log", base=2)
+    axes.set(yscale="log", xlabel="batch", ylabel="tokens/s")
     batches = sorted({row.axes["batch"] for row in rows})
     axes.set_xticks(batches, [str(batch) for batch in batches])
     axes.yaxis.set_major_formatter("{x:g}")

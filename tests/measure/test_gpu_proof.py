@@ -31,7 +31,7 @@ from measure.gpu_proof.roofline import (
     weight_bytes,
 )
 from measure.gpu_proof.sections import Part, run_parts
-from measure.gpu_proof.setting import BERT_BASE, LLAMA_8B
+from measure.gpu_proof.setting import BERT_BASE, LLAMA_8B, NotRun, in_time
 from runtime.gpu import visible_targets
 from tests.conftest import wait_until
 
@@ -319,3 +319,14 @@ def test_the_dry_run_goes_through_every_section(tmp_path: Path) -> None:
 def test_every_part_is_there() -> None:
     """They are named, for they are imported in their own processes: a name that is wrong would show on a GPU only."""
     assert all(callable(part.resolve()) for part in proof_command.parts())
+
+
+def test_a_case_that_is_not_measured_says_why_and_the_next_goes_on(tiny: setting.Setting) -> None:
+    def refused(row: Measured) -> Measured:
+        raise NotRun("its cache does not fit")
+
+    row, done = Measured("case", "way"), Measured("case", "way", figures={"ms": 1.0})
+    cases = [(row, refused), (row, lambda _: done)]
+    assert list(in_time(tiny, cases)) == [replace(row, reason="its cache does not fit"), done]
+    no_time = replace(tiny, device="cuda", deadline=0.0)
+    assert list(in_time(no_time, cases[1:], least_s=10.0)) == [replace(row, reason="time")]
