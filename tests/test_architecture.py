@@ -96,6 +96,10 @@ def test_a_room_says_what_it_is_for() -> None:
         assert 20 < len(sentence) < 130, f"{room}: {sentence!r}"
 
 
+def test_a_name_means_one_thing() -> None:
+    assert HOUSE.twice() == {}
+
+
 def test_only_adapters_know_triton() -> None:
     for path in _sources():
         if "triton_python_backend_utils" in _imported(path.read_text()):

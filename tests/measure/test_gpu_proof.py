@@ -291,6 +291,7 @@ def _group_lives(group: int) -> bool:
     return True
 
 
+@pytest.mark.slow
 def test_the_dry_run_goes_through_every_section(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "measure.gpu_proof", "--dry", "--json", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
