@@ -46,13 +46,13 @@ def size(spec: DeploymentSpec, platform: Platform) -> Sizing:
     return Sizing(
         gpus=gpus,
         cpus=cpus,
-        threads=spec.serving.threads or max(1, cpus // spec.serving.instances),
+        threads=spec.serving.threads or max(1, cpus // spec.instances_on(platform)),
         memory_mib=1024 * memory_gib + shm_mib,
         shm_mib=shm_mib,
         startup_failures=math.ceil(cluster.load_s / STARTUP_PERIOD_S),
         progress_deadline_s=cluster.fetch_s + cluster.load_s + _IMAGE_S,
         grace_s=cluster.pre_stop_s + cluster.drain_s + MARGIN_S + _SPARE_S,
-        pending_requests=allowed_pending(spec, queue_us),
+        pending_requests=allowed_pending(spec, queue_us, spec.instances_on(platform)),
         queue_us=queue_us,
     )
 
@@ -83,13 +83,13 @@ def allowed_queue_us(spec: DeploymentSpec) -> int:
     return max(int(p95_us * spec.kubernetes.scaling.queue_share), 2 * spec.serving.queue_delay_us)
 
 
-def allowed_pending(spec: DeploymentSpec, queue_us: int) -> int:
+def allowed_pending(spec: DeploymentSpec, queue_us: int, instances: int) -> int:
     """Requests that a pod can hold and still answer in time.
 
     By Little's law, the rate that one pod must bear times the time that a request may wait. Without a promised
     throughput: one full batch for each instance. Never more than half of the queue, which refuses what does not fit.
     """
-    full = spec.serving.max_batch_size * spec.serving.instances
+    full = spec.serving.max_batch_size * instances
     if spec.slo.min_throughput_per_s is not None:
         per_pod = spec.slo.min_throughput_per_s / spec.kubernetes.scaling.min_replicas
         full = min(full, math.ceil(per_pod * queue_us / 1e6))

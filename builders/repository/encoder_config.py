@@ -261,7 +261,8 @@ def _ensemble(spec: DeploymentSpec, interface: EncoderInterface, parts: Sequence
 
 
 def _instances(spec: DeploymentSpec, kind: str) -> dict[str, Any]:
-    group: dict[str, Any] = {"kind": kind, "count": spec.serving.instances}
+    count = spec.instances_on("cpu" if kind == "KIND_CPU" else "gpu")
+    group: dict[str, Any] = {"kind": kind, "count": count}
     limit = spec.serving.rate_limit
     if limit is not None:
         group["rate_limiter"] = {

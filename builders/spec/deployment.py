@@ -206,6 +206,9 @@ class DeploymentSpec(Slice):
             raise ValueError("precision.cpu=auto: measure it first, then `with_cpu_precision`")
         return chosen
 
+    def instances_on(self, platform: Platform) -> int:
+        return self.serving.instances or (1 if platform == "cpu" else 2)
+
     def with_cpu_precision(self, chosen: CpuPrecision) -> DeploymentSpec:
         return self.model_copy(update={"precision": self.precision.model_copy(update={"cpu": chosen})})
 

@@ -167,8 +167,10 @@ class ServingSlice(Slice):
         description="CPU: a batch is sorted by length and split into parts of at most this many tokens, "
         "padding counted",
     )
-    instances: Positive = Field(
-        1, description="copies of the encoder on a machine, or on each GPU; two let one compute while the other answers"
+    instances: Positive | None = Field(
+        None,
+        description="copies of the encoder on a machine, or on each GPU. Default: 1 on a CPU, which shares its cores "
+        "out best when it knows of all work; 2 on a GPU, where one computes while the other answers",
     )
     threads: Positive | None = Field(None, description="CPU threads of one instance; default: every core")
     queue_size: Positive = Field(

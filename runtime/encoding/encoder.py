@@ -62,16 +62,20 @@ class Encoder:
         for length in lengths:
             self.run([{name: np.full((1, length), int(name == "attention_mask"), np.int64) for name in inputs}])
 
-    def fit(self, inputs: Sequence[str], seconds: float = FIT_SECONDS) -> Costs:
-        """Measures what parts cost on this machine, within about `seconds`, and splits by that from here on."""
+    def fit(self, inputs: Sequence[str], seconds: float = FIT_SECONDS, shared: bool = False) -> Costs:
+        """Measures what parts cost on this machine, within about `seconds`, and splits by that from here on.
+
+        `shared`: others compute on the same cores, so no part can have all of them for itself.
+        """
 
         def batch(shape: Shape) -> Tensors:
             return {name: np.full(shape, int(name == "attention_mask"), np.int64) for name in inputs}
 
         lanes, wanted = self.executor.lanes, shapes(self._tokens_per_batch, self._max_length)
-        share = seconds if lanes == 1 else seconds / 2
+        alone = lanes == 1 or shared
+        share = seconds if alone else seconds / 2
         lane = measure(lambda shape: self.executor.run_all([batch(shape)] * lanes), wanted, share)
-        wide = None if lanes == 1 else measure(lambda shape: self.executor.run_all([batch(shape)], 1), wanted, share)
+        wide = None if alone else measure(lambda shape: self.executor.run_all([batch(shape)], 1), wanted, share)
         self.costs = Costs(lane, lanes, wide)
         return self.costs
 

@@ -82,6 +82,9 @@ def test_a_fit_times_the_machine_and_the_rows_still_come_back_to_their_owners() 
         {"input_ids": np.full((1, n), n), "attention_mask": np.ones((1, n), np.int64)} for n in (3, 60, 17, 60, 1, 9)
     ]
     assert [float(rows[0, 0]) for rows in encoder.run(feeds)] == [9.0, 3600.0, 289.0, 3600.0, 1.0, 81.0]
+    executor.calls.clear()
+    assert encoder.fit(["input_ids", "attention_mask"], 30.0, shared=True).wide is None
+    assert set(executor.calls) == {(2, 0)}  # where another instance computes too, no part has all cores
 
 
 def test_numpy_2_is_refused_before_it_corrupts_anything() -> None:

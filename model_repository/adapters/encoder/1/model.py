@@ -33,7 +33,10 @@ class TritonPythonModel:
         self.encoder = open_encoder(settings, settings.paths(directory), int(args["model_instance_device_id"]))
         self.encoder.warm_up(self.inputs, settings.warmup_lengths)
         if args["model_instance_kind"] == "CPU":
-            print(f"encoder: {self.encoder.fit(self.inputs).summary}", file=sys.stderr, flush=True)
+            instances = sum(group["count"] for group in config["instance_group"])
+            shared = instances * settings.cores > (os.cpu_count() or 1)
+            costs = self.encoder.fit(self.inputs, shared=shared and instances > 1)
+            print(f"encoder: {costs.summary}", file=sys.stderr, flush=True)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Rows of all requests are sorted by length and run together."""
