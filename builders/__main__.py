@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import typer
 
-from builders.commands import building, cluster, generating, manifests, partitioning, service
+from builders.commands import building, cluster, compressing, generating, manifests, partitioning, service
 from builders.commands.options import fail
 from builders.commands.plan import plan
 from builders.errors import InputError, TriremeError
@@ -25,6 +25,7 @@ app = typer.Typer(
 for command in (
     plan,
     building.build,
+    compressing.compress,
     building.export,
     building.quantize,
     building.engine,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from pathlib import Path
 
@@ -103,3 +104,12 @@ def fix_dimension(file: Path, name: str, size: int, folder: Path) -> Path:
     target = folder / file.name
     target.write_bytes(model.SerializeToString())
     return target
+
+
+def count_weights(file: Path) -> int:
+    """Numbers in floating point that the graph holds."""
+    import onnx
+
+    floats = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
+    tensors = onnx.load(str(file), load_external_data=False).graph.initializer
+    return sum(math.prod(tensor.dims) for tensor in tensors if tensor.data_type in floats)

@@ -38,8 +38,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("builders/store", "builders/checkpoint", "builders/planning", "builders/partition", "builders/manifests/lint"),
     ("builders/judging", "builders/partition/rules", "builders/manifests"),
     (
-        "builders/export", "builders/quantize", "builders/partition/cut", "builders/engine", "builders/training",
-        "builders/repository",
+        "builders/compress", "builders/export", "builders/quantize", "builders/partition/cut", "builders/engine",
+        "builders/training", "builders/repository",
     ),
     ("builders/partition/prove",),
     ("builders/pipeline",),

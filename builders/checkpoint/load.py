@@ -15,6 +15,7 @@ from builders.checkpoint.reading import read_json, size
 from builders.checkpoint.sentence import Sentence, read_sentence
 from builders.checkpoint.source import locate
 from builders.checkpoint.weights import count_parameters, weight_files
+from builders.checkpoint.widths import read_widths
 from builders.spec import ModelSlice
 
 _SETTINGS = ("*.json", "*.jinja", "*.py", "additional_chat_templates/*")
@@ -35,6 +36,8 @@ def load_checkpoint(model: ModelSlice) -> Checkpoint:
     generates = model.task in GENERATES
     model_type = (check_generator if generates else _check_encoder)(folder, config, model)
     weights = weight_files(folder, model.allow_pickle)
+    if not generates:
+        read_widths(folder, config, weights)
     adapter = adapter_files(given, folder, model)
     typed = model.task == "reranking" and config.get("type_vocab_size", 0) > 1
     tokenizer.check_tokenizer(folder, config, model, typed)

@@ -18,7 +18,9 @@ def build(
     spec: SpecArgument,
     platform: PlatformOption = "cpu",
     until: Annotated[
-        Literal["checkpoint", "precision", "export", "quantize", "partition", "qualify", "engine", "repository"],
+        Literal[
+            "checkpoint", "compress", "precision", "export", "quantize", "partition", "qualify", "engine", "repository"
+        ],
         typer.Option(help="stop after this stage"),
     ] = "repository",
     build_dir: BuildDir = DEFAULT_BUILD,

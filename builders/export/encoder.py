@@ -108,7 +108,7 @@ def _write_graph(
     dims = {0: torch.export.Dim("batch", min=1), 1: torch.export.Dim("length", min=1, max=checkpoint.max_length)}
     with torch.no_grad(), quiet_exporter(), exporter_faults():
         program = torch.onnx.export(
-            _graph_module(model, head, checkpoint),
+            graph_module(model, head, checkpoint),
             example,
             dynamo=True,
             opset_version=OPSET,
@@ -131,7 +131,7 @@ def _name_output(model: onnx_ir.Model, name: str) -> None:
     model.graph.outputs[0].name = name
 
 
-def _graph_module(model: torch.nn.Module, head: Sequence[torch.nn.Module], checkpoint: Checkpoint) -> torch.nn.Module:
+def graph_module(model: torch.nn.Module, head: Sequence[torch.nn.Module], checkpoint: Checkpoint) -> torch.nn.Module:
     import torch
 
     class EncoderGraph(torch.nn.Module):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from builders.artifacts import Checkpoint
+from builders.checkpoint import widths
 from builders.errors import CheckpointError, TriremeError, UnsupportedError
 from builders.export.lora import provided, with_adapter
 
@@ -62,14 +63,17 @@ def _load(loader: Any, checkpoint: Checkpoint, absent: str = r"^$", **options: s
     transformers.utils.logging.disable_progress_bar()
     with _base_files(checkpoint) as folder:
         try:
-            model, info = loader.from_pretrained(
-                folder,
-                dtype=torch.float32,
-                output_loading_info=True,
-                local_files_only=True,
-                ignore_mismatched_sizes=True,  # reported below, in our words
-                **options,
-            )
+            if (folder / widths.FILE).is_file():
+                model, info = _of_own_widths(loader, folder)
+            else:
+                model, info = loader.from_pretrained(
+                    folder,
+                    dtype=torch.float32,
+                    output_loading_info=True,
+                    local_files_only=True,
+                    ignore_mismatched_sizes=True,  # reported below, in our words
+                    **options,
+                )
         except TriremeError:
             raise
         except Exception as error:  # whatever a model's own constructor makes of a config.json that is not its own
@@ -85,6 +89,31 @@ def _load(loader: Any, checkpoint: Checkpoint, absent: str = r"^$", **options: s
     model = with_adapter(model, checkpoint)
     _require_finite(checkpoint, model)
     return model.eval()
+
+
+def _of_own_widths(loader: Any, folder: Path) -> tuple[Any, dict[str, Any]]:
+    """A checkpoint whose layers are as `widths.json` says, and what `from_pretrained` would report of it."""
+    import torch
+    import transformers
+    from safetensors.torch import load_file
+
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    model = loader.from_config(config, dtype=torch.float32)
+    found = widths.read_widths(folder, config.to_dict(), [folder / "model.safetensors"])
+    assert found is not None
+    widths.reshape(model, found)
+    state, wanted = load_file(folder / "model.safetensors"), model.state_dict()
+    wrong = [
+        (name, value.shape) for name, value in state.items() if name in wanted and value.shape != wanted[name].shape
+    ]
+    fit = {name: value.float() for name, value in state.items() if name in wanted and value.shape == wanted[name].shape}
+    model.load_state_dict(fit, strict=False)
+    unexpected = [name for name in state if name not in wanted]
+    return model, {
+        "missing_keys": [name for name in wanted if name not in state],
+        "mismatched_keys": wrong,
+        "unexpected_keys": unexpected,
+    }
 
 
 @contextmanager

@@ -38,14 +38,14 @@ def corpus_key(file: Path | None) -> dict[str, Any]:
     return {"file": file_digest(file) if file.is_file() else "missing"}
 
 
-def texts(file: Path | None, count: int) -> list[str]:
-    """The first `count` texts. Raises InputError when the file cannot be read or holds too few."""
+def texts(file: Path | None, count: int | None) -> list[str]:
+    """The first `count` texts, or all. Raises InputError when the file cannot be read or holds too few, or none."""
     found = _docstrings() if file is None else _lines(file)
-    if len(found) < count:
+    if len(found) < (count or 1):
         raise InputError(
             f"texts in {file or 'the standard library'}",
             got=f"{len(found)} different texts",
-            expected=f"at least {count}",
+            expected=f"at least {count or 1}",
             fix="give a longer file, or lower precision.calibration_samples",
         )
     return list(found[:count])

@@ -1,9 +1,11 @@
 """The whole way, as one fold: it reads like the diagram in the README. The only importer of all stages.
 
-result     what a build has come to
+result     what a build has come to                            choice     precisions tried on this CPU
+compress   steps of the spec                                   judged     what they left, and the step at fault
+recipe     each step judged, beside what is free
 encoder    steps of embedding, classification and reranking    generator  steps of language models
 partition  graphs of ranks, proven together                    engines    TensorRT, for each target and rank
-choice     precisions tried on this CPU                        proving    the proof of a version
+proving    the proof of a version
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from pathlib import Path
 
 from builders.checkpoint import load_checkpoint
 from builders.engine import tensorrt
-from builders.pipeline import choice, encoder, engines, generator, partition, proving
+from builders.pipeline import choice, compress, encoder, engines, generator, partition, proving
 from builders.pipeline.result import Build, Report, Stage, Step, done
 from builders.repository import directories, encoder_config, publish
 from builders.spec import DeploymentSpec, Platform
@@ -27,8 +29,8 @@ __all__ = ["Build", "Report", "Stage", "build", "repository_path"]
 def build(
     spec: DeploymentSpec, platform: Platform, root: Path, until: Stage, report: Report = lambda stage, message: None
 ) -> Build:
-    """Checkpoint -> precision (CPU) -> export -> quantise -> partition (several ranks) -> qualify (CPU) or engine (GPU)
-    -> repository.
+    """Checkpoint -> compress -> precision (CPU) -> export -> quantise -> partition (several ranks) -> qualify (CPU) or
+    engine (GPU) -> repository.
 
     Each comes from the store if it is there. Raises the errors of `builders.errors`; whatever happens, no stage leaves
     anything half-written.
@@ -44,6 +46,7 @@ def build(
     report("checkpoint", f"{result.checkpoint.architecture}, {result.checkpoint.parameters / 1e6:.1f} M parameters")
     kind = generator if spec.generates else encoder
     steps: dict[Stage, Step] = {
+        "compress": compress.compress,
         "precision": choice.choose,
         "export": kind.export,
         "quantize": kind.quantize,

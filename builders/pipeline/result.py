@@ -21,17 +21,25 @@ from builders.artifacts import (
 from builders.spec import DeploymentSpec, Platform
 from builders.store.store import Store
 
-Stage = Literal["checkpoint", "precision", "export", "quantize", "partition", "qualify", "engine", "repository"]
+Stage = Literal[
+    "checkpoint", "compress", "precision", "export", "quantize", "partition", "qualify", "engine", "repository"
+]
 Report = Callable[[Stage, str], None]
 
 
 @dataclass(frozen=True)
 class Build:
-    """What a build has come to so far; later fields are None or empty when it stopped earlier."""
+    """What a build has come to so far; later fields are None or empty when it stopped earlier.
+
+    `checkpoint` is what is served. Where the spec compresses, `original` is what the spec names, and `steps` are what
+    each step left, the last of which is `checkpoint`.
+    """
 
     spec: DeploymentSpec
     platform: Platform
     checkpoint: Checkpoint
+    original: Checkpoint | None = None
+    steps: tuple[Checkpoint, ...] = ()
     choice: PrecisionChoice | None = None
     graphs: tuple[OnnxGraph, ...] = ()
     partition: Partition | None = None

@@ -1,16 +1,16 @@
 """The spec: one YAML file that says everything a user decides about one deployment.
 
-slices      its parts           kubernetes   the part for the cluster
+slices      its parts           compress     the part for a smaller model    kubernetes   the part for the cluster
 deployment  the whole, and what must agree among its parts
 reading     from YAML, with errors that name the key, the value and the mending
 """
 
+from builders.spec.compress import BudgetSlice, LowRankSlice, PruneSlice, StepSlice
 from builders.spec.deployment import DeploymentSpec
 from builders.spec.kubernetes import KubernetesSlice
 from builders.spec.reading import PRESETS, load_spec, resolve_spec_path
 from builders.spec.slices import (
     POOLINGS,
-    CompressSlice,
     CpuPrecision,
     EngineSlice,
     Flavour,
@@ -33,7 +33,7 @@ from builders.spec.slices import (
 __all__ = [
     "POOLINGS",
     "PRESETS",
-    "CompressSlice",
+    "BudgetSlice",
     "CpuPrecision",
     "DeploymentSpec",
     "EngineSlice",
@@ -41,17 +41,20 @@ __all__ = [
     "GenerationSlice",
     "GraphPrecision",
     "KubernetesSlice",
+    "LowRankSlice",
     "ModelSlice",
     "ParallelSlice",
     "Platform",
     "Pooling",
     "PrecisionSlice",
     "ProfileSlice",
+    "PruneSlice",
     "Range",
     "RateLimitSlice",
     "ServingSlice",
     "Slice",
     "SloSlice",
+    "StepSlice",
     "Task",
     "load_spec",
     "resolve_spec_path",

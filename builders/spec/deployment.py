@@ -8,9 +8,9 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from builders.spec.compress import BudgetSlice, StepSlice
 from builders.spec.kubernetes import KubernetesSlice
 from builders.spec.slices import (
-    CompressSlice,
     CpuPrecision,
     EngineSlice,
     GenerationSlice,
@@ -56,7 +56,8 @@ class DeploymentSpec(Slice):
         description="of the model as clients ask for it: lower-case letters, digits and dashes, 42 characters at most"
     )
     model: ModelSlice
-    compress: CompressSlice = CompressSlice()
+    compress: tuple[StepSlice, ...] = Field((), description="techniques that make the model smaller, in their order")
+    budget: BudgetSlice | None = Field(None, description="what compress must leave of the original")
     precision: PrecisionSlice = PrecisionSlice()
     parallel: ParallelSlice = ParallelSlice()
     engine: EngineSlice = EngineSlice()
@@ -75,6 +76,7 @@ class DeploymentSpec(Slice):
                     f"use one of {', '.join(precisions[platform])}"
                 )
         self._require_read_keys()
+        self._require_compressible()
         if self.generates:
             self._require_cache_lengths()
         else:
@@ -99,6 +101,21 @@ class DeploymentSpec(Slice):
                         f"{slice_name}.{key}={value} says nothing to model.task={self.model.task}; remove it"
                     )
 
+    def _require_compressible(self) -> None:
+        """Techniques for a kind of model that they are built for, and a budget for something."""
+        if self.budget is not None and not self.compress:
+            raise ValueError("budget says nothing without steps of compress; precision has a budget of its own")
+        if self.compress and self.generates:
+            raise ValueError(f"compress is built for encoders, not for model.task={self.model.task}; remove it")
+        if self.compress_budget.min_mrr_ratio is not None and self.model.task != "embedding":
+            raise ValueError(f"budget.min_mrr_ratio says nothing to model.task={self.model.task}; remove it")
+        for step in self.compress:
+            if step.prune is not None and step.prune.labels is not None and self.model.task != "classification":
+                raise ValueError(
+                    f"prune.importance=taylor needs labelled texts of a classifier, not of model.task="
+                    f"{self.model.task}; use gauss_newton"
+                )
+
     def _require_cache_lengths(self) -> None:
         lengths, longest = self.cache_lengths_on("cpu"), self.model.max_length
         if list(lengths) != sorted(set(lengths)) or lengths[-1] != longest:
@@ -116,6 +133,10 @@ class DeploymentSpec(Slice):
     @property
     def generates(self) -> bool:
         return self.model.task in GENERATES
+
+    @property
+    def compress_budget(self) -> BudgetSlice:
+        return self.budget or BudgetSlice()
 
     @property
     def cpu_executor(self) -> Literal["openvino", "onnxruntime"]:
@@ -215,5 +236,5 @@ class DeploymentSpec(Slice):
     @property
     def digest(self) -> str:
         """SHA-256 of the canonical JSON of what is served; where and how many times, and how well, is left out."""
-        content = self.model_dump(mode="json", exclude={"kubernetes", "slo"})
+        content = self.model_dump(mode="json", exclude={"kubernetes", "slo", "budget"})
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

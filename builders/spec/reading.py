@@ -10,6 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from builders.errors import SpecError
+from builders.spec.compress import StepSlice
 from builders.spec.deployment import DeploymentSpec
 from builders.spec.slices import Slice
 
@@ -82,10 +83,19 @@ def _anchor_paths(spec: DeploymentSpec, folder: Path) -> DeploymentSpec:
         spec = spec.model_copy(
             update={"precision": spec.precision.model_copy(update={"calibration_texts": folder / texts})}
         )
+    steps = tuple(_anchor_labels(step, folder) for step in spec.compress)
+    spec = spec.model_copy(update={"compress": steps})
     source = folder / spec.model.source
     if spec.model.source.startswith(".") and source.is_dir():
         spec = spec.model_copy(update={"model": spec.model.model_copy(update={"source": str(source.resolve())})})
     return spec
+
+
+def _anchor_labels(step: StepSlice, folder: Path) -> StepSlice:
+    prune = step.prune
+    if prune is None or prune.labels is None or prune.labels.is_absolute():
+        return step
+    return step.model_copy(update={"prune": prune.model_copy(update={"labels": folder / prune.labels})})
 
 
 def _reason(error: Exception) -> str:

@@ -58,10 +58,6 @@ class ModelSlice(Slice):
     allow_pickle: bool = Field(False, description="load *.bin weights, which can run code on this machine")
 
 
-class CompressSlice(Slice):
-    """Techniques that change the weights before export. None exists yet, so no key is accepted."""
-
-
 class PrecisionSlice(Slice):
     """Numbers that the graph computes in, and the quality that must remain."""
 

@@ -41,7 +41,6 @@ def test_the_digest_follows_the_content(tmp_path: Path) -> None:
     ("change", "said"),
     [
         ({"serving": {"max_batch": 8}}, "did you mean 'max_batch_size'?"),
-        ({"compress": {"prune": 0.5}}, "no key here yet"),
         ({"parallel": {"tensor": 2}}, "needs serving.executor=onnxruntime"),
         ({"generation": {"slots": 3}}, "generation.slots=3 says nothing to model.task=embedding"),
         (

@@ -1,0 +1,128 @@
+"""What a step may ask of a model, known from widths alone: before a weight is read, for all steps of a spec."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from builders.checkpoint.widths import LayerWidths, Widths
+from builders.errors import SpecError
+from builders.spec import LowRankSlice, PruneSlice, StepSlice
+
+FFN_MULTIPLE = 8  # neurons of a rank come in eights, the lanes of a vector of fp32
+PARTS_OF = {
+    "ffn": ("ffn_in", "ffn_out"),
+    "attention": ("query", "key", "value", "attention_output"),
+    "all": ("query", "key", "value", "attention_output", "ffn_in", "ffn_out"),
+}
+
+
+def check(steps: Sequence[StepSlice], widths: Widths, tensor: int, first: int = 0) -> None:
+    """Raises SpecError for the first step that this model cannot take; `first` is the number of `steps[0]`.
+
+    With global ranking, what a layer keeps is known only when it is measured; for the steps behind, it counts here as
+    the average, and each step is checked again on what the one before left.
+    """
+    for number, step in enumerate(steps, first):
+        key = f"compress.{number}.{step.name}"
+        if step.prune is not None:
+            widths = _pruned(step.prune, widths, tensor, key)
+        if step.low_rank is not None:
+            widths = _low_rank(step.low_rank, widths, key)
+
+
+def multiples(tensor: int) -> dict[str, int]:
+    """What heads and neurons of a layer come in, so that `parallel.tensor` ranks share them out evenly."""
+    return {"heads": tensor, "ffn": FFN_MULTIPLE * tensor}
+
+
+def counts(widths: Widths, what: str) -> list[int]:
+    """Heads, or neurons, of each layer."""
+    return [layer.heads if what == "heads" else layer.ffn for layer in widths.layers]
+
+
+def stay(there: Sequence[int], amount: float | None, exact: int | None, multiple: int) -> int:
+    """How many of all layers' heads or neurons remain, in multiples, and at least one multiple a layer."""
+    wanted = (1 - (amount or 0)) * sum(there) if exact is None else exact * len(there)
+    most = sum(count // multiple for count in there)
+    return multiple * min(most, max(len(there), round(wanted / multiple)))
+
+
+def layers_that_stay(prune: PruneSlice, layers: int) -> int:
+    if prune.keep_layers is not None:
+        return len(prune.keep_layers)
+    return max(1, round((1 - (prune.amount or 0)) * layers))
+
+
+def _pruned(prune: PruneSlice, widths: Widths, tensor: int, key: str) -> Widths:
+    layers = widths.layers
+    if "layers" in prune.what:
+        layers = _fewer_layers(prune, layers, key)
+    for what, exact in (("heads", prune.heads), ("ffn", prune.ffn)):
+        if what not in prune.what:
+            continue
+        there, multiple = counts(widths.model_copy(update={"layers": layers}), what), multiples(tensor)[what]
+        reason = "parallel.tensor" if what == "heads" else f"{FFN_MULTIPLE} x parallel.tensor"
+        odd = next((count for count in there if count % multiple), None)
+        if odd is not None:
+            raise SpecError(
+                key, got=f"{odd} {what} in a layer", expected=f"a multiple of {multiple} ({reason})",
+                fix="change parallel.tensor",
+            )  # fmt: skip
+        if exact is not None and (exact % multiple or exact > min(there)):
+            raise SpecError(
+                f"{key}.{what}", got=exact, expected=f"a multiple of {multiple} ({reason}), under {min(there)}",
+                fix=f"use {max(multiple, min(exact, min(there)) // multiple * multiple)}",
+            )  # fmt: skip
+        total = stay(there, prune.amount, exact, multiple)
+        if total >= sum(there):
+            raise SpecError(
+                f"{key}.{what if exact is not None else 'amount'}", got=exact if exact is not None else prune.amount,
+                expected=f"enough to take out some of the {sum(there)} {what}, in multiples of {multiple}",
+                fix=f"take out more, or leave {what} out of `what`",
+            )  # fmt: skip
+        left = max(multiple, total // len(layers) // multiple * multiple)
+        layers = tuple(layer.model_copy(update={what: left}) for layer in layers)
+    return widths.model_copy(update={"layers": layers})
+
+
+def _fewer_layers(prune: PruneSlice, layers: tuple[LayerWidths, ...], key: str) -> tuple[LayerWidths, ...]:
+    if prune.keep_layers is not None and prune.keep_layers[-1] >= len(layers):
+        raise SpecError(
+            f"{key}.keep_layers", got=prune.keep_layers[-1], expected=f"numbers of the {len(layers)} layers, from 0",
+            fix=f"name layers up to {len(layers) - 1}",
+        )  # fmt: skip
+    left = layers_that_stay(prune, len(layers))
+    if left >= len(layers):
+        raise SpecError(
+            key, got=f"{left} of {len(layers)} layers that stay", expected="fewer",
+            fix="take out more, or leave layers out of `what`",
+        )  # fmt: skip
+    return layers[:left]
+
+
+def _low_rank(low_rank: LowRankSlice, widths: Widths, key: str) -> Widths:
+    parts = PARTS_OF[low_rank.parts]
+    for number, part, (inputs, outputs) in widths.matrices():
+        if part not in parts:
+            continue
+        if part in widths.layers[number].ranks:
+            raise SpecError(
+                f"{key}.parts", got=f"{part} of layer {number}, which is a product already", expected="whole matrices",
+                fix="give one low_rank step for each part, with the rank that is to remain",
+            )  # fmt: skip
+        even = break_even(inputs, outputs)
+        if low_rank.rank != "auto" and low_rank.rank > even:
+            raise SpecError(
+                f"{key}.rank", got=low_rank.rank,
+                expected=f"at most {even}: above it, two factors of {part} of layer {number} ({inputs} x {outputs}) "
+                "hold more weights than the matrix",
+                fix=f"use less than {even}, or leave these parts out",
+            )  # fmt: skip
+    ranks = dict.fromkeys(parts, 1)  # for the steps behind only that there is one counts
+    layers = tuple(layer.model_copy(update={"ranks": {**layer.ranks, **ranks}}) for layer in widths.layers)
+    return widths.model_copy(update={"layers": layers})
+
+
+def break_even(inputs: int, outputs: int) -> int:
+    """The largest rank whose two factors hold no more weights than the matrix: KN / (K + N)."""
+    return inputs * outputs // (inputs + outputs)

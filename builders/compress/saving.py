@@ -1,0 +1,46 @@
+"""A model as a checkpoint's folder: config.json, model.safetensors, and all other files of the one before."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from builders.artifacts import Checkpoint
+from builders.checkpoint import load_checkpoint
+from builders.checkpoint import widths as manifest
+from builders.spec import ModelSlice, StepSlice
+
+LOG = "compression.json"  # steps, in their order, with what was found on the way
+_LEFT = ("adapter_config.json", "config.json", manifest.FILE, LOG)
+
+
+def save(
+    model: Any, checkpoint: Checkpoint, asked: ModelSlice, step: StepSlice, notes: list[str], out: Path
+) -> Checkpoint:
+    """Writes `model`, made of `checkpoint` by `step`, into `out`; what stands behind its pooling is copied. Layers that
+    are all as config.json says need no manifest."""
+    from safetensors.torch import save_file
+
+    for record in checkpoint.files:
+        top = "/" not in record.name
+        if top and (record.name in _LEFT or record.name.endswith((".safetensors", ".bin"))):
+            continue  # settings that change, and weights, an adapter's among them: it is merged by now
+        (out / record.name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(checkpoint.path(record.name), out / record.name)
+    found = manifest.widths_of_model(model)
+    config = json.loads(checkpoint.path("config.json").read_text())
+    config.pop("torch_dtype", None)
+    config |= {"num_hidden_layers": len(found.layers), "dtype": "float32"}
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if found != manifest.widths_of_config(config, out):
+        (out / manifest.FILE).write_text(found.model_dump_json(indent=2) + "\n")
+    steps = json.loads(checkpoint.path(LOG).read_text()) if checkpoint.path(LOG).is_file() else []
+    steps.append({"step": step.model_dump(mode="json", exclude_none=True), "notes": notes})
+    (out / LOG).write_text(json.dumps(steps, indent=2) + "\n")
+    unused = "pooler." if checkpoint.task == "embedding" else "\0"  # an embedding pools the tokens' states itself
+    state = {name: value.contiguous() for name, value in model.state_dict().items() if not name.startswith(unused)}
+    save_file(state, out / "model.safetensors", metadata={"format": "pt"})
+    made = load_checkpoint(asked.model_copy(update={"source": str(out), "revision": None, "allow_pickle": False}))
+    return made.model_copy(update={"source": f"{checkpoint.source} after {step.name}"})

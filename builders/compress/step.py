@@ -1,0 +1,127 @@
+"""One step of the spec, carried out on a model in place."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from builders.artifacts import Checkpoint
+from builders.checkpoint.widths import layers_of, widths_of_model
+from builders.compress import importance, kept, plan, prune
+from builders.compress.importance import Forward, Worth
+from builders.compress.low_rank import low_rank, rank_multiple
+from builders.compress.refit import least_squares
+from builders.compress.texts import Batch, CalibrationText, labelled
+from builders.spec import PruneSlice, StepSlice
+from runtime.proof.judging import cosines
+
+AsForward = Callable[[Any], Forward]  # the whole way from a model's inputs to its vectors or logits
+
+
+def carry_out(
+    step: StepSlice, model: Any, as_forward: AsForward, checkpoint: Checkpoint, texts: CalibrationText, tensor: int
+) -> list[str]:
+    """Changes `model`, and says what a reader should know of how. Raises InputError for texts that do not suffice."""
+    before = widths_of_model(model)
+    if step.low_rank is not None:
+        asked = step.low_rank
+        batches = texts.batches(asked.tokens, "low_rank.tokens") if asked.method == "whitened" else []
+        low_rank(model, as_forward(model), batches, asked, rank_multiple(tensor))
+        notes = []
+    else:
+        assert step.prune is not None
+        notes = _prune(step.prune, model, as_forward, checkpoint, texts, tensor)
+    return [_described(before, widths_of_model(model)), *notes]
+
+
+def _prune(
+    asked: PruneSlice, model: Any, as_forward: AsForward, checkpoint: Checkpoint, texts: CalibrationText, tensor: int
+) -> list[str]:
+    whole = copy.deepcopy(model) if asked.refit is not None else None
+    matched: Sequence[int] = range(len(layers_of(model)))
+
+    def worth() -> Worth:
+        return _worth(asked, model, as_forward(model), checkpoint, texts)
+
+    if "layers" in asked.what:
+        matched = asked.keep_layers or kept.best(worth().layers, plan.layers_that_stay(asked, len(matched))).tolist()
+        prune.keep_layers(model, matched)
+    if {"heads", "ffn"} & set(asked.what):
+        scores, multiples = worth(), plan.multiples(tensor)
+        chosen = {
+            what: kept.kept(found, asked.ranking, asked.amount if exact is None else None, exact, multiples[what])
+            if what in asked.what
+            else [np.arange(len(layer)) for layer in found]
+            for what, found, exact in (("heads", scores.heads, asked.heads), ("ffn", scores.ffn, asked.ffn))
+        }
+        prune.keep(model, chosen["heads"], chosen["ffn"])
+    if whole is None:
+        return []
+    return [_refitted(asked, model, whole, as_forward, matched, texts)]
+
+
+def _worth(asked: PruneSlice, model: Any, forward: Forward, checkpoint: Checkpoint, texts: CalibrationText) -> Worth:
+    if asked.importance == "magnitude":
+        return importance.magnitude(model)
+    if asked.importance == "gauss_newton":
+        return importance.gauss_newton(model, forward, texts.batches(asked.tokens, "prune.tokens"), asked.seed)
+    assert asked.labels is not None
+    return importance.taylor(model, forward, *labelled(checkpoint, asked.labels))
+
+
+def _refitted(
+    asked: PruneSlice, model: Any, whole: Any, as_forward: AsForward, matched: Sequence[int], texts: CalibrationText
+) -> str:
+    """The refit is undone when the worst of the texts that it did not see gets worse."""
+    watched = texts.watched()
+    wanted = _outputs(as_forward(whole), watched)
+    before, state = _cosines(wanted, _outputs(as_forward(model), watched)), copy.deepcopy(model.state_dict())
+    batches = texts.batches(asked.refit_tokens, "prune.refit_tokens")
+    least_squares(model, as_forward(model), whole, as_forward(whole), matched, batches)
+    after = _cosines(wanted, _outputs(as_forward(model), watched))
+    better = after.min() >= before.min()
+    if not better:
+        model.load_state_dict(state)
+    return (
+        f"refit {'kept' if better else 'undone: the worst text got worse'}; {len(wanted)} texts that it did not see, "
+        f"cosine mean {before.mean():.4f} -> {after.mean():.4f}, worst {before.min():.4f} -> {after.min():.4f}"
+    )
+
+
+def _outputs(forward: Forward, batches: Sequence[Batch]) -> Any:
+    import torch
+
+    with torch.no_grad():
+        return torch.cat([forward(**batch) for batch in batches]).numpy()
+
+
+def _cosines(wanted: Any, found: Any) -> Any:
+    """Text by text. Of a single score, whose cosine says nothing, one minus the difference over the spread."""
+    if wanted.shape[1] > 1:
+        return cosines(wanted, found, by_label=False)
+    return 1 - np.abs(np.nan_to_num(found - wanted, nan=np.inf))[:, 0] / max(float(wanted.std()), 1e-12)
+
+
+def _described(before: Any, after: Any) -> str:
+    """Each layer's widths, where they changed."""
+    parts = []
+    if len(before.layers) != len(after.layers):
+        parts.append(f"layers {len(before.layers)} -> {len(after.layers)}")
+    for what in ("heads", "ffn"):
+        old, new = plan.counts(before, what), plan.counts(after, what)
+        if old[: len(new)] != new:
+            parts.append(f"{what} {_numbers(old)} -> {_numbers(new)}")
+    ranks = sorted({(part, rank) for layer in after.layers for part, rank in layer.ranks.items()})
+    for part in dict.fromkeys(part for part, _ in ranks):
+        found = [layer.ranks.get(part) for layer in after.layers]
+        if found != [layer.ranks.get(part) for layer in before.layers]:
+            parts.append(f"ranks of {part} {_numbers(found)}")
+    return "; ".join(parts) or "nothing changed"
+
+
+def _numbers(found: Sequence[int | None]) -> str:
+    same = len(set(found)) == 1
+    return str(found[0]) if same else "/".join("whole" if each is None else str(each) for each in found)

@@ -1,0 +1,97 @@
+"""Calibration text: as many tokens as a step asks for, in batches of texts of like length."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from builders.artifacts import Checkpoint
+from builders.errors import InputError
+from builders.judging import corpus, vectors
+from builders.spec import PrecisionSlice
+from runtime.graph import Tensors
+
+if TYPE_CHECKING:
+    import torch
+
+Batch = Mapping[str, "torch.Tensor"]  # names of the graph's inputs; [texts, length]
+TOKENS_PER_BATCH = 2048
+WATCHED = 128  # texts that no fit sees, by which it is kept or undone
+
+
+class CalibrationText:
+    """Texts of the spec's file or of the standard library, without those that precision calibrates and is judged by."""
+
+    def __init__(self, checkpoint: Checkpoint, budget: PrecisionSlice) -> None:
+        self._checkpoint, self._file = checkpoint, budget.calibration_texts
+        judged = budget.calibration_samples + vectors.HELD_OUT_TEXTS
+        found = corpus.texts(self._file, judged + WATCHED)  # raises where there are fewer
+        self._texts = corpus.texts(self._file, None)[len(found) :]
+        self._watched = found[judged:]
+
+    def watched(self) -> list[Batch]:
+        return batches(vectors.sample_requests(self._checkpoint, self._watched))
+
+    def batches(self, tokens: int, key: str) -> list[Batch]:
+        """At least `tokens` tokens. Raises InputError where the texts hold fewer; `key` is the spec's."""
+        count, taken = 0, list[Tensors]()
+        for start in range(0, len(self._texts), WATCHED):
+            for request in vectors.sample_requests(self._checkpoint, self._texts[start : start + WATCHED]):
+                taken.append(request)
+                count += request["input_ids"].size
+                if count >= tokens:
+                    return batches(taken)
+        raise InputError(
+            f"texts in {self._file or 'the standard library'}",
+            got=f"{count} tokens beside the texts that precision calibrates and is judged by",
+            expected=f"at least {tokens} ({key})", fix=f"give longer precision.calibration_texts, or lower {key}",
+        )  # fmt: skip
+
+
+def labelled(checkpoint: Checkpoint, file: Path) -> tuple[list[Batch], list[torch.Tensor]]:
+    """Batches with the labels of their texts, from lines of a number, a tab and a text. Raises InputError."""
+    import torch
+
+    rows = [line.partition("\t") for line in corpus.texts(file, None)]
+    labels = []
+    for number, (label, _, text) in enumerate(rows, 1):
+        if not label.isdecimal() or int(label) >= checkpoint.labels or not text:
+            raise InputError(
+                f"labels in {file}, different line {number}", got=repr(label[:40]),
+                expected=f"a number under {checkpoint.labels}, a tab and a text", fix="mend the line",
+            )  # fmt: skip
+        labels.append(int(label))
+    requests = vectors.sample_requests(checkpoint, [text for _, _, text in rows])
+    order = _order(requests)
+    found = batches(requests)
+    sizes = [len(batch["input_ids"]) for batch in found]
+    return found, list(torch.split(torch.tensor(labels)[order], sizes))
+
+
+def batches(requests: Sequence[Tensors]) -> list[Batch]:
+    """Each text once, the shortest first, padded to the longest of its batch."""
+    import torch
+
+    found: list[list[Tensors]] = []
+    for index in _order(requests):
+        request = requests[index]
+        length = request["input_ids"].shape[1]
+        if not found or (len(found[-1]) + 1) * length > TOKENS_PER_BATCH:
+            found.append([])
+        found[-1].append(request)
+    made: list[Batch] = []
+    for rows in found:
+        length = rows[-1]["input_ids"].shape[1]
+        padded = {
+            name: np.concatenate([np.pad(row[name], ((0, 0), (0, length - row[name].shape[1]))) for row in rows])
+            for name in rows[0]
+        }
+        made.append({name: torch.from_numpy(array) for name, array in padded.items()})
+    return made
+
+
+def _order(requests: Sequence[Tensors]) -> list[int]:
+    return sorted(range(len(requests)), key=lambda index: requests[index]["input_ids"].shape[1])

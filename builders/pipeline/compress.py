@@ -1,0 +1,93 @@
+"""`compress`: each step makes a checkpoint of the one before, and what is left is judged against the original.
+
+Every later stage takes the last checkpoint for the model: `precision` has a budget of its own, against its fp32 graph.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from builders.artifacts import Checkpoint
+from builders.checkpoint import widths as manifest
+from builders.compress import plan
+from builders.compress.saving import LOG, save
+from builders.compress.step import carry_out
+from builders.compress.texts import CalibrationText
+from builders.errors import QualityError
+from builders.export.encoder import graph_module
+from builders.export.sentence import head_modules
+from builders.export.weights import load_encoder
+from builders.judging import corpus
+from builders.pipeline.judged import at_fault, judge, missed
+from builders.pipeline.result import Build, Report, done
+from builders.spec import StepSlice
+from builders.store.store import Store
+
+
+def compress(built: Build, store: Store, report: Report) -> Build:
+    """All steps, within the spec's budget. Raises QualityError that names the step at fault, with its figures."""
+    if not built.spec.compress:
+        return built
+    found = carried_out(built, store, report)
+    last = judge(found, found.checkpoint, store, report)
+    if missed(last, built.spec.compress_budget, built.spec.cpu_executor):
+        every = [judge(found, checkpoint, store, report) for checkpoint in found.steps]
+        raise QualityError(at_fault(built.spec, every))
+    report("compress", f"{last.quality.summary}, {last.speeds[built.spec.cpu_executor]:.2f} x as fast")
+    return found
+
+
+def carried_out(built: Build, store: Store, report: Report) -> Build:
+    """The checkpoint after each step, judged by nobody yet."""
+    original = built.checkpoint
+    plan.check(built.spec.compress, widths_of(original), built.spec.parallel.tensor)
+    steps: list[Checkpoint] = []
+    for number, step in enumerate(built.spec.compress):
+        steps.append(_one(built, steps[-1] if steps else original, number, step, store, report))
+    return replace(built, original=original, steps=tuple(steps), checkpoint=steps[-1])
+
+
+def widths_of(checkpoint: Checkpoint) -> manifest.Widths:
+    config = json.loads(checkpoint.path("config.json").read_text())
+    found = manifest.read_widths(checkpoint.directory, config, [checkpoint.path("model.safetensors")])
+    return found or manifest.widths_of_config(config, checkpoint.directory)
+
+
+def _one(
+    built: Build, checkpoint: Checkpoint, number: int, step: StepSlice, store: Store, report: Report
+) -> Checkpoint:  # fmt: skip
+    spec, labels = built.spec, None if step.prune is None else step.prune.labels
+    plan.check([step], widths_of(checkpoint), spec.parallel.tensor, number)
+
+    def run(out: Path) -> Checkpoint:
+        model, head = load_encoder(checkpoint), head_modules(checkpoint)
+        texts = CalibrationText(checkpoint, spec.precision)
+        notes = carry_out(
+            step, model, lambda found: graph_module(found, head, checkpoint), checkpoint, texts, spec.parallel.tensor
+        )
+        return save(model, checkpoint, spec.model, step, notes, out)
+
+    report("compress", f"step {number}: {step.name}")
+    item, hit = store.get_or_build(
+        "compress",
+        {
+            "checkpoint": checkpoint.model_dump(mode="json", exclude={"source"}),
+            "step": step.model_dump(mode="json", exclude={"prune": {"labels"}}),
+            "labels": None if labels is None else corpus.corpus_key(labels),
+            "tensor": spec.parallel.tensor,
+            "texts": corpus.corpus_key(spec.precision.calibration_texts),
+            "left out": spec.precision.calibration_samples,
+        },
+        Checkpoint,
+        run,
+    )
+    report("compress", done(f"step {number}: {step.name}: {'; '.join(notes_of(item))}", hit))
+    return item.model_copy(update={"source": f"{checkpoint.source} after {step.name}"})
+
+
+def notes_of(checkpoint: Checkpoint) -> list[str]:
+    """What the last step had to say."""
+    found: list[str] = json.loads(checkpoint.path(LOG).read_text())[-1]["notes"]
+    return found

@@ -1,0 +1,79 @@
+"""`trireme compress`: every step of a recipe judged, beside what costs nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from builders.artifacts import Checkpoint
+from builders.checkpoint import load_checkpoint
+from builders.checkpoint.widths import Widths
+from builders.errors import SpecError
+from builders.pipeline import compress
+from builders.pipeline.judged import StepFigures, at_fault, judge
+from builders.pipeline.result import Build, Report
+from builders.spec import DeploymentSpec, PruneSlice, StepSlice
+from builders.store.store import Store
+
+
+@dataclass(frozen=True)
+class RecipeRow:
+    """`notes`: what the step had to say. `judged` is against the original."""
+
+    name: str
+    checkpoint: Checkpoint
+    judged: StepFigures
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The original, whose speed shows what noise alone does; then the steps; then the free baseline.
+
+    `fault` says which step is to blame where the budget is missed.
+    """
+
+    rows: tuple[RecipeRow, ...]
+    fault: str | None
+
+
+def judged_recipe(spec: DeploymentSpec, root: Path, report: Report = lambda stage, message: None) -> Recipe:
+    """Raises SpecError for a spec without steps, and what `compress` of a build raises but for the budget."""
+    if not spec.compress:
+        raise SpecError(
+            f"compress of {spec.name}", got="no steps", expected="at least one, such as `- prune: {amount: 0.3}`",
+            fix="add compress to the spec",
+        )  # fmt: skip
+    store = Store(root / "store")
+    built = compress.carried_out(Build(spec, "cpu", load_checkpoint(spec.model)), store, report)
+    assert built.original is not None
+
+    def row(name: str, checkpoint: Checkpoint, *notes: str) -> RecipeRow:
+        return RecipeRow(name, checkpoint, judge(built, checkpoint, store, report), notes)
+
+    steps = [
+        row(f"{number} {step.name}", checkpoint, *compress.notes_of(checkpoint))
+        for number, (step, checkpoint) in enumerate(zip(spec.compress, built.steps, strict=True))
+    ]
+    rows = [row("original", built.original), *steps]
+    gone = rows[0].judged.parameters - steps[-1].judged.parameters
+    kept = layers_as_small(compress.widths_of(built.original), gone)
+    if kept:
+        free = StepSlice(prune=PruneSlice(what=("layers",), keep_layers=kept, importance="magnitude"))
+        alone = replace(built, spec=spec.model_copy(update={"compress": (free,)}), checkpoint=built.original)
+        shorter = compress.carried_out(alone, store, report).checkpoint
+        rows.append(
+            row(f"truncate to layers {', '.join(map(str, kept))}", shorter, "no step: layers dropped, untrained")
+        )
+    return Recipe(tuple(rows), at_fault(spec, [step.judged for step in steps]))
+
+
+def layers_as_small(widths: Widths, gone: int) -> tuple[int, ...]:
+    """Numbers of the layers, spread evenly from the first to the last, without which about `gone` weights less remain.
+    At least one is dropped; of a single layer none can be."""
+    layers = len(widths.layers)
+    if layers < 2:
+        return ()
+    weights = sum(inputs * outputs for _, _, (inputs, outputs) in widths.matrices())
+    count = max(1, min(layers - 1, round(layers - gone * layers / weights)))
+    return tuple(round(number * (layers - 1) / max(count - 1, 1)) for number in range(count))
