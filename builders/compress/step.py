@@ -18,6 +18,8 @@ from builders.compress.texts import Batch, CalibrationText, labelled
 from builders.spec import PruneSlice, StepSlice
 from runtime.proof.judging import cosines
 
+_PARTS_OF_THE_WAY = (1.0, 0.5, 0.25)
+
 AsForward = Callable[[Any], Forward]  # the whole way from a model's inputs to its vectors or logits
 
 
@@ -75,20 +77,34 @@ def _worth(asked: PruneSlice, model: Any, forward: Forward, checkpoint: Checkpoi
 def _refitted(
     asked: PruneSlice, model: Any, whole: Any, as_forward: AsForward, matched: Sequence[int], texts: CalibrationText
 ) -> str:
-    """The refit is undone when the worst of the texts that it did not see gets worse."""
+    """The whole way to the fitted weights, or a part of it: the best on average of those whose worst text is no worse
+    than without, of texts that the fit did not see. None of the way where there is no such part."""
     watched = texts.watched()
     wanted = _outputs(as_forward(whole), watched)
-    before, state = _cosines(wanted, _outputs(as_forward(model), watched)), copy.deepcopy(model.state_dict())
+
+    def judged() -> Any:
+        return _cosines(wanted, _outputs(as_forward(model), watched))
+
+    before, start = judged(), copy.deepcopy(model.state_dict())
     batches = texts.batches(asked.refit_tokens, "prune.refit_tokens")
     least_squares(model, as_forward(model), whole, as_forward(whole), matched, batches)
-    after = _cosines(wanted, _outputs(as_forward(model), watched))
-    better = after.min() >= before.min()
-    if not better:
-        model.load_state_dict(state)
+    end, tried = copy.deepcopy(model.state_dict()), {0.0: before}
+    for part in _PARTS_OF_THE_WAY:
+        model.load_state_dict(_between(start, end, part))
+        tried[part] = judged()
+    sound = [part for part, found in tried.items() if found.min() >= before.min()]
+    taken = max(sound, key=lambda part: float(tried[part].mean()))
+    model.load_state_dict(_between(start, end, taken))
+    after = tried[taken] if taken else tried[_PARTS_OF_THE_WAY[-1]]
     return (
-        f"refit {'kept' if better else 'undone: the worst text got worse'}; {len(wanted)} texts that it did not see, "
-        f"cosine mean {before.mean():.4f} -> {after.mean():.4f}, worst {before.min():.4f} -> {after.min():.4f}"
+        f"refit {f'kept, {taken:g} of the way' if taken else 'undone: the worst text got worse'}; {len(wanted)} texts "
+        f"that it did not see, cosine mean {before.mean():.4f} -> {after.mean():.4f}, worst {before.min():.4f} -> "
+        f"{after.min():.4f}"
     )
+
+
+def _between(start: dict[str, Any], end: dict[str, Any], part: float) -> dict[str, Any]:
+    return {name: value + part * (end[name] - value) for name, value in start.items()}
 
 
 def _outputs(forward: Forward, batches: Sequence[Batch]) -> Any:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Batch = Mapping[str, "torch.Tensor"]  # names of the graph's inputs; [texts, length]
 TOKENS_PER_BATCH = 2048
-WATCHED = 128  # texts that no fit sees, by which it is kept or undone
+WATCHED = 256  # texts that no fit sees, by which it is kept or undone
 
 
 class CalibrationText:

@@ -39,8 +39,8 @@ class PruneSlice(Slice):
     tokens: Positive = Field(8_000, description="of calibration text that importance is measured on")
     refit: Literal["least_squares"] | None = Field(
         None,
-        description="the matrices behind what was pruned are fitted to the outputs before; undone when the worst text "
-        "gets worse",
+        description="the matrices behind what was pruned are fitted to the outputs before; in part, or not at all, "
+        "where the worst text gets worse",
     )
     refit_tokens: Annotated[int, Field(ge=MIN_REFIT_TOKENS)] = Field(
         MIN_REFIT_TOKENS, description="of calibration text that refit is computed from"

@@ -109,7 +109,7 @@ def _spec_error(path: Path, error: ValidationError) -> SpecError:
     key = ".".join(str(part) for part in first["loc"]) or "the spec as a whole"
     more = f" (and {len(faults) - 1} more: {', '.join(_key(f) for f in faults[1:5])})" if len(faults) > 1 else ""
     if first["type"] == "extra_forbidden":
-        known = _known_keys(first["loc"][:-1])
+        known = known_keys(first["loc"][:-1])
         near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
         fix = f"did you mean {near[0]!r}?" if near else "remove the key"
         expected = f"one of {', '.join(known)}" if known else "no key here yet"
@@ -131,7 +131,7 @@ def _key(fault: Any) -> str:
     return ".".join(str(part) for part in fault["loc"])
 
 
-def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+def known_keys(location: tuple[int | str, ...]) -> list[str]:
     """Keys of the slice at `location`, looked up in the types themselves."""
     slice_type: Any = DeploymentSpec
     for part in location:

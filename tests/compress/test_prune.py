@@ -19,6 +19,7 @@ from builders.compress.refit import least_squares
 from builders.compress.step import carry_out
 from builders.compress.texts import Batch, CalibrationText
 from builders.spec import StepSlice
+from runtime.proof.judging import cosines
 from tests.compress.tiny import BUDGET, Tiny
 from tests.conftest import save_tiny
 
@@ -124,15 +125,19 @@ class _OneText:
 
 
 @pytest.mark.parametrize("one_text", [False, True])
-def test_a_refit_that_harms_the_worst_text_is_undone(tiny_bert: Path, one_text: bool) -> None:
+def test_a_refit_goes_no_further_than_the_worst_text_bears(tiny_bert: Path, one_text: bool) -> None:
+    """Taught one text alone, the whole way harms the others."""
     tiny, plain = Tiny.of(tiny_bert), Tiny.of(tiny_bert)
     step = {"heads": 2, "ffn": 32, "importance": "magnitude"}
     plain.carry_out({"prune": step})
     asked = StepSlice.model_validate({"prune": {**step, "refit": "least_squares"}})
     texts: Any = _OneText(tiny) if one_text else CalibrationText(tiny.checkpoint, BUDGET)
     note = carry_out(asked, tiny.model, tiny.forward_of, tiny.checkpoint, texts, 1)[-1]
-    assert note.startswith("refit undone" if one_text else "refit kept; 128 texts")
-    assert np.array_equal(tiny.outputs(), plain.outputs()) == one_text
+    assert ("1 of the way" not in note) if one_text else note.startswith("refit kept")
+    watched, whole = texts.watched(), Tiny.of(tiny_bert)
+    before, after = (cosines(whole.outputs(watched), each.outputs(watched), by_label=False) for each in (plain, tiny))
+    assert after.min() >= before.min()
+    assert after.mean() > before.mean() or "refit undone" in note
 
 
 @given(
