@@ -39,11 +39,16 @@ def _json(recipe: Recipe) -> dict[str, Any]:
     return {"rows": rows, "fault": recipe.fault}
 
 
+_WIDTH = 128
+
+
 def _print(recipe: Recipe) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table, console = Table(), Console()
+    console = Console()
+    console = Console(width=max(console.width, _WIDTH))  # a table that is cut says nothing
+    table = Table()
     quality = recipe.rows[0].judged.quality
     headings = ("step", "M weights", "MB fp32", "cosine", "worst", "Spearman", "MRR", "recall@1", "@10", *(
         f"x {name}" for name in recipe.rows[0].judged.speeds

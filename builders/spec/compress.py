@@ -36,7 +36,7 @@ class PruneSlice(Slice):
         "global", description="global: layers lose what matters least in the whole model; uniform: each as much"
     )
     labels: Path | None = Field(None, description="taylor: UTF-8 file, a label's number, a tab and a text in each line")
-    tokens: Positive = Field(8_000, description="of calibration text that importance is measured on")
+    tokens: Positive = Field(24_000, description="of calibration text that importance is measured on")
     refit: Literal["least_squares"] | None = Field(
         None,
         description="the matrices behind what was pruned are fitted to the outputs before; in part, or not at all, "

@@ -150,7 +150,7 @@ def test_texts_that_are_none(tiny_bert: Path, tmp_path: Path, content: bytes, sa
 
 def test_texts_that_are_too_few(tiny_bert: Path, tmp_path: Path) -> None:
     file = tmp_path / "texts.txt"
-    file.write_text("".join(f"this is the text of line {number}\n" for number in range(400)))
+    file.write_text("".join(f"this is the text of line {number}\n" for number in range(500)))
     step = {"prune": {"amount": 0.4, "importance": "magnitude", "refit": "least_squares"}}
     with pytest.raises(InputError, match=r"expected at least 20000 \(prune.refit_tokens\)"):
         _said(compressing(tiny_bert, [step], precision={"calibration_texts": str(file)}), tmp_path)
