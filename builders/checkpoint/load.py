@@ -36,8 +36,7 @@ def load_checkpoint(model: ModelSlice) -> Checkpoint:
     generates = model.task in GENERATES
     model_type = (check_generator if generates else _check_encoder)(folder, config, model)
     weights = weight_files(folder, model.allow_pickle)
-    if not generates:
-        read_widths(folder, config, weights)
+    read_widths(folder, config, weights)  # raises for one that does not belong here
     adapter = adapter_files(given, folder, model)
     typed = model.task == "reranking" and config.get("type_vocab_size", 0) > 1
     tokenizer.check_tokenizer(folder, config, model, typed)

@@ -73,9 +73,8 @@ def widths_of_config(config: Mapping[str, Any], folder: Path) -> Widths:
             f"compress: checkpoint {folder}", got=f"model type {model_type}", expected=f"one of {', '.join(FAMILIES)}",
             fix="remove compress from the spec, or use a model of these types",
         )  # fmt: skip
-    known = dict(config)
     hidden, heads, layers, ffn = (
-        size(folder, known, name)
+        size(folder, dict(config), name)
         for name in ("hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size")
     )
     layer = LayerWidths(heads=heads, ffn=ffn)
@@ -88,6 +87,8 @@ def read_widths(folder: Path, config: Mapping[str, Any], weights: Iterable[Path]
     path = folder / FILE
     if not path.is_file():
         return None
+    if config.get("model_type") not in FAMILIES:
+        raise _refused(path, f"a model of type {config.get('model_type')} beside it")
     try:
         found = Widths.model_validate(parse(path))
     except ValidationError as error:

@@ -113,6 +113,13 @@ def test_weights_of_another_model_are_refused(smaller: Path, tiny_bert: Path) ->
         load_checkpoint(tiny_spec(smaller).model)
 
 
+def test_a_manifest_beside_another_family_is_refused(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "m", "mpnet")
+    (source / FILE).write_text("{}")
+    with pytest.raises(CheckpointError, match="got a model of type mpnet beside it"):
+        load_checkpoint(tiny_spec(source).model)
+
+
 def test_other_families_are_refused_by_name(tmp_path: Path) -> None:
     from builders.pipeline import build
 
