@@ -23,7 +23,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("runtime/tensorrt", "runtime/encoding/executor", "runtime/generation/executor"),
     ("runtime/encoding", "runtime/generation"),
     ("runtime/client.py",),
-    ("runtime/server",),
+    ("runtime/server", "runtime/gateway"),
     ("runtime/pod",),
     ("loadtest", "cluster"),
     ("loadtest/requests",),

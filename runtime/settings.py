@@ -101,6 +101,13 @@ class RankCacheSettings(Settings):
     vocabulary: int
 
 
+class ChatSettings(Settings):
+    """The checkpoint's own chat template, in Jinja, and the texts of special tokens that it may name."""
+
+    template: str
+    special_tokens: dict[str, str] = Field(default_factory=dict)
+
+
 class GeneratorModelSettings(ComputeSettings):
     """`files`: "decoder" (and "encoder") for graphs, "ranks" for the manifest of rank programs, and for TensorRT one
     engine for each target and capacity ("sm89.512", and "sm89.encoder"), or "engines" for the manifest of ranks.
@@ -121,6 +128,7 @@ class GeneratorModelSettings(ComputeSettings):
     end_ids: tuple[int, ...]
     decoder_start_id: int | None = None  # encoder-decoders
     rank_cache: RankCacheSettings | None = None  # set for ranks
+    chat: ChatSettings | None = None  # what the gateway makes of a chat
     served: ServedModel
 
 

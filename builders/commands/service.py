@@ -17,6 +17,15 @@ def serve(
     http_port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port")] = 8000,
     grpc_port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port")] = 8001,
     metrics_port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port")] = 8002,
+    gateway_port: Annotated[
+        int | None,
+        typer.Option(min=0, max=65535, help="OpenAI's API and KServe's over a gateway that may face a network; 0: any"),
+    ] = None,
+    gateway_address: Annotated[
+        str, typer.Option(help="where the gateway listens; others than loopback ask for keys")
+    ] = ("127.0.0.1"),
+    api_keys_file: Annotated[Path | None, typer.Option(help="of the gateway: name:sha256 a line")] = None,
+    no_auth: Annotated[bool, typer.Option("--no-auth", help="the gateway answers anybody on any address")] = False,
     ready_timeout_s: Annotated[float, typer.Option(min=1)] = 120,
     as_json: JsonFlag = False,
 ) -> None:
@@ -24,15 +33,25 @@ def serve(
     from builders import pipeline
     from builders.commands import show
     from builders.spec import load_spec
+    from runtime.server.gateway_process import Doorway
     from runtime.server.launch import Ports
     from runtime.server.serve import serve_repository
 
+    doorway = None
+    if gateway_port is not None:
+        doorway = Doorway(gateway_port, gateway_address, api_keys_file, no_auth)
+        doorway.require_closed()
+    elif api_keys_file is not None or no_auth:
+        raise InputError(
+            "--api-keys-file, --no-auth", got="no --gateway-port", expected="a gateway, which these are about",
+            fix="give --gateway-port",
+        )  # fmt: skip
     with show.build_progress(quiet=as_json) as report:
         built = pipeline.build(load_spec(spec), "cpu", build_dir, "repository", report)
     assert built.entry is not None
     free = Ports.free()
     ports = Ports(http_port or free.http, grpc_port or free.grpc, metrics_port or free.metrics)
-    serve_repository(built.entry.repository, ports, ready_timeout_s, as_json)
+    serve_repository(built.entry.repository, ports, ready_timeout_s, as_json, doorway=doorway)
 
 
 def loadtest(

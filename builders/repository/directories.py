@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from builders.artifacts import Checkpoint, Engine, OnnxGraph, Partition, RankFiles
+from builders.checkpoint.chat import chat_settings
 from builders.errors import UnsupportedError
 from builders.judging.perplexity import ENCODER_FILE
 from builders.judging.vectors import tokenizer_settings
@@ -191,6 +192,7 @@ def generator_settings(
         end_ids=facts.eos_ids,
         decoder_start_id=facts.start_id,
         rank_cache=_rank_cache(partition, facts.vocabulary) if platform == "cpu" and partition is not None else None,
+        chat=chat_settings(checkpoint.directory),
         served=served,
     )
 

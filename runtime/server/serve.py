@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from runtime.errors import NotProven
+from runtime.server.gateway_process import Doorway, GatewayProcess
 from runtime.server.health import Health
 from runtime.server.launch import Exposure, Ports, TritonServer
 from runtime.server.probing import Failure
@@ -24,10 +25,12 @@ def serve_repository(
     exposure: Exposure | None = None,
     health: Health | None = None,
     versions: StagedVersions | None = None,
+    doorway: Doorway | None = None,
 ) -> None:
     """Returns after SIGTERM or SIGINT, with everything drained and swept. `health` is told what the probes find.
 
     `versions`: those that may be loaded while it runs, with what the last run left behind put in order.
+    `doorway`: a gateway listens there, beside the server.
 
     Raises BadEnvironment before the start, ServerFault when the server does not come up, or breaks so often that
     starting it again is no help.
@@ -36,24 +39,28 @@ def serve_repository(
     started = time.monotonic()
     with stop_requests() as asked_to_stop:
         with TritonServer(repository, ports, exposure=exposure) as server:
-            supervisor = Supervisor(server, versions, health, report=_log)
+            gateway = None if doorway is None else GatewayProcess(doorway, server, health)
+            beside = (lambda: None) if gateway is None else gateway.turn
+            supervisor = Supervisor(server, versions, health, report=_log, beside=beside)
             try:
                 supervisor.wait_ready(ready_timeout_s, asked_to_stop)
                 if not asked_to_stop.is_set():
                     health.observed(None)
-                    _announce(server, time.monotonic() - started, as_json)
+                    _announce(server, gateway, time.monotonic() - started, as_json)
                 supervisor.watch(asked_to_stop, ready_timeout_s, _log)
             except NotProven as error:
                 health.observed(Failure(str(error), wrong=True))
                 raise
             finally:
                 health.drain()
+                if gateway is not None:
+                    gateway.stop()  # its clients' answers end before the server goes
                 supervisor.close()
             _log("draining")
         _log("stopped")
 
 
-def _announce(server: TritonServer, seconds: float, as_json: bool) -> None:
+def _announce(server: TritonServer, gateway: GatewayProcess | None, seconds: float, as_json: bool) -> None:
     settings = server.settings
     facts = {
         "model": settings.ensemble,
@@ -65,13 +72,16 @@ def _announce(server: TritonServer, seconds: float, as_json: bool) -> None:
         "ready_s": round(seconds, 2),
         "proven": server.proven.model_dump(mode="json", exclude={"server"}) if server.proven else None,
     }
+    if gateway is not None:
+        facts |= {"gateway": gateway.address, "gateway_pid": gateway.pid}
     if as_json:
         print(json.dumps(facts), flush=True)
         return
     print(f"{settings.ensemble} version {settings.version} is ready after {seconds:.1f} s", flush=True)
     print(f"  proven   {server.proven}", flush=True)
-    for name in ("grpc", "http", "metrics"):
-        print(f"  {name:<8} {facts[name]}", flush=True)
+    for name in ("grpc", "http", "metrics", "gateway"):
+        if name in facts:
+            print(f"  {name:<8} {facts[name]}", flush=True)
     print(f"  log      {server.log}\nCtrl-C drains and stops.", flush=True)
 
 

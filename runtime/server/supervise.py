@@ -43,7 +43,7 @@ class _Probed(NamedTuple):
 
 class Supervisor:
     """Watches one server. `versions`: those that may be loaded into it while it runs; `health` hears how it is,
-    `report` of the proof."""
+    `report` of the proof. `beside` is called several times a second, for a process that lives beside the server."""
 
     def __init__(
         self,
@@ -52,8 +52,10 @@ class Supervisor:
         health: Health | None = None,
         pace: ProbePace | None = None,
         report: Callable[[str], None] = lambda message: None,
+        beside: Callable[[], None] = lambda: None,
     ) -> None:
         self._server, self._versions, self._report = server, versions, report
+        self._beside = beside
         self._stopped = threading.Event()
         self._health, self._pace = health or Health(), pace or ProbePace()
         self._prober = ThreadPoolExecutor(1, "probe")
@@ -66,6 +68,10 @@ class Supervisor:
         self._progress = ServerProgress(self._server.metrics_address, self._server.settings.ensemble)
         given_up = self._stopped.is_set
         self._proof = ServerProof(self._server, self._versions, self._client.client, self._report, given_up)
+
+    def _turn(self) -> None:
+        self._health.turned()
+        self._beside()
 
     def close(self) -> None:
         """Does not wait for a probe that is under way; a proof is given up."""
@@ -84,7 +90,7 @@ class Supervisor:
         end = time.monotonic() + timeout_s
         reason = "no probe was made"
         while time.monotonic() < end and not asked_to_stop.wait(_LOOK_S):
-            self._health.turned()
+            self._turn()
             self._server.adopt()
             self._server.require_alive()
             probed = self._probed()
@@ -133,7 +139,7 @@ class Supervisor:
         while True:
             if found is None:
                 found = (Event.ASKED_TO_STOP, "") if asked_to_stop.wait(_LOOK_S) else self._look()
-                self._health.turned()
+                self._turn()
                 continue
             action = plan.hear(found[0], time.monotonic(), found[1])
             found = None
@@ -195,7 +201,7 @@ class Supervisor:
             self._versions.discard(action.reason)
         end = time.monotonic() + action.pause_s
         while time.monotonic() < end and not asked_to_stop.wait(_LOOK_S):
-            self._health.turned()
+            self._turn()
         try:
             if not asked_to_stop.is_set():
                 self._server.start_again()

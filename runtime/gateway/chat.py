@@ -1,0 +1,89 @@
+"""A chat as the text that the model was trained on: the checkpoint's own template, sandboxed, bounded in what it makes.
+
+A template never comes from a request.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from runtime.errors import BadEnvironment
+from runtime.gateway.refused import Refused
+from runtime.settings import ChatSettings, GeneratorModelSettings
+
+_SECONDS = 2.0  # looked at between pieces; a template of a page takes some milliseconds
+
+
+class ChatTemplate:
+    """Compiled once. Raises BadEnvironment for a template that is none."""
+
+    def __init__(self, settings: ChatSettings, characters: int) -> None:
+        from jinja2 import TemplateError
+        from jinja2.ext import loopcontrols
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        environment.filters["tojson"] = _tojson
+        environment.globals |= {"raise_exception": _refuse, "strftime_now": _now}
+        try:
+            self._template = environment.from_string(settings.template)
+        except TemplateError as error:
+            raise BadEnvironment(f"the chat template cannot be read: {error}") from error
+        self._tokens, self._characters = settings.special_tokens, characters
+
+    def render(self, messages: Sequence[dict[str, str]]) -> str:
+        """With the beginning of the answer. Raises Refused for chats that the template does not take."""
+        pieces, size, end = [], 0, time.monotonic() + _SECONDS
+        try:
+            for piece in self._template.generate(
+                messages=list(messages), add_generation_prompt=True, tools=None, documents=None, **self._tokens
+            ):
+                size += len(piece)
+                if size > self._characters or time.monotonic() > end:
+                    raise Refused(400, f"the chat makes more text than the {self._characters} characters that fit")
+                pieces.append(piece)
+        except Refused:
+            raise
+        except Exception as error:  # whatever the checkpoint's code makes of these messages
+            raise Refused(400, "the model's chat template does not take these messages", param="messages") from error
+        return "".join(pieces)
+
+
+class ChatTemplates:
+    """Of the versions of one model in a repository. `repository` None: there are none."""
+
+    def __init__(self, repository: Path | None, model: str, characters: int) -> None:
+        self._repository, self._model, self._characters = repository, model, characters
+        self._known: tuple[int, ChatTemplate | None] | None = None
+
+    def of(self, version: int) -> ChatTemplate:
+        """Raises Refused for a model without one."""
+        if self._known is None or self._known[0] != version:
+            self._known = version, self._load(version)
+        if self._known[1] is None:
+            raise Refused(400, f"{self._model} has no chat template; use /v1/completions", code="no_chat_template")
+        return self._known[1]
+
+    def _load(self, version: int) -> ChatTemplate | None:
+        if self._repository is None:
+            return None
+        chat = GeneratorModelSettings.load(self._repository / self._model / str(version)).chat
+        return None if chat is None else ChatTemplate(chat, self._characters)
+
+
+def _tojson(value: Any, indent: int | None = None) -> str:
+    """As transformers has it: not escaped for HTML."""
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def _refuse(message: str) -> None:
+    raise Refused(400, f"the chat template refuses: {str(message)[:200]}", param="messages")
+
+
+def _now(form: str) -> str:
+    return datetime.now(UTC).strftime(form)

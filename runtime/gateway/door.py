@@ -1,0 +1,108 @@
+"""The ASGI application: one route table, guards before bodies, one place where errors become answers, one line of log.
+
+Plain ASGI: Starlette's middleware of its own kind hides from a handler that its client has gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import sys
+import time
+import traceback
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.routing import Route, Router
+
+from runtime.errors import ServingError
+from runtime.gateway.access_log import AccessLog
+from runtime.gateway.counters import Counters
+from runtime.gateway.exchange import GONE_STATUS, ClientGone, Exchange, Message
+from runtime.gateway.guards import Guards
+from runtime.gateway.refused import Refused, as_refused
+from runtime.gateway.upstream import UpstreamGone
+
+Handler = Callable[[Exchange], Awaitable[None]]
+
+
+class Endpoint:
+    """A handler behind the guards; `public` ones are open to whoever can connect, and hold nothing."""
+
+    def __init__(self, handler: Handler, label: str, guards: Guards, public: bool) -> None:
+        self._handler, self._label, self._guards, self._public = handler, label, guards, public
+
+    async def __call__(self, scope: Message, receive: object, send: object) -> None:
+        exchange: Exchange = scope["exchange"]
+        exchange.label = self._label
+        if self._public:
+            await self._handler(exchange)
+            return
+        exchange.caller = self._guards.caller(exchange.headers.get(b"authorization", b""), exchange.address)
+        with self._guards.admitted(exchange.caller):
+            async with asyncio.timeout(self._guards.limits.answer_s):
+                await self._handler(exchange)
+
+
+def route(path: str, method: str, handler: Handler, guards: Guards, public: bool = False) -> Route:
+    return Route(path, Endpoint(handler, path, guards, public), methods=[method])
+
+
+class Door:
+    """`gone`: told when the model's server has broken off."""
+
+    def __init__(
+        self, routes: list[Route], guards: Guards, counters: Counters, log: AccessLog, gone: Callable[[], None]
+    ) -> None:
+        self._router = Router(routes, redirect_slashes=False, default=_not_found)
+        self._guards, self._counters, self._log, self._gone = guards, counters, log, gone
+
+    async def __call__(
+        self, scope: Message, receive: Callable[[], Awaitable[Message]], send: Callable[[Message], Awaitable[None]]
+    ) -> None:
+        if scope["type"] != "http":
+            raise RuntimeError(f"{scope['type']} is not served")
+        exchange = Exchange(scope, receive, send, self._guards, secrets.token_hex(12))
+        # With an `app`, Starlette raises for a method that a route does not have, where it would else answer itself.
+        scope.update(exchange=exchange, app=self)
+        started = time.monotonic()
+        self._counters.running += 1
+        try:
+            await self._answer(scope, exchange)
+        finally:
+            self._counters.running -= 1
+            exchange.release()
+            seconds = time.monotonic() - started
+            self._counters.ended(exchange.label, exchange.status, seconds, exchange.bytes_in, exchange.bytes_out)
+            self._log.write(exchange, seconds)
+
+    async def _answer(self, scope: Message, exchange: Exchange) -> None:
+        try:
+            await self._router(scope, exchange.receive, exchange.send)
+            return
+        except ClientGone:
+            exchange.status = GONE_STATUS
+            return
+        except Exception as error:  # noqa: BLE001 - whatever went wrong, the client is told no more than a status
+            refused = self._refusal(error)
+        if exchange.started:  # too late to say anything: uvicorn cuts the answer off, and it cannot be taken for whole
+            return
+        await exchange.refuse(refused)
+
+    def _refusal(self, error: Exception) -> Refused:
+        if isinstance(error, HTTPException):
+            allow = (error.headers or {}).get("Allow")
+            return Refused(error.status_code, "this path does not take that method", close=True, allow=allow)
+        if isinstance(error, UpstreamGone):
+            self._gone()
+            return Refused(503, "the model's server is not there; try again later")
+        if isinstance(error, TimeoutError):
+            return Refused(504, "the answer took too long")
+        if not isinstance(error, ServingError):
+            traceback.print_exception(error, file=sys.stderr)
+        return as_refused(error) if isinstance(error, ServingError) else as_refused(ServingError())
+
+
+async def _not_found(scope: Message, receive: Any, send: Any) -> None:
+    raise Refused(404, "no such path", close=True)

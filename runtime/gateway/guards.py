@@ -1,0 +1,73 @@
+"""Who may come in, and how much of them: keys, rates, requests at once, bytes that are held."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from runtime.gateway.keys import Keys
+from runtime.gateway.limits import Limits
+from runtime.gateway.refused import Refused
+
+_MOST_BUCKETS = 4096  # callers without a key are addresses, of which there are many
+
+
+class Guards:
+    """`keys` None: everybody may come in, and each address is a caller. Used by one thread."""
+
+    def __init__(self, limits: Limits, keys: Keys | None, clock: Callable[[], float] = time.monotonic) -> None:
+        self.limits, self._keys, self._clock = limits, keys, clock
+        self.running: Counter[str] = Counter()
+        self.bytes = 0
+        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()  # requests left, and when
+
+    def caller(self, authorization: bytes, address: str) -> str:
+        """Raises Refused for a key that is nobody's."""
+        if self._keys is None:
+            return address
+        name = self._keys.name(authorization)
+        if name is None:
+            said = "no such API key" if authorization else "an API key is needed: send Authorization: Bearer KEY"
+            raise Refused(401, said, close=True, code="invalid_api_key")
+        return name
+
+    @contextmanager
+    def admitted(self, caller: str) -> Iterator[None]:
+        """One request of the caller. Raises Refused when it, or everybody together, has too many."""
+        self._take_of_rate(caller)
+        if self.running.total() >= self.limits.requests:
+            raise Refused(429, "too many requests are running; try again later", close=True)
+        if self.running[caller] >= self.limits.requests_per_key:
+            most = self.limits.requests_per_key
+            raise Refused(429, f"{most} requests of this caller are running; try again later", close=True)
+        self.running[caller] += 1
+        try:
+            yield
+        finally:
+            self.running[caller] -= 1
+            if not self.running[caller]:
+                del self.running[caller]
+
+    def _take_of_rate(self, caller: str) -> None:
+        rate = self.limits.rate_per_key
+        if rate is None:
+            return
+        now, most = self._clock(), max(rate, 1.0)
+        left, when = self._buckets.pop(caller, (most, now))
+        left = min(most, left + (now - when) * rate)
+        self._buckets[caller] = (left - 1 if left >= 1 else left, now)
+        if len(self._buckets) > _MOST_BUCKETS:
+            self._buckets.popitem(last=False)
+        if left < 1:
+            raise Refused(429, f"more than {rate:g} requests a second of this caller; try again later", close=True)
+
+    def hold(self, size: int) -> None:
+        """Bytes that are about to be held, until `release`. Raises Refused when all together hold too many."""
+        if self.bytes + size > self.limits.bytes_in_flight:
+            raise Refused(429, "too many bytes are being received; try again later", close=True)
+        self.bytes += size
+
+    def release(self, size: int) -> None:
+        self.bytes -= size

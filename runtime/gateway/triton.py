@@ -1,0 +1,196 @@
+"""Triton behind the door: what it serves, and inference as this gateway asks for it. Nothing of a client's is passed on
+as it came: requests are built here, tensors travel as binary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from runtime.errors import ServingError
+from runtime.gateway.refused import Refused, upstream_refusal
+from runtime.gateway.upstream import Answer, Upstream
+
+NUMPY = {
+    "BOOL": np.bool_, "UINT8": np.uint8, "UINT16": np.uint16, "UINT32": np.uint32, "UINT64": np.uint64,
+    "INT8": np.int8, "INT16": np.int16, "INT32": np.int32, "INT64": np.int64, "FP16": np.float16,
+    "FP32": np.float32, "FP64": np.float64,
+}  # fmt: skip
+_FACTS_S = 10.0  # how long what is known of a model is believed: a pod may load another version
+_EVENT_BYTES = 1 << 20
+_BINARY = b"Content-Type: application/octet-stream\r\nInference-Header-Content-Length: %d\r\n"
+
+
+@dataclass(frozen=True)
+class Blob:
+    """A tensor as it travels: `data` is little-endian, of BYTES each element after its length in 4 bytes."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    data: bytes
+
+    def array(self) -> NDArray[Any]:
+        """Not for BYTES."""
+        return np.frombuffer(self.data, NUMPY[self.datatype]).reshape(self.shape)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Of the one model that is served. `metadata` is Triton's own answer."""
+
+    version: int
+    max_batch_size: int
+    metadata: dict[str, Any]
+
+    @property
+    def outputs(self) -> frozenset[str]:
+        return frozenset(item["name"] for item in self.metadata["outputs"])
+
+    @property
+    def inputs(self) -> frozenset[str]:
+        return frozenset(item["name"] for item in self.metadata["inputs"])
+
+    @property
+    def generates(self) -> bool:
+        return "text_output" in self.outputs
+
+    @property
+    def embeds(self) -> bool:
+        return "embedding" in self.outputs
+
+
+def pack_texts(texts: Sequence[bytes]) -> bytes:
+    return b"".join(len(text).to_bytes(4, "little") + text for text in texts)
+
+
+def unpack_texts(data: bytes, most: int) -> list[bytes]:
+    """Raises ValueError for what is not framed so, or holds more than `most`."""
+    found: list[bytes] = []
+    place = 0
+    while place < len(data):
+        end = place + 4 + int.from_bytes(data[place : place + 4], "little")
+        if place + 4 > len(data) or end > len(data) or len(found) == most:
+            raise ValueError("lengths do not fit")
+        found.append(data[place + 4 : end])
+        place = end
+    return found
+
+
+class Triton:
+    """One model on one server."""
+
+    def __init__(self, upstream: Upstream, metrics: Upstream, model: str) -> None:
+        self._upstream, self._metrics, self.model = upstream, metrics, model
+        self._facts: Facts | None = None
+        self._known = 0.0
+
+    async def facts(self) -> Facts:
+        """Raises Refused when the model is not there, UpstreamGone when the server is not."""
+        if self._facts is None or time.monotonic() - self._known > _FACTS_S:
+            metadata = await self._get(f"/v2/models/{self.model}")
+            config = await self._get(f"/v2/models/{self.model}/config")
+            versions = [int(item) for item in metadata.get("versions", [])]
+            self._facts = Facts(max(versions, default=0), int(config.get("max_batch_size", 0)), metadata)
+            self._known = time.monotonic()
+        return self._facts
+
+    def forget(self) -> None:
+        """The server broke off: what comes back may be another version."""
+        self._facts = None
+
+    async def ready(self) -> bool:
+        async with self._upstream.ask(b"GET", f"/v2/models/{self.model}/ready") as answer:
+            await answer.read()
+            return answer.status == 200
+
+    async def _get(self, path: str) -> dict[str, Any]:
+        async with self._upstream.ask(b"GET", path) as answer:
+            body = await answer.read()
+            if answer.status != 200:
+                raise Refused(503, "the model is not ready")
+            found: dict[str, Any] = orjson.loads(body)
+            return found
+
+    async def infer(
+        self, inputs: Sequence[Blob], outputs: Sequence[str], request_id: str, parameters: Mapping[str, Any]
+    ) -> dict[str, Blob]:
+        """Outputs by name. Raises Refused with what the model said against it."""
+        asked: dict[str, Any] = {
+            "id": request_id,
+            "inputs": [
+                {
+                    "name": item.name, "datatype": item.datatype, "shape": item.shape,
+                    "parameters": {"binary_data_size": len(item.data)},
+                }
+                for item in inputs
+            ],
+            "parameters": {**parameters, "binary_data_output": True},
+        }  # fmt: skip
+        if outputs:
+            asked["outputs"] = [{"name": name, "parameters": {"binary_data": True}} for name in outputs]
+        header = orjson.dumps(asked)
+        parts = (header, *(item.data for item in inputs))
+        path = f"/v2/models/{self.model}/infer"
+        async with self._upstream.ask(b"POST", path, _BINARY % len(header), parts) as answer:
+            body = await answer.read()
+            if answer.status != 200:
+                raise upstream_refusal(answer.status, _error_text(body))
+            return _outputs(answer, body)
+
+    async def generate(self, fields: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+        """The pieces of a generator's answer, as they are made. Leaving the iterator cancels the request. Raises
+        Refused with what the model said against it, in the beginning or on the way."""
+        body = orjson.dumps(fields)
+        path = f"/v2/models/{self.model}/generate_stream"
+        head = b"Content-Type: application/json\r\n"
+        async with self._upstream.ask(b"POST", path, head, (body,), stream=True) as answer:
+            if answer.status != 200:
+                raise upstream_refusal(answer.status, _error_text(await answer.read()))
+            rest = b""
+            async with aclosing(answer.pieces()) as pieces:
+                async for piece in pieces:
+                    *events, rest = (rest + piece).split(b"\n\n")
+                    if len(rest) > _EVENT_BYTES:
+                        raise Refused(500, "the model's answer cannot be read")
+                    for event in events:
+                        yield _event(event)
+
+    async def metrics_page(self) -> bytes:
+        async with self._metrics.ask(b"GET", "/metrics") as answer:
+            return await answer.read()
+
+
+def _event(event: bytes) -> dict[str, Any]:
+    data: dict[str, Any] = orjson.loads(event.removeprefix(b"data:"))
+    if "error" in data:
+        raise upstream_refusal(400, str(data["error"]))
+    return data
+
+
+def _error_text(body: bytes) -> str:
+    try:
+        return str(orjson.loads(body.removeprefix(b"data:")).get("error", ""))
+    except (ValueError, AttributeError):
+        return ""
+
+
+def _outputs(answer: Answer, body: bytes) -> dict[str, Blob]:
+    try:
+        place = int(answer.headers.get(b"inference-header-content-length", len(body)))
+        header = orjson.loads(body[:place])
+        found = {}
+        for item in header["outputs"]:
+            size = item["parameters"]["binary_data_size"]
+            found[item["name"]] = Blob(item["name"], item["datatype"], tuple(item["shape"]), body[place : place + size])
+            place += size
+        return found
+    except (ValueError, KeyError) as error:
+        raise ServingError("the model's answer cannot be read") from error

@@ -1,0 +1,127 @@
+"""The client of the model's server, against a server of a few lines that misbehaves."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from runtime.gateway.upstream import Upstream, UpstreamGone
+
+Serve = Callable[[int, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+
+
+async def _request(reader: asyncio.StreamReader) -> bytes:
+    head = await reader.readuntil(b"\r\n\r\n")
+    size = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
+    return head + await reader.readexactly(size)
+
+
+def _with_server(serve: Serve, test: Callable[[Upstream], Awaitable[None]], answer_bytes: int = 1 << 20) -> int:
+    """How many connections were made."""
+    made = 0
+
+    async def run() -> None:
+        async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            nonlocal made
+            made += 1
+            with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+                await serve(made, reader, writer)
+            writer.close()
+
+        server = await asyncio.start_server(accept, "127.0.0.1", 0)
+        upstream = Upstream("127.0.0.1", server.sockets[0].getsockname()[1], 4, answer_bytes)
+        await asyncio.wait_for(test(upstream), 20)
+        upstream.close()
+        server.close()
+
+    asyncio.run(run())
+    return made
+
+
+async def _ask(upstream: Upstream, body: bytes = b"x") -> bytes:
+    async with upstream.ask(b"POST", "/a", b"", (body,)) as answer:
+        return await answer.read()
+
+
+def test_a_connection_is_kept() -> None:
+    async def serve(number: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            assert (await _request(reader)).endswith(b"\r\n\r\nx")
+            writer.write(OK)
+
+    async def test(upstream: Upstream) -> None:
+        assert [await _ask(upstream) for _ in range(3)] == [b"ok"] * 3
+
+    assert _with_server(serve, test) == 1
+
+
+def test_a_kept_connection_that_was_closed_meanwhile_is_no_fault() -> None:
+    async def serve(number: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await _request(reader)
+        writer.write(OK)
+        await writer.drain()
+        if number == 1:
+            await _request(reader)  # and it is closed without an answer
+
+    async def test(upstream: Upstream) -> None:
+        assert [await _ask(upstream) for _ in range(2)] == [b"ok"] * 2
+
+    assert _with_server(serve, test) == 2
+
+
+def test_a_request_that_was_begun_to_be_answered_is_not_sent_twice() -> None:
+    async def serve(number: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await _request(reader)
+        writer.write(OK[:-1])
+
+    async def test(upstream: Upstream) -> None:
+        with pytest.raises(UpstreamGone):
+            await _ask(upstream)
+
+    assert _with_server(serve, test) == 1
+
+
+@pytest.mark.parametrize("answer", [b"SSH-2.0\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 9000\r\n\r\n" + b"x" * 9000])
+def test_an_answer_that_is_none_or_too_large_is_given_up(answer: bytes) -> None:
+    async def serve(number: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await _request(reader)
+        writer.write(answer)
+        await writer.drain()
+        await reader.read()
+
+    async def test(upstream: Upstream) -> None:
+        with pytest.raises(UpstreamGone):
+            await _ask(upstream)
+
+    _with_server(serve, test, answer_bytes=1000)
+
+
+def test_leaving_an_answer_closes_its_connection() -> None:
+    closed = asyncio.Event()
+
+    async def serve(number: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await _request(reader)
+        writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n")
+        assert await reader.read() == b""
+        closed.set()
+
+    async def test(upstream: Upstream) -> None:
+        async with upstream.ask(b"GET", "/a", stream=True) as answer:
+            async for piece in answer.pieces():
+                assert piece == b"ok"
+                break
+        await closed.wait()
+
+    _with_server(serve, test)
+
+
+def test_nobody_there() -> None:
+    async def run() -> None:
+        with pytest.raises(UpstreamGone):
+            await _ask(Upstream("127.0.0.1", 9, 1, 100))
+
+    asyncio.run(run())
