@@ -1,0 +1,258 @@
+"""The gateway before real Tritons: clients that people have, and what ends a Triton sent through the door."""
+
+from __future__ import annotations
+
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import openai
+import pytest
+from tritonclient import http as triton_http
+from tritonclient.utils import InferenceServerException
+
+from builders import pipeline
+from builders.judging import corpus
+from builders.pipeline import Build
+from builders.spec import DeploymentSpec
+from runtime.client import stream
+from runtime.server.launch import TritonServer
+from runtime.server.supervise import ready_server
+from tests import generators
+from tests.conftest import wait_until
+from tests.gateway.asking import exchange_raw, gateway
+from tests.gateway.killers import killers
+
+pytestmark = pytest.mark.triton
+
+TEXTS = corpus.texts(None, 70)
+TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}"
+LONGEST = 4096
+
+
+@pytest.fixture(scope="module")
+def port(server: TritonServer) -> Iterator[int]:
+    with gateway("minilm", server.ports.http, server.ports.metrics) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def client(port: int) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0) as found:
+        yield found
+
+
+def test_vectors_are_those_of_triton(client: openai.OpenAI, server: TritonServer, minilm: Build) -> None:
+    """More texts than one batch; base64, which this client asks for by itself, and numbers."""
+    direct = _triton_vectors(server.http_address, TEXTS[:64])
+    coded = client.embeddings.create(model="minilm", input=TEXTS)
+    plain = client.embeddings.create(model="minilm", input=TEXTS[0], encoding_format="float")
+    assert len(coded.data) == 70
+    got = np.array([item.embedding for item in coded.data], np.float32)
+    assert np.allclose(got[:64], direct, atol=0.02)  # batches of other sizes differ in bf16
+    assert np.allclose(np.array(plain.data[0].embedding), got[0], atol=0.02)
+    assert plain.usage.prompt_tokens == plain.usage.total_tokens > 2
+    assert [model.id for model in client.models.list().data] == ["minilm"]
+
+
+def _triton_vectors(address: str, texts: list[str], binary: bool = True) -> np.ndarray:
+    with triton_http.InferenceServerClient(address) as triton:
+        item = triton_http.InferInput("text", [len(texts), 1], "BYTES")
+        item.set_data_from_numpy(np.array([[text.encode()] for text in texts], np.object_), binary_data=binary)
+        outputs = [triton_http.InferRequestedOutput("embedding", binary_data=binary)]
+        return np.asarray(triton.infer("minilm", [item], outputs=outputs).as_numpy("embedding"))
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_tritons_own_client_gets_the_same_through_the_door(port: int, server: TritonServer, binary: bool) -> None:
+    through = _triton_vectors(f"127.0.0.1:{port}", TEXTS[:8], binary)
+    assert np.array_equal(through, _triton_vectors(server.http_address, TEXTS[:8], binary))
+
+
+def test_tritons_own_client_asks_about_the_model(port: int, server: TritonServer) -> None:
+    with (
+        triton_http.InferenceServerClient(f"127.0.0.1:{port}") as door,
+        triton_http.InferenceServerClient(server.http_address) as triton,
+    ):
+        assert door.is_server_live()
+        assert door.is_server_ready()
+        assert door.is_model_ready("minilm")
+        assert not door.is_model_ready("minilm-encoder")
+        assert door.get_model_metadata("minilm") == triton.get_model_metadata("minilm")
+        for forbidden in (
+            door.get_model_repository_index, door.get_system_shared_memory_status, door.get_trace_settings,
+            door.get_log_settings, lambda: door.unload_model("minilm"), lambda: door.get_model_config("minilm"),
+        ):  # fmt: skip
+            with pytest.raises(InferenceServerException, match="no such path"):
+                forbidden()
+
+
+@pytest.mark.parametrize(
+    ("texts", "said"),
+    [(["fine", ""], "text[1] is empty"), ([" \n"], "text[0] is empty")],
+)
+def test_what_the_model_refuses_is_the_callers_fault(client: openai.OpenAI, texts: list[str], said: str) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.embeddings.create(model="minilm", input=texts)
+    assert said in caught.value.message
+
+
+def test_many_at_once_get_their_own(client: openai.OpenAI) -> None:
+    def vector(text: str) -> np.ndarray:
+        return np.array(client.embeddings.create(model="minilm", input=text).data[0].embedding)
+
+    alone = [vector(text) for text in TEXTS[:16]]
+    with ThreadPoolExecutor(16) as pool:
+        together = list(pool.map(vector, TEXTS[:16]))
+    assert all(float(one @ other) > 0.999 for one, other in zip(alone, together, strict=True))
+
+
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/v2/models/minilm/infer", "/metrics"])
+def test_what_ends_a_triton_does_not_reach_it(
+    port: int, server: TritonServer, client: openai.OpenAI, path: str
+) -> None:
+    pid = server.pid
+    for name, parts in killers(path).items():
+        answer = exchange_raw(port, *parts)
+        assert not answer or answer.startswith(b"HTTP/1.1 4"), (name, answer[:200])
+    server.require_alive()
+    assert server.pid == pid
+    assert len(client.embeddings.create(model="minilm", input="still here").data[0].embedding) == 384
+
+
+def test_metrics_are_on_one_page(port: int, client: openai.OpenAI) -> None:
+    client.embeddings.create(model="minilm", input="counted")
+    page = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=20).read().decode()
+    assert 'trireme_gateway_requests_total{route="/v1/embeddings",status="200"}' in page
+    assert "nv_inference_count{" in page
+    assert "trireme_model_info{" in page
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    """A tiny model of random weights that goes on for long, with a chat template of its own."""
+    folder = tmp_path_factory.mktemp("chat")
+    source = generators.save_generator(folder / "model", "llama", max_position_embeddings=LONGEST)
+    (source / "chat_template.jinja").write_text(TEMPLATE)
+    (source / "tokenizer_config.json").write_text('{"bos_token": "[CLS]"}')
+    spec = DeploymentSpec.model_validate(
+        {
+            "name": "tiny-lm",
+            "model": {"source": str(source), "task": "generation", "max_length": LONGEST},
+            "precision": {"cpu": "fp32", "calibration_samples": 32},
+            "serving": {"queue_size": 2},
+            "generation": {"slots": 2, "cache_lengths": [LONGEST]},
+        }
+    )
+    return pipeline.build(spec, "cpu", folder / "build", "repository")
+
+
+@pytest.fixture(scope="module")
+def generator(llama: Build) -> Iterator[TritonServer]:
+    assert llama.entry is not None
+    with ready_server(llama.entry.repository) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def chat(generator: TritonServer) -> Iterator[openai.OpenAI]:
+    ports = (generator.ports.http, generator.ports.metrics)
+    with (
+        gateway("tiny-lm", *ports, "--repository", str(generator.repository)) as port,
+        openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0) as client,
+    ):
+        yield client
+
+
+def test_a_completion_is_what_triton_gives(chat: openai.OpenAI, generator: TritonServer) -> None:
+    options = {"max_tokens": 12, "temperature": 1.0, "seed": 7}
+    direct = list(stream(generator.grpc_address, "tiny-lm", "open a file", options))
+    whole = chat.completions.create(model="tiny-lm", prompt="open a file", max_tokens=12, seed=7)
+    assert whole.choices[0].text == "".join(chunk.text for chunk in direct)
+    assert whole.choices[0].finish_reason == direct[-1].finish == "length"
+    assert whole.usage is not None
+    assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (direct[-1].prompt_tokens, 12)
+    events = list(
+        chat.completions.create(
+            model="tiny-lm", prompt="open a file", max_tokens=12, seed=7, stream=True,
+            stream_options={"include_usage": True},
+        )
+    )  # fmt: skip
+    assert "".join(event.choices[0].text for event in events if event.choices) == whole.choices[0].text
+    assert events[-1].usage == whole.usage
+
+
+def test_a_stop_word_ends_a_completion(chat: openai.OpenAI) -> None:
+    ask = {"model": "tiny-lm", "prompt": "open a file", "max_tokens": 30, "temperature": 0}
+    whole = chat.completions.create(**ask).choices[0].text
+    stopped = chat.completions.create(**ask, stop=whole[6:9]).choices[0]
+    assert stopped.text == whole[: whole.index(whole[6:9])]
+    assert stopped.finish_reason == "stop"
+
+
+def test_a_chat_is_the_templates_text_and_begins_once(chat: openai.OpenAI, generator: TritonServer) -> None:
+    text = "[CLS]system: be brief user: hi "
+    options = {"max_tokens": 10, "add_special_tokens": False}
+    direct = list(stream(generator.grpc_address, "tiny-lm", text, options))
+    ask = {
+        "model": "tiny-lm", "max_tokens": 10, "temperature": 0,
+        "messages": [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}],
+    }  # fmt: skip
+    whole = chat.chat.completions.create(**ask)
+    assert whole.choices[0].message.content == "".join(chunk.text for chunk in direct)
+    assert whole.usage is not None
+    assert whole.usage.prompt_tokens == direct[-1].prompt_tokens
+    events = list(chat.chat.completions.create(**ask, stream=True))
+    assert "".join(event.choices[0].delta.content or "" for event in events) == whole.choices[0].message.content
+    assert events[-1].choices[0].finish_reason == "length"
+
+
+def _running(generator: TritonServer) -> float:
+    page = urllib.request.urlopen(f"http://{generator.metrics_address}/metrics", timeout=20).read().decode()
+    names = ("trireme_generation_running{", "trireme_generation_waiting{")
+    return sum(float(line.rpartition(" ")[2]) for line in page.splitlines() if line.startswith(names))
+
+
+LONG = {"model": "tiny-lm", "prompt": "x", "max_tokens": LONGEST - 8, "extra_body": {"min_tokens": LONGEST - 8}}
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_client_that_leaves_frees_its_slot(chat: openai.OpenAI, generator: TritonServer, streamed: bool) -> None:
+    if streamed:
+        events = chat.completions.create(**LONG, stream=True)
+        next(events)
+        events.close()
+    else:
+        with pytest.raises(openai.APITimeoutError):
+            chat.with_options(timeout=1.0).completions.create(**LONG)
+    assert wait_until(lambda: _running(generator) == 0, 30)
+
+
+def test_a_full_queue_is_429_and_says_when_to_come_again(chat: openai.OpenAI, generator: TritonServer) -> None:
+    """Two run and two wait: of eight more, all are refused while those run."""
+    held = [chat.completions.create(**LONG, stream=True) for _ in range(2)]
+    for one in held:
+        next(one)
+    with ThreadPoolExecutor(10) as pool:
+        asked = [pool.submit(chat.completions.create, model="tiny-lm", prompt="x", max_tokens=1) for _ in range(10)]
+        assert wait_until(lambda: sum(one.done() for one in asked) >= 8, 60)
+        for one in held:
+            one.close()
+        refused = [error for one in asked if (error := one.exception(60)) is not None]
+    assert len(refused) == 8
+    for error in refused:
+        assert isinstance(error, openai.RateLimitError), error
+        assert error.response.headers["retry-after"] == "1"
+    assert wait_until(lambda: _running(generator) == 0, 30)
+
+
+def test_what_ends_a_triton_does_not_reach_a_generator(chat: openai.OpenAI, generator: TritonServer) -> None:
+    port, pid = int(str(chat.base_url.port)), generator.pid
+    for path in ("/v1/completions", "/v1/chat/completions"):
+        for name, parts in killers(path).items():
+            answer = exchange_raw(port, *parts)
+            assert not answer or answer.startswith(b"HTTP/1.1 4"), (name, answer[:200])
+    generator.require_alive()
+    assert generator.pid == pid
+    assert chat.completions.create(model="tiny-lm", prompt="x", max_tokens=2).usage is not None
