@@ -1,0 +1,166 @@
+"""`trireme serve` with a gateway: keys, deaths, and an end in which nobody loses an answer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import openai
+import psutil
+import pytest
+import yaml
+
+from builders.spec import DeploymentSpec
+from runtime.errors import BadEnvironment
+from runtime.server.gateway_process import Doorway
+from tests import generators
+from tests.conftest import wait_until
+from tests.gateway.asking import exchange_raw
+
+KEY = "a-key-of-a-test"
+LONGEST = 2048
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("served")
+    source = generators.save_generator(folder / "model", "llama", max_position_embeddings=LONGEST)
+    made = DeploymentSpec.model_validate(
+        {
+            "name": "tiny-lm",
+            "model": {"source": str(source), "task": "generation", "max_length": LONGEST},
+            "precision": {"cpu": "fp32", "calibration_samples": 32},
+            "generation": {"slots": 2, "cache_lengths": [LONGEST]},
+        }
+    )
+    (folder / "spec.yaml").write_text(yaml.safe_dump(made.model_dump(mode="json")))
+    (folder / "keys").write_text(f"test:{hashlib.sha256(KEY.encode()).hexdigest()}\n")
+    return folder / "spec.yaml"
+
+
+def _command(spec: Path, *options: object) -> list[str]:
+    ports = [f"--{name}-port=0" for name in ("http", "grpc", "metrics")]
+    build = ["--build-dir", str(spec.parent / "build")]
+    return [sys.executable, "-m", "builders", "serve", str(spec), "--json", *build, *ports, *map(str, options)]
+
+
+@contextmanager
+def _serving(spec: Path) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
+    command = _command(spec, "--gateway-port", 0, "--api-keys-file", spec.parent / "keys")
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    try:
+        line = process.stdout.readline()
+        assert line, process.stderr.read()
+        yield process, json.loads(line)
+    finally:
+        process.terminate()
+        process.communicate(timeout=90)
+
+
+def _client(facts: dict[str, Any]) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"http://{facts['gateway']}/v1", api_key=KEY, max_retries=0)
+
+
+def _ready(facts: dict[str, Any]) -> bool:
+    try:
+        return bool(urllib.request.urlopen(f"http://{facts['gateway']}/readyz", timeout=20).status == 200)
+    except (urllib.error.HTTPError, ConnectionError, urllib.error.URLError):
+        return False
+
+
+def _gone(pid: int) -> bool:
+    """A zombie is gone: whose it is now need not wait for it."""
+    try:
+        return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
+
+
+@pytest.mark.triton
+def test_a_gateway_lives_beside_its_server_and_outlives_deaths(spec: Path) -> None:
+    with _serving(spec) as (process, facts), _client(facts) as client:
+        assert wait_until(lambda: _ready(facts), 30)
+        ask = {"model": "tiny-lm", "prompt": "open", "max_tokens": 5, "temperature": 0}
+        text = client.completions.create(**ask).choices[0].text
+        with pytest.raises(openai.AuthenticationError):
+            client.with_options(api_key="another").completions.create(**ask)
+
+        os.kill(facts["gateway_pid"], signal.SIGKILL)  # the next client waits for the next gateway
+        assert client.completions.create(**ask).choices[0].text == text
+
+        os.kill(facts["pid"], signal.SIGKILL)
+        assert wait_until(lambda: not _ready(facts), 30)
+        with pytest.raises(openai.InternalServerError) as caught:
+            client.completions.create(**ask)
+        assert caught.value.status_code == 503
+        assert wait_until(lambda: _ready(facts), 120)
+        assert client.completions.create(**ask).choices[0].text == text
+        gateways = [one.pid for one in psutil.Process(process.pid).children() if "runtime.gateway" in one.cmdline()]
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(90) == 0
+        assert all(_gone(pid) for pid in gateways)
+
+
+@pytest.mark.triton
+def test_streams_end_before_the_server_does(spec: Path) -> None:
+    with _serving(spec) as (process, facts), _client(facts) as client:
+        asked = LONGEST // 2
+        stream = client.completions.create(
+            model="tiny-lm", prompt="x", max_tokens=asked, stream=True, extra_body={"min_tokens": asked},
+            stream_options={"include_usage": True},
+        )  # fmt: skip
+        next(stream)
+        process.send_signal(signal.SIGTERM)
+        events = list(stream)
+        assert events[-1].usage is not None
+        assert events[-1].usage.completion_tokens == asked
+        assert process.wait(90) == 0
+        port = facts["gateway"].split(":")[1]
+        with pytest.raises(ConnectionError):
+            exchange_raw(int(port), b"GET /healthz HTTP/1.1\r\n\r\n")
+
+
+@pytest.mark.triton
+def test_nothing_is_left_when_the_launcher_is_killed(spec: Path) -> None:
+    with _serving(spec) as (process, facts):
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait(30)
+        for name in ("gateway_pid", "pid"):
+            assert wait_until(partial(_gone, facts[name]), 60), name
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--gateway-port", 0, "--gateway-address", "0.0.0.0"], "would answer anybody"),
+        (["--gateway-port", 0, "--api-keys-file", "/nowhere"], "--api-keys-file"),
+        (["--api-keys-file", "keys"], "--gateway-port"),
+    ],
+)
+def test_a_door_that_would_stand_open_is_refused_before_anything_is_built(
+    spec: Path, options: list[object], said: str
+) -> None:
+    done = subprocess.run(_command(spec, *options), capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert said in done.stderr
+
+
+def test_a_busy_port_is_named() -> None:
+    with Doorway(0).listen() as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(BadEnvironment, match="choose another with --gateway-port"):
+            Doorway(port).listen()
+    Doorway(0, "0.0.0.0", no_auth=True).require_closed()
