@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
 import logging
 import signal
 import socket
@@ -81,6 +82,7 @@ async def _serve(arguments: argparse.Namespace) -> None:
         loop.add_signal_handler(number, drain)
     if arguments.supervised:
         await loop.connect_read_pipe(lambda: _Supervisor(readiness, drain), sys.stdin)
+    gc.freeze()  # what is there now stays: no collection need look at it
     await server.serve([_listener(arguments)])
     upstream.close()
     metrics.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,6 +12,7 @@ import orjson
 
 from runtime.gateway.exchange import Exchange
 
+_TOGETHER_S = 0.2  # lines are written so often; a write for each would cost a tenth of the gateway's time
 _LARGEST = 64 << 20  # then the file becomes FILE.1, and the one that was there goes
 
 
@@ -21,6 +23,7 @@ class AccessLog:
         self._file, self._largest = file, largest
         self._stream: BinaryIO | None = None
         self._size = 0
+        self._lines: list[bytes] = []
         if file is not None:
             self._open(file)
 
@@ -36,13 +39,23 @@ class AccessLog:
             "method": exchange.scope["method"], "route": exchange.label, "status": exchange.status,
             "ms": round(1e3 * seconds, 2), "bytes_in": exchange.bytes_in, "bytes_out": exchange.bytes_out,
         }  # fmt: skip
+        self._lines.append(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
+        if len(self._lines) == 1:
+            asyncio.get_running_loop().call_later(_TOGETHER_S, self.flush)
+
+    def flush(self) -> None:
+        if self._stream is None or self._file is None or not self._lines:
+            return
+        text = b"".join(self._lines)
+        self._lines.clear()
         with contextlib.suppress(OSError):
-            self._size += self._stream.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE)) or 0
+            self._size += self._stream.write(text) or 0
             if self._size > self._largest:
                 self._stream.close()
                 self._file.replace(self._file.with_name(f"{self._file.name}.1"))
                 self._open(self._file)
 
     def close(self) -> None:
+        self.flush()
         if self._stream is not None:
             self._stream.close()

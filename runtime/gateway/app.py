@@ -82,14 +82,15 @@ def make_door(
     completions = Completions(triton, ChatTemplates(repository, triton.model, limits.rendered), limits)
     kserve = Kserve(triton, limits)
     table: list[tuple[str, str, Handler, bool]] = [
+        ("/v1/embeddings", "POST", Embeddings(triton, limits), False),  # tried from the top: what is asked most
+        ("/v1/completions", "POST", completions.complete, False),
+        ("/v1/chat/completions", "POST", completions.chat, False),
+        ("/v2/models/{name}/infer", "POST", kserve.infer, False),
+        ("/v1/models", "GET", own.models, False),
+        ("/v1/models/{name}", "GET", own.model, False),
         ("/healthz", "GET", own.live, True),
         ("/readyz", "GET", own.ready, True),
         ("/metrics", "GET", own.metrics, False),
-        ("/v1/models", "GET", own.models, False),
-        ("/v1/models/{name}", "GET", own.model, False),
-        ("/v1/embeddings", "POST", Embeddings(triton, limits), False),
-        ("/v1/completions", "POST", completions.complete, False),
-        ("/v1/chat/completions", "POST", completions.chat, False),
         ("/v2", "GET", kserve.server, False),
         ("/v2/health/live", "GET", own.live, True),
         ("/v2/health/ready", "GET", own.ready, True),

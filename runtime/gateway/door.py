@@ -56,7 +56,7 @@ class Door:
         self, routes: list[Route], guards: Guards, counters: Counters, log: AccessLog, gone: Callable[[], None]
     ) -> None:
         self._router = Router(routes, redirect_slashes=False, default=_not_found)
-        self._guards, self._counters, self._log, self._gone = guards, counters, log, gone
+        self._guards, self._counters, self.log, self._gone = guards, counters, log, gone
 
     async def __call__(
         self, scope: Message, receive: Callable[[], Awaitable[Message]], send: Callable[[Message], Awaitable[None]]
@@ -75,7 +75,7 @@ class Door:
             exchange.release()
             seconds = time.monotonic() - started
             self._counters.ended(exchange.label, exchange.status, seconds, exchange.bytes_in, exchange.bytes_out)
-            self._log.write(exchange, seconds)
+            self.log.write(exchange, seconds)
 
     async def _answer(self, scope: Message, exchange: Exchange) -> None:
         try:

@@ -15,6 +15,7 @@ T = TypeVar("T")
 Message = MutableMapping[str, Any]
 JSON = frozenset({b"application/json"})
 JSON_OR_BINARY = JSON | {b"application/octet-stream"}
+_MOMENTS_S = 0.03
 GONE_STATUS = 499  # what proxies write of a client that did not wait
 
 
@@ -49,7 +50,7 @@ class Exchange:
         self.caller = ""
         self.label = "other"
         self.status = GONE_STATUS
-        self.started = self.read = False
+        self.started = self.read = self._left = False
         self.bytes_in = self.bytes_out = self._held = 0
 
     @property
@@ -94,22 +95,30 @@ class Exchange:
         self._held = 0
 
     async def unless_gone(self, work: Coroutine[Any, Any, T]) -> T:
-        """What the work gives; it is cancelled when the client leaves, and ClientGone is raised."""
-        doing = asyncio.ensure_future(work)
-        watching = asyncio.ensure_future(self._gone())
+        """What the work gives; it is cancelled when the client leaves, and ClientGone is raised. One that leaves within
+        the first moments is noticed after them: most answers are there by then, and cost no second task."""
+        doing = asyncio.current_task()
+        assert doing is not None
+        watching: list[asyncio.Task[None]] = []
+        loop = asyncio.get_running_loop()
+        later = loop.call_later(_MOMENTS_S, lambda: watching.append(loop.create_task(self._cancel_when_gone(doing))))
         try:
-            await asyncio.wait((doing, watching), return_when=asyncio.FIRST_COMPLETED)
-            if doing.done():
-                return doing.result()
-            raise ClientGone("while it was answered")
+            return await work
+        except asyncio.CancelledError:
+            if not self._left:
+                raise
+            doing.uncancel()
+            raise ClientGone("while it was answered") from None
         finally:
-            for task in (doing, watching):
+            later.cancel()
+            for task in watching:
                 task.cancel()
-            await asyncio.gather(doing, watching, return_exceptions=True)
 
-    async def _gone(self) -> None:
+    async def _cancel_when_gone(self, doing: asyncio.Task[Any]) -> None:
         while (await self.receive())["type"] != "http.disconnect":
-            self.read = True  # what is left of a body that nobody asked for
+            pass
+        self._left = True
+        doing.cancel()
 
     async def answer(
         self,

@@ -144,6 +144,7 @@ async def ask(
         "headers": given, "client": ("10.0.0.9", 5), "root_path": "", "http_version": "1.1", "scheme": "http",
     }  # fmt: skip
     await asyncio.wait_for(door(scope, receive, send), 20)
+    door.log.flush()
     if not sent:
         return Got(0, {}, b"")
     head = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
