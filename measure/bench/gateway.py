@@ -38,7 +38,7 @@ Ask = Callable[[str], Awaitable[NDArray[np.float32]]]
 
 
 @dataclass(frozen=True)
-class Block:
+class TimedBlock:
     p50_ms: float
     per_s: float
 
@@ -55,7 +55,7 @@ class Compared:
     server_cpu_us: float  # a request, of Triton and its stubs
 
     @staticmethod
-    def of(users: int, pairs: Sequence[tuple[Block, Block]], gateway_s: float, server_s: float) -> Compared:
+    def of(users: int, pairs: Sequence[tuple[TimedBlock, TimedBlock]], gateway_s: float, server_s: float) -> Compared:
         requests = len(pairs) * REQUESTS[users]
         return Compared(
             users,
@@ -163,7 +163,7 @@ def _through(door: Upstream, model: str) -> Ask:
     return ask
 
 
-async def _block(ask: Ask, texts: Sequence[str], users: int) -> Block:
+async def _block(ask: Ask, texts: Sequence[str], users: int) -> TimedBlock:
     """Every text once, by users who each wait for their answer."""
     left, taken = list(texts), []
 
@@ -178,7 +178,7 @@ async def _block(ask: Ask, texts: Sequence[str], users: int) -> Block:
     async with asyncio.TaskGroup() as group:
         for _ in range(users):
             group.create_task(user())
-    return Block(1e3 * median(taken), len(taken) / (time.perf_counter() - began))
+    return TimedBlock(1e3 * median(taken), len(taken) / (time.perf_counter() - began))
 
 
 if __name__ == "__main__":

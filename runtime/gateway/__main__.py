@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.errors import BadEnvironment
-from runtime.gateway.limits import Limits
+from runtime.gateway.limits import DoorLimits
 from runtime.gateway.readiness import Readiness
 
 _LOOPBACK = "127.0.0.1"
@@ -43,7 +43,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--supervised", action="store_true", help="standard input says what is ready, and ends with us")
     for name in _LIMITS:
         kind = float if name.endswith("_s") or name == "rate_per_key" else int
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=getattr(Limits, name))
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=getattr(DoorLimits, name))
     return parser.parse_args()
 
 
@@ -57,7 +57,7 @@ async def _serve(arguments: argparse.Namespace) -> None:
     from runtime.gateway.triton import Triton
     from runtime.gateway.upstream import Upstream
 
-    limits = Limits(**{name: getattr(arguments, name) for name in _LIMITS})
+    limits = DoorLimits(**{name: getattr(arguments, name) for name in _LIMITS})
     keys = None if arguments.api_keys_file is None else Keys.load(arguments.api_keys_file)
     require_keys(arguments.address, keys is not None, arguments.no_auth)
     readiness = Readiness(arguments.supervised)

@@ -11,14 +11,14 @@ import orjson
 from runtime.gateway.access_log import AccessLog
 from runtime.gateway.chat import ChatTemplates
 from runtime.gateway.completions import Completions
-from runtime.gateway.counters import Counters
+from runtime.gateway.counters import DoorCounters
 from runtime.gateway.door import Door, Handler, route
 from runtime.gateway.embeddings import Embeddings, require_model
 from runtime.gateway.exchange import Exchange
 from runtime.gateway.guards import Guards
 from runtime.gateway.keys import Keys
 from runtime.gateway.kserve import Kserve
-from runtime.gateway.limits import Limits
+from runtime.gateway.limits import DoorLimits
 from runtime.gateway.readiness import Readiness
 from runtime.gateway.refused import Refused
 from runtime.gateway.triton import Triton
@@ -34,7 +34,7 @@ class Own:
 
     triton: Triton
     readiness: Readiness
-    counters: Counters
+    counters: DoorCounters
     guards: Guards
     began: int
 
@@ -75,9 +75,9 @@ class Own:
 
 
 def make_door(
-    triton: Triton, limits: Limits, keys: Keys | None, repository: Path | None, readiness: Readiness, log: AccessLog
+    triton: Triton, limits: DoorLimits, keys: Keys | None, repository: Path | None, readiness: Readiness, log: AccessLog
 ) -> Door:
-    guards, counters = Guards(limits, keys), Counters()
+    guards, counters = Guards(limits, keys), DoorCounters()
     own = Own(triton, readiness, counters, guards, int(time.time()))
     completions = Completions(triton, ChatTemplates(repository, triton.model, limits.rendered), limits)
     kserve = Kserve(triton, limits)

@@ -16,7 +16,7 @@ from runtime.gateway.bodies import read_json
 from runtime.gateway.chat import ChatTemplates
 from runtime.gateway.embeddings import require_model
 from runtime.gateway.exchange import Exchange, together
-from runtime.gateway.limits import Limits
+from runtime.gateway.limits import DoorLimits
 from runtime.gateway.openai_requests import ChatRequest, CompletionRequest, Sampled
 from runtime.gateway.refused import Refused, as_refused
 from runtime.gateway.triton import Triton
@@ -64,7 +64,7 @@ class Whole:
 class Completions:
     """Both endpoints. Routes name `complete` and `chat`."""
 
-    def __init__(self, triton: Triton, templates: ChatTemplates, limits: Limits) -> None:
+    def __init__(self, triton: Triton, templates: ChatTemplates, limits: DoorLimits) -> None:
         self._triton, self._templates, self._limits = triton, templates, limits
 
     async def complete(self, exchange: Exchange) -> None:

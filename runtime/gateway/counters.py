@@ -10,7 +10,7 @@ _BOUNDS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0
 
 
 @dataclass
-class Counters:
+class DoorCounters:
     """Labels are of our own route table, so that there are few."""
 
     requests: Counter[tuple[str, int]] = field(default_factory=Counter)

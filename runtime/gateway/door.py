@@ -18,7 +18,7 @@ from starlette.routing import Route, Router
 
 from runtime.errors import ServingError
 from runtime.gateway.access_log import AccessLog
-from runtime.gateway.counters import Counters
+from runtime.gateway.counters import DoorCounters
 from runtime.gateway.exchange import GONE_STATUS, ClientGone, Exchange, Message
 from runtime.gateway.guards import Guards
 from runtime.gateway.refused import Refused, as_refused
@@ -53,7 +53,7 @@ class Door:
     """`gone`: told when the model's server has broken off."""
 
     def __init__(
-        self, routes: list[Route], guards: Guards, counters: Counters, log: AccessLog, gone: Callable[[], None]
+        self, routes: list[Route], guards: Guards, counters: DoorCounters, log: AccessLog, gone: Callable[[], None]
     ) -> None:
         self._router = Router(routes, redirect_slashes=False, default=_not_found)
         self._guards, self._counters, self.log, self._gone = guards, counters, log, gone

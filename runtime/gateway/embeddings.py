@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from runtime.gateway.bodies import read_json
 from runtime.gateway.exchange import Exchange, together
-from runtime.gateway.limits import Limits
+from runtime.gateway.limits import DoorLimits
 from runtime.gateway.openai_requests import EmbeddingRequest
 from runtime.gateway.refused import Refused
 from runtime.gateway.triton import Blob, Facts, Triton, pack_texts
@@ -23,7 +23,7 @@ _AT_ONCE = 4  # batches of one request
 
 
 class Embeddings:
-    def __init__(self, triton: Triton, limits: Limits) -> None:
+    def __init__(self, triton: Triton, limits: DoorLimits) -> None:
         self._triton, self._limits = triton, limits
 
     async def __call__(self, exchange: Exchange) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from runtime.gateway.keys import Keys
-from runtime.gateway.limits import Limits
+from runtime.gateway.limits import DoorLimits
 from runtime.gateway.refused import Refused
 
 _MOST_BUCKETS = 4096  # callers without a key are addresses, of which there are many
@@ -17,7 +17,7 @@ _MOST_BUCKETS = 4096  # callers without a key are addresses, of which there are 
 class Guards:
     """`keys` None: everybody may come in, and each address is a caller. Used by one thread."""
 
-    def __init__(self, limits: Limits, keys: Keys | None, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, limits: DoorLimits, keys: Keys | None, clock: Callable[[], float] = time.monotonic) -> None:
         self.limits, self._keys, self._clock = limits, keys, clock
         self.running: Counter[str] = Counter()
         self.bytes = 0

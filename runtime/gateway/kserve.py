@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from runtime.gateway.bodies import read_json
 from runtime.gateway.exchange import JSON_OR_BINARY, Exchange
-from runtime.gateway.limits import Limits
+from runtime.gateway.limits import DoorLimits
 from runtime.gateway.refused import Refused
 from runtime.gateway.triton import NUMPY, Blob, Facts, Triton, pack_texts, unpack_texts
 
@@ -57,7 +57,7 @@ _REQUEST = msgspec.json.Decoder(InferRequest)
 class Kserve:
     """The endpoints of the one model that is served."""
 
-    def __init__(self, triton: Triton, limits: Limits) -> None:
+    def __init__(self, triton: Triton, limits: DoorLimits) -> None:
         self._triton, self._limits = triton, limits
 
     async def server(self, exchange: Exchange) -> None:

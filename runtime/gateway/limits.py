@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Limits:
+class DoorLimits:
     """Sizes in bytes unless the name says otherwise.
 
     header_bytes, headers      of a request's head, its line included

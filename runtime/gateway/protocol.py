@@ -14,7 +14,7 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
-from runtime.gateway.limits import Limits
+from runtime.gateway.limits import DoorLimits
 
 _REASONS = {400: b"Bad Request", 408: b"Request Timeout", 413: b"Content Too Large", 431: b"Header Fields Too Large"}
 
@@ -22,7 +22,7 @@ _REASONS = {400: b"Bad Request", 408: b"Request Timeout", 413: b"Content Too Lar
 class BoundedProtocol(HttpToolsProtocol):
     """One connection. `limits` and `addresses`, how many connections each address has, are set by `bounded`."""
 
-    limits = Limits()
+    limits = DoorLimits()
     addresses: ClassVar[Counter[str]] = Counter()
 
     def __init__(
@@ -135,6 +135,6 @@ class BoundedProtocol(HttpToolsProtocol):
         self.transport.close()
 
 
-def bounded(limits: Limits) -> type[BoundedProtocol]:
+def bounded(limits: DoorLimits) -> type[BoundedProtocol]:
     """The protocol with these limits, and a count of connections of its own."""
     return type("_Bounded", (BoundedProtocol,), {"limits": limits, "addresses": Counter()})

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from runtime.errors import ServingError
 from runtime.gateway.refused import Refused, upstream_refusal
-from runtime.gateway.upstream import Answer, Upstream
+from runtime.gateway.upstream import UpstreamAnswer, Upstream
 
 NUMPY = {
     "BOOL": np.bool_, "UINT8": np.uint8, "UINT16": np.uint16, "UINT32": np.uint32, "UINT64": np.uint64,
@@ -182,7 +182,7 @@ def _error_text(body: bytes) -> str:
         return ""
 
 
-def _outputs(answer: Answer, body: bytes) -> dict[str, Blob]:
+def _outputs(answer: UpstreamAnswer, body: bytes) -> dict[str, Blob]:
     try:
         place = int(answer.headers.get(b"inference-header-content-length", len(body)))
         header = orjson.loads(body[:place])

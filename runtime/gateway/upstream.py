@@ -28,7 +28,7 @@ class UpstreamGone(TriremeError):
         self.nothing_came = nothing_came
 
 
-class Connection(asyncio.Protocol):
+class UpstreamConnection(asyncio.Protocol):
     """One kept connection with at most one request on it. `streaming`: what comes waits until it is taken."""
 
     streaming = False
@@ -116,10 +116,10 @@ class Connection(asyncio.Protocol):
         self.complete = not self.lost
 
 
-class Answer:
+class UpstreamAnswer:
     """An answer whose head has come."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: UpstreamConnection) -> None:
         self._connection = connection
         self.status, self.headers = connection.status, connection.headers
 
@@ -149,14 +149,14 @@ class Upstream:
 
     def __init__(self, host: str, port: int, most: int, answer_bytes: int) -> None:
         self._host, self._port, self._answer_bytes = host, port, answer_bytes
-        self._idle: deque[Connection] = deque()
+        self._idle: deque[UpstreamConnection] = deque()
         self._free = asyncio.Semaphore(most)
         self._host_header = f"{host}:{port}".encode()
 
     @contextlib.asynccontextmanager
     async def ask(
         self, method: bytes, path: str, headers: bytes = b"", body: tuple[bytes, ...] = (), stream: bool = False
-    ) -> AsyncIterator[Answer]:
+    ) -> AsyncIterator[UpstreamAnswer]:
         """`headers` are whole lines. The connection is kept when the answer was read to its end, else closed. A kept
         one that was closed meanwhile is no fault: the request goes again over a fresh one."""
         size = sum(map(len, body))
@@ -166,7 +166,7 @@ class Upstream:
         async with self._free:
             connection = await self._answered(head, body, stream)
             try:
-                yield Answer(connection)
+                yield UpstreamAnswer(connection)
             finally:
                 if connection.reusable:
                     connection.take()
@@ -174,7 +174,7 @@ class Upstream:
                 else:
                     connection.transport.abort()
 
-    async def _answered(self, head: bytes, body: tuple[bytes, ...], stream: bool) -> Connection:
+    async def _answered(self, head: bytes, body: tuple[bytes, ...], stream: bool) -> UpstreamConnection:
         """A connection on which the head of the answer has come."""
         while True:
             kept = self._kept()
@@ -192,19 +192,19 @@ class Upstream:
             if kept is None or connection.came:
                 raise UpstreamGone("the model's server broke the connection", nothing_came=not connection.came)
 
-    def _kept(self) -> Connection | None:
+    def _kept(self) -> UpstreamConnection | None:
         while self._idle:
             connection = self._idle.pop()
             if not connection.lost:
                 return connection
         return None
 
-    async def _open(self) -> Connection:
+    async def _open(self) -> UpstreamConnection:
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(_CONNECT_S):
                 _, connection = await loop.create_connection(
-                    lambda: Connection(self._answer_bytes), self._host, self._port
+                    lambda: UpstreamConnection(self._answer_bytes), self._host, self._port
                 )
         except OSError as error:  # a timeout is one
             raise UpstreamGone("the model's server does not answer") from error

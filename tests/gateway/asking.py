@@ -19,7 +19,7 @@ from runtime.gateway.access_log import AccessLog
 from runtime.gateway.app import make_door
 from runtime.gateway.door import Door
 from runtime.gateway.keys import Keys
-from runtime.gateway.limits import Limits
+from runtime.gateway.limits import DoorLimits
 from runtime.gateway.readiness import Readiness
 from runtime.gateway.triton import Blob, Facts
 
@@ -108,12 +108,12 @@ class Got:
 
 
 def door_of(
-    triton: FakeTriton, limits: Limits | None = None, keys: Keys | None = None, log: Path | None = None,
+    triton: FakeTriton, limits: DoorLimits | None = None, keys: Keys | None = None, log: Path | None = None,
     repository: Path | None = None,
 ) -> Door:  # fmt: skip
     return make_door(
         triton,  # type: ignore[arg-type]
-        limits or Limits(), keys, repository, Readiness(supervised=False), AccessLog(log),
+        limits or DoorLimits(), keys, repository, Readiness(supervised=False), AccessLog(log),
     )  # fmt: skip
 
 

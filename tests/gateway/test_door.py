@@ -18,7 +18,7 @@ from runtime.errors import BadEnvironment
 from runtime.gateway.bodies import require_shallow
 from runtime.gateway.guards import Guards
 from runtime.gateway.keys import Keys
-from runtime.gateway.limits import Limits
+from runtime.gateway.limits import DoorLimits
 from runtime.gateway.refused import Refused, upstream_refusal
 from runtime.gateway.upstream import UpstreamGone
 from runtime.settings import ChatSettings, GeneratorModelSettings, ServedModel
@@ -284,7 +284,7 @@ def test_a_bad_file_of_keys_is_refused(text: str, tmp_path: Path) -> None:
 
 def test_rates_and_requests_at_once_are_each_callers_own() -> None:
     now = [0.0]
-    guards = Guards(Limits(rate_per_key=2.0, requests_per_key=2), None, clock=lambda: now[0])
+    guards = Guards(DoorLimits(rate_per_key=2.0, requests_per_key=2), None, clock=lambda: now[0])
     for _ in range(2):
         with guards.admitted("a"):
             pass
@@ -301,11 +301,11 @@ def test_rates_and_requests_at_once_are_each_callers_own() -> None:
 
 
 def test_bodies_are_bounded_alone_and_together() -> None:
-    door = door_of(FakeTriton(), Limits(body_bytes=100, bytes_in_flight=150))
+    door = door_of(FakeTriton(), DoorLimits(body_bytes=100, bytes_in_flight=150))
     assert post(door, "/v1/embeddings", {**TEXT, "input": "x" * 200}).status == 413
     chunked = {"transfer-encoding": "chunked"}
     assert post(door, "/v1/embeddings", {**TEXT, "input": "x" * 200}, chunked).status == 413
-    small = door_of(FakeTriton(), Limits(body_bytes=100, bytes_in_flight=10))
+    small = door_of(FakeTriton(), DoorLimits(body_bytes=100, bytes_in_flight=10))
     assert [post(small, "/v1/embeddings", TEXT).status for _ in range(2)] == [429, 429]
     assert post(door, "/v1/embeddings", TEXT).status == 200
 

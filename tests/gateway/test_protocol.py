@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from runtime.gateway.limits import Limits
+from runtime.gateway.limits import DoorLimits
 from tests.gateway.asking import exchange_raw, gateway
 from tests.gateway.killers import killers
 
@@ -117,6 +117,6 @@ def _wait_healthy(port: int) -> bool:
 
 
 def test_limits_have_room_for_what_they_bound() -> None:
-    limits = Limits()
+    limits = DoorLimits()
     assert limits.bytes_in_flight > limits.body_bytes
     assert limits.requests >= limits.requests_per_key
