@@ -144,7 +144,8 @@ def _direct(triton: Triton) -> Ask:
     async def ask(text: str) -> NDArray[np.float32]:
         item = Blob("text", "BYTES", (1, 1), pack_texts([text.encode()]))
         found = await triton.infer([item], ["embedding", "token_count"], "", {})
-        return found["embedding"].array()[0]
+        vector: NDArray[np.float32] = found["embedding"].array()[0]
+        return vector
 
     return ask
 

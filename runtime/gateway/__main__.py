@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from runtime.errors import BadEnvironment
+from runtime.exposed import require_keys
 from runtime.gateway.limits import DoorLimits
 from runtime.gateway.readiness import Readiness
 
 _LOOPBACK = "127.0.0.1"
 _LIMITS = (
-    "head_s", "body_s", "answer_s", "body_bytes", "connections_per_address", "requests", "requests_per_key",
-    "rate_per_key",
+    "head_s", "body_s", "answer_s", "body_bytes", "bytes_in_flight", "connections_per_address", "requests",
+    "requests_per_key", "rate_per_key",
 )  # fmt: skip
 
 
@@ -114,14 +115,6 @@ class _Supervisor(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._drain()
-
-
-def require_keys(address: str, has_keys: bool, no_auth: bool) -> None:
-    """Raises BadEnvironment for a door that stands open to a network unawares."""
-    if address not in (_LOOPBACK, "localhost", "::1") and not has_keys and not no_auth:
-        raise BadEnvironment(
-            f"the gateway on {address} would answer anybody; give --api-keys-file, or say --no-auth where that is meant"
-        )
 
 
 def _listener(arguments: argparse.Namespace) -> socket.socket:

@@ -69,8 +69,6 @@ class Exchange:
         declared = declared_size(self.headers)
         if declared is not None and declared > most:
             raise Refused(413, f"the body has {declared} bytes; at most {most} are taken", close=True)
-        if declared is not None:
-            self._hold(declared)
         pieces = []
         while not self.read:
             message = await self.receive()
@@ -80,15 +78,14 @@ class Exchange:
             self.bytes_in += len(piece)
             if self.bytes_in > most:
                 raise Refused(413, f"the body has more than the {most} bytes that are taken", close=True)
-            self._hold(self.bytes_in - self._held)
+            self._hold(len(piece))  # what came, not what was declared: a declaration costs its sender nothing
             pieces.append(piece)
             self.read = not message.get("more_body", False)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def _hold(self, size: int) -> None:
-        if size > 0:
-            self._guards.hold(size)
-            self._held += size
+        self._guards.hold(size)
+        self._held += size
 
     def release(self) -> None:
         self._guards.release(self._held)
@@ -133,7 +130,8 @@ class Exchange:
     async def start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         self.started, self.status = True, status
         # A body that nobody reads would be received and thrown away for as long as it comes.
-        closing = [] if self._nothing_comes() else [(b"connection", b"close")]
+        told = any(name == b"connection" for name, _ in headers)
+        closing = [] if told or self._nothing_comes() else [(b"connection", b"close")]
         head = [*headers, (b"x-request-id", self.id.encode()), (b"x-content-type-options", b"nosniff"), *closing]
         await self.send({"type": "http.response.start", "status": status, "headers": head})
 

@@ -62,8 +62,6 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.transport.is_closing():
             return  # what was on its way when the connection was given up
         if self._reading_head:
-            if not self._head_bytes:
-                self._by(self.limits.head_s)
             self._head_bytes += len(data)
         super().data_received(data)
         # After the parser: a head that ended within these bytes is no longer read. One piece is at most 256 kB.
@@ -72,6 +70,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self._by(self.limits.head_s)  # empty lines before it begin nothing
         self._reading_head, self._chunks = True, 0
         self._fields = self._field_bytes = 0
 

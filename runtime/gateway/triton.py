@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from runtime.errors import ServingError
 from runtime.gateway.refused import Refused, upstream_refusal
-from runtime.gateway.upstream import UpstreamAnswer, Upstream
+from runtime.gateway.upstream import Upstream, UpstreamAnswer
 
 NUMPY = {
     "BOOL": np.bool_, "UINT8": np.uint8, "UINT16": np.uint16, "UINT32": np.uint32, "UINT64": np.uint64,

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from runtime.backoff import pause_s
 from runtime.errors import BadEnvironment, ServerFault
+from runtime.exposed import require_keys
 from runtime.server.health import Health
 from runtime.server.launch import LOOPBACK, TritonServer
 
@@ -40,11 +41,7 @@ class Doorway:
     def require_closed(self) -> None:
         """Raises BadEnvironment for a door that would stand open to a network unawares. The gateway itself judges keys;
         this is said before anything is built or started."""
-        if self.address not in (LOOPBACK, "localhost", "::1") and self.keys_file is None and not self.no_auth:
-            raise BadEnvironment(
-                f"the gateway on {self.address} would answer anybody; give --api-keys-file, or say --no-auth where "
-                "that is meant"
-            )
+        require_keys(self.address, self.keys_file is not None, self.no_auth)
         if self.keys_file is not None and not os.access(self.keys_file, os.R_OK):
             raise BadEnvironment(f"--api-keys-file {self.keys_file} cannot be read; give a file of lines name:sha256")
 

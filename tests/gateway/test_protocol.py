@@ -93,6 +93,20 @@ def test_a_trickle_does_not_move_the_deadline() -> None:
         assert sent < 1000
 
 
+def test_what_is_only_declared_takes_no_room_from_others() -> None:
+    request = b'{"model": "m", "input": "x"}'
+    as_json = b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n"
+    with gateway("m", 9, 9, "--bytes-in-flight", "1000") as port:
+        held = [socket.create_connection(("127.0.0.1", port), timeout=20) for _ in range(4)]
+        for one in held:
+            one.sendall(as_json % 900 + b"Expect: 100-continue\r\n\r\n")
+            assert one.recv(1000).startswith(b"HTTP/1.1 100")  # it reads
+        answer = exchange_raw(port, as_json % len(request) + b"Connection: close\r\n\r\n" + request)
+        assert answer.startswith(b"HTTP/1.1 503"), "there is no model's server"
+        for one in held:
+            one.close()
+
+
 def test_connections_of_one_address_are_bounded() -> None:
     most = 3
     with gateway("m", 9, 9, "--connections-per-address", str(most)) as port:
