@@ -248,9 +248,9 @@ class TritonServer:
         secret = self.exposure.control_secret
         return {} if secret is None else {f"triton-grpc-protocol-{ADMIN_HEADER}": secret}
 
-    def require_alive(self) -> None:
+    def require_alive(self, settled_s: float = SETTLED_S) -> None:
         """Raises ServerFault with the end of the log when the server has died."""
-        how = self.dead()
+        how = self.dead(settled_s)
         if how is not None:
             raise ServerFault(f"{how}\nLast of its log:\n{self.log_tail()}")
 

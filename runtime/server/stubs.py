@@ -12,8 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 SETTLED_S = 0.3  # Triton waits for a stub that it ends within some milliseconds
-# While models are loaded or unloaded it ends stubs itself, and where no core is free it may be slow to wait for them.
-_CHANGING_S, _CHANGING_SETTLED_S = 10.0, 3.0
+LOADING_SETTLED_S = 3.0  # while it loads or unloads models, and no core may be free for the thread that waits
 
 
 class Stubs:
@@ -22,7 +21,6 @@ class Stubs:
     def __init__(self, server: int, proc: Path = Path("/proc"), clock: Callable[[], float] = time.monotonic) -> None:
         self._server, self._proc, self._clock = server, proc, clock
         self._known: set[int] = set()
-        self._changed = clock()
         self._zombie_since: dict[int, float] = {}
 
     def learn(self) -> None:
@@ -33,22 +31,16 @@ class Stubs:
                 known |= {int(number) for number in path.read_text().split()}
             except OSError:
                 continue  # a thread that has ended meanwhile
-        if known != self._known:
-            self._changed = self._clock()
         self._known = known
 
     def dead(self, settled_s: float = SETTLED_S) -> int | None:
         """The process id of a stub that died, and has been nobody's concern for `settled_s`."""
-        now = self._clock()
-        if now - self._changed < _CHANGING_S:
-            settled_s = max(settled_s, _CHANGING_SETTLED_S)
         for stub in tuple(self._known):
             state = self._state(stub)
             if state is None:
                 self._known.discard(stub)  # unloaded
                 self._zombie_since.pop(stub, None)
-                self._changed = now
-            elif state == "Z" and now - self._zombie_since.setdefault(stub, now) >= settled_s:
+            elif state == "Z" and self._clock() - self._zombie_since.setdefault(stub, self._clock()) >= settled_s:
                 return stub
         return None
 

@@ -23,8 +23,10 @@ from runtime.server.probing import PROBE_TIMEOUT_S, Failure, Probe, failure_of
 from runtime.server.progress import ServerProgress
 from runtime.server.server_proof import ServerProof
 from runtime.server.staging import StagedVersions
+from runtime.server.stubs import LOADING_SETTLED_S, SETTLED_S
 from runtime.server.supervision import STANDSTILL_S, Act, Action, Event, Supervision
 
+_UNLOADED_WITHIN_S = 10.0  # of the answer of another version, or of its end: the stubs of the one that goes
 _LOOK_S = 0.1  # between two looks at whether something has died, and at being asked to stop
 
 
@@ -60,7 +62,7 @@ class Supervisor:
         self._health, self._pace = health or Health(), pace or ProbePace()
         self._prober = ThreadPoolExecutor(1, "probe")
         self._probing: Future[Failure | None] | None = None
-        self._due = 0.0
+        self._due = self._loading_until = 0.0
         self._open()
 
     def _open(self) -> None:
@@ -92,7 +94,7 @@ class Supervisor:
         while time.monotonic() < end and not asked_to_stop.wait(_LOOK_S):
             self._turn()
             self._server.adopt()
-            self._server.require_alive()
+            self._server.require_alive(LOADING_SETTLED_S)
             probed = self._probed()
             if probed is None:
                 continue
@@ -155,7 +157,10 @@ class Supervisor:
 
     def _look(self) -> tuple[Event, str] | None:
         """What has happened since the last look."""
-        died = self._server.dead()
+        now = time.monotonic()
+        if self._staged() is not None:
+            self._loading_until = now + _UNLOADED_WITHIN_S
+        died = self._server.dead(LOADING_SETTLED_S if now < self._loading_until else SETTLED_S)
         if died is not None:
             return Event.DIED, died
         if time.monotonic() < self._due:
