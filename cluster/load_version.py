@@ -290,10 +290,11 @@ def _require_version(address: str, wanted: ModelVersion) -> None:
 @contextmanager
 def _triton(address: str) -> Iterator[Any]:
     """Raises RolloutError with Triton's own words."""
-    from tritonclient.grpc import InferenceServerClient
     from tritonclient.utils import InferenceServerException
 
-    client = InferenceServerClient(address, channel_args=[("grpc.enable_http_proxy", 0)])
+    from runtime.client import connect
+
+    client = connect(address)
     try:
         yield client
     except InferenceServerException as error:

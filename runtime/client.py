@@ -31,6 +31,14 @@ def infer_input(name: str, array: NDArray[Any]) -> Any:
     return item
 
 
+def connect(address: str, *options: tuple[str, int]) -> Any:
+    """tritonclient's gRPC client with these options of the channel. No proxy stands between us and a server that an
+    address names, whatever the environment says."""
+    from tritonclient.grpc import InferenceServerClient
+
+    return InferenceServerClient(address, channel_args=[*options, ("grpc.enable_http_proxy", 0)])
+
+
 @dataclass(frozen=True)
 class Chunk:
     """What came since the last one. The last of all has `finish`, which is `stop` or `length`, and the counts."""
@@ -77,10 +85,7 @@ class Client:
     """One connection, for one request at a time. Closed at the end of `with`."""
 
     def __init__(self, address: str) -> None:
-        from tritonclient.grpc import InferenceServerClient
-
-        options = [("grpc.enable_http_proxy", 0)]
-        self._address, self._client = address, InferenceServerClient(address, channel_args=options)
+        self._address, self._client = address, connect(address)
 
     def __enter__(self) -> Client:
         return self

@@ -16,6 +16,7 @@ from loadtest.requests.prompts import Prompt
 from loadtest.requests.streaming import Stream, StreamConnection, require_generator, streams_text
 from loadtest.seen.counters import Counters, generator_counters
 from loadtest.seen.proof import ProofFigure, proof_from_metrics
+from runtime.client import connect
 from runtime.prometheus import fetch, model_labels
 from runtime.record import Record
 
@@ -62,12 +63,6 @@ class Snapshot:
     faults: tuple[str, ...] = field(default=())  # what could not be read, and why
 
 
-def _client(address: str) -> Any:
-    import tritonclient.grpc
-
-    return tritonclient.grpc.InferenceServerClient(address, channel_args=[("grpc.enable_http_proxy", 0)])
-
-
 def probe(
     model: str, addresses: Mapping[Protocol, str], grpc_address: str, rows: Sequence[str], prompts: Sequence[Prompt]
 ) -> TestedServer:
@@ -78,7 +73,7 @@ def probe(
     """
     from tritonclient.utils import InferenceServerException
 
-    client = _client(grpc_address)
+    client = connect(grpc_address)
     try:
         triton_version = client.get_server_metadata(as_json=True, client_timeout=CONTROL_TIMEOUT_S)["version"]
         if not client.is_model_ready(model, client_timeout=CONTROL_TIMEOUT_S):
@@ -197,7 +192,7 @@ def snapshot(
 
     statistics: dict[tuple[str, str], Mapping[str, Any]] = {}
     faults: list[str] = []
-    client = _client(grpc_address)
+    client = connect(grpc_address)
     try:
         for name in target.models:
             answer = client.get_inference_statistics(name, as_json=True, client_timeout=CONTROL_TIMEOUT_S)
@@ -236,7 +231,7 @@ def request_counts(grpc_address: str, model: str) -> tuple[int, int] | None:
     """
     from tritonclient.utils import InferenceServerException
 
-    client = _client(grpc_address)
+    client = connect(grpc_address)
     try:
         answer = client.get_inference_statistics(model, as_json=True, client_timeout=CONTROL_TIMEOUT_S)
     except InferenceServerException:

@@ -6,7 +6,6 @@ import importlib.util
 import multiprocessing
 import os
 import platform
-import socket
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -19,6 +18,7 @@ from builders.errors import TriremeError
 from measure.gpu_proof.record import Measured
 from measure.gpu_proof.setting import NotRun, Setting, device_seconds, host_seconds
 from runtime.gpu import visible_gpus
+from runtime.ports import free_ports
 
 if TYPE_CHECKING:
     from builders.spec import Flavour
@@ -156,9 +156,7 @@ def all_reduces(setting: Setting) -> Iterator[Measured]:
     """Over NCCL, a process a GPU; the dry run over gloo, two processes on the CPU."""
     ranks = require_gpus(setting)
     processes: Any = importlib.import_module("torch.multiprocessing")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    [port] = free_ports(1)
     receiver, sender = multiprocessing.get_context("spawn").Pipe(duplex=False)
     context = processes.start_processes(reduce_here, (ranks, port, setting, sender), ranks, join=False, daemon=True)
     sender.close()  # this end: where the ranks die, the pipe ends

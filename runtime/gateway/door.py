@@ -101,7 +101,7 @@ class Door:
             return Refused(504, "the answer took too long")
         if not isinstance(error, ServingError):
             traceback.print_exception(error, file=sys.stderr)
-        return as_refused(error) if isinstance(error, ServingError) else as_refused(ServingError())
+        return as_refused(error)
 
 
 async def _not_found(scope: Message, receive: Any, send: Any) -> None:

@@ -55,7 +55,8 @@ class Refused(ServingError):
         return orjson.dumps({"error": error})
 
 
-def as_refused(error: ServingError) -> Refused:
+def as_refused(error: Exception) -> Refused:
+    """Whatever was not raised for a client to read is told as no more than a failure."""
     if isinstance(error, Refused):
         return error
     if isinstance(error, BadRequest):

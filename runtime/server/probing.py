@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.client import infer_input
+from runtime.client import connect, infer_input
 from runtime.generation.interface import split_status
 
 PROBE_TEXT = "trireme readiness probe"
@@ -23,7 +23,6 @@ _CHANNEL = [
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 100),
     ("grpc.use_local_subchannel_pool", 1),
-    ("grpc.enable_http_proxy", 0),
 ]
 
 
@@ -43,9 +42,7 @@ class Probe:
     """Asks one server. `request_id` is what its generator does not count (see `runtime.generation.interface`)."""
 
     def __init__(self, address: str, request_id: str, timeout_s: float = PROBE_TIMEOUT_S) -> None:
-        from tritonclient.grpc import InferenceServerClient
-
-        self.client = InferenceServerClient(address, channel_args=_CHANNEL)  # of one thread at a time
+        self.client = connect(address, *_CHANNEL)  # of one thread at a time
         self._request_id, self._timeout_s = request_id, timeout_s
 
     def close(self) -> None:

@@ -7,7 +7,6 @@ server-side apply with dry run and conflicts, create, replace, delete, access re
 from __future__ import annotations
 
 import json
-import socket
 import ssl
 import sys
 import threading
@@ -147,9 +146,3 @@ def write_kubeconfig(path: Path, url: str, namespace: str = "prod", authority: P
     }
     path.write_text(yaml.safe_dump(config))
     return path
-
-
-def unused_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -18,6 +18,7 @@ from cluster.diff import changes_text
 from cluster.errors import ClusterError
 from cluster.refusal import Operation, refused
 from cluster.rights import needed_to_apply, require_rights
+from runtime.ports import free_ports
 from tests.cluster.deploy_objects import (
     CONFIG_MAPS,
     DEPLOYMENTS,
@@ -29,7 +30,7 @@ from tests.cluster.deploy_objects import (
     job,
     silent,
 )
-from tests.cluster.fake_api import serving, unused_port, write_kubeconfig
+from tests.cluster.fake_api import serving, write_kubeconfig
 from tests.cluster.fake_cluster import FakeCluster
 
 NAMESPACE: dict[str, Any] = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "fresh"}}
@@ -239,7 +240,7 @@ def test_a_refused_object_leaves_the_others_alone(fake: FakeCluster, tmp_path: P
 
 
 def test_no_cluster(tmp_path: Path) -> None:
-    url = f"http://127.0.0.1:{unused_port()}"
+    url = f"http://127.0.0.1:{free_ports(1)[0]}"
     with (
         Cluster.connect(write_kubeconfig(tmp_path / "kubeconfig", url)) as cluster,
         pytest.raises(

@@ -16,7 +16,8 @@ from cluster.api import Cluster
 from cluster.errors import ClusterError
 from cluster.kinds import PODS
 from cluster.port_forward import PortForward
-from tests.cluster.fake_api import serving, unused_port, write_kubeconfig
+from runtime.ports import free_ports
+from tests.cluster.fake_api import serving, write_kubeconfig
 from tests.cluster.fake_cluster import FakeCluster
 
 POD_PORT = 8001
@@ -177,7 +178,7 @@ def test_a_pod_that_is_not_there(cluster: Cluster) -> None:
 
 
 def test_no_cluster(tmp_path: Path) -> None:
-    url = f"http://127.0.0.1:{unused_port()}"
+    url = f"http://127.0.0.1:{free_ports(1)[0]}"
     with (
         Cluster.connect(write_kubeconfig(tmp_path / "kubeconfig", url)) as cluster,
         pytest.raises(ClusterError, match="refused"),

@@ -22,6 +22,7 @@ from typing import IO
 import pytest
 
 from runtime.errors import BadEnvironment, ServerFault
+from runtime.ports import free_ports
 from runtime.ranks.channel import Channel
 from runtime.ranks.hosts import Gathering, Hosts, _greet, _Greeting, serve_host
 from tests import ROOT
@@ -151,10 +152,7 @@ def hosts(port: int, secret: bytes = b"right") -> Hosts:
 
 @pytest.fixture
 def gathering() -> Iterator[Gathering]:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port = probe.getsockname()[1]
-    with Gathering(hosts(port)) as found:
+    with Gathering(hosts(free_ports(1, "")[0])) as found:
         yield found
 
 

@@ -34,8 +34,8 @@ class TritonPythonModel:
         self.encoder.warm_up(self.inputs, settings.warmup_lengths)
         if args["model_instance_kind"] == "CPU":
             instances = sum(group["count"] for group in config["instance_group"])
-            shared = instances * settings.cores > (os.cpu_count() or 1)
-            costs = self.encoder.fit(self.inputs, shared=shared and instances > 1)
+            shared = instances > 1 and instances * settings.cores > (os.cpu_count() or 1)
+            costs = self.encoder.fit(self.inputs, shared=shared)
             print(f"encoder: {costs.summary}", file=sys.stderr, flush=True)
 
     def execute(self, requests: list[Any]) -> list[Any]:
