@@ -292,7 +292,7 @@ def _triton(address: str) -> Iterator[Any]:
     """Raises RolloutError with Triton's own words."""
     from tritonclient.utils import InferenceServerException
 
-    from runtime.client import connect
+    from runtime.channel import connect
 
     client = connect(address)
     try:

@@ -1,7 +1,7 @@
 """The one client of our models over Triton's gRPC: vectors of texts; pieces of text as they are made.
 
 Who measures or supervises has needs of its own beside it: the load generator times every message (`loadtest.requests`),
-the probe must tell slow from dead (`runtime.server.probing`). They build their requests with `infer_input` too.
+the probe must tell slow from dead (`runtime.server.probing`). All open their clients by `runtime.channel`.
 """
 
 from __future__ import annotations
@@ -16,27 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.channel import connect, infer_input
 from runtime.errors import InputError, ServerFault
 from runtime.generation.interface import split_status
 from runtime.prometheus import fetch, model_labels
-
-
-def infer_input(name: str, array: NDArray[Any]) -> Any:
-    """A request's tensor, with the shape and the type of the array."""
-    from tritonclient.grpc import InferInput
-    from tritonclient.utils import np_to_triton_dtype
-
-    item = InferInput(name, list(array.shape), np_to_triton_dtype(array.dtype))
-    item.set_data_from_numpy(array)
-    return item
-
-
-def connect(address: str, *options: tuple[str, int]) -> Any:
-    """tritonclient's gRPC client with these options of the channel. No proxy stands between us and a server that an
-    address names, whatever the environment says."""
-    from tritonclient.grpc import InferenceServerClient
-
-    return InferenceServerClient(address, channel_args=[*options, ("grpc.enable_http_proxy", 0)])
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from loadtest.requests.prompts import Prompt
 from loadtest.requests.streaming import Stream, StreamConnection, require_generator, streams_text
 from loadtest.seen.counters import Counters, generator_counters
 from loadtest.seen.proof import ProofFigure, proof_from_metrics
-from runtime.client import connect
+from runtime.channel import connect
 from runtime.prometheus import fetch, model_labels
 from runtime.record import Record
 

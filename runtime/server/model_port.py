@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.client import infer_input
+from runtime.channel import infer_input
 from runtime.errors import NotProven
 from runtime.proof.record import EncoderProof, ProofRow
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.client import connect, infer_input
+from runtime.channel import connect, infer_input
 from runtime.generation.interface import split_status
 
 PROBE_TEXT = "trireme readiness probe"

@@ -157,7 +157,7 @@ def test_shard_of_words_that_is_one_row_short(split_words: tuple[Path, Path], tm
         rows.raw_data = (numpy_helper.to_array(rows) - 1).tobytes()
 
     said = caught(mutated(split_words[1], tmp_path / "m", shorten), split_words[0], group)
-    assert "at boundary words" in said
+    assert "boundary words" in said.partition("; the worst")[0]  # random words may meet it too, and differ more
     assert "/row_count is INT64 [] 0x000000000000001f, the plan INT64 [] 0x0000000000000020" in said
 
 

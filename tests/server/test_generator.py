@@ -22,7 +22,7 @@ import pytest
 from tritonclient import grpc as triton_grpc
 from tritonclient.utils import InferenceServerException
 
-from runtime.client import infer_input
+from runtime.channel import infer_input
 from runtime.server.health import Health
 from runtime.server.launch import EXIT_TIMEOUT_S, Ports, TritonServer
 from runtime.server.probing import Failure

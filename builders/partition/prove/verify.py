@@ -112,10 +112,12 @@ def verify_partition(
     wrong = [check for check in checks if not _passes(check, exact)]
     if wrong:
         worst = max(wrong, key=lambda check: (not np.isfinite(check.max_relative), check.max_relative))
-        figures = (
-            f"relative difference {worst.max_relative:.2e} (limit {MAX_RELATIVE:.0e}), cosine {worst.min_cosine:.6f}"
+        where = ", ".join(dict.fromkeys(check.case for check in wrong))
+        faults.insert(
+            0,
+            f"{len(wrong)} of {len(checks)} outputs differ, at {where}; the worst, {worst.output} at {worst.case}: "
+            f"relative difference {worst.max_relative:.2e} (limit {MAX_RELATIVE:.0e}), cosine {worst.min_cosine:.6f}",
         )
-        faults.insert(0, f"{len(wrong)} of {len(checks)} outputs differ: {worst.output} at {worst.case}, {figures}")
     if faults:
         kind = ParityError if wrong else CheckError
         more = f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
