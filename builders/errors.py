@@ -9,6 +9,7 @@
      `-- CheckError              an artifact failed a check; figures are printed exit 1
           |-- ParityError        two executions of the same model disagree
           |-- QualityError       a compressed model misses its quality budget
+          |-- DivergedError      a training came to numbers that are none
           `-- EngineError        TensorRT refused the network or dropped an input
 
 An `InputError` always says four things: what was read, what was got, what was expected, how to fix it.
@@ -43,6 +44,10 @@ class ParityError(CheckError):
 
 class QualityError(CheckError):
     """A compressed model misses the spec's quality budget."""
+
+
+class DivergedError(CheckError):
+    """A training's loss, gradient or weights are no numbers any more, or far too large. Nothing of it is kept."""
 
 
 class EngineError(CheckError):

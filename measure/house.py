@@ -37,9 +37,10 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("builders/graph.py",),
     ("builders/store", "builders/checkpoint", "builders/planning", "builders/partition", "builders/manifests/lint"),
     ("builders/judging", "builders/partition/rules", "builders/manifests"),
+    ("builders/training",),
     (
         "builders/compress", "builders/export", "builders/quantize", "builders/partition/cut", "builders/engine",
-        "builders/training", "builders/repository",
+        "builders/repository",
     ),
     ("builders/partition/prove",),
     ("builders/pipeline",),

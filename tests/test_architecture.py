@@ -82,7 +82,7 @@ def test_packages_know_what_is_below_them() -> None:
 
 def test_stages_do_not_know_each_other() -> None:
     """The pipeline is the only importer of all stages, and only front ends drive it."""
-    stages = {f"builders/{name}" for name in ("compress", "export", "quantize", "engine", "repository", "training")}
+    stages = {f"builders/{name}" for name in ("compress", "export", "quantize", "engine", "repository")}
     stages |= {"builders/partition/cut", "builders/partition/prove"}
     assert {floor_of(stage) for stage in stages} <= {floor_of("builders/export"), floor_of("builders/partition/prove")}
     drivers = {room for room, other in HOUSE.arrows if other == "builders/pipeline"}

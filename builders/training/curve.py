@@ -6,7 +6,7 @@ import html
 import math
 from collections.abc import Callable, Sequence
 
-from builders.training.recipe import TrainingReport
+from builders.training.recipe import LossPoint, TrainingReport
 
 WIDTH, HEIGHT = 640, 300
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 12, 36  # margins, for the labels of the axes
@@ -28,92 +28,106 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 0 12px; font: 13
 
 
 def page(report: TrainingReport) -> str:
-    """Figures, both losses over the tokens seen, and the sample completions."""
+    """Of the small language model: figures, both losses over the tokens seen, and the sample completions."""
     judged, recipe = report.held_out, report.recipe
     samples = "".join(
         f"<pre><b>{html.escape(sample.prompt)}</b>{html.escape(sample.completion)}</pre>" for sample in report.samples
     )
+    words = f"""<p class="muted">{report.parameters / 1e6:.1f} M parameters, {recipe.layers} layers of {recipe.hidden}, vocabulary
+{recipe.vocabulary}; {report.train_tokens:,} tokens of {report.documents} documents, {report.epochs:.1f} times;
+{report.elapsed_s:.0f} s on {report.threads} threads in {report.arithmetic}, seed {recipe.seed}.</p>
+<p>On {judged.documents} documents held out ({judged.bytes:,} bytes): perplexity
+<b>{judged.perplexity_per_token:.1f}</b> a token, <b>{judged.perplexity_per_byte:.2f}</b> a byte.</p>"""  # noqa: E501
+    more = f"<section>\n<h2>What it writes</h2>\n{samples}</section>"
+    return _document("Small language model", words, report.curve, "Loss, nats a token", more)
+
+
+def training_page(title: str, words: Sequence[str], points: Sequence[LossPoint]) -> str:
+    """Of any training: what was trained, in `words`, and its losses over the tokens seen."""
+    said = "".join(f'<p class="muted">{html.escape(word)}</p>\n' for word in words)
+    return _document(html.escape(title), said, points, "Loss", "")
+
+
+def _document(title: str, words: str, points: Sequence[LossPoint], loss: str, more: str) -> str:
+    held_out = ', <span class="held">held out</span>' if points[-1].held_out is not None else ""
     return f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>Small language model</title>
+<title>{title}</title>
 <style>{_STYLE}</style>
 </head>
 <body>
 <main>
-<h1>Small language model</h1>
-<p class="muted">{report.parameters / 1e6:.1f} M parameters, {recipe.layers} layers of {recipe.hidden}, vocabulary
-{recipe.vocabulary}; {report.train_tokens:,} tokens of {report.documents} documents, {report.epochs:.1f} times;
-{report.elapsed_s:.0f} s on {report.threads} threads in {report.arithmetic}, seed {recipe.seed}.</p>
-<p>On {judged.documents} documents held out ({judged.bytes:,} bytes): perplexity
-<b>{judged.perplexity_per_token:.1f}</b> a token, <b>{judged.perplexity_per_byte:.2f}</b> a byte.</p>
+<h1>{title}</h1>
+{words}
 <section>
-<h2>Loss, nats a token: <span class="train">training</span>, <span class="held">held out</span></h2>
-{curve(report)}
+<h2>{loss}: <span class="train">training</span>{held_out}</h2>
+{curve(points)}
 </section>
-<section>
-<h2>What it writes</h2>
-{samples}</section>
+{more}
 </main>
 </body>
 </html>
 """
 
 
-def curve(report: TrainingReport) -> str:
+def curve(points: Sequence[LossPoint]) -> str:
     """The `<svg>` element. Loss over tokens, both axes linear."""
-    points = report.curve
-    lowest = math.floor(min(min(point.train, point.held_out) for point in points))
-    highest = math.ceil(max(max(point.train, point.held_out) for point in points))
+    every = [loss for point in points for loss in (point.train, point.held_out) if loss is not None]
+    ticks = _ticks(min(every), max(every))
+    lowest, highest = ticks[0], ticks[-1]
     most = points[-1].tokens
 
     def x(tokens: float) -> float:
         return LEFT + (WIDTH - LEFT - RIGHT) * tokens / most
 
     def y(loss: float) -> float:
-        return TOP + (HEIGHT - TOP - BOTTOM) * (highest - loss) / max(1, highest - lowest)
+        return TOP + (HEIGHT - TOP - BOTTOM) * (highest - loss) / (highest - lowest)
 
-    tokens = [point.tokens for point in points]
-    lines = [
-        _line(x, y, tokens, [point.train for point in points], "var(--series1)"),
-        _line(x, y, tokens, [point.held_out for point in points], "var(--series2)"),
-    ]
+    judged = [(point.tokens, point.held_out) for point in points if point.held_out is not None]
     return "\n".join(
         [
             f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="loss over tokens">',
-            *_grid(x, y, range(lowest, highest + 1), [most * part // 4 for part in range(5)]),
-            *lines,
+            *_grid(x, y, ticks, [most * part // 4 for part in range(5)]),
+            _line(x, y, [(point.tokens, point.train) for point in points], "var(--series1)"),
+            _line(x, y, judged, "var(--series2)"),
             "</svg>",
         ]
     )
 
 
+def _ticks(lowest: float, highest: float) -> list[float]:
+    """Round numbers, about five, from at most `lowest` to at least `highest`."""
+    rough = max(highest - lowest, abs(highest) * 1e-3, 1e-9) / 5
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough)
+    first, last = math.floor(lowest / step), math.ceil(highest / step)
+    return [step * number for number in range(first, max(last, first + 1) + 1)]
+
+
 def _line(
-    x: Callable[[float], float],
-    y: Callable[[float], float],
-    tokens: Sequence[int],
-    losses: Sequence[float],
-    colour: str,
+    x: Callable[[float], float], y: Callable[[float], float], losses: Sequence[tuple[int, float]], colour: str
 ) -> str:
-    path = " ".join(f"{x(at):.1f},{y(loss):.1f}" for at, loss in zip(tokens, losses, strict=True))
+    if not losses:
+        return ""
+    path = " ".join(f"{x(at):.1f},{y(loss):.1f}" for at, loss in losses)
     dots = "".join(
-        f'<circle cx="{x(at):.1f}" cy="{y(loss):.1f}" r="2.5" style="fill: {colour}"/>'
-        for at, loss in zip(tokens, losses, strict=True)
+        f'<circle cx="{x(at):.1f}" cy="{y(loss):.1f}" r="2.5" style="fill: {colour}"/>' for at, loss in losses
     )
     return f'<polyline points="{path}" style="fill: none; stroke: {colour}; stroke-width: 1.8"/>{dots}'
 
 
 def _grid(
-    x: Callable[[float], float], y: Callable[[float], float], losses: Sequence[int], tokens: Sequence[int]
+    x: Callable[[float], float], y: Callable[[float], float], losses: Sequence[float], tokens: Sequence[int]
 ) -> list[str]:
     parts = []
     for loss in losses:
         at = f'y1="{y(loss):.1f}" y2="{y(loss):.1f}"'
         parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" {at} style="stroke: var(--grid)"/>')
-        parts.append(f'<text x="{LEFT - 8}" y="{y(loss) + 4:.1f}" text-anchor="end">{loss}</text>')
+        parts.append(f'<text x="{LEFT - 8}" y="{y(loss) + 4:.1f}" text-anchor="end">{loss:.4g}</text>')
     for count in tokens:
         anchor = "end" if count == tokens[-1] else "middle"
         label = f"{count / 1e3:,.0f} k"

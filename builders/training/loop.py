@@ -1,170 +1,261 @@
-"""The loop: forward and backward in bf16 where the CPU has it, master weights and optimisers in fp32."""
+"""The loop of every training: any torch module, any loss, in bf16 where the CPU has it, with fp32 master weights.
+
+It is bounded, stops at once when a number is none, and can be killed at any moment: from its last checkpoint it comes
+to the very weights that it would have come to.
+"""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-import numpy as np
-
-from builders.store.processor import this_processor
-from builders.training.recipe import LossPoint, TrainingProgress, TrainingRecipe
-from builders.training.text import END_OF_TEXT_ID, TokenIds, batches
+from builders.errors import DivergedError
+from builders.training.arithmetic import Arithmetic
+from builders.training.optimiser import Optimiser, Rate, optimisers, trained
+from builders.training.recipe import LossPoint, TrainingProgress
+from builders.training.resume import Resume
 
 if TYPE_CHECKING:
     import torch
 
 POINTS = 20  # of the loss curve
-CURVE_WINDOWS = 8  # held-out windows behind each point
-FP32_STEPS = 280
+_EMA_START = 10  # an average over the last tenth of the steps so far, until that is longer than asked for
+
+B = TypeVar("B")
+Weights = list["torch.Tensor"]
 
 
-def arithmetic() -> str:
-    """bf16 is about three times as fast as fp32 where the processor multiplies it, and emulated where it does not."""
-    flags = this_processor().flags
-    return "bfloat16" if {"avx512_bf16", "amx_bf16"} & set(flags) else "float32"
+@dataclass(frozen=True)
+class Bounds:
+    """One at least. `cpu_s` are seconds of all threads together, so that a busy machine trains longer, not less; with
+    them alone, how many steps there will be is not known before."""
+
+    steps: int | None = None
+    cpu_s: float | None = None
+
+    def share(self, steps: int, cpu_s: float) -> float:
+        """How much is done, 1 when all is."""
+        by_steps = steps / self.steps if self.steps is not None else 0.0
+        by_time = cpu_s / self.cpu_s if self.cpu_s is not None else 0.0
+        return min(1.0, max(by_steps, by_time))
 
 
-def recipe_here() -> TrainingRecipe:
-    """The default sizes, for as many steps as this CPU makes in about six minutes on two cores. In fp32 a step takes
-    three times as long, and the last third of the steps gives the least."""
-    return TrainingRecipe() if arithmetic() == "bfloat16" else TrainingRecipe(steps=FP32_STEPS)
+@dataclass(frozen=True)
+class TrainingSettings:
+    """`clip`: the longest gradient. `ema`: decay of the average of weights that is the result, in place of the last
+    weights. A loss above `ceiling` counts as diverged."""
+
+    bounds: Bounds
+    rate: Rate
+    optimiser: Optimiser = field(default_factory=Optimiser)
+    arithmetic: Arithmetic = "float32"
+    clip: float | None = 1.0
+    ema: float | None = None
+    ceiling: float = math.inf
 
 
-@contextlib.contextmanager
-def reproducible(seed: int) -> Iterator[None]:
-    """torch's global generator seeded and its algorithms deterministic for a while, then as they were."""
-    import torch
+@dataclass(frozen=True)
+class TrainingWork(Generic[B]):
+    """What is trained: `loss` of a batch, a tensor that depends on the model's parameters; `size` of a batch in tokens;
+    `judge`, the loss on what is held out, draws the curve.
 
-    options: Any = torch.utils.deterministic  # its properties are on the module's class, where type checkers look past
-    strict, filling = torch.are_deterministic_algorithms_enabled(), options.fill_uninitialized_memory
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        torch.use_deterministic_algorithms(True)
-        options.fill_uninitialized_memory = False  # a debugging aid that writes every tensor twice
-        try:
-            yield
-        finally:
-            torch.use_deterministic_algorithms(strict)
-            options.fill_uninitialized_memory = filling
+    `batches` must be the same, and in the same order, whenever the training is resumed: those that were seen are
+    passed over. They may end: so does the training.
+    """
+
+    model: Any
+    loss: Callable[[B], torch.Tensor]
+    batches: Iterable[B]
+    size: Callable[[B], int]
+    judge: Callable[[], float] | None = None
 
 
-def new_model(recipe: TrainingRecipe) -> Any:
-    """A transformers LlamaForCausalLM in fp32 with random weights; embedding and head are one matrix."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+@dataclass(frozen=True)
+class Trained:
+    """`cpu_s` of all threads, over all resumed parts."""
 
-    config = LlamaConfig(
-        vocab_size=recipe.vocabulary,
-        hidden_size=recipe.hidden,
-        intermediate_size=recipe.ffn,
-        num_hidden_layers=recipe.layers,
-        num_attention_heads=recipe.heads,
-        num_key_value_heads=recipe.kv_heads,
-        max_position_embeddings=recipe.context,
-        tie_word_embeddings=True,
-        bos_token_id=END_OF_TEXT_ID,
-        eos_token_id=END_OF_TEXT_ID,
-        pad_token_id=None,
-    )
-    return LlamaForCausalLM(config)
-
-
-def loss_of(model: Any, tokens: TokenIds) -> torch.Tensor:
-    """Mean cross-entropy, in nats, of each row's tokens given those before. `tokens`: [rows, window + 1]"""
-    import torch
-
-    ids = torch.from_numpy(tokens)
-    logits = model(input_ids=ids[:, :-1], use_cache=False).logits  # [rows, window, vocabulary]
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+    curve: tuple[LossPoint, ...]
+    steps: int
+    tokens: int
+    cpu_s: float
 
 
 def train(
-    model: Any, stream: TokenIds, held_out: TokenIds, recipe: TrainingRecipe, report: Callable[[TrainingProgress], None]
-) -> tuple[LossPoint, ...]:
-    """Trains `model` in place, from `stream`, for exactly `recipe.steps` steps; returns its loss curve.
+    work: TrainingWork[B],
+    settings: TrainingSettings,
+    report: Callable[[TrainingProgress], None] = lambda progress: None,
+    resume: Resume | None = None,
+) -> Trained:
+    """Trains the parameters of `work.model` that require gradients, in place; it ends in fp32, in the mode it had.
 
-    The model ends in fp32. `held_out` only draws the curve. Call under `reproducible`.
+    Raises DivergedError when a loss or a gradient is not a number, or too large; the model then has the last good
+    weights. Call under `reproducible`. With a bound in steps alone the same weights come out each time.
     """
-    import torch
+    run = _Run(work.model, settings)
+    if resume is not None:
+        run.restore(resume.load())
+    for batch in itertools.islice(work.batches, run.steps, None):
+        if run.share() >= 1:
+            break
+        loss = run.step(work.loss, batch, work.size(batch))
+        if run.point_due():
+            run.add_point(work.judge)
+        held_out = run.curve[-1].held_out if run.curve else None
+        report(TrainingProgress(run.steps, settings.bounds.steps, loss, held_out, run.share()))
+        if resume is not None and resume.due() and run.finite():
+            resume.save(run.state())
+    return run.end(work.judge)
 
-    masters = [parameter.detach().clone().requires_grad_() for parameter in model.parameters()]
-    optimisers = _optimisers(model, masters)
-    _cast(model, getattr(torch, arithmetic()))
-    probe = next(batches(held_out, recipe.context, CURVE_WINDOWS, np.random.default_rng(recipe.seed)))
-    every = max(1, recipe.steps // POINTS)
-    losses: list[float] = []
-    curve: list[LossPoint] = []
-    for step, batch in enumerate(_schedule(stream, recipe)):
-        loss = loss_of(model, batch)
+
+class _Run:
+    """The state of a training between two steps."""
+
+    def __init__(self, model: Any, settings: TrainingSettings) -> None:
+        import torch
+
+        self.steps, self.tokens = 0, 0
+        self.curve: list[LossPoint] = []
+        self._model, self._settings = model, settings
+        self._losses: list[float] = []
+        self._started, self._spent = time.process_time(), 0.0
+        self._parameters = trained(model)
+        self._masters = [parameter.detach().clone().requires_grad_() for parameter in self._parameters]
+        self._optimisers = optimisers(model, self._masters, settings.optimiser)
+        self._average = None if settings.ema is None else [master.detach().clone() for master in self._masters]
+        self._good: tuple[int, Weights] | None = None  # weights that gave a number
+        self._good_due = True
+        self._dtypes = [parameter.dtype for parameter in model.parameters()]
+        # Parameters alone: `model.to` would round the rotary frequencies too, which a loaded model has in fp32.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(getattr(torch, settings.arithmetic))
+
+    def cpu_s(self) -> float:
+        return self._spent + time.process_time() - self._started
+
+    def share(self) -> float:
+        return self._settings.bounds.share(self.steps, self.cpu_s())
+
+    def step(self, loss_of: Callable[[B], torch.Tensor], batch: B, size: int) -> float:
+        """One step of the masters along the model's gradients, copied back into the model."""
+        import torch
+
+        rate = self._settings.rate(self.steps, self.share())
+        loss = loss_of(batch)
+        value = loss.item()
+        if not value <= self._settings.ceiling or math.isinf(value):
+            raise self._diverged(f"loss {value:.4g}")
         loss.backward()  # type: ignore[no-untyped-call]
-        _update(model, masters, optimisers, recipe.rate(step))
-        losses.append(loss.item())
-        done = step + 1
-        if done % every == 0 or done == recipe.steps:
-            with torch.no_grad():
-                judged = loss_of(model, probe).item()
-            tokens = done * recipe.tokens_per_step
-            curve.append(LossPoint(step=done, tokens=tokens, train=float(np.mean(losses)), held_out=judged))
-            losses.clear()
-        report(TrainingProgress(done, recipe.steps, loss.item(), curve[-1].held_out if curve else None))
-    _cast(model, torch.float32)
-    _write(model, masters)
-    return tuple(curve)
+        for master, parameter in zip(self._masters, self._parameters, strict=True):
+            master.grad, parameter.grad = None if parameter.grad is None else parameter.grad.float(), None
+        longest = math.inf if self._settings.clip is None else self._settings.clip
+        length = torch.nn.utils.clip_grad_norm_(self._masters, longest).item()
+        if not math.isfinite(length):
+            raise self._diverged(f"loss {value:.4g} with a gradient of length {length}")
+        if self._good_due:
+            self._good, self._good_due = (self.steps, [master.detach().clone() for master in self._masters]), False
+        for optimiser in self._optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = rate
+            optimiser.step()
+        self._write(self._masters)
+        self.steps, self.tokens = self.steps + 1, self.tokens + size
+        self._losses.append(value)
+        self._follow()
+        return value
 
+    def _follow(self) -> None:
+        import torch
 
-def _schedule(stream: TokenIds, recipe: TrainingRecipe) -> Iterator[TokenIds]:
-    """`recipe.steps` batches, first of short windows and then of whole ones."""
-    random = np.random.default_rng(recipe.seed)
-    sources = {
-        window: batches(stream, window, recipe.tokens_per_step // window, random)
-        for window in (recipe.context // 2, recipe.context)
-    }
-    for step in range(recipe.steps):
-        yield next(sources[recipe.window(step)])
+        if self._average is None or self._settings.ema is None:
+            return
+        decay = min(self._settings.ema, (1 + self.steps) / (_EMA_START + self.steps))
+        with torch.no_grad():
+            torch._foreach_lerp_(self._average, self._masters, 1 - decay)
 
+    def point_due(self) -> bool:
+        """At each twentieth, and at the end."""
+        return math.floor(self.share() * POINTS + 1e-9) > len(self.curve)
 
-def _optimisers(model: Any, masters: list[torch.Tensor]) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices between embedding and head, Adam for embedding and norms.
+    def add_point(self, judge: Callable[[], float] | None) -> None:
+        import torch
 
-    One learning rate serves both.
-    """
-    import torch
+        with torch.no_grad():
+            held_out = None if judge is None else judge()
+        mean = sum(self._losses) / len(self._losses)
+        self.curve.append(LossPoint(step=self.steps, tokens=self.tokens, train=mean, held_out=held_out))
+        self._losses.clear()
+        self._good_due = True  # once the next loss shows that these weights are sound
 
-    from builders.training.muon import Muon
+    def finite(self) -> bool:
+        import torch
 
-    names = [name for name, _ in model.named_parameters()]
-    matrices = [m for name, m in zip(names, masters, strict=True) if m.ndim == 2 and "embed_tokens" not in name]
-    others = [m for name, m in zip(names, masters, strict=True) if m.ndim != 2 or "embed_tokens" in name]
-    return [
-        Muon(matrices, weight_decay=0.1),
-        torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
+        return all(bool(torch.isfinite(master).all()) for master in self._masters)
 
+    def end(self, judge: Callable[[], float] | None) -> Trained:
+        if self._losses:  # batches ran out between two points
+            self.add_point(judge)
+        if not self.finite():
+            raise self._diverged("weights that are not numbers")
+        self._finish(self._masters if self._average is None else self._average)
+        return Trained(tuple(self.curve), self.steps, self.tokens, self.cpu_s())
 
-def _update(model: Any, masters: list[torch.Tensor], optimisers: list[torch.optim.Optimizer], rate: float) -> None:
-    """One step of the masters along the model's gradients, copied back into the model."""
-    import torch
+    def state(self) -> dict[str, Any]:
+        """All that the next step depends on, but for the batches."""
+        import torch
 
-    for master, parameter in zip(masters, model.parameters(), strict=True):
-        master.grad, parameter.grad = parameter.grad.float(), None
-    torch.nn.utils.clip_grad_norm_(masters, 1.0)
-    for optimiser in optimisers:
-        for group in optimiser.param_groups:
-            group["lr"] = rate
-        optimiser.step()
-    _write(model, masters)
+        return {
+            "steps": self.steps,
+            "tokens": self.tokens,
+            "cpu_s": self.cpu_s(),
+            "curve": [point.model_dump() for point in self.curve],
+            "losses": list(self._losses),
+            "masters": [master.detach() for master in self._masters],
+            "average": self._average,
+            "buffers": list(self._model.buffers()),
+            "optimisers": [optimiser.state_dict() for optimiser in self._optimisers],
+            "random": torch.get_rng_state(),
+        }
 
+    def restore(self, state: dict[str, Any] | None) -> None:
+        import torch
 
-def _cast(model: Any, dtype: torch.dtype) -> None:
-    """Parameters alone: `model.to` would round the rotary frequencies too, which a loaded model has in fp32."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+        if state is None:
+            return
+        self.steps, self.tokens, self._spent = state["steps"], state["tokens"], state["cpu_s"]
+        self.curve = [LossPoint(**point) for point in state["curve"]]
+        self._losses = state["losses"]
+        with torch.no_grad():
+            kept = [(self._masters, state["masters"]), (list(self._model.buffers()), state["buffers"])]
+            if self._average is not None:
+                kept.append((self._average, state["average"]))
+            for own, saved in kept:
+                for target, value in zip(own, saved, strict=True):
+                    target.copy_(value)
+        for optimiser, saved in zip(self._optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(saved)
+        torch.set_rng_state(state["random"])
+        self._write(self._masters)
 
+    def _diverged(self, got: str) -> DivergedError:
+        step, weights = self._good or (self.steps, [master.detach() for master in self._masters])
+        self._finish(weights)
+        return DivergedError(
+            f"training diverged at step {self.steps + 1}: {got}. The last good weights are those of step {step}; "
+            "lower the learning rate"
+        )
 
-def _write(model: Any, masters: list[torch.Tensor]) -> None:
-    import torch
+    def _finish(self, weights: Weights) -> None:
+        for parameter, dtype in zip(self._model.parameters(), self._dtypes, strict=True):
+            parameter.data = parameter.data.to(dtype)
+        self._write(weights)
 
-    with torch.no_grad():
-        for master, parameter in zip(masters, model.parameters(), strict=True):
-            parameter.copy_(master)
+    def _write(self, weights: Weights) -> None:
+        import torch
+
+        with torch.no_grad():
+            for weight, parameter in zip(weights, self._parameters, strict=True):
+                parameter.copy_(weight)

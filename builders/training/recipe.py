@@ -63,21 +63,22 @@ def _refused(name: str, got: object, expected: str) -> SpecError:
 
 @dataclass(frozen=True)
 class TrainingProgress:
-    """What is under way: `step` of `steps` is done."""
+    """What is under way: `step` of `steps` is done, which are None where time is the bound; `share` of the whole."""
 
     step: int
-    steps: int
-    loss: float  # nats a token, of the last step
+    steps: int | None
+    loss: float  # of the last step
     held_out_loss: float | None  # of the last time it was measured
+    share: float
 
 
 class LossPoint(Record):
-    """Mean cross-entropy in nats a token: of the training steps since the point before, and of held-out windows."""
+    """The mean loss of the training steps since the point before, and that of held-out text, where there is some."""
 
     step: int
     tokens: int
     train: float
-    held_out: float
+    held_out: float | None
 
 
 class HeldOut(Record):

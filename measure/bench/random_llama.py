@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from builders.judging import corpus
 from builders.store.atomic import atomic_directory
-from builders.training.loop import new_model, reproducible
+from builders.training.arithmetic import reproducible
+from builders.training.language import new_model
 from builders.training.recipe import TrainingRecipe
 from builders.training.text import train_tokenizer
 from measure.small_model.folder import save_folder

@@ -14,7 +14,8 @@ from builders.artifacts import file_digest
 from builders.errors import InputError
 from builders.judging import corpus
 from builders.store.atomic import atomic_directory
-from builders.training import curve, loop, text
+from builders.training import curve, language, text
+from builders.training.arithmetic import arithmetic, reproducible
 from builders.training.recipe import TrainingProgress, TrainingRecipe, TrainingReport
 from measure.small_model import judging
 
@@ -34,7 +35,7 @@ def train_small_model(
     """
     import torch
 
-    recipe = loop.recipe_here() if recipe is None else recipe
+    recipe = language.recipe_here() if recipe is None else recipe
     if out.exists():
         raise InputError(
             f"folder {out}",
@@ -47,16 +48,16 @@ def train_small_model(
     tokenizer = text.train_tokenizer(learnt, recipe.vocabulary)
     stream, judged_stream = text.to_tokens(tokenizer, learnt), text.to_tokens(tokenizer, held_out)
     _require_text(stream, recipe.tokens_per_step + recipe.context, "to learn from")
-    _require_text(judged_stream, loop.CURVE_WINDOWS * recipe.context + recipe.context, "held out")
-    with atomic_directory(out) as work, loop.reproducible(recipe.seed):
-        model = loop.new_model(recipe)
-        points = loop.train(model, stream, judged_stream, recipe, report)
+    _require_text(judged_stream, language.CURVE_WINDOWS * recipe.context + recipe.context, "held out")
+    with atomic_directory(out) as work, reproducible(recipe.seed):
+        model = language.new_model(recipe)
+        points = language.train(model, stream, judged_stream, recipe, report)
         model.eval()
         save_folder(model, tokenizer, recipe.context, work)
         found = TrainingReport(
             recipe=recipe,
             parameters=sum(parameter.numel() for parameter in model.parameters()),
-            arithmetic=loop.arithmetic(),
+            arithmetic=arithmetic(),
             documents=len(learnt),
             train_tokens=len(stream),
             epochs=recipe.steps * recipe.tokens_per_step / len(stream),

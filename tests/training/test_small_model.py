@@ -211,12 +211,12 @@ def test_an_update_is_equally_long_in_every_direction() -> None:
 
 def test_a_cpu_without_bf16_makes_fewer_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     from builders.store.processor import read_processor
-    from builders.training import loop
+    from builders.training import arithmetic, language
 
     steps = {}
     for flags in ("avx2 fma", "avx2 fma avx512_bf16"):
         processor = read_processor(f"flags : {flags}", (), 2)
-        monkeypatch.setattr(loop, "this_processor", lambda processor=processor: processor)
-        steps[loop.arithmetic()] = loop.recipe_here().steps
-    assert steps == {"float32": loop.FP32_STEPS, "bfloat16": TrainingRecipe().steps}
+        monkeypatch.setattr(arithmetic, "this_processor", lambda processor=processor: processor)
+        steps[arithmetic.arithmetic()] = language.recipe_here().steps
+    assert steps == {"float32": language.FP32_STEPS, "bfloat16": TrainingRecipe().steps}
     assert steps["float32"] < steps["bfloat16"]
