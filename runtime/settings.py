@@ -63,7 +63,11 @@ class ServedModel(Settings):
 
 
 class TokenizerModelSettings(Settings):
+    """`labels`: what each output of a classifier means, in order; `multi_label`: each is true or not by itself."""
+
     tokenizer: TokenizerSettings
+    labels: tuple[str, ...] = ()
+    multi_label: bool = False
     served: ServedModel
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -26,6 +26,17 @@ def serve(
     ] = ("127.0.0.1"),
     api_keys_file: Annotated[Path | None, typer.Option(help="of the gateway: name:sha256 a line")] = None,
     no_auth: Annotated[bool, typer.Option("--no-auth", help="the gateway answers anybody on any address")] = False,
+    gateway_grpc_port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="of the gateway: KServe over gRPC as well; 0: any")
+    ] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="of the gateway, both ports: certificate chain in PEM")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="its key, in PEM")] = None,
+    control_secret_file: Annotated[
+        Path | None, typer.Option(help="of the gateway: opens /control/versions to who sends what is in it")
+    ] = None,
+    vllm_metrics: Annotated[
+        bool, typer.Option("--vllm-metrics", help="of the gateway: a generator's figures under vLLM's names as well")
+    ] = False,
     ready_timeout_s: Annotated[float, typer.Option(min=1)] = 120,
     as_json: JsonFlag = False,
 ) -> None:
@@ -37,13 +48,18 @@ def serve(
     from runtime.server.launch import Ports
     from runtime.server.serve import serve_repository
 
+    asked: dict[str, Any] = {
+        "grpc_port": gateway_grpc_port, "keys_file": api_keys_file, "no_auth": no_auth, "tls_cert": tls_cert,
+        "tls_key": tls_key, "control_secret_file": control_secret_file, "vllm_metrics": vllm_metrics,
+    }  # fmt: skip
     doorway = None
     if gateway_port is not None:
-        doorway = Doorway(gateway_port, gateway_address, api_keys_file, no_auth)
+        doorway = Doorway(gateway_port, gateway_address, **asked)
         doorway.require_closed()
-    elif api_keys_file is not None or no_auth:
+    elif any(value not in (None, False) for value in asked.values()):
         raise InputError(
-            "--api-keys-file, --no-auth", got="no --gateway-port", expected="a gateway, which these are about",
+            "--gateway-grpc-port, --api-keys-file, --no-auth, --tls-cert, --tls-key, --control-secret-file, "
+            "--vllm-metrics", got="no --gateway-port", expected="a gateway, which these are about",
             fix="give --gateway-port",
         )  # fmt: skip
     with show.build_progress(quiet=as_json) as report:

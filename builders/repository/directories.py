@@ -8,6 +8,7 @@ from pathlib import Path
 
 from builders.artifacts import Checkpoint, Engine, OnnxGraph, Partition, RankFiles
 from builders.checkpoint.chat import chat_settings
+from builders.checkpoint.labels import label_names
 from builders.errors import UnsupportedError
 from builders.judging.perplexity import ENCODER_FILE
 from builders.judging.vectors import tokenizer_settings
@@ -71,9 +72,11 @@ def _encoder_directories(
             fix="remove it",
         )  # fmt: skip
     buckets = spec.serving.length_buckets if platform == "gpu" else ()
+    labels, multi_label = label_names(checkpoint)
     tokenizer = TokenizerModelSettings(
-        tokenizer=tokenizer_settings(checkpoint).model_copy(update={"length_buckets": buckets}), served=served
-    )
+        tokenizer=tokenizer_settings(checkpoint).model_copy(update={"length_buckets": buckets}),
+        labels=labels, multi_label=multi_label, served=served,
+    )  # fmt: skip
     tokenizer_files = {
         "model.py": ADAPTERS / "tokenizer" / "1" / "model.py",
         "tokenizer.json": checkpoint.path("tokenizer.json"),

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from builders import pipeline
 from builders.judging import corpus
 from builders.spec import load_spec
-from runtime.gateway.triton import Blob, Triton, pack_texts
+from runtime.gateway.triton import Blob, TritonHttp, pack_texts
 from runtime.gateway.upstream import Upstream
 from runtime.server.launch import LOOPBACK, TritonServer
 from runtime.server.supervise import ready_server
@@ -123,7 +123,7 @@ def _cpu_s(pid: int) -> float:
 async def _compare(server: TritonServer, gateway: _Gateway, users: int, count: int) -> Compared:
     upstream = Upstream(LOOPBACK, server.ports.http, users, _ANSWER_BYTES)
     door = Upstream(LOOPBACK, gateway.port, users, _ANSWER_BYTES)
-    direct, through = _direct(Triton(upstream, upstream, gateway.model)), _through(door, gateway.model)
+    direct, through = _direct(TritonHttp(upstream, upstream, gateway.model)), _through(door, gateway.model)
     texts = corpus.texts(None, REQUESTS[users])
     same = float(await direct(texts[0]) @ await through(texts[0]))
     assert same > 0.99, f"the two do not answer alike: cosine {same:.3f}"
@@ -140,7 +140,7 @@ async def _compare(server: TritonServer, gateway: _Gateway, users: int, count: i
     return Compared.of(users, pairs, gateway.cpu_s() - gateway_s, _cpu_s(server.pid) - server_s)
 
 
-def _direct(triton: Triton) -> Ask:
+def _direct(triton: TritonHttp) -> Ask:
     async def ask(text: str) -> NDArray[np.float32]:
         item = Blob("text", "BYTES", (1, 1), pack_texts([text.encode()]))
         found = await triton.infer([item], ["embedding", "token_count"], "", {})

@@ -39,7 +39,7 @@ class Tokenizer:
         except Exception as error:  # the library raises bare Exception for an unreadable file
             raise BadEnvironment(f"{file.name} is not a tokenizer file: {error}") from error
         if settings.lower_case:
-            _lower(self._fast)
+            lower(self._fast)
         self._fast.no_padding()
         self._fast.enable_truncation(settings.max_length)
         self._prefix = Prefix(self._fast, settings.max_length)
@@ -91,7 +91,7 @@ class Tokenizer:
         return feeds
 
 
-def _lower(fast: Any) -> None:
+def lower(fast: Any) -> None:
     """In front of the other normalisers, as sentence-transformers does; once, where the file does it already."""
     from tokenizers import normalizers
 

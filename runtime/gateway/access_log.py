@@ -4,23 +4,44 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import orjson
-
-from runtime.gateway.exchange import Exchange
 
 _TOGETHER_S = 0.2  # lines are written so often; a write for each would cost a tenth of the gateway's time
 _LARGEST = 64 << 20  # then the file becomes FILE.1, and the one that was there goes
 
 
-class AccessLog:
-    """`file` None: nothing is written. A disk that is full costs lines, not answers."""
+class Logged(Protocol):
+    """A request that has ended. `trace`: the client's W3C trace, empty where it sent none."""
 
-    def __init__(self, file: Path | None, largest: int = _LARGEST) -> None:
-        self._file, self._largest = file, largest
+    id: str
+    caller: str
+    label: str
+    status: int
+    bytes_in: int
+    bytes_out: int
+
+    @property
+    def trace(self) -> str: ...
+
+    @property
+    def address(self) -> str: ...
+
+    @property
+    def method(self) -> str: ...
+
+
+class LineFile:
+    """Lines of JSON. `file` None: nothing is written; `mode`: of one that is made. A disk that is full costs lines, not
+    answers."""
+
+    def __init__(self, file: Path | None, largest: int = _LARGEST, mode: int = 0o666) -> None:
+        self._file, self._largest, self._mode = file, largest, mode
         self._stream: BinaryIO | None = None
         self._size = 0
         self._lines: list[bytes] = []
@@ -28,17 +49,17 @@ class AccessLog:
             self._open(file)
 
     def _open(self, file: Path) -> None:
-        self._stream = file.open("ab", buffering=0)
+        opener = partial(os.open, mode=self._mode)
+        self._stream = open(file, "ab", buffering=0, opener=opener)  # noqa: SIM115 - as long as this lives
         self._size = self._stream.tell()
 
-    def write(self, exchange: Exchange, seconds: float) -> None:
-        if self._stream is None or self._file is None:
+    @property
+    def is_open(self) -> bool:
+        return self._stream is not None
+
+    def write(self, line: dict[str, Any]) -> None:
+        if self._stream is None:
             return
-        line = {
-            "time": datetime.now(UTC), "id": exchange.id, "caller": exchange.caller, "address": exchange.address,
-            "method": exchange.scope["method"], "route": exchange.label, "status": exchange.status,
-            "ms": round(1e3 * seconds, 2), "bytes_in": exchange.bytes_in, "bytes_out": exchange.bytes_out,
-        }  # fmt: skip
         self._lines.append(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
         if len(self._lines) == 1:
             asyncio.get_running_loop().call_later(_TOGETHER_S, self.flush)
@@ -59,3 +80,18 @@ class AccessLog:
         self.flush()
         if self._stream is not None:
             self._stream.close()
+
+
+class AccessLog(LineFile):
+    """One line a request."""
+
+    def ended(self, request: Logged, seconds: float) -> None:
+        if self.is_open:
+            self.write(
+                {
+                    "time": datetime.now(UTC), "id": request.id, "caller": request.caller, "address": request.address,
+                    "method": request.method, "route": request.label, "status": request.status,
+                    "ms": round(1e3 * seconds, 2), "bytes_in": request.bytes_in, "bytes_out": request.bytes_out,
+                    **({"trace": request.trace} if request.trace else {}),
+                }
+            )  # fmt: skip

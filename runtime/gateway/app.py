@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import orjson
 
-from runtime.gateway.access_log import AccessLog
+from runtime.gateway.access_log import AccessLog, LineFile
 from runtime.gateway.chat import ChatTemplates
+from runtime.gateway.classifying import Classifying
 from runtime.gateway.completions import Completions
+from runtime.gateway.control import VersionControl, version_lines
 from runtime.gateway.counters import DoorCounters
 from runtime.gateway.door import Door, Handler, route
 from runtime.gateway.embeddings import Embeddings, require_model
 from runtime.gateway.exchange import Exchange
+from runtime.gateway.generate import Generate
+from runtime.gateway.grpc_door import GrpcDoor
 from runtime.gateway.guards import Guards
 from runtime.gateway.keys import Keys
 from runtime.gateway.kserve import Kserve
 from runtime.gateway.limits import DoorLimits
+from runtime.gateway.mirror import Mirror
+from runtime.gateway.ranking import Ranking
 from runtime.gateway.readiness import Readiness
 from runtime.gateway.refused import Refused
+from runtime.gateway.tokenizing import Tokenizing
+from runtime.gateway.tokens import ServedTokenizers
 from runtime.gateway.triton import Triton
 from runtime.gateway.upstream import UpstreamGone
+from runtime.gateway.versions import ServedVersions
+from runtime.gateway.vllm_metrics import vllm_page
 
 _TEXT = [(b"content-type", b"text/plain; charset=utf-8")]
 _METRICS = [(b"content-type", b"text/plain; version=0.0.4; charset=utf-8")]
@@ -32,33 +43,39 @@ _METRICS = [(b"content-type", b"text/plain; version=0.0.4; charset=utf-8")]
 class Own:
     """The endpoints about the gateway itself, and the models it has."""
 
-    triton: Triton
+    triton: ServedVersions
     readiness: Readiness
     counters: DoorCounters
     guards: Guards
     began: int
+    vllm_metrics: bool
 
     async def live(self, exchange: Exchange) -> None:
         await exchange.answer(b"ok\n", headers=_TEXT)
 
     async def ready(self, exchange: Exchange) -> None:
-        reason = self.readiness.reason
-        if reason is None and not self.readiness.supervised and not await self._answers():
-            reason = "the model's server does not answer"
-        if reason is not None:
+        if not await self.is_ready():
             raise Refused(503, "draining" if self.readiness.draining else "not ready")
         await exchange.answer(b"ok\n", headers=_TEXT)
 
+    async def is_ready(self) -> bool:
+        return self.readiness.reason is None and (self.readiness.supervised or await self._answers())
+
     async def _answers(self) -> bool:
         try:
-            return await self.triton.ready()
+            return await self.triton.main_ready()
         except UpstreamGone:
             return False
 
     async def metrics(self, exchange: Exchange) -> None:
         page = self.counters.page(self.guards.bytes, self.readiness.draining)
+        await self.triton.look()
+        page += "\n".join([*version_lines(self.triton), ""]).encode()
         try:
-            page += await self.triton.metrics_page()
+            behind = await self.triton.metrics_page()
+            page += behind
+            if self.vllm_metrics:
+                page += vllm_page(behind.decode(errors="replace")).encode()
         except UpstreamGone:
             page += b"# the model's server does not answer\n"
         await exchange.answer(page, headers=_METRICS)
@@ -74,18 +91,71 @@ class Own:
         return {"id": self.triton.model, "object": "model", "created": self.began, "owned_by": "trireme"}
 
 
-def make_door(
-    triton: Triton, limits: DoorLimits, keys: Keys | None, repository: Path | None, readiness: Readiness, log: AccessLog
-) -> Door:
-    guards, counters = Guards(limits, keys), DoorCounters()
-    own = Own(triton, readiness, counters, guards, int(time.time()))
-    completions = Completions(triton, ChatTemplates(repository, triton.model, limits.rendered), limits)
-    kserve = Kserve(triton, limits)
-    table: list[tuple[str, str, Handler, bool]] = [
+@dataclass(frozen=True)
+class Doors:
+    """Both sides of one gateway, with the same guards and counters."""
+
+    http: Door
+    grpc: GrpcDoor
+    guards: Guards
+    versions: ServedVersions
+    files: tuple[LineFile, ...]
+
+
+@dataclass(frozen=True)
+class DoorFiles:
+    """What the gateway is started with beside its limits. `repository`: of the main server's versions."""
+
+    repository: Path | None = None
+    access_log: Path | None = None
+    mirror_log: Path | None = None
+    control_secret: bytes | None = None
+    vllm_metrics: bool = False
+
+
+def make_doors(
+    triton: Triton, limits: DoorLimits, keys: Keys | None, readiness: Readiness, files: DoorFiles,
+    connect: Callable[[int, int], Triton],
+) -> Doors:  # fmt: skip
+    """`connect`: a server beside the main one, by its HTTP and metrics port."""
+    guards, counters, log = Guards(limits, keys), DoorCounters(), AccessLog(files.access_log)
+    mirror = Mirror(LineFile(files.mirror_log, mode=0o600), limits.answer_s)
+    versions = ServedVersions(triton, files.repository, connect, mirror)
+    own = Own(versions, readiness, counters, guards, int(time.time()), files.vllm_metrics)
+    tokenizers = ServedTokenizers(versions.repository, triton.model)
+    generate = Generate(versions, tokenizers, limits)
+    templates = ChatTemplates(versions.repository, triton.model, limits.rendered)
+    table = _table(own, Completions(versions, templates, limits), generate, versions, tokenizers, limits)
+    if files.control_secret is not None:
+        control = VersionControl(versions, files.control_secret, limits)
+        table += [("/control/versions", "GET", control.look, True), ("/control/versions", "PUT", control.set, True)]
+    routes = [route(path, method, handler, guards, public) for path, method, handler, public in table]
+    http = Door(routes, guards, counters, log, gone=versions.forget)
+    grpc = GrpcDoor(versions, generate, guards, counters, log, own.is_ready)
+    return Doors(http, grpc, guards, versions, (log, mirror.file))
+
+
+def _table(
+    own: Own, completions: Completions, generate: Generate, triton: Triton, tokenizers: ServedTokenizers,
+    limits: DoorLimits,
+) -> list[tuple[str, str, Handler, bool]]:  # fmt: skip
+    kserve, ranking = Kserve(triton, limits), Ranking(triton, limits)
+    tokenizing, classify = Tokenizing(triton, tokenizers, limits), Classifying(triton, tokenizers, limits)
+    return [
         ("/v1/embeddings", "POST", Embeddings(triton, limits), False),  # tried from the top: what is asked most
         ("/v1/completions", "POST", completions.complete, False),
         ("/v1/chat/completions", "POST", completions.chat, False),
         ("/v2/models/{name}/infer", "POST", kserve.infer, False),
+        ("/rerank", "POST", ranking.rerank, False),
+        ("/v1/rerank", "POST", ranking.rerank_v1, False),
+        ("/v2/rerank", "POST", ranking.rerank_v2, False),
+        ("/v1/score", "POST", ranking.score, False),
+        ("/score", "POST", ranking.score, False),
+        ("/classify", "POST", classify, False),
+        ("/predict", "POST", classify, False),
+        ("/tokenize", "POST", tokenizing.tokenize, False),
+        ("/detokenize", "POST", tokenizing.detokenize, False),
+        ("/decode", "POST", tokenizing.detokenize, False),
         ("/v1/models", "GET", own.models, False),
         ("/v1/models/{name}", "GET", own.model, False),
         ("/healthz", "GET", own.live, True),
@@ -99,8 +169,7 @@ def make_door(
             for version in ("", "/versions/{version}")
             for end, method, handler in (
                 ("", "GET", kserve.metadata), ("/ready", "GET", kserve.ready), ("/infer", "POST", kserve.infer),
+                ("/generate", "POST", generate.whole), ("/generate_stream", "POST", generate.stream),
             )
         ),
     ]  # fmt: skip
-    routes = [route(path, method, handler, guards, public) for path, method, handler, public in table]
-    return Door(routes, guards, counters, log, gone=triton.forget)

@@ -9,6 +9,7 @@ import msgspec
 from runtime.gateway.refused import Refused
 
 T = TypeVar("T")
+_OBJECT = msgspec.json.Decoder(dict[str, Any])
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _ONE_KIND = bytes.maketrans(b"{}", b"[]")
 
@@ -31,9 +32,25 @@ def read_json(body: bytes, decoder: msgspec.json.Decoder[T], depth: int) -> T:
     try:
         return decoder.decode(body)
     except msgspec.ValidationError as error:
-        raise Refused(400, str(error), param=_field(str(error))) from error
+        raise _misfit(error) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Refused(400, f"the body is not valid JSON: {str(error)[:200]}") from error
+
+
+def read_one_of(body: bytes, kinds: dict[str, Any], depth: int) -> Any:
+    """An object of one of several dialects, told apart by a key that each has alone. Raises as `read_json`."""
+    given = read_json(body, _OBJECT, depth)
+    found = [name for name in kinds if name in given]
+    if len(found) != 1:
+        raise Refused(400, f"the body must have exactly one of {', '.join(kinds)}; it has {len(found)}")
+    try:
+        return msgspec.convert(given, kinds[found[0]])
+    except msgspec.ValidationError as error:
+        raise _misfit(error) from error
+
+
+def _misfit(error: msgspec.ValidationError) -> Refused:
+    return Refused(400, str(error)[:500], param=_field(str(error)))
 
 
 def _field(said: str) -> str | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from runtime.errors import BadEnvironment
 from runtime.gateway.refused import Refused
 from runtime.settings import ChatSettings, GeneratorModelSettings
 
+_KEPT = 4  # versions
 _SECONDS = 2.0  # looked at between pieces; a template of a page takes some milliseconds
 
 
@@ -55,24 +56,28 @@ class ChatTemplate:
 
 
 class ChatTemplates:
-    """Of the versions of one model in a repository. `repository` None: there are none."""
+    """Of the versions of one model. `place`: the repository that holds a version; None: there is none."""
 
-    def __init__(self, repository: Path | None, model: str, characters: int) -> None:
-        self._repository, self._model, self._characters = repository, model, characters
-        self._known: tuple[int, ChatTemplate | None] | None = None
+    def __init__(self, place: Callable[[int], Path | None], model: str, characters: int) -> None:
+        self._place, self._model, self._characters = place, model, characters
+        self._known: dict[int, ChatTemplate | None] = {}
 
     def of(self, version: int) -> ChatTemplate:
         """Raises Refused for a model without one."""
-        if self._known is None or self._known[0] != version:
-            self._known = version, self._load(version)
-        if self._known[1] is None:
+        if version not in self._known:
+            self._known[version] = self._load(version)
+            if len(self._known) > _KEPT:
+                del self._known[next(iter(self._known))]
+        found = self._known[version]
+        if found is None:
             raise Refused(400, f"{self._model} has no chat template; use /v1/completions", code="no_chat_template")
-        return self._known[1]
+        return found
 
     def _load(self, version: int) -> ChatTemplate | None:
-        if self._repository is None:
+        repository = self._place(version)
+        if repository is None:
             return None
-        chat = GeneratorModelSettings.load(self._repository / self._model / str(version)).chat
+        chat = GeneratorModelSettings.load(repository / self._model / str(version)).chat
         return None if chat is None else ChatTemplate(chat, self._characters)
 
 

@@ -6,7 +6,7 @@ from bisect import bisect_left
 from collections import Counter
 from dataclasses import dataclass, field
 
-_BOUNDS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+BOUNDS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 
 @dataclass
@@ -22,8 +22,8 @@ class DoorCounters:
 
     def ended(self, route: str, status: int, seconds: float, bytes_in: int, bytes_out: int) -> None:
         self.requests[route, status] += 1
-        buckets = self.seconds.setdefault(route, [0] * (len(_BOUNDS_S) + 1))
-        buckets[bisect_left(_BOUNDS_S, seconds)] += 1
+        buckets = self.seconds.setdefault(route, [0] * (len(BOUNDS_S) + 1))
+        buckets[bisect_left(BOUNDS_S, seconds)] += 1
         self.seconds_sum[route] += seconds  # type: ignore[assignment]  # a Counter adds what it is given
         self.bytes_in += bytes_in
         self.bytes_out += bytes_out
@@ -39,7 +39,7 @@ class DoorCounters:
         lines += _head("request_seconds", "histogram", "Whole requests, from their head to the last byte")
         for route, buckets in sorted(self.seconds.items()):
             so_far = 0
-            for bound, count in zip((*map(str, _BOUNDS_S), "+Inf"), buckets, strict=True):
+            for bound, count in zip((*map(str, BOUNDS_S), "+Inf"), buckets, strict=True):
                 so_far += count
                 lines.append(f'trireme_gateway_request_seconds_bucket{{route="{route}",le="{bound}"}} {so_far}')
             lines.append(f'trireme_gateway_request_seconds_sum{{route="{route}"}} {self.seconds_sum[route]:.6f}')

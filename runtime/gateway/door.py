@@ -19,9 +19,10 @@ from starlette.routing import Route, Router
 from runtime.errors import ServingError
 from runtime.gateway.access_log import AccessLog
 from runtime.gateway.counters import DoorCounters
-from runtime.gateway.exchange import GONE_STATUS, ClientGone, Exchange, Message
+from runtime.gateway.exchange import GONE_STATUS, VERSION_HEADER, ClientGone, Exchange, Message
 from runtime.gateway.guards import Guards
 from runtime.gateway.refused import Refused, as_refused
+from runtime.gateway.trip import TRIP
 from runtime.gateway.upstream import UpstreamGone
 
 Handler = Callable[[Exchange], Awaitable[None]]
@@ -39,6 +40,7 @@ class Endpoint:
         if self._public:
             await self._handler(exchange)
             return
+        exchange.trip.pinned = _pinned(exchange)
         exchange.caller = self._guards.caller(exchange.headers.get(b"authorization", b""), exchange.address)
         with self._guards.admitted(exchange.caller):
             async with asyncio.timeout(self._guards.limits.answer_s):
@@ -64,6 +66,7 @@ class Door:
         if scope["type"] != "http":
             raise RuntimeError(f"{scope['type']} is not served")
         exchange = Exchange(scope, receive, send, self._guards, secrets.token_hex(12))
+        TRIP.set(exchange.trip)
         # With an `app`, Starlette raises for a method that a route does not have, where it would else answer itself.
         scope.update(exchange=exchange, app=self)
         started = time.monotonic()
@@ -75,7 +78,8 @@ class Door:
             exchange.release()
             seconds = time.monotonic() - started
             self._counters.ended(exchange.label, exchange.status, seconds, exchange.bytes_in, exchange.bytes_out)
-            self.log.write(exchange, seconds)
+            exchange.trip.ended(exchange.status, seconds)
+            self.log.ended(exchange, seconds)
 
     async def _answer(self, scope: Message, exchange: Exchange) -> None:
         try:
@@ -85,23 +89,34 @@ class Door:
             exchange.status = GONE_STATUS
             return
         except Exception as error:  # noqa: BLE001 - whatever went wrong, the client is told no more than a status
-            refused = self._refusal(error)
+            refused = refusal(error, self._gone)
         if exchange.started:  # too late to say anything: uvicorn cuts the answer off, and it cannot be taken for whole
             return
         await exchange.refuse(refused)
 
-    def _refusal(self, error: Exception) -> Refused:
-        if isinstance(error, HTTPException):
-            allow = (error.headers or {}).get("Allow")
-            return Refused(error.status_code, "this path does not take that method", close=True, allow=allow)
-        if isinstance(error, UpstreamGone):
-            self._gone()
-            return Refused(503, "the model's server is not there; try again later")
-        if isinstance(error, TimeoutError):
-            return Refused(504, "the answer took too long")
-        if not isinstance(error, ServingError):
-            traceback.print_exception(error, file=sys.stderr)
-        return as_refused(error)
+
+def _pinned(exchange: Exchange) -> str:
+    """The version that the header or the path names. Raises Refused where they differ."""
+    header = exchange.headers.get(VERSION_HEADER, b"").decode("latin-1")
+    path = str(exchange.scope.get("path_params", {}).get("version", ""))
+    if header and path and header != path:
+        raise Refused(400, f"{VERSION_HEADER.decode()} names version {header[:16]!r}, the path {path[:16]!r}")
+    return header or path
+
+
+def refusal(error: Exception, gone: Callable[[], None]) -> Refused:
+    """`gone`: told when the model's server has broken off."""
+    if isinstance(error, HTTPException):
+        allow = (error.headers or {}).get("Allow")
+        return Refused(error.status_code, "this path does not take that method", close=True, allow=allow)
+    if isinstance(error, UpstreamGone):
+        gone()
+        return Refused(503, "the model's server is not there; try again later")
+    if isinstance(error, TimeoutError):
+        return Refused(504, "the answer took too long")
+    if not isinstance(error, ServingError):
+        traceback.print_exception(error, file=sys.stderr)
+    return as_refused(error)
 
 
 async def _not_found(scope: Message, receive: Any, send: Any) -> None:

@@ -10,12 +10,15 @@ from runtime.errors import TriremeError
 from runtime.gateway.bodies import declared_size, require_plain
 from runtime.gateway.guards import Guards
 from runtime.gateway.refused import Refused
+from runtime.gateway.trip import Trip, read_trace
 
 T = TypeVar("T")
 Message = MutableMapping[str, Any]
 JSON = frozenset({b"application/json"})
 JSON_OR_BINARY = JSON | {b"application/octet-stream"}
+EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
 _MOMENTS_S = 0.03
+VERSION_HEADER = b"x-trireme-version"  # of a request: it goes there and nowhere else; of an answer: where it went
 GONE_STATUS = 499  # what proxies write of a client that did not wait
 
 
@@ -48,6 +51,7 @@ class Exchange:
         self.receive, self.send, self._guards = receive, send, guards
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
         self.caller = ""
+        self.trip = Trip(request_id, read_trace(self.headers.get(b"traceparent", b"").decode("latin-1")))
         self.label = "other"
         self.status = GONE_STATUS
         self.started = self.read = self._left = False
@@ -56,6 +60,14 @@ class Exchange:
     @property
     def openai(self) -> bool:
         return bool(self.scope["path"].startswith("/v1/"))
+
+    @property
+    def trace(self) -> str:
+        return self.trip.trace
+
+    @property
+    def method(self) -> str:
+        return str(self.scope["method"])
 
     @property
     def address(self) -> str:
@@ -133,6 +145,8 @@ class Exchange:
         told = any(name == b"connection" for name, _ in headers)
         closing = [] if told or self._nothing_comes() else [(b"connection", b"close")]
         head = [*headers, (b"x-request-id", self.id.encode()), (b"x-content-type-options", b"nosniff"), *closing]
+        if self.trip.lane is not None and self.trip.inferred:
+            head.append((VERSION_HEADER, str(self.trip.lane.version).encode()))
         await self.send({"type": "http.response.start", "status": status, "headers": head})
 
     def _nothing_comes(self) -> bool:

@@ -23,6 +23,10 @@ class Guards:
         self.bytes = 0
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()  # requests left, and when
 
+    def replace_keys(self, keys: Keys | None) -> None:
+        """Requests that run go on."""
+        self._keys = keys
+
     def caller(self, authorization: bytes, address: str) -> str:
         """Raises Refused for a key that is nobody's."""
         if self._keys is None:
@@ -68,6 +72,14 @@ class Guards:
         if self.bytes + size > self.limits.bytes_in_flight:
             raise Refused(429, "too many bytes are being received; try again later", close=True)
         self.bytes += size
+
+    @contextmanager
+    def holding(self, size: int) -> Iterator[None]:
+        self.hold(size)
+        try:
+            yield
+        finally:
+            self.release(size)
 
     def release(self, size: int) -> None:
         self.bytes -= size

@@ -26,8 +26,9 @@ Parameters = dict[str, bool | int | float | str]
 Name = Annotated[str, Meta(min_length=1, max_length=128)]
 Size = Annotated[int, Meta(ge=0, le=1 << 31)]
 _HEADER = b"inference-header-content-length"
+SERVER, EXTENSIONS = "trireme", ["binary_tensor_data"]
 # Of a request. What else there is maps memory, schedules sequences, or means nothing here.
-_PARAMETERS = {"binary_data_output": bool, "prompt_name": str, "timeout": int, "priority": int}
+PARAMETERS = {"binary_data_output": bool, "prompt_name": str, "timeout": int, "priority": int}
 _JSON_TYPES = {"BOOL": "b", "F": "iuf", "I": "iu", "U": "iu"}  # kinds of numpy's arrays that each takes
 
 
@@ -61,33 +62,23 @@ class Kserve:
         self._triton, self._limits = triton, limits
 
     async def server(self, exchange: Exchange) -> None:
-        await exchange.answer(orjson.dumps({"name": "trireme", "version": "2", "extensions": ["binary_tensor_data"]}))
+        await exchange.answer(orjson.dumps({"name": SERVER, "version": "2", "extensions": EXTENSIONS}))
 
     async def metadata(self, exchange: Exchange) -> None:
-        facts = await self._facts(exchange)
+        facts = await require_served(self._triton, exchange)
         await exchange.answer(orjson.dumps({**facts.metadata, "versions": [str(facts.version)]}))
 
     async def ready(self, exchange: Exchange) -> None:
-        await self._facts(exchange)
+        await require_served(self._triton, exchange)
         if not await self._triton.ready():
             raise Refused(503, "the model is not ready")
         await exchange.answer(b"", headers=[])
 
-    async def _facts(self, exchange: Exchange) -> Facts:
-        """Raises Refused for another model, or another version than the one that serves."""
-        given = exchange.scope["path_params"]
-        if given["name"] != self._triton.model:
-            raise Refused(404, f"no model {given['name'][:64]!r} here; it is {self._triton.model!r}")
-        facts = await self._triton.facts()
-        if given.get("version", str(facts.version)) != str(facts.version):
-            raise Refused(404, f"version {given['version'][:16]!r} does not serve; {facts.version} does")
-        return facts
-
     async def infer(self, exchange: Exchange) -> None:
         body = await exchange.body(JSON_OR_BINARY)
-        facts = await self._facts(exchange)
+        facts = await require_served(self._triton, exchange)
         if facts.generates:
-            raise Refused(400, f"{self._triton.model} streams; use /v1/completions")
+            raise Refused(400, f"{self._triton.model} streams; use /v1/completions, generate or generate_stream")
         asked, inputs = self._read(body, exchange.headers.get(_HEADER))
         names = [item.name for item in asked.outputs]
         passed = {key: value for key, value in asked.parameters.items() if key != "binary_data_output"}
@@ -119,16 +110,32 @@ class Kserve:
                 continue
             if type(size) is not int or not 0 <= size <= len(body) - place:
                 raise Refused(400, f"input {item.name}: binary_data_size is not the size of a part of the body")
-            inputs.append(_of_binary(item, body[place : place + size]))
+            inputs.append(of_binary(item, body[place : place + size]))
             place += size
         if place != len(body):
             raise Refused(400, f"{len(body) - place} bytes of the body belong to no input")
         return asked, inputs
 
 
+async def require_served(triton: Triton, exchange: Exchange) -> Facts:
+    """Of the model that the path names. Raises Refused for another, or another version than the one that serves."""
+    given = exchange.scope["path_params"]
+    return await require_version(triton, given["name"], given.get("version", ""))
+
+
+async def require_version(triton: Triton, name: str, version: str) -> Facts:
+    """As `require_served`; no version is any."""
+    if name != triton.model:
+        raise Refused(404, f"no model {name[:64]!r} here; it is {triton.model!r}")
+    facts = await triton.facts()
+    if version not in ("", str(facts.version)):
+        raise Refused(404, f"version {version[:16]!r} does not serve; {facts.version} does")
+    return facts
+
+
 def _require_parameters(asked: InferRequest) -> None:
     for name, value in asked.parameters.items():
-        if name not in _PARAMETERS or type(value) is not _PARAMETERS[name]:
+        if name not in PARAMETERS or type(value) is not PARAMETERS[name]:
             raise Refused(400, f"parameter {name[:64]!r} is not taken here, or not as {type(value).__name__}")
     taken = [(f"input {item.name}", item.parameters, "binary_data_size") for item in asked.inputs]
     taken += [(f"output {item.name}", item.parameters, "binary_data") for item in asked.outputs]
@@ -142,7 +149,7 @@ def _count(item: TensorIn) -> int:
     return math.prod(item.shape)
 
 
-def _of_binary(item: TensorIn, data: bytes) -> Blob:
+def of_binary(item: TensorIn, data: bytes) -> Blob:
     if item.data is not None:
         raise Refused(400, f"input {item.name} has both data and binary_data_size")
     if item.datatype == "BYTES":

@@ -21,6 +21,8 @@ class DoorLimits:
     rate_per_key               requests a second, with as many at once as a second has; None: no limit
     items                      texts of an embedding request, messages of a chat
     rendered                   characters that a chat template may make
+    tokenized                  characters, or token ids, that are turned into the other in one request
+    inflated_bytes             of a gRPC message that came compressed
     """
 
     header_bytes: int = 32 << 10
@@ -41,5 +43,7 @@ class DoorLimits:
     items: int = 2048
     prompts: int = 16
     rendered: int = 1 << 20
+    tokenized: int = 1 << 18
+    inflated_bytes: int = 1 << 20
     upstream_connections: int = 1024
     answer_bytes: int = 256 << 20

@@ -10,6 +10,7 @@ from runtime.errors import BadRequest, ServingError, TooLate, Unavailable
 from runtime.generation.interface import split_status
 
 RETRY_S = 1
+BROKEN = "the model's server broke off; try again"
 _OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 _REQUEST_ID = re.compile(r"\[request id: [^\]]*\] ")
 # What Triton's queue and the generator's say when they are full, and when a request has waited too long in them.

@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import orjson
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from runtime.errors import ServingError
 from runtime.gateway.refused import Refused, upstream_refusal
+from runtime.gateway.trip import TRIP
 from runtime.gateway.upstream import Upstream, UpstreamAnswer
 
 NUMPY = {
@@ -84,7 +85,28 @@ def unpack_texts(data: bytes, most: int) -> list[bytes]:
     return found
 
 
-class Triton:
+class Triton(Protocol):
+    """The model's server, as handlers see it."""
+
+    @property
+    def model(self) -> str: ...
+
+    async def facts(self) -> Facts: ...
+
+    async def infer(
+        self, inputs: Sequence[Blob], outputs: Sequence[str], request_id: str, parameters: Mapping[str, Any]
+    ) -> dict[str, Blob]: ...
+
+    def generate(self, fields: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]: ...
+
+    async def ready(self) -> bool: ...
+
+    async def metrics_page(self) -> bytes: ...
+
+    def forget(self) -> None: ...
+
+
+class TritonHttp:
     """One model on one server."""
 
     def __init__(self, upstream: Upstream, metrics: Upstream, model: str) -> None:
@@ -139,7 +161,8 @@ class Triton:
         header = orjson.dumps(asked)
         parts = (header, *(item.data for item in inputs))
         path = f"/v2/models/{self.model}/infer"
-        async with self._upstream.ask(b"POST", path, _BINARY % len(header), parts) as answer:
+        trace = TRIP.get().trace_line
+        async with self._upstream.ask(b"POST", path, _BINARY % len(header) + trace, parts) as answer:
             body = await answer.read()
             if answer.status != 200:
                 raise upstream_refusal(answer.status, _error_text(body))
@@ -150,7 +173,7 @@ class Triton:
         Refused with what the model said against it, in the beginning or on the way."""
         body = orjson.dumps(fields)
         path = f"/v2/models/{self.model}/generate_stream"
-        head = b"Content-Type: application/json\r\n"
+        head = b"Content-Type: application/json\r\n" + TRIP.get().trace_line
         async with self._upstream.ask(b"POST", path, head, (body,), stream=True) as answer:
             if answer.status != 200:
                 raise upstream_refusal(answer.status, _error_text(await answer.read()))

@@ -20,6 +20,7 @@ from runtime.errors import BadEnvironment, ServerFault
 from runtime.exposed import require_keys
 from runtime.server.health import Health
 from runtime.server.launch import LOOPBACK, TritonServer
+from runtime.server.pulse import Pulse
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 10.0
 _SETTLED_S = 60.0  # one that has run so long did not fail at its start
@@ -30,13 +31,24 @@ _LEAVE_S = 10.0  # beyond the drain, to end
 
 @dataclass(frozen=True)
 class Doorway:
-    """Where the gateway listens, and who may come in. Port 0: any free one."""
+    """Where the gateway listens, and who may come in. Port 0: any free one; `grpc_port` None: no gRPC.
+
+    `control_secret_file` opens the split of traffic between versions. `hang_s`: a gateway that does not say that it
+    lives within this time, twice in a row, is ended; `start_s`: so long may it take until it first does.
+    """
 
     port: int
     address: str = LOOPBACK
     keys_file: Path | None = None
     no_auth: bool = False
     drain_s: float = DRAIN_S
+    grpc_port: int | None = None
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    control_secret_file: Path | None = None
+    vllm_metrics: bool = False
+    hang_s: float = 15.0
+    start_s: float = 60.0
 
     def require_closed(self) -> None:
         """Raises BadEnvironment for a door that would stand open to a network unawares. The gateway itself judges keys;
@@ -44,18 +56,60 @@ class Doorway:
         require_keys(self.address, self.keys_file is not None, self.no_auth)
         if self.keys_file is not None and not os.access(self.keys_file, os.R_OK):
             raise BadEnvironment(f"--api-keys-file {self.keys_file} cannot be read; give a file of lines name:sha256")
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise BadEnvironment("--tls-cert and --tls-key belong together; give both")
+        named = {"tls-cert": self.tls_cert, "tls-key": self.tls_key, "control-secret-file": self.control_secret_file}
+        for option, file in named.items():
+            if file is not None and not os.access(file, os.R_OK):
+                raise BadEnvironment(f"--{option} {file} cannot be read")
 
     def listen(self) -> socket.socket:
         """Raises BadEnvironment for a port that is taken, and as `require_closed` does."""
         self.require_closed()
-        family = socket.AF_INET6 if ":" in self.address else socket.AF_INET
         try:
-            return socket.create_server((self.address, self.port), family=family, backlog=1024)
+            return socket.create_server((self.address, self.port), family=self._family, backlog=1024)
         except OSError as error:
-            raise BadEnvironment(
-                f"gateway port {self.port} on {self.address} cannot be used ({error.strerror}); "
-                "stop what listens there, or choose another with --gateway-port"
-            ) from error
+            raise self._busy("", self.port, error) from error
+
+    def hold_grpc(self) -> socket.socket | None:
+        """The port of gRPC, held so that no other program gets it while the gateway starts again: gRPC cannot be given
+        a socket, but shares the port of one that does not listen. Raises BadEnvironment for a port that is taken."""
+        if self.grpc_port is None:
+            return None
+        held = socket.socket(self._family)
+        try:
+            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            held.bind((self.address, self.grpc_port))  # alone: sharing would also hide that another program listens
+            port = held.getsockname()[1]
+            held.close()
+            held = socket.socket(self._family)
+            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            held.bind((self.address, port))
+        except OSError as error:
+            held.close()
+            raise self._busy("grpc-", self.grpc_port, error) from error
+        return held
+
+    @property
+    def _family(self) -> socket.AddressFamily:
+        return socket.AF_INET6 if ":" in self.address else socket.AF_INET
+
+    def _busy(self, kind: str, port: int, error: OSError) -> BadEnvironment:
+        return BadEnvironment(
+            f"gateway {kind}port {port} on {self.address} cannot be used ({error.strerror}); "
+            f"stop what listens there, or choose another with --gateway-{kind}port"
+        )
+
+    def options(self) -> list[str]:
+        """Of the process, but for its ports."""
+        files = {
+            "api-keys-file": self.keys_file, "tls-cert": self.tls_cert, "tls-key": self.tls_key,
+            "control-secret-file": self.control_secret_file,
+        }  # fmt: skip
+        given = [part for name, file in files.items() if file is not None for part in (f"--{name}", str(file))]
+        flags = {"no-auth": self.no_auth, "vllm-metrics": self.vllm_metrics}
+        given += [f"--{name}" for name, wanted in flags.items() if wanted]
+        return ["--address", self.address, "--drain-s", str(self.drain_s), *given]
 
 
 class GatewayProcess:
@@ -64,9 +118,11 @@ class GatewayProcess:
     def __init__(self, doorway: Doorway, server: TritonServer, health: Health) -> None:
         self._doorway, self._server, self._health = doorway, server, health
         self._listener = doorway.listen()
-        host, port = self._listener.getsockname()[:2]
-        self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        self._grpc = doorway.hold_grpc()
+        self.address = _written(self._listener)
+        self.grpc_address = None if self._grpc is None else _written(self._grpc)
         self.log = server.log.with_name("gateway.log")
+        self._pulse = Pulse(self._listener.getsockname()[:2], doorway.tls_cert is not None, doorway.hang_s)
         self._process: subprocess.Popen[bytes] | None = None
         self._told: str | None = None
         self._failures = 0
@@ -82,6 +138,7 @@ class GatewayProcess:
         if self._process is not None and self._process.poll() is not None:
             self._close_pipe()
             self._failures = 1 if now - self._began >= _SETTLED_S else self._failures + 1
+            self._pulse.forget()
             if self._failures > _MOST_FAILURES:
                 raise ServerFault(f"the gateway died {self._failures} times in a row; its log is {self.log}")
             self._again = now + pause_s(self._failures, _FIRST_PAUSE_S, _LONGEST_PAUSE_S)
@@ -90,17 +147,23 @@ class GatewayProcess:
             if now < self._again:
                 return
             self._start(now)
+        elif now - self._began > self._doorway.start_s or self._pulse.felt:
+            if self._pulse.lost(now):
+                self._process.kill()  # the next turn sees that it died
+                return
+        else:
+            self._pulse.lost(now)
         self._tell("ready" if (reason := self._health.ready()) is None else reason.partition("\n")[0])
 
     def _start(self, now: float) -> None:
-        doorway, ports = self._doorway, self._server.ports
-        keys = [] if doorway.keys_file is None else ["--api-keys-file", str(doorway.keys_file)]
+        ports = self._server.ports
+        grpc = [] if self._grpc is None else ["--grpc-port", str(self._grpc.getsockname()[1])]
         command = [
             sys.executable, "-m", "runtime.gateway", "--supervised", "--model", self._server.settings.ensemble,
             "--triton-http-port", str(ports.http), "--triton-metrics-port", str(ports.metrics),
             "--repository", str(self._server.repository), "--listener", str(self._listener.fileno()),
-            "--address", doorway.address, "--access-log", str(self.log), "--drain-s", str(doorway.drain_s),
-            *keys, *(["--no-auth"] if doorway.no_auth else []),
+            "--access-log", str(self.log), "--mirror-log", str(self.log.with_name("mirror.log")),
+            *self._doorway.options(), *grpc,
         ]  # fmt: skip
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, pass_fds=(self._listener.fileno(),),
@@ -122,9 +185,17 @@ class GatewayProcess:
             with contextlib.suppress(OSError):
                 self._process.stdin.close()
 
+    def read_again(self) -> None:
+        """Keys and certificate."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(signal.SIGHUP)
+
     def stop(self) -> None:
         """No new connections; what is running may end; then it is gone."""
         self._listener.close()
+        if self._grpc is not None:
+            self._grpc.close()
+        self._pulse.close()
         if self._process is None:
             return
         if self._process.poll() is None:
@@ -136,3 +207,8 @@ class GatewayProcess:
                 self._process.wait()
         self._close_pipe()
         self._process = None
+
+
+def _written(bound: socket.socket) -> str:
+    host, port = bound.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -40,6 +42,8 @@ def serve_repository(
     with stop_requests() as asked_to_stop:
         with TritonServer(repository, ports, exposure=exposure) as server:
             gateway = None if doorway is None else GatewayProcess(doorway, server, health)
+            if gateway is not None:
+                _pass_on_hangups(gateway)
             beside = (lambda: None) if gateway is None else gateway.turn
             supervisor = Supervisor(server, versions, health, report=_log, beside=beside)
             try:
@@ -73,16 +77,24 @@ def _announce(server: TritonServer, gateway: GatewayProcess | None, seconds: flo
         "proven": server.proven.model_dump(mode="json", exclude={"server"}) if server.proven else None,
     }
     if gateway is not None:
-        facts |= {"gateway": gateway.address, "gateway_pid": gateway.pid}
+        grpc = {} if gateway.grpc_address is None else {"gateway_grpc": gateway.grpc_address}
+        facts |= {"gateway": gateway.address, **grpc, "gateway_pid": gateway.pid}
     if as_json:
         print(json.dumps(facts), flush=True)
         return
     print(f"{settings.ensemble} version {settings.version} is ready after {seconds:.1f} s", flush=True)
     print(f"  proven   {server.proven}", flush=True)
-    for name in ("grpc", "http", "metrics", "gateway"):
+    for name in ("grpc", "http", "metrics", "gateway", "gateway_grpc"):
         if name in facts:
-            print(f"  {name:<8} {facts[name]}", flush=True)
+            print(f"  {name.replace('_', ' '):<8} {facts[name]}", flush=True)
     print(f"  log      {server.log}\nCtrl-C drains and stops.", flush=True)
+
+
+def _pass_on_hangups(gateway: GatewayProcess) -> None:
+    """SIGHUP makes the gateway read its keys and certificate again. From a terminal it means that this one has closed,
+    and ends us as ever."""
+    if not os.isatty(0):
+        signal.signal(signal.SIGHUP, lambda *_: gateway.read_again())
 
 
 def _log(message: str) -> None:

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
 import socket
 import subprocess
 import sys
+import urllib.request
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from runtime.gateway.access_log import AccessLog
-from runtime.gateway.app import make_door
+from runtime.gateway.app import DoorFiles, Doors, make_doors
 from runtime.gateway.door import Door
 from runtime.gateway.keys import Keys
 from runtime.gateway.limits import DoorLimits
 from runtime.gateway.readiness import Readiness
-from runtime.gateway.triton import Blob, Facts
+from runtime.gateway.triton import Blob, Facts, unpack_texts
+from runtime.server.launch import TritonServer
 
 JSON = {"content-type": "application/json"}
 
@@ -39,17 +42,28 @@ class FakeTriton:
     left: bool = False  # a stream was given up
     asked: list[Any] = field(default_factory=list)
     forgotten: int = 0
+    version: int = 3
+    pair: bool = False
+    logits: tuple[tuple[float, ...], ...] = ()  # of the rows, of a model that gives these and no embedding
+    longest: int = 10  # characters; more are cut
 
     async def facts(self) -> Facts:
-        outputs = ["text_output"] if self.generates else ["embedding", "token_count"]
+        outputs = ["text_output"] if self.generates else ["logits" if self.logits else "embedding", "token_count"]
+        texts = ["text", "text_pair"] if self.pair else ["text"]
         metadata = {
             "name": self.model,
             "platform": "fake",
-            "versions": ["3"],
-            "inputs": [{"name": "text", "datatype": "BYTES", "shape": [-1, 1]}],
-            "outputs": [{"name": name, "datatype": "FP32", "shape": [-1, 2]} for name in outputs],
+            "versions": [str(self.version)],
+            "inputs": [
+                *({"name": name, "datatype": "BYTES", "shape": [-1, 1]} for name in texts),
+                *([{"name": "stream", "datatype": "BOOL", "shape": [-1, 1]}] if self.generates else []),
+            ],
+            "outputs": [
+                {"name": name, "datatype": "BYTES" if name == "text_output" else "FP32", "shape": [-1, 2]}
+                for name in outputs
+            ],
         }
-        return Facts(3, 2, metadata)
+        return Facts(self.version, 2, metadata)
 
     async def infer(
         self, inputs: Sequence[Blob], outputs: Sequence[str], request_id: str, parameters: Mapping[str, Any]
@@ -60,7 +74,14 @@ class FakeTriton:
         count = inputs[0].shape[0]
         vectors = np.arange(2 * count, dtype=np.float32)
         counts = np.full(count, 4, np.int32)
-        return {
+        rows = [unpack_texts(one.data, count) for one in inputs]
+        cut = np.array([max(map(len, row)) > self.longest for row in zip(*rows, strict=True)], np.bool_)
+        told = {"truncated": Blob("truncated", "BOOL", (count, 1), cut.tobytes())} if "truncated" in outputs else {}
+        if self.logits:
+            done = sum(one[0][0].shape[0] for one in self.asked[:-1])
+            logits = np.array(self.logits[done : done + count], np.float32)
+            told["logits"] = Blob("logits", "FP32", logits.shape, logits.tobytes())
+        return told | {
             "embedding": Blob("embedding", "FP32", (count, 2), vectors.tobytes()),
             "token_count": Blob("token_count", "INT32", (count, 1), counts.tobytes()),
         }
@@ -111,9 +132,17 @@ def door_of(
     triton: FakeTriton, limits: DoorLimits | None = None, keys: Keys | None = None, log: Path | None = None,
     repository: Path | None = None,
 ) -> Door:  # fmt: skip
-    return make_door(
-        triton,  # type: ignore[arg-type]
-        limits or DoorLimits(), keys, repository, Readiness(supervised=False), AccessLog(log),
+    return doors_of(triton, limits, keys, log, repository).http
+
+
+def doors_of(
+    triton: FakeTriton, limits: DoorLimits | None = None, keys: Keys | None = None, log: Path | None = None,
+    repository: Path | None = None, beside: Mapping[int, FakeTriton] = MappingProxyType({}), **files: Any,
+) -> Doors:  # fmt: skip
+    """`beside`: further servers by their port."""
+    return make_doors(
+        triton, limits or DoorLimits(), keys, Readiness(supervised=False), DoorFiles(repository, log, **files),
+        lambda http, metrics: beside[http],
     )  # fmt: skip
 
 
@@ -163,12 +192,23 @@ def get(door: Door, path: str, headers: Mapping[str, str] | None = None, method:
 @contextmanager
 def gateway(model: str, http_port: int = 9, metrics_port: int = 9, *options: str) -> Iterator[int]:
     """The port of a gateway process. Port 9 is nobody's: no model's server answers."""
+    with gateway_ports(model, http_port, metrics_port, *options) as ports:
+        yield ports["gateway"]
+
+
+@contextmanager
+def gateway_ports(model: str, http_port: int = 9, metrics_port: int = 9, *options: str) -> Iterator[dict[str, int]]:
+    """By `gateway`, and `grpc` where `--grpc-port` asks for it; `pid` is the process."""
     command = [sys.executable, "-m", "runtime.gateway", "--model", model, "--triton-http-port", str(http_port)]
     command += ["--triton-metrics-port", str(metrics_port), *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
+    found = {"pid": process.pid}
     try:
-        yield int(process.stdout.readline().split()[1])
+        while "gateway" not in found:
+            name, port = process.stdout.readline().split()
+            found[name] = int(port)
+        yield found
     finally:
         process.terminate()
         process.wait(20)
@@ -190,3 +230,28 @@ def exchange_raw(port: int, *parts: bytes, timeout_s: float = 20) -> bytes:
         except ConnectionError:
             pass
     return found
+
+
+def post_json(port: int, path: str, body: Any, timeout_s: float = 60, **headers: str) -> tuple[int, Any]:
+    """Status and answer of a server on loopback."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout_s)
+    try:
+        connection.request("POST", path, json.dumps(body), {**JSON, **headers})
+        answer = connection.getresponse()
+        return answer.status, json.loads(answer.read())
+    finally:
+        connection.close()
+
+
+def post_events(port: int, path: str, body: Any) -> list[Any]:
+    """Events of a stream that ends by itself."""
+    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", json.dumps(body).encode(), dict(JSON))
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return [json.loads(one.removeprefix("data: ")) for one in answer.read().decode().split("\n\n") if one]
+
+
+def running(generator: TritonServer) -> float:
+    """Requests that the generator works on, or holds."""
+    page = urllib.request.urlopen(f"http://{generator.metrics_address}/metrics", timeout=20).read().decode()
+    names = ("trireme_generation_running{", "trireme_generation_waiting{")
+    return sum(float(line.rpartition(" ")[2]) for line in page.splitlines() if line.startswith(names))

@@ -20,8 +20,10 @@ import openai
 import psutil
 import pytest
 import yaml
+from tritonclient.utils import InferenceServerException
 
 from builders.spec import DeploymentSpec
+from runtime.channel import connect
 from runtime.errors import BadEnvironment
 from runtime.server.gateway_process import Doorway
 from tests import generators
@@ -45,8 +47,13 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> Path:
         }
     )
     (folder / "spec.yaml").write_text(yaml.safe_dump(made.model_dump(mode="json")))
-    (folder / "keys").write_text(f"test:{hashlib.sha256(KEY.encode()).hexdigest()}\n")
+    _write_keys(folder / "spec.yaml", KEY)
     return folder / "spec.yaml"
+
+
+def _write_keys(spec: Path, *keys: str) -> None:
+    lines = [f"{place}:{hashlib.sha256(key.encode()).hexdigest()}\n" for place, key in enumerate(keys)]
+    (spec.parent / "keys").write_text("".join(lines))
 
 
 def _command(spec: Path, *options: object) -> list[str]:
@@ -57,8 +64,9 @@ def _command(spec: Path, *options: object) -> list[str]:
 
 @contextmanager
 def _serving(spec: Path) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
-    command = _command(spec, "--gateway-port", 0, "--api-keys-file", spec.parent / "keys")
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    options = ("--gateway-port", 0, "--gateway-grpc-port", 0, "--api-keys-file", spec.parent / "keys")
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(_command(spec, *options), **pipes, text=True)
     assert process.stdout is not None
     assert process.stderr is not None
     try:
@@ -81,6 +89,21 @@ def _ready(facts: dict[str, Any]) -> bool:
         return False
 
 
+def _grpc_ready(facts: dict[str, Any]) -> bool:
+    with connect(facts["gateway_grpc"]) as client:
+        try:
+            return bool(client.is_model_ready("tiny-lm", headers={"authorization": f"Bearer {KEY}"}, client_timeout=20))
+        except InferenceServerException:  # it starts
+            return False
+
+
+def _taken(client: openai.OpenAI, ask: dict[str, Any]) -> bool:
+    try:
+        return bool(client.completions.create(**ask).choices)
+    except openai.AuthenticationError:
+        return False
+
+
 def _gone(pid: int) -> bool:
     """A zombie is gone: whose it is now need not wait for it."""
     try:
@@ -100,6 +123,11 @@ def test_a_gateway_lives_beside_its_server_and_outlives_deaths(spec: Path) -> No
 
         os.kill(facts["gateway_pid"], signal.SIGKILL)  # the next client waits for the next gateway
         assert client.completions.create(**ask).choices[0].text == text
+        assert wait_until(lambda: _grpc_ready(facts), 30)
+
+        _write_keys(spec, KEY, "another")
+        process.send_signal(signal.SIGHUP)
+        assert wait_until(lambda: _taken(client.with_options(api_key="another"), ask), 30)
 
         os.kill(facts["pid"], signal.SIGKILL)
         assert wait_until(lambda: not _ready(facts), 30)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
+from typing import Any
 
 import numpy as np
 import openai
@@ -12,29 +14,31 @@ import pytest
 from tritonclient import http as triton_http
 from tritonclient.utils import InferenceServerException
 
-from builders import pipeline
 from builders.judging import corpus
 from builders.pipeline import Build
-from builders.spec import DeploymentSpec
+from runtime.channel import connect, infer_input
 from runtime.client import stream
 from runtime.server.launch import TritonServer
-from runtime.server.supervise import ready_server
-from tests import generators
 from tests.conftest import wait_until
-from tests.gateway.asking import exchange_raw, gateway
+from tests.gateway.asking import exchange_raw, gateway_ports, post_json, running
+from tests.gateway.conftest import LONGEST
 from tests.gateway.killers import killers
 
 pytestmark = pytest.mark.triton
 
 TEXTS = corpus.texts(None, 70)
-TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}"
-LONGEST = 4096
 
 
 @pytest.fixture(scope="module")
-def port(server: TritonServer) -> Iterator[int]:
-    with gateway("minilm", server.ports.http, server.ports.metrics) as found:
+def ports(server: TritonServer) -> Iterator[dict[str, int]]:
+    options = ("--grpc-port", "0", "--repository", str(server.repository))
+    with gateway_ports("minilm", server.ports.http, server.ports.metrics, *options) as found:
         yield found
+
+
+@pytest.fixture(scope="module")
+def port(ports: dict[str, int]) -> int:
+    return ports["gateway"]
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +125,59 @@ def test_what_ends_a_triton_does_not_reach_it(
     assert len(client.embeddings.create(model="minilm", input="still here").data[0].embedding) == 384
 
 
+def test_tritons_grpc_client_gets_the_same_through_the_door(ports: dict[str, int], server: TritonServer) -> None:
+    """The client as it is, compressed and in a stream too; and what it cannot do here."""
+    rows = infer_input("text", np.array([[text.encode()] for text in TEXTS[:8]], np.object_))
+    with connect(f"127.0.0.1:{ports['grpc']}") as door, connect(server.grpc_address) as triton:
+        direct = triton.infer("minilm", [rows]).as_numpy("embedding")
+        assert np.array_equal(door.infer("minilm", [rows], request_id="mine").as_numpy("embedding"), direct)
+        for algorithm in ("gzip", "deflate"):
+            through = door.infer(
+                "minilm", [rows], model_version="1", compression_algorithm=algorithm, timeout=9_000_000
+            )
+            assert np.array_equal(through.as_numpy("embedding"), direct)
+        assert door.is_server_live()
+        assert door.is_server_ready()
+        assert door.is_model_ready("minilm")
+        assert door.get_model_metadata("minilm") == triton.get_model_metadata("minilm")
+        answers: SimpleQueue[Any] = SimpleQueue()
+        door.start_stream(lambda result, error: answers.put((result, error)))
+        for number in range(5):
+            door.async_stream_infer("minilm", [rows], request_id=str(number), enable_empty_final_response=True)
+        found = [answers.get(timeout=60) for _ in range(5)]
+        door.stop_stream()
+        assert [result.get_response().id for result, error in found] == list("01234"), "in the order of the requests"
+        assert all(np.allclose(result.as_numpy("embedding"), direct, atol=0.02) for result, _ in found)
+        for forbidden in (
+            door.get_model_repository_index, door.get_system_shared_memory_status, door.get_trace_settings,
+            door.get_log_settings, lambda: door.unload_model("minilm"), lambda: door.get_model_config("minilm"),
+            door.get_inference_statistics,
+        ):  # fmt: skip
+            with pytest.raises(InferenceServerException, match="UNIMPLEMENTED"):
+                forbidden()
+
+
+def test_an_embedder_ranks_by_cosine_and_tells_its_tokens(port: int) -> None:
+    texts = ["Bread is baked in an oven.", "A file is opened for reading."]
+    status, ranks = post_json(port, "/rerank", {"query": "How do I open a file?", "texts": texts})
+    assert (status, [one["index"] for one in ranks]) == (200, [1, 0])
+    ask = {"model": "minilm", "text_1": "How do I open a file?", "text_2": texts}
+    scores = [one["score"] for one in post_json(port, "/v1/score", ask)[1]["data"]]
+    assert np.allclose(sorted(scores), sorted(one["score"] for one in ranks), atol=0.02)
+    status, [tokens] = post_json(port, "/tokenize", {"inputs": "Open a file"})
+    assert [token["text"] for token in tokens] == ["[CLS]", "open", "a", "file", "[SEP]"]
+    assert [(token["start"], token["stop"]) for token in tokens[1:4]] == [(0, 4), (5, 6), (7, 11)]
+    ids = [token["id"] for token in tokens]
+    assert post_json(port, "/decode", {"ids": ids})[1] == ["open a file"]
+    assert post_json(port, "/detokenize", {"model": "minilm", "tokens": ids})[1] == {
+        "prompt": "[CLS] open a file [SEP]"
+    }
+    assert post_json(port, "/decode", {"ids": [10**9]})[0] == 400
+    long = {"query": "x", "texts": ["fine", "word " * 2000]}
+    assert "texts[1] has more" in post_json(port, "/rerank", long)[1]["error"]
+    assert post_json(port, "/rerank", {**long, "truncate": True})[0] == 200
+
+
 def test_metrics_are_on_one_page(port: int, client: openai.OpenAI) -> None:
     client.embeddings.create(model="minilm", input="counted")
     page = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=20).read().decode()
@@ -130,38 +187,9 @@ def test_metrics_are_on_one_page(port: int, client: openai.OpenAI) -> None:
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Build:
-    """A tiny model of random weights that goes on for long, with a chat template of its own."""
-    folder = tmp_path_factory.mktemp("chat")
-    source = generators.save_generator(folder / "model", "llama", max_position_embeddings=LONGEST)
-    (source / "chat_template.jinja").write_text(TEMPLATE)
-    (source / "tokenizer_config.json").write_text('{"bos_token": "[CLS]"}')
-    spec = DeploymentSpec.model_validate(
-        {
-            "name": "tiny-lm",
-            "model": {"source": str(source), "task": "generation", "max_length": LONGEST},
-            "precision": {"cpu": "fp32", "calibration_samples": 32},
-            "serving": {"queue_size": 2},
-            "generation": {"slots": 2, "cache_lengths": [LONGEST]},
-        }
-    )
-    return pipeline.build(spec, "cpu", folder / "build", "repository")
-
-
-@pytest.fixture(scope="module")
-def generator(llama: Build) -> Iterator[TritonServer]:
-    assert llama.entry is not None
-    with ready_server(llama.entry.repository) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def chat(generator: TritonServer) -> Iterator[openai.OpenAI]:
-    ports = (generator.ports.http, generator.ports.metrics)
-    with (
-        gateway("tiny-lm", *ports, "--repository", str(generator.repository)) as port,
-        openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0) as client,
-    ):
+def chat(text_ports: dict[str, int]) -> Iterator[openai.OpenAI]:
+    url = f"http://127.0.0.1:{text_ports['gateway']}/v1"
+    with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
         yield client
 
 
@@ -208,12 +236,6 @@ def test_a_chat_is_the_templates_text_and_begins_once(chat: openai.OpenAI, gener
     assert events[-1].choices[0].finish_reason == "length"
 
 
-def _running(generator: TritonServer) -> float:
-    page = urllib.request.urlopen(f"http://{generator.metrics_address}/metrics", timeout=20).read().decode()
-    names = ("trireme_generation_running{", "trireme_generation_waiting{")
-    return sum(float(line.rpartition(" ")[2]) for line in page.splitlines() if line.startswith(names))
-
-
 LONG = {"model": "tiny-lm", "prompt": "x", "max_tokens": LONGEST - 8, "extra_body": {"min_tokens": LONGEST - 8}}
 
 
@@ -226,7 +248,7 @@ def test_a_client_that_leaves_frees_its_slot(chat: openai.OpenAI, generator: Tri
     else:
         with pytest.raises(openai.APITimeoutError):
             chat.with_options(timeout=1.0).completions.create(**LONG)
-    assert wait_until(lambda: _running(generator) == 0, 30)
+    assert wait_until(lambda: running(generator) == 0, 30)
 
 
 def test_a_full_queue_is_429_and_says_when_to_come_again(chat: openai.OpenAI, generator: TritonServer) -> None:
@@ -244,7 +266,7 @@ def test_a_full_queue_is_429_and_says_when_to_come_again(chat: openai.OpenAI, ge
     for error in refused:
         assert isinstance(error, openai.RateLimitError), error
         assert error.response.headers["retry-after"] == "1"
-    assert wait_until(lambda: _running(generator) == 0, 30)
+    assert wait_until(lambda: running(generator) == 0, 30)
 
 
 def test_what_ends_a_triton_does_not_reach_a_generator(chat: openai.OpenAI, generator: TritonServer) -> None:

@@ -1,0 +1,67 @@
+"""Texts to an encoder's outputs, in batches of the model's size."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.gateway.exchange import together
+from runtime.gateway.refused import Refused
+from runtime.gateway.triton import Blob, Facts, Triton, pack_texts
+
+_AT_ONCE = 4  # batches of one request
+Arrays = dict[str, NDArray[Any]]
+
+
+async def encoded(
+    triton: Triton, facts: Facts, columns: Mapping[str, Sequence[str]], output: str, request_id: str
+) -> Arrays:
+    """`output`, `token_count` and `truncated` of all rows; `columns` are inputs of one length, by name."""
+    count = len(next(iter(columns.values())))
+    size = facts.max_batch_size or count
+    names = [output, "token_count", "truncated"]
+    gate = asyncio.Semaphore(_AT_ONCE)
+
+    async def batch(at: int) -> Arrays:
+        rows = {name: [text.encode() for text in texts[at : at + size]] for name, texts in columns.items()}
+        inputs = [Blob(name, "BYTES", (len(texts), 1), pack_texts(texts)) for name, texts in rows.items()]
+        async with gate:
+            found = await triton.infer(inputs, names, request_id, {})
+        return {name: found[name].array() for name in names}
+
+    parts = await together([batch(at) for at in range(0, count, size)])
+    return {name: np.concatenate([part[name] for part in parts]) for name in names}
+
+
+def require_texts(texts: Sequence[str], name: str, most: int) -> None:
+    """Raises Refused that names the text which no model takes."""
+    if not 1 <= len(texts) <= most:
+        raise Refused(400, f"{name} holds {len(texts)} texts; send 1 to {most}", param=name)
+    empty = next((place for place, text in enumerate(texts) if not text.strip()), None)
+    if empty is not None:
+        raise Refused(400, f"{name}[{empty}] is empty; send at least one character that is not white space", param=name)
+    for text in texts:
+        require_unicode(text, name)
+
+
+def require_unicode(text: str, name: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise Refused(400, f"{name} holds half of a surrogate pair, which is no text", param=name) from error
+
+
+def require_whole(truncated: NDArray[Any], name: str, longest: int) -> None:
+    """Raises Refused for texts that the model read only the beginning of, where nobody said that it may."""
+    cut = [int(place) for place in np.flatnonzero(truncated)]
+    if cut:
+        said = (
+            f"{name}[{cut[0]}] has more than the {longest} tokens that the model takes"
+            if longest
+            else f"{name} is too long"
+        )
+        raise Refused(413, f"{said}; shorten it, or send truncate: true", param=name)

@@ -1,0 +1,48 @@
+"""What a request brings along that is no handler's concern: its trace, and which version it goes to."""
+
+from __future__ import annotations
+
+import re
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Protocol
+
+_TRACE = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
+
+
+class Taken(Protocol):
+    """The version that a request went to."""
+
+    version: int
+
+    def ended(self, status: int, seconds: float) -> None: ...
+
+
+@dataclass
+class Trip:
+    """`id`: the request's. `pinned`: the version that was asked for, empty for any; `lane`: the one that was taken,
+    once there is one; `inferred`: it was asked for more than what it is."""
+
+    id: str = ""
+    trace: str = ""
+    pinned: str = ""
+    lane: Taken | None = None
+    inferred: bool = False
+
+    def ended(self, status: int, seconds: float) -> None:
+        if self.lane is not None and self.inferred:
+            self.lane.ended(status, seconds)
+
+    @property
+    def trace_line(self) -> bytes:
+        """A line of an HTTP head, or nothing."""
+        return b"traceparent: %s\r\n" % self.trace.encode() if self.trace else b""
+
+
+NO_TRIP = Trip()  # of what nobody asked for; nothing is written into it
+TRIP: ContextVar[Trip] = ContextVar("trip", default=NO_TRIP)
+
+
+def read_trace(header: str) -> str:
+    """W3C's traceparent; empty for one that is none, which W3C says to go on without."""
+    return header if _TRACE.fullmatch(header) else ""

@@ -1,0 +1,228 @@
+"""ServedVersions of the model beside each other: which requests go to which, and what became of them.
+
+The main server is always there. Others stand beside it on loopback, started and proven by whoever rolls them out, and
+are named with their ports. What is set is checked as a whole and then holds as a whole, from one request to the next;
+a gateway that starts again knows of none, so that everything goes to the main server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from runtime.errors import ServingError
+from runtime.gateway.counters import BOUNDS_S
+from runtime.gateway.mirror import Mirror
+from runtime.gateway.refused import Refused
+from runtime.gateway.trip import NO_TRIP, TRIP
+from runtime.gateway.triton import Blob, Facts, Triton
+from runtime.gateway.upstream import UpstreamGone
+from runtime.generation.metrics import Histogram
+
+_MOST = 8  # versions beside the main one
+
+
+@dataclass
+class Tally:
+    """Of whole requests. `errors`: those that failed for the server's sake, 5xx."""
+
+    requests: int = 0
+    errors: int = 0
+    seconds: Histogram = field(default_factory=lambda: Histogram(BOUNDS_S))
+
+    def ended(self, status: int, seconds: float) -> None:
+        self.requests += 1
+        self.errors += status >= 500
+        self.seconds.add(seconds)
+
+
+@dataclass(eq=False)
+class Lane:
+    """One version on one server. `mirrored`: of copies, whose answers nobody got."""
+
+    triton: Triton
+    version: int  # of the main server: as it was last seen
+    repository: Path | None
+    ports: tuple[int, int] | None = None  # HTTP and metrics; None: the main server
+    served: Tally = field(default_factory=Tally)
+    mirrored: Tally = field(default_factory=Tally)
+
+    def ended(self, status: int, seconds: float) -> None:
+        self.served.ended(status, seconds)
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A version that stands beside the main one. `repository`: holds its tokenizer and chat template."""
+
+    version: int
+    http_port: int
+    metrics_port: int
+    repository: Path | None
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """How requests are split. Never changed: replaced."""
+
+    lanes: tuple[Lane, ...]
+    weights: tuple[float, ...]
+    mirror: Lane | None = None
+    number: int = 0  # how often it was set
+
+    def pick(self, at: float) -> Lane:
+        """`at`: from 0 up to 1."""
+        place = at * sum(self.weights)
+        for lane, weight in zip(self.lanes, self.weights, strict=True):
+            if weight and place < weight:
+                return lane
+            place -= weight
+        return next(lane for lane, weight in zip(self.lanes, self.weights, strict=True) if weight)
+
+
+class ServedVersions:
+    """The model's server as handlers see it: each request goes to one version, from its first question on."""
+
+    def __init__(
+        self,
+        main: Triton,
+        repository: Path | None,
+        connect: Callable[[int, int], Triton],
+        mirror: Mirror,
+        chance: Callable[[], float] = random.random,
+    ) -> None:
+        """`connect`: a server on loopback by its HTTP and metrics port."""
+        self._main = Lane(main, 0, repository)
+        self._connect, self._mirror, self._chance = connect, mirror, chance
+        self.traffic = Traffic((self._main,), (1.0,))
+        self._setting = asyncio.Lock()
+
+    @property
+    def model(self) -> str:
+        return self._main.triton.model
+
+    @property
+    def mirror(self) -> Mirror:
+        return self._mirror
+
+    def repository(self, version: int) -> Path | None:
+        """Where the files of a version lie."""
+        lanes = [lane for lane in self.traffic.lanes if lane.version == version]
+        return lanes[0].repository if lanes else self._main.repository
+
+    async def _lane(self) -> Lane:
+        """Of the request that asks. Raises Refused for a version that is not here."""
+        trip = TRIP.get()
+        if isinstance(trip.lane, Lane):
+            return trip.lane
+        lane = self.traffic.pick(self._chance()) if not trip.pinned else await self._pinned(trip.pinned)
+        if trip is not NO_TRIP:
+            trip.lane = lane
+        return lane
+
+    async def _inferring(self) -> Lane:
+        lane = await self._lane()
+        TRIP.get().inferred = True
+        return lane
+
+    async def _pinned(self, version: str) -> Lane:
+        await self._facts_of(self._main)
+        for lane in self.traffic.lanes:
+            if str(lane.version) == version:
+                return lane
+        known = ", ".join(str(lane.version) for lane in self.traffic.lanes)
+        raise Refused(404, f"version {version[:16]!r} does not serve; {known} does")
+
+    async def _facts_of(self, lane: Lane) -> Facts:
+        facts = await lane.triton.facts()
+        if lane is self._main:
+            lane.version = facts.version
+        return facts
+
+    # What handlers ask.
+    async def facts(self) -> Facts:
+        return await self._facts_of(await self._lane())
+
+    async def infer(
+        self, inputs: Sequence[Blob], outputs: Sequence[str], request_id: str, parameters: Mapping[str, Any]
+    ) -> dict[str, Blob]:
+        lane, mirror = await self._inferring(), self.traffic.mirror
+        found = await lane.triton.infer(inputs, outputs, request_id, parameters)
+        if mirror is not None and mirror is not lane:
+            again = mirror.triton.infer(inputs, outputs, request_id, parameters)
+            self._mirror.infer(again, mirror.mirrored.ended, found, request_id, (lane.version, mirror.version))
+        return found
+
+    async def generate(self, fields: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+        lane, mirror = await self._inferring(), self.traffic.mirror
+        texts: list[str] = []
+        async with aclosing(lane.triton.generate(fields)) as pieces:
+            async for piece in pieces:
+                if mirror is not None:
+                    texts.append(str(piece.get("text_output", "")))
+                yield piece
+        if mirror is not None and mirror is not lane:
+            again, versions = mirror.triton.generate(fields), (lane.version, mirror.version)
+            self._mirror.generate(again, mirror.mirrored.ended, "".join(texts), TRIP.get().id, versions)
+
+    async def ready(self) -> bool:
+        return await (await self._lane()).triton.ready()
+
+    async def look(self) -> None:
+        """So that the main server's version is known, where it answers."""
+        with contextlib.suppress(UpstreamGone, ServingError):
+            await self._facts_of(self._main)
+
+    async def main_ready(self) -> bool:
+        return await self._main.triton.ready()
+
+    async def metrics_page(self) -> bytes:
+        """The main server's: two pages of one form cannot be joined."""
+        return await self._main.triton.metrics_page()
+
+    def forget(self) -> None:
+        lane = TRIP.get().lane
+        (lane if isinstance(lane, Lane) else self._main).triton.forget()
+
+    # What whoever rolls out asks.
+    async def set(self, candidates: Sequence[Neighbour], weights: Mapping[int, float], mirror: int | None) -> None:
+        """All of it, or nothing. Raises Refused for a version that does not answer as itself."""
+        async with self._setting:
+            main = await self._facts_of(self._main)
+            lanes = [self._main, *[await self._opened(candidate, main) for candidate in candidates]]
+            by_version = {lane.version: lane for lane in lanes}
+            if len(by_version) != len(lanes) or len(lanes) > _MOST + 1:
+                raise Refused(409, f"versions {[lane.version for lane in lanes]}: each once, and at most {_MOST} more")
+            unknown = [
+                version for version in (*weights, *([] if mirror is None else [mirror])) if version not in by_version
+            ]
+            if unknown:
+                raise Refused(409, f"version {unknown[0]} does not serve; {sorted(by_version)} do")
+            shares = tuple(float(weights.get(lane.version, 0.0)) for lane in lanes)
+            if not sum(shares) > 0:
+                raise Refused(409, "no version has a weight above 0")
+            to = None if mirror is None else by_version[mirror]
+            self.traffic = Traffic(tuple(lanes), shares, to, self.traffic.number + 1)
+
+    async def _opened(self, candidate: Neighbour, main: Facts) -> Lane:
+        """A lane that is there already goes on counting."""
+        ports = candidate.http_port, candidate.metrics_port
+        known = (lane for lane in self.traffic.lanes if lane.ports == ports and lane.version == candidate.version)
+        lane = next(known, None) or Lane(self._connect(*ports), candidate.version, candidate.repository, ports)
+        lane.repository = candidate.repository
+        lane.triton.forget()
+        try:
+            facts = await lane.triton.facts()
+        except (UpstreamGone, ServingError) as error:
+            raise Refused(409, f"version {candidate.version} does not answer on port {ports[0]}") from error
+        if facts.version != candidate.version:
+            raise Refused(409, f"port {ports[0]} serves version {facts.version}, not {candidate.version}")
+        if (facts.inputs, facts.outputs) != (main.inputs, main.outputs):
+            raise Refused(409, f"version {candidate.version} has other inputs or outputs than version {main.version}")
+        return lane
