@@ -10,7 +10,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-generate test test-slow check format bench-serving bench-gateway bench-shard bench-generation bench-install bench-tools golden docs \
+.PHONY: help install demo demo-generate test test-slow check format bench-serving bench-gateway chaos bench-shard bench-generation bench-install bench-tools golden docs \
 	gpu-proof gpu-proof-dry gpu-bundle house clean
 
 help: ## list the targets
@@ -91,6 +91,9 @@ bench-serving: install ## served sentences/s against the same model in process (
 
 bench-gateway: install ## embeddings through the gateway against Triton directly: added p50, throughput, CPU
 	$(BIN)/python -m measure.bench.gateway --build-dir $(BUILD)
+
+chaos: install ## a served model under load whose processes are killed and fuzzed; exit 1 for a wrong answer
+	$(BIN)/python -m measure.chaos --build-dir $(BUILD)
 
 house: install ## the rooms, their sizes and their imports; draws docs/house.svg
 	$(BIN)/python -m measure.house
