@@ -56,12 +56,13 @@ def require_unicode(text: str, name: str) -> None:
 
 
 def require_whole(truncated: NDArray[Any], name: str, longest: int) -> None:
-    """Raises Refused for texts that the model read only the beginning of, where nobody said that it may."""
+    """Raises Refused for texts that the model read only the beginning of, where nobody said that it may. `longest`: 0
+    for texts that are read with a query."""
     cut = [int(place) for place in np.flatnonzero(truncated)]
     if cut:
         said = (
             f"{name}[{cut[0]}] has more than the {longest} tokens that the model takes"
             if longest
-            else f"{name} is too long"
+            else f"{name}[{cut[0]}] has more tokens than the model takes, or the query has"
         )
         raise Refused(413, f"{said}; shorten it, or send truncate: true", param=name)
