@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import typer
 
-from builders.commands import building, cluster, compressing, generating, manifests, partitioning, service
+from builders.commands import building, cluster, compressing, generating, manifests, partitioning, searching, service
 from builders.commands.options import fail
 from builders.commands.plan import plan
 from builders.errors import InputError, TriremeError
@@ -26,6 +26,8 @@ for command in (
     plan,
     building.build,
     compressing.compress,
+    compressing.compare,
+    searching.search,
     building.export,
     building.quantize,
     building.engine,

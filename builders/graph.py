@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from builders.artifacts import FileRecord, GenerationQuality, OnnxGraph, Quality, TensorSpec
 from builders.errors import InputError, ParityError
@@ -113,3 +114,26 @@ def count_weights(file: Path) -> int:
     floats = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
     tensors = onnx.load(str(file), load_external_data=False).graph.initializer
     return sum(math.prod(tensor.dims) for tensor in tensors if tensor.data_type in floats)
+
+
+def flops_per_token(file: Path, length: int) -> float:
+    """Multiplications and additions of all matrix products for one text of `length` tokens, over its tokens. Of a graph
+    with shapes for all values, as the exporter writes it."""
+    import onnx
+
+    graph = onnx.load(str(file), load_external_data=False).graph
+    values = (*graph.input, *graph.value_info, *graph.output)
+    dims = {value.name: _dims(value.type.tensor_type.shape, length) for value in values}
+    dims |= {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    total = 0
+    for node in graph.node:
+        if node.op_type in ("MatMul", "Gemm"):
+            total += 2 * math.prod(dims[node.output[0]]) * dims[node.input[0]][-1]
+        elif node.op_type == "Attention":  # queries with keys, then weights with values
+            total += 2 * math.prod(dims[node.input[0]]) * length + 2 * math.prod(dims[node.output[0]]) * length
+    return total / length
+
+
+def _dims(shape: Any, length: int) -> tuple[int, ...]:
+    """For one text; whatever else is dynamic counts as its tokens."""
+    return tuple(1 if dim.dim_param == "batch" else dim.dim_value or length for dim in shape.dim)

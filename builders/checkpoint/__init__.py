@@ -5,7 +5,7 @@ a model's outputs is honoured, or refused by name.
 
 load         the whole               source     where the folder is    reading    JSON files and their faults
 architecture which models, lengths   weights    the files of weights        adapter    LoRA beside or instead of them
-widths       layers that are not all alike
+widths       layers that are not all alike                              codebooks  weights stored as indices
 sentence     sentence-transformers   tokenizer  ids that the model knows    generation what a language model ends with
 """
 

@@ -8,10 +8,19 @@ from pathlib import Path
 from builders.checkpoint.reading import read_json, require
 from builders.errors import CheckpointError
 
+CODEBOOKS = "codebooks.safetensors"  # see builders.checkpoint.codebooks
+
 
 def weight_files(folder: Path, allow_pickle: bool) -> list[Path]:
     """In the order of transformers: one file goes before an index, safetensors before pickles. Raises CheckpointError
     for weights that are not there."""
+    if (folder / CODEBOOKS).is_file():
+        if (folder / "model.safetensors").is_file():
+            raise CheckpointError(
+                f"checkpoint {folder}", got=f"{CODEBOOKS} and model.safetensors", expected="one of them",
+                fix="remove what does not belong to this model",
+            )  # fmt: skip
+        return [folder / CODEBOOKS]
     kinds = [("model", "safetensors"), *([("pytorch_model", "bin")] if allow_pickle else ())]
     for name, suffix in kinds:
         single, index = folder / f"{name}.{suffix}", folder / f"{name}.{suffix}.index.json"

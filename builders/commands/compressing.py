@@ -1,15 +1,21 @@
-"""The command that judges a recipe of compression."""
+"""Commands that judge: a recipe of compression step by step, and one model against another."""
 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
 
 from builders.commands.options import DEFAULT_BUILD, BuildDir, JsonFlag, SpecArgument
-from builders.errors import QualityError
+from builders.errors import InputError, QualityError
 
 if TYPE_CHECKING:
-    from builders.pipeline.recipe import Recipe, RecipeRow
+    from builders.judging.labels import Labelled
+    from builders.pipeline.compare import Comparison
+    from builders.pipeline.recipe import Recipe
+    from builders.spec import DeploymentSpec
 
 
 def compress(spec: SpecArgument, build_dir: BuildDir = DEFAULT_BUILD, as_json: JsonFlag = False) -> None:
@@ -20,60 +26,155 @@ def compress(spec: SpecArgument, build_dir: BuildDir = DEFAULT_BUILD, as_json: J
 
     with show.build_progress(quiet=as_json) as report:
         recipe = judged_recipe(load_spec(spec), build_dir, report)
-    print(json.dumps(_json(recipe), indent=2)) if as_json else _print(recipe)
+    print(json.dumps(_recipe_json(recipe), indent=2)) if as_json else _print_recipe(recipe)
     if recipe.fault is not None:
         raise QualityError(recipe.fault)
 
 
-def _json(recipe: Recipe) -> dict[str, Any]:
+def _recipe_json(recipe: Recipe) -> dict[str, Any]:
+    from builders.commands import figures
+
     rows = [
         {
             "name": row.name,
-            "checkpoint": str(row.checkpoint.directory),
-            "digest": row.checkpoint.digest,
+            "checkpoint": str(row.made.directory),
+            "digest": row.made.digest,
             "notes": row.notes,
-            **row.judged.model_dump(mode="json", exclude={"files"}),
+            **figures.as_json(row.judged),
         }
         for row in recipe.rows
     ]
-    return {"rows": rows, "fault": recipe.fault}
+    against = [
+        {"name": name, "against": other, "figures": figures.difference_json(found)}
+        for name, other, found in recipe.against()
+    ]
+    return {"rows": rows, "differences": against, "fault": recipe.fault}
 
 
-_WIDTH = 128
+def _print_recipe(recipe: Recipe) -> None:
+    from builders.commands import figures
 
-
-def _print(recipe: Recipe) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    console = Console(width=max(console.width, _WIDTH))  # a table that is cut says nothing
-    table = Table()
+    figures.print_table("step", [(row.name, row.judged) for row in recipe.rows])
     quality = recipe.rows[0].judged.quality
-    headings = ("step", "M weights", "MB fp32", "cosine", "worst", "Spearman", "MRR", "recall@1", "@10", *(
-        f"x {name}" for name in recipe.rows[0].judged.speeds
-    ))  # fmt: skip
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading == "step" else "right")
-    for row in recipe.rows:
-        table.add_row(*_cells(row))
-    console.print(table)
-    console.print(f"{quality.texts} held-out texts; speed against the original's by CPU time", highlight=False)
-    for row in recipe.rows:
-        for note in row.notes:
-            console.print(f"{row.name}: {note}", highlight=False, soft_wrap=True)
-    for row in recipe.rows:
-        console.print(f"{row.name}: {row.checkpoint.directory}", highlight=False, soft_wrap=True)
+    assert quality is not None
+    figures.say(f"{quality.texts} held-out texts; speed against the original's by CPU time")
+    figures.say(*(figures.interval_line(row.name, row.judged) for row in recipe.rows))
+    for name, other, found in recipe.against():
+        figures.say(*figures.difference_lines(name, other, found))
+    figures.say(*(f"{row.name}: {note}" for row in recipe.rows for note in row.notes))
+    figures.say(*(f"{row.name}: {row.made.directory}" for row in recipe.rows))
 
 
-def _cells(row: RecipeRow) -> list[str]:
-    judged, found = row.judged, row.judged.retrieval
-    figures = [judged.quality.mean_cosine, judged.quality.worst_cosine, judged.spearman]
-    figures += [found.mrr, found.recall_at_1, found.recall_at_10] if found else [None] * 3
+SideArgument = Annotated[
+    str, typer.Argument(help="spec file or preset; or a folder, packaged:all-MiniLM-L6-v2 or a Hugging Face id")
+]
+
+
+def compare(
+    first: SideArgument,
+    second: SideArgument,
+    task: Annotated[
+        Literal["embedding", "classification", "reranking"] | None,
+        typer.Option(help="of checkpoints; default: the other side's spec, or embedding"),
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=8, help="tokens, of checkpoints; default: the other side's spec, or 256")
+    ] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="classifiers: UTF-8 file, a label's number, a tab and a text in each line")
+    ] = None,
+    build_dir: BuildDir = DEFAULT_BUILD,
+    as_json: JsonFlag = False,
+) -> None:
+    """Judges SECOND against FIRST: size, speed and quality, with intervals; a word only where these allow it.
+
+    A spec stands for what it serves on a CPU, with its compress and precision; a checkpoint for itself, in fp32.
+    """
+    from builders.commands import show
+    from builders.pipeline.compare import compared
+
+    specs = _sides((first, second), task, max_length)
+    with show.build_progress(quiet=as_json) as report:
+        found = compared((first, second), specs, labels, build_dir, report)
+    print(json.dumps(_comparison_json(found), indent=2)) if as_json else _print_comparison(found)
+
+
+def _sides(
+    names: tuple[str, str], task: str | None, max_length: int | None
+) -> tuple[DeploymentSpec, DeploymentSpec]:  # fmt: skip
+    from builders.spec import DeploymentSpec, load_spec, resolve_spec_path
+
+    files = [resolve_spec_path(name).is_file() for name in names]
+    given = [load_spec(name) if is_file else None for name, is_file in zip(names, files, strict=True)]
+    if all(files) and (task is not None or max_length is not None):
+        raise InputError(
+            "--task and --max-length", got="two specs, which say it themselves", expected="a checkpoint",
+            fix="leave these options out",
+        )  # fmt: skip
+    like = next((spec for spec in given if spec is not None), None)
+    longest = max_length or (like.model.max_length if like else 256)
+    precision = {} if like is None else {
+        "calibration_texts": like.precision.calibration_texts,
+        "calibration_samples": like.precision.calibration_samples,
+    }  # fmt: skip
+
+    def alone(name: str) -> DeploymentSpec:
+        chosen = task or (like.model.task if like else "embedding")
+        return DeploymentSpec.model_validate(
+            {
+                "name": "compared",
+                "model": {"source": name, "task": chosen, "max_length": longest},
+                "precision": {"cpu": "fp32", **precision},
+                "serving": {"length_buckets": [longest]},
+            }
+        )
+
+    first, second = (spec or alone(name) for spec, name in zip(given, names, strict=True))
+    return first, second
+
+
+def _comparison_json(found: Comparison) -> dict[str, Any]:
+    from builders.commands import figures
+
+    sides = [
+        {
+            "name": side.name,
+            "checkpoint": str(side.checkpoint.directory),
+            "digest": side.checkpoint.digest,
+            "served": side.served,
+            **figures.as_json(side.judged),
+        }
+        for side in found.sides
+    ]
+    labelled = None if found.labelled is None else found.labelled.model_dump(mode="json")
+    return {"sides": sides, "differences": figures.difference_json(found.differences), "labelled": labelled}
+
+
+def _print_comparison(found: Comparison) -> None:
+    from builders.commands import figures
+    from builders.judging.vectors import HELD_OUT_TEXTS
+
+    first, second = found.sides
+    rows = [(f"{name} ({side.served})", side.judged) for name, side in zip("AB", found.sides, strict=True)]
+    figures.say(*(f"{name}: {side.name}" for name, side in zip("AB", found.sides, strict=True)))
+    figures.print_table("model", rows)
+    figures.say(f"{HELD_OUT_TEXTS} held-out texts; cosines, Spearman and speed against A, by CPU time")
+    figures.say(*(figures.interval_line(name, judged) for name, judged in rows))
+    figures.say(*figures.difference_lines("B", "A", found.differences))
+    if second.judged.quality is not None and second.judged.quality.agreement is not None:
+        figures.say(f"B against A: {second.judged.quality.agreement:.1%} of the decisions the same")
+    if second.judged.quality is None:
+        figures.say(f"no cosines: vectors of {first.checkpoint.width} and {second.checkpoint.width} numbers")
+    if found.labelled is not None:
+        figures.say(*_of_labels(found.labelled))
+
+
+def _of_labels(found: Labelled) -> list[str]:
+    accuracy, error = found.accuracy_difference, found.calibration_difference
     return [
-        row.name,
-        f"{judged.parameters / 1e6:.2f}",
-        f"{judged.graph_bytes / 1e6:.1f}",
-        *("" if figure is None else f"{figure:.3f}" for figure in figures),
-        *(f"{speed:.2f}" for speed in judged.speeds.values()),
+        f"{found.texts} labelled texts, one answer of both to {found.agreement:.1%} ({found.agreement_interval})",
+        f"B against A: accuracy {found.accuracy[0]:.3f} -> {found.accuracy[1]:.3f}: {accuracy.against(0)} "
+        f"(by {accuracy})",
+        f"B against A: calibration error {found.calibration_error[0]:.3f} -> {found.calibration_error[1]:.3f}: "
+        f"{error.against(0, more_is_better=False)} (by {error})",
     ]

@@ -47,6 +47,7 @@ def plan(
     Exit 1 when no layout does on any of the GPU types.
     """
     from builders.checkpoint import load_config
+    from builders.pipeline.compress import planned
     from builders.planning.report import report_page, report_plan
     from builders.planning.transformer import model_from_config
     from builders.spec import load_spec
@@ -55,7 +56,10 @@ def plan(
         raise InputError("--output", got=output, expected="a file that ends in .html", fix="choose such a name")
     found = load_spec(spec)
     gpus = _gpus(gpu or [])
-    model = model_from_config(load_config(found.model), weight_bits=_WEIGHT_BITS[found.precision.gpu])
+    config = load_config(found.model)
+    model = model_from_config(config, weight_bits=_WEIGHT_BITS[found.precision.gpu])
+    sizes, not_counted = planned(found, config)
+    model = model.model_copy(update=sizes)
     load = _load(
         found,
         model.generates,
@@ -66,7 +70,7 @@ def plan(
         max_between_tokens_ms=max_between_tokens_ms,
         min_tokens_per_s=min_tokens_per_s,
     )
-    result = report_plan(found.name, model, gpus, load, max_gpus)
+    result = report_plan(found.name, model, gpus, load, max_gpus, not_counted)
     if output is not None:
         output.write_text(report_page(result), encoding="utf-8")
     if as_json:

@@ -5,5 +5,7 @@ kept        which heads, neurons and layers stay: arithmetic      saving    a mo
 importance  what each of them is worth                            step      one step of the spec, carried out
 prune       the same taken out of the matrices
 refit       least squares behind what was pruned
-low_rank    matrices as products of thin ones
+inputs      what matrices read on calibration text      cluster   codebooks of k-means
+sparsify    single weights set to zero
+low_rank    matrices as products of thin ones           static    the baseline without layers
 """

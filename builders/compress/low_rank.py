@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from builders.checkpoint.widths import PARTS, layers_of, widths_of_model
 from builders.compress.importance import Forward
+from builders.compress.inputs import Inputs, observed
 from builders.compress.plan import FFN_MULTIPLE, PARTS_OF, break_even
 from builders.compress.prune import become, stem_of
 from builders.compress.texts import Batch
@@ -28,14 +29,6 @@ if TYPE_CHECKING:
 _DAMPING = 1e-4  # of the mean variance of the inputs, so that directions that no text has can be divided by
 
 Place = tuple[int, str]  # layer and part
-
-
-@dataclass(frozen=True)
-class _Inputs:
-    """Over all tokens: covariance [inputs, inputs] and mean [inputs]."""
-
-    covariance: torch.Tensor
-    mean: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -55,7 +48,11 @@ def low_rank(model: Any, forward: Forward, batches: Sequence[Batch], asked: LowR
     widths = widths_of_model(model)
     places = [(number, part) for number in range(len(widths.layers)) for part in PARTS_OF[asked.parts]]
     with torch.no_grad():
-        inputs = _observed(model, forward, batches, places) if asked.method == "whitened" else {}
+        inputs = (
+            observed({place: _matrix(model, place) for place in places}, forward, batches)
+            if asked.method == "whitened"
+            else {}
+        )
         factored = {place: _factor(_matrix(model, place), inputs.get(place)) for place in places}
         if asked.rank == "auto":
             assert asked.amount is not None
@@ -109,39 +106,7 @@ def _sizes(found: _Factored) -> tuple[int, int]:
     return found.first.shape[0], found.second.shape[1]
 
 
-def _observed(
-    model: Any, forward: Forward, batches: Sequence[Batch], places: Sequence[Place]
-) -> dict[Place, _Inputs]:  # fmt: skip
-    import torch
-
-    sums: dict[Place, tuple[Any, Any]] = {}
-    current: list[torch.Tensor] = []
-
-    def hook_of(place: Place) -> Any:
-        def hook(_: Any, given: tuple[torch.Tensor, ...]) -> None:
-            x = given[0][current[-1]]
-            squares, total = sums.get(place, (0, 0))
-            sums[place] = squares + (x.T @ x).double(), total + x.sum(0).double()
-
-        return hook
-
-    hooks = [_matrix(model, place).register_forward_pre_hook(hook_of(place)) for place in places]
-    try:
-        for batch in batches:
-            current.append(batch["attention_mask"].bool())
-            forward(**batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    tokens = sum(int(mask.sum()) for mask in current)
-    means = {place: total / tokens for place, (_, total) in sums.items()}
-    return {
-        place: _Inputs(squares / tokens - torch.outer(means[place], means[place]), means[place])
-        for place, (squares, _) in sums.items()
-    }
-
-
-def _factor(linear: Any, inputs: _Inputs | None) -> _Factored:
+def _factor(linear: Any, inputs: Inputs | None) -> _Factored:
     """Both factors take half of each singular value, so that neither has far larger numbers than the other."""
     import torch
 
@@ -150,8 +115,9 @@ def _factor(linear: Any, inputs: _Inputs | None) -> _Factored:
         left, singular, right = torch.linalg.svd(weight, full_matrices=False)
         mean = torch.zeros(len(weight), dtype=torch.float64)
     else:
-        damping = _DAMPING * inputs.covariance.diagonal().mean()
-        root = torch.linalg.cholesky(inputs.covariance + damping * torch.eye(len(weight), dtype=torch.float64)).T
+        covariance = inputs.covariance
+        damping = _DAMPING * covariance.diagonal().mean()
+        root = torch.linalg.cholesky(covariance + damping * torch.eye(len(weight), dtype=torch.float64)).T
         left, singular, right = torch.linalg.svd(root @ weight, full_matrices=False)
         left, mean = torch.linalg.solve_triangular(root, left, upper=True), inputs.mean
     half = singular.sqrt()

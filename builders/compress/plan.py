@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from builders.checkpoint.widths import LayerWidths, Widths
 from builders.errors import SpecError
-from builders.spec import LowRankSlice, PruneSlice, StepSlice
+from builders.spec import ClusterSlice, LowRankSlice, PruneSlice, SparsifySlice, StepSlice
 
 FFN_MULTIPLE = 8  # neurons of a rank come in eights, the lanes of a vector of fp32
 PARTS_OF = {
@@ -16,18 +16,24 @@ PARTS_OF = {
 }
 
 
-def check(steps: Sequence[StepSlice], widths: Widths, tensor: int, first: int = 0) -> None:
-    """Raises SpecError for the first step that this model cannot take; `first` is the number of `steps[0]`.
+def check(steps: Sequence[StepSlice], widths: Widths, tensor: int, first: int = 0) -> Widths:
+    """The widths that are left. Raises SpecError for the first step that this model cannot take; `first` is the number
+    of `steps[0]`.
 
     With global ranking, what a layer keeps is known only when it is measured; for the steps behind, it counts here as
     the average, and each step is checked again on what the one before left.
     """
     for number, step in enumerate(steps, first):
         key = f"compress.{number}.{step.name}"
+        if step.cluster is not None:
+            _cluster(step.cluster, widths, key, last=step is steps[-1])
+        if step.sparsify is not None:
+            _sparsify(step.sparsify, widths, key)
         if step.prune is not None:
             widths = _pruned(step.prune, widths, tensor, key)
         if step.low_rank is not None:
             widths = _low_rank(step.low_rank, widths, key)
+    return widths
 
 
 def multiples(tensor: int) -> dict[str, int]:
@@ -118,9 +124,54 @@ def _low_rank(low_rank: LowRankSlice, widths: Widths, key: str) -> Widths:
                 "hold more weights than the matrix",
                 fix=f"use less than {even}, or leave these parts out",
             )  # fmt: skip
-    ranks = dict.fromkeys(parts, 1)  # for the steps behind only that there is one counts
+    ranks = dict.fromkeys(parts, 0 if low_rank.rank == "auto" else low_rank.rank)  # auto: known when it is measured
     layers = tuple(layer.model_copy(update={"ranks": {**layer.ranks, **ranks}}) for layer in widths.layers)
     return widths.model_copy(update={"layers": layers})
+
+
+def _cluster(cluster: ClusterSlice, widths: Widths, key: str, last: bool) -> None:
+    if not last:
+        raise SpecError(
+            key, got="a step behind it", expected="the last step: whatever changes weights makes other values of them "
+            "than the codebooks hold",
+            fix="move cluster to the end",
+        )  # fmt: skip
+    codes = 2 * 2**cluster.bits  # bytes
+    wasted = next((size for size in _groups(cluster, widths) if codes + size * cluster.bits / 8 >= size * 4), None)
+    if wasted:
+        raise SpecError(
+            f"{key}.bits", got=f"{cluster.bits} bits for {wasted} weights that share a codebook",
+            expected="fewer bytes than the weights themselves take",
+            fix="use fewer bits, or let more weights share a codebook",
+        )  # fmt: skip
+    odd = cluster.block and next((count for count in _inputs(widths) if count % cluster.block), None)
+    if odd:
+        raise SpecError(
+            f"{key}.block", got=cluster.block, expected=f"what divides the rows of all matrices, such as {odd}",
+            fix="use 8, or per: row",
+        )  # fmt: skip
+
+
+def _sparsify(sparsify: SparsifySlice, widths: Widths, key: str) -> None:
+    odd = next((count for count in _inputs(widths) if count % 4), None)
+    if sparsify.pattern == "2:4" and odd:
+        raise SpecError(
+            f"{key}.pattern", got=f"2:4 with {odd} inputs of a matrix", expected="a multiple of 4",
+            fix="use pattern: unstructured",
+        )  # fmt: skip
+
+
+def _groups(cluster: ClusterSlice, widths: Widths) -> list[int]:
+    if cluster.block is not None:
+        return [cluster.block]
+    per_row = cluster.per == "row"
+    return [inputs if per_row else inputs * outputs for _, _, (inputs, outputs) in widths.matrices()]
+
+
+def _inputs(widths: Widths) -> list[int]:
+    """Of every matrix, and of the second factors of thin ones."""
+    found = [inputs for _, _, (inputs, _) in widths.matrices()]
+    return found + [rank for layer in widths.layers for rank in layer.ranks.values()]
 
 
 def break_even(inputs: int, outputs: int) -> int:

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from builders.artifacts import Checkpoint
-from builders.checkpoint import load_checkpoint
+from builders.checkpoint import codebooks, load_checkpoint
 from builders.checkpoint import widths as manifest
+from builders.checkpoint.weights import CODEBOOKS
+from builders.compress.cluster import coded, encode
 from builders.spec import ModelSlice, StepSlice
 
 LOG = "compression.json"  # steps, in their order, with what was found on the way
-_LEFT = ("adapter_config.json", "config.json", manifest.FILE, LOG)
+_LEFT = ("adapter_config.json", "config.json", manifest.FILE, codebooks.FILE, LOG)
 
 
 def save(
@@ -41,6 +43,12 @@ def save(
     (out / LOG).write_text(json.dumps(steps, indent=2) + "\n")
     unused = "pooler." if checkpoint.task == "embedding" else "\0"  # an embedding pools the tokens' states itself
     state = {name: value.contiguous() for name, value in model.state_dict().items() if not name.startswith(unused)}
-    save_file(state, out / "model.safetensors", metadata={"format": "pt"})
+    matrices = {} if step.cluster is None else coded(model, step.cluster)
+    for name, matrix in matrices.items():
+        state |= codebooks.stored(name, *encode(state.pop(name), matrix), matrix.bits)
+    if matrices:
+        said = codebooks.Codebooks(matrices=matrices)
+        (out / codebooks.FILE).write_text(said.model_dump_json(indent=2) + "\n")
+    save_file(state, out / (CODEBOOKS if matrices else "model.safetensors"), metadata={"format": "pt"})
     made = load_checkpoint(asked.model_copy(update={"source": str(out), "revision": None, "allow_pickle": False}))
     return made.model_copy(update={"source": f"{checkpoint.source} after {step.name}"})

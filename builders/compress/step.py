@@ -11,9 +11,11 @@ import numpy as np
 from builders.artifacts import Checkpoint
 from builders.checkpoint.widths import layers_of, widths_of_model
 from builders.compress import importance, kept, plan, prune
+from builders.compress.cluster import cluster
 from builders.compress.importance import Forward, Worth
 from builders.compress.low_rank import low_rank, rank_multiple
 from builders.compress.refit import least_squares
+from builders.compress.sparsify import sparsify
 from builders.compress.texts import Batch, CalibrationText, labelled
 from builders.spec import PruneSlice, StepSlice
 from runtime.proof.judging import cosines
@@ -33,6 +35,16 @@ def carry_out(
         batches = texts.batches(asked.tokens, "low_rank.tokens") if asked.method == "whitened" else []
         low_rank(model, as_forward(model), batches, asked, rank_multiple(tensor))
         notes = []
+    elif step.sparsify is not None:
+        sparse = step.sparsify
+        batches = [] if sparse.method == "magnitude" else texts.batches(sparse.tokens, "sparsify.tokens")
+        share = sparsify(model, as_forward(model), batches, sparse)
+        return [f"{share:.1%} of the layers' weights are 0, which makes no file smaller and no answer faster here"]
+    elif step.cluster is not None:
+        coded = step.cluster
+        batches = texts.batches(coded.tokens, "cluster.tokens") if coded.weighted == "hessian" else []
+        cluster(model, as_forward(model), batches, coded)
+        return [f"codebooks of {2**coded.bits} values, expanded at load: served as large and as fast as before"]
     else:
         assert step.prune is not None
         notes = _prune(step.prune, model, as_forward, checkpoint, texts, tensor)
@@ -80,10 +92,10 @@ def _refitted(
     """The whole way to the fitted weights, or a part of it: the best on average of those whose worst text is no worse
     than without, of texts that the fit did not see. None of the way where there is no such part."""
     watched = texts.watched()
-    wanted = _outputs(as_forward(whole), watched)
+    wanted = outputs_of_batches(as_forward(whole), watched)
 
     def judged() -> Any:
-        return _cosines(wanted, _outputs(as_forward(model), watched))
+        return cosines_by_text(wanted, outputs_of_batches(as_forward(model), watched))
 
     before, start = judged(), copy.deepcopy(model.state_dict())
     batches = texts.batches(asked.refit_tokens, "prune.refit_tokens")
@@ -107,14 +119,14 @@ def _between(start: dict[str, Any], end: dict[str, Any], part: float) -> dict[st
     return {name: value + part * (end[name] - value) for name, value in start.items()}
 
 
-def _outputs(forward: Forward, batches: Sequence[Batch]) -> Any:
+def outputs_of_batches(forward: Forward, batches: Sequence[Batch]) -> Any:
     import torch
 
     with torch.no_grad():
         return torch.cat([forward(**batch) for batch in batches]).numpy()
 
 
-def _cosines(wanted: Any, found: Any) -> Any:
+def cosines_by_text(wanted: Any, found: Any) -> Any:
     """Text by text. Of a single score, whose cosine says nothing, one minus the difference over the spread."""
     if wanted.shape[1] > 1:
         return cosines(wanted, found, by_label=False)

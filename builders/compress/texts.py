@@ -55,16 +55,8 @@ def labelled(checkpoint: Checkpoint, file: Path) -> tuple[list[Batch], list[torc
     """Batches with the labels of their texts, from lines of a number, a tab and a text. Raises InputError."""
     import torch
 
-    rows = [line.partition("\t") for line in corpus.texts(file, None)]
-    labels = []
-    for number, (label, _, text) in enumerate(rows, 1):
-        if not label.isdecimal() or int(label) >= checkpoint.labels or not text:
-            raise InputError(
-                f"labels in {file}, different line {number}", got=repr(label[:40]),
-                expected=f"a number under {checkpoint.labels}, a tab and a text", fix="mend the line",
-            )  # fmt: skip
-        labels.append(int(label))
-    requests = vectors.sample_requests(checkpoint, [text for _, _, text in rows])
+    labels, found_texts = zip(*corpus.labelled(file, checkpoint.labels), strict=True)
+    requests = vectors.sample_requests(checkpoint, found_texts)
     order = _order(requests)
     found = batches(requests)
     sizes = [len(batch["input_ids"]) for batch in found]

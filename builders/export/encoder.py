@@ -53,7 +53,7 @@ def export_encoder(
     reference = np.concatenate(eager.run(requests))
     require_sound(reference, checkpoint)
     file = out / GRAPH_FILE
-    _write_graph(model, head, checkpoint, precision, file)
+    write_graph(model, head, checkpoint, precision, file)
     require_standard(file)
     quality = measure(reference, graph_outputs(file, requests, checkpoint), checkpoint.task, "ONNX Runtime")
     scale = max(1.0, float(np.abs(reference).max()))
@@ -96,7 +96,7 @@ class _EagerExecutor:
         return reference_vectors(output.last_hidden_state.numpy(), counts, self._checkpoint, self._head)
 
 
-def _write_graph(
+def write_graph(
     model: torch.nn.Module, head: Sequence[torch.nn.Module], checkpoint: Checkpoint, precision: str, file: Path
 ) -> None:
     import torch

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from builders.artifacts import Checkpoint
-from builders.checkpoint import widths
+from builders.checkpoint import codebooks, widths
+from builders.checkpoint.weights import CODEBOOKS
 from builders.errors import CheckpointError, TriremeError, UnsupportedError
 from builders.export.lora import provided, with_adapter
 
@@ -119,13 +120,17 @@ def _of_own_widths(loader: Any, folder: Path) -> tuple[Any, dict[str, Any]]:
 @contextmanager
 def _base_files(checkpoint: Checkpoint) -> Iterator[Path]:
     """The recorded files and no others: what is loaded is what was hashed, and transformers, which would put an adapter
-    on the model by itself and leave it unmerged, sees none."""
+    on the model by itself and leave it unmerged, sees none. Codebooks are expanded."""
+    from safetensors.torch import save_file
+
     with tempfile.TemporaryDirectory(prefix="trireme-") as folder:
         for record in checkpoint.files:
             source, target = checkpoint.path(record.name), Path(folder) / record.name
             if source.is_file() and not source.name.startswith("adapter_"):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.symlink_to(source.resolve())
+        if (Path(folder) / CODEBOOKS).is_file():
+            save_file(codebooks.expanded(Path(folder)), Path(folder) / "model.safetensors", metadata={"format": "pt"})
         yield Path(folder)
 
 

@@ -51,6 +51,20 @@ def texts(file: Path | None, count: int | None) -> list[str]:
     return list(found[:count])
 
 
+def labelled(file: Path, labels: int) -> list[tuple[int, str]]:
+    """Labels under `labels` with their texts, from lines of a number, a tab and a text. Raises InputError."""
+    found = []
+    for number, line in enumerate(texts(file, None), 1):
+        label, _, text = line.partition("\t")
+        if not label.isdecimal() or int(label) >= labels or not text:
+            raise InputError(
+                f"labels in {file}, different line {number}", got=repr(label[:40]),
+                expected=f"a number under {labels}, a tab and a text", fix="mend the line",
+            )  # fmt: skip
+        found.append((int(label), text))
+    return found
+
+
 @functools.cache
 def documents() -> tuple[Document, ...]:
     """Everything that Python says about itself: docstrings of the whole library, and the topics of `help()`.

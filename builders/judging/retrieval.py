@@ -14,22 +14,45 @@ from numpy.typing import NDArray
 
 from builders.artifacts import Artifact
 from builders.judging import corpus
+from builders.judging.intervals import Indices, Interval, of_figure
 from runtime.record import Record
 
 PAIRS = 768
 _LINE, _BODY = 20, 40  # characters at least
+_SPEARMAN_DRAWS = 200  # each ranks thousands of similarities
 
 Vectors = NDArray[np.float32]  # [texts, width]
 
 
 class Retrieval(Record):
-    """How well a docstring's first line finds its body among those of `pairs`: the mean reciprocal rank, and the share
-    that is found among the first."""
+    """How well a docstring's first line finds its body among those of all pairs: the mean reciprocal rank, and the
+    share that is found among the first. `ranks`: where each line's own body stands, from 1."""
 
-    pairs: int
-    mrr: float
-    recall_at_1: float
-    recall_at_10: float
+    ranks: tuple[int, ...]
+
+    @property
+    def pairs(self) -> int:
+        return len(self.ranks)
+
+    @property
+    def reciprocal(self) -> NDArray[np.float64]:
+        return 1 / np.asarray(self.ranks, np.float64)
+
+    def within(self, first: int) -> NDArray[np.float64]:
+        """1 for each line whose body is among the first so many."""
+        return (np.asarray(self.ranks) <= first).astype(np.float64)
+
+    @property
+    def mrr(self) -> float:
+        return float(self.reciprocal.mean())
+
+    @property
+    def recall_at_1(self) -> float:
+        return float(self.within(1).mean())
+
+    @property
+    def recall_at_10(self) -> float:
+        return float(self.within(10).mean())
 
 
 class RetrievalFigures(Artifact):
@@ -54,22 +77,35 @@ def pairs() -> list[tuple[str, str]]:
 
 
 def retrieval(lines: Vectors, bodies: Vectors) -> Retrieval:
-    """`lines[i]` belongs to `bodies[i]`. Of equals, the right one comes last: vectors all alike find nothing."""
+    """`lines[i]` belongs to `bodies[i]`. Of equals, the right one comes last: vectors all alike find nothing, and what
+    is not a number is not found."""
     similarity = _unit(lines) @ _unit(bodies).T
-    ranks = (similarity >= np.diagonal(similarity)[:, None]).sum(axis=1)
-    return Retrieval(
-        pairs=len(lines),
-        mrr=float((1 / ranks).mean()),
-        recall_at_1=float((ranks <= 1).mean()),
-        recall_at_10=float((ranks <= 10).mean()),
-    )
+    behind = similarity < np.diagonal(similarity)[:, None]
+    return Retrieval(ranks=tuple((len(lines) - behind.sum(axis=1)).tolist()))
 
 
 def spearman(reference: Vectors, candidate: Vectors) -> float:
     """Rank correlation of the similarities of all pairs of texts."""
-    upper = np.triu_indices(len(reference), k=1)
-    first, second = (_ranks((_unit(vectors) @ _unit(vectors).T)[upper]) for vectors in (reference, candidate))
-    return float(np.corrcoef(first, second)[0, 1])
+    return _correlation(_similarities(reference), _similarities(candidate), np.arange(len(reference)))
+
+
+def spearman_interval(reference: Vectors, candidate: Vectors) -> Interval:
+    """Over the texts. A text that is drawn twice makes no pair with itself."""
+    first, second = _similarities(reference), _similarities(candidate)
+    return of_figure(len(reference), lambda chosen: _correlation(first, second, chosen), _SPEARMAN_DRAWS)
+
+
+def _similarities(vectors: Vectors) -> NDArray[np.float64]:
+    unit = _unit(vectors)
+    return unit @ unit.T
+
+
+def _correlation(first: NDArray[np.float64], second: NDArray[np.float64], chosen: Indices) -> float:
+    left, right = np.triu_indices(len(chosen), k=1)
+    left, right = chosen[left], chosen[right]
+    pairs = left != right
+    ranks = [_ranks(similarity[left[pairs], right[pairs]]) for similarity in (first, second)]
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
 def _ranks(values: NDArray[Any]) -> NDArray[np.float64]:

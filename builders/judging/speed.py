@@ -28,13 +28,20 @@ Clock = Callable[[], float]
 
 def speed_ratio(reference: Work, candidate: Work, clock: Clock = time.process_time) -> float:
     """2.0: `candidate` does the work in half the time of `reference`. The median of several rounds of both."""
+    return median(speed_ratios(reference, candidate, FEWEST_ROUNDS, clock))
+
+
+def speed_ratios(
+    reference: Work, candidate: Work, fewest: int = FEWEST_ROUNDS, clock: Clock = time.process_time
+) -> list[float]:
+    """The ratio in each round: at least `fewest`, and up to `ROUNDS` while there is time."""
     reference(), candidate()  # kernels are made for shapes when these are first seen
     began, ratios = clock(), list[float]()
-    while len(ratios) < ROUNDS and (len(ratios) < FEWEST_ROUNDS or clock() - began < LIMIT_SECONDS):
+    while len(ratios) < fewest or (len(ratios) < ROUNDS and clock() - began < LIMIT_SECONDS):
         turns = (reference, candidate) if len(ratios) % 2 == 0 else (candidate, reference)
         took = {work: _seconds(work, clock) for work in turns}
         ratios.append(took[reference] / max(took[candidate], 1e-9))
-    return median(ratios)
+    return ratios
 
 
 def _seconds(work: Work, clock: Clock) -> float:

@@ -2,7 +2,10 @@
 
 result     what a build has come to                            choice     precisions tried on this CPU
 compress   steps of the spec                                   judged     what they left, and the step at fault
-recipe     each step judged, beside what is free
+recipe     each step judged, beside what is free               static     the baseline without layers
+compare    two models on the same texts                        differences  figure by figure, with the word allowed
+search     recipes tried and timed                             space      what it may choose: arithmetic
+front      what it found, as a page
 encoder    steps of embedding, classification and reranking    generator  steps of language models
 partition  graphs of ranks, proven together                    engines    TensorRT, for each target and rank
 proving    the proof of a version

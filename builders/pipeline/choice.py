@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 from builders.artifacts import PrecisionCandidate, PrecisionChoice, Processor
 from builders.errors import CheckError, UnsupportedError
@@ -112,11 +113,16 @@ def _speed(reference: Build, candidate: Build) -> float:
 
 def encoder_speed(reference: Build, candidate: Build) -> float:
     """2.0: the candidate's graph takes half the CPU time of the reference's, by the executor of their spec."""
+    return median(encoder_speeds(reference, candidate))
+
+
+def encoder_speeds(reference: Build, candidate: Build, fewest: int = speed.FEWEST_ROUNDS) -> list[float]:
+    """The same by rounds. Each model gets the texts as its own tokenizer cuts them."""
     _, held_out = vectors.calibration_and_held_out(reference.spec.precision)
-    requests = vectors.sample_requests(reference.checkpoint, held_out)
+    given, other_given = (vectors.sample_requests(each.checkpoint, held_out) for each in (reference, candidate))
     with _encoder(reference) as plain, _encoder(candidate) as other:
-        requests = requests[: speed.texts_for_a_pass(plain, requests)]
-        return speed.speed_ratio(lambda: plain.run(requests), lambda: other.run(requests))
+        count = speed.texts_for_a_pass(plain, given)
+        return speed.speed_ratios(lambda: plain.run(given[:count]), lambda: other.run(other_given[:count]), fewest)
 
 
 def _encoder(built: Build) -> contextlib.closing[Encoder]:

@@ -8,9 +8,12 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from builders.artifacts import Checkpoint
 from builders.checkpoint import widths as manifest
+from builders.checkpoint.source import locate
+from builders.checkpoint.weights import weight_files
 from builders.compress import plan
 from builders.compress.saving import LOG, save
 from builders.compress.step import carry_out
@@ -22,7 +25,7 @@ from builders.export.weights import load_encoder
 from builders.judging import corpus
 from builders.pipeline.judged import at_fault, judge, missed
 from builders.pipeline.result import Build, Report, done
-from builders.spec import StepSlice
+from builders.spec import DeploymentSpec, StepSlice
 from builders.store.store import Store
 
 
@@ -35,6 +38,7 @@ def compress(built: Build, store: Store, report: Report) -> Build:
     if missed(last, built.spec.compress_budget, built.spec.cpu_executor):
         every = [judge(found, checkpoint, store, report) for checkpoint in found.steps]
         raise QualityError(at_fault(built.spec, every))
+    assert last.quality is not None
     report("compress", f"{last.quality.summary}, {last.speeds[built.spec.cpu_executor]:.2f} x as fast")
     return found
 
@@ -51,8 +55,27 @@ def carried_out(built: Build, store: Store, report: Report) -> Build:
 
 def widths_of(checkpoint: Checkpoint) -> manifest.Widths:
     config = json.loads(checkpoint.path("config.json").read_text())
-    found = manifest.read_widths(checkpoint.directory, config, [checkpoint.path("model.safetensors")])
+    found = manifest.read_widths(checkpoint.directory, config, weight_files(checkpoint.directory, allow_pickle=True))
     return found or manifest.widths_of_config(config, checkpoint.directory)
+
+
+def planned(spec: DeploymentSpec, config: dict[str, Any]) -> tuple[dict[str, int], list[str]]:
+    """Sizes of a layer where config.json does not tell them: it has a width manifest beside it, or `compress` prunes.
+    By the names of `planning.transformer.Model`; of layers that differ, the average. And the steps of `compress` that
+    these sizes do not tell of."""
+    folder = locate(spec.model, ["config.json", manifest.FILE])
+    coded = (folder / manifest.FILE).is_file()
+    if not coded and not spec.compress:
+        return {}, []
+    found = manifest.read_widths(folder, config, weight_files(folder, allow_pickle=True)) if coded else None
+    widths = plan.check(spec.compress, found or manifest.widths_of_config(config, folder), spec.parallel.tensor)
+    heads, ffn = (
+        max(multiple, sum(plan.counts(widths, what)) // len(widths.layers) // multiple * multiple)
+        for what, multiple in plan.multiples(spec.parallel.tensor).items()
+    )
+    sizes = {"layers": len(widths.layers), "heads": heads, "kv_heads": heads, "head_dim": widths.head_size, "ffn": ffn}
+    thin = ["low_rank"] if any(layer.ranks for layer in (found.layers if found else ())) else []
+    return sizes, [*thin, *(step.name for step in spec.compress if step.prune is None)]
 
 
 def _one(

@@ -5,36 +5,50 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from builders.artifacts import Checkpoint
+from builders.artifacts import Checkpoint, OnnxGraph
 from builders.checkpoint import load_checkpoint
 from builders.checkpoint.widths import Widths
 from builders.errors import SpecError
-from builders.pipeline import compress
-from builders.pipeline.judged import StepFigures, at_fault, judge
+from builders.pipeline import compress, static
+from builders.pipeline.differences import Difference, differences, faster
+from builders.pipeline.judged import StepFigures, at_fault, judge, judge_graphs, plain
 from builders.pipeline.result import Build, Report
+from builders.pipeline.space import spread
 from builders.spec import DeploymentSpec, PruneSlice, StepSlice
 from builders.store.store import Store
 
 
 @dataclass(frozen=True)
 class RecipeRow:
-    """`notes`: what the step had to say. `judged` is against the original."""
+    """`notes`: what the step had to say. `judged` is against the original. `made` is a checkpoint, or a graph alone."""
 
     name: str
-    checkpoint: Checkpoint
+    made: Checkpoint | OnnxGraph
     judged: StepFigures
     notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The original, whose speed shows what noise alone does; then the steps; then the free baseline.
+    """The original, whose speed shows what noise alone does; then `steps` steps; then the free baselines.
 
     `fault` says which step is to blame where the budget is missed.
     """
 
     rows: tuple[RecipeRow, ...]
+    steps: int
     fault: str | None
+
+    @property
+    def last(self) -> RecipeRow:
+        return self.rows[self.steps]
+
+    def against(self) -> list[tuple[str, str, tuple[Difference, ...]]]:
+        """(name, name of what it is held against, differences): the last step against the original, then against each
+        baseline."""
+        original, last, free = self.rows[0], self.last, self.rows[self.steps + 1 :]
+        found = [(last.name, original.name, (*differences(original.judged, last.judged), *faster(last.judged)))]
+        return found + [(last.name, row.name, differences(row.judged, last.judged)) for row in free]
 
 
 def judged_recipe(spec: DeploymentSpec, root: Path, report: Report = lambda stage, message: None) -> Recipe:
@@ -65,7 +79,19 @@ def judged_recipe(spec: DeploymentSpec, root: Path, report: Report = lambda stag
         rows.append(
             row(f"truncate to layers {', '.join(map(str, kept))}", shorter, "no step: layers dropped, untrained")
         )
-    return Recipe(tuple(rows), at_fault(spec, [step.judged for step in steps]))
+    if built.original.task == "embedding":
+        rows.append(_static_row(built, store, report))
+    return Recipe(tuple(rows), len(steps), at_fault(spec, [step.judged for step in steps]))
+
+
+def _static_row(built: Build, store: Store, report: Report) -> RecipeRow:
+    assert built.original is not None
+    whole = plain(built, built.original, store, report)
+    alone = static.export(whole, store, report)
+    graph = alone.served_graph
+    report("compress", "static against the original")
+    judged = judge_graphs(whole, alone, store, stored_bytes=graph.bytes)
+    return RecipeRow("static", graph, judged, ("no layers: the mean of a text's token vectors",))
 
 
 def layers_as_small(widths: Widths, gone: int) -> tuple[int, ...]:
@@ -76,4 +102,4 @@ def layers_as_small(widths: Widths, gone: int) -> tuple[int, ...]:
         return ()
     weights = sum(inputs * outputs for _, _, (inputs, outputs) in widths.matrices())
     count = max(1, min(layers - 1, round(layers - gone * layers / weights)))
-    return tuple(round(number * (layers - 1) / max(count - 1, 1)) for number in range(count))
+    return spread(layers, count)

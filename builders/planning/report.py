@@ -25,12 +25,14 @@ class Choice(Record):
 
 
 class PlanReport(Record):
-    """What `trireme plan` finds: everything that it was told, and a choice for each GPU type."""
+    """What `trireme plan` finds: everything that it was told, and a choice for each GPU type. `not_counted`: steps of
+    the spec's compress whose savings the figures leave out."""
 
     name: str
     model: Model
     load: ExpectedLoad
     max_gpus: int
+    not_counted: tuple[str, ...] = ()
     choices: tuple[Choice, ...]
 
     @property
@@ -41,20 +43,25 @@ class PlanReport(Record):
     @property
     def summary(self) -> str:
         load, model = self.load, self.model
+        left_out = f"; without what {', '.join(self.not_counted)} of compress saves" if self.not_counted else ""
         made = f" and {load.output_tokens} made" if model.generates else ""
         return (
             f"{model.parameters / 1e6:.0f} M parameters at {model.weight_bits:g} bits, {load.sequences} sequences of "
-            f"{load.prompt_tokens} tokens read{made}; up to {self.max_gpus} GPUs"
+            f"{load.prompt_tokens} tokens read{made}; up to {self.max_gpus} GPUs{left_out}"
         )
 
 
-def report_plan(name: str, model: Model, gpus: Sequence[Gpu], load: ExpectedLoad, max_gpus: int) -> PlanReport:
+def report_plan(
+    name: str, model: Model, gpus: Sequence[Gpu], load: ExpectedLoad, max_gpus: int, not_counted: Sequence[str] = ()
+) -> PlanReport:
     choices = []
     for gpu in gpus:
         found = plan(model, gpu, load, max_gpus=max_gpus)
         chosen = best(found)
         choices.append(Choice(gpu=gpu, best=chosen, nearest=chosen or nearest(found), layouts=shortlist(found)))
-    return PlanReport(name=name, model=model, load=load, max_gpus=max_gpus, choices=tuple(choices))
+    return PlanReport(
+        name=name, model=model, load=load, max_gpus=max_gpus, not_counted=tuple(not_counted), choices=tuple(choices)
+    )
 
 
 def layout_rows(result: PlanReport) -> list[tuple[str, ...]]:

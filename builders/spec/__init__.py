@@ -1,6 +1,7 @@
 """The spec: one YAML file that says everything a user decides about one deployment.
 
 slices      its parts           compress     the part for a smaller model    kubernetes   the part for the cluster
+weights     of it, weights that keep their places
 deployment  the whole, and what must agree among its parts
 reading     from YAML, with errors that name the key, the value and the mending
 """
@@ -29,11 +30,13 @@ from builders.spec.slices import (
     SloSlice,
     Task,
 )
+from builders.spec.weights import ClusterSlice, SparsifySlice
 
 __all__ = [
     "POOLINGS",
     "PRESETS",
     "BudgetSlice",
+    "ClusterSlice",
     "CpuPrecision",
     "DeploymentSpec",
     "EngineSlice",
@@ -54,6 +57,7 @@ __all__ = [
     "ServingSlice",
     "Slice",
     "SloSlice",
+    "SparsifySlice",
     "StepSlice",
     "Task",
     "load_spec",

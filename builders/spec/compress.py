@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from builders.spec.slices import Fraction, NotNegative, Positive, Slice
+from builders.spec.weights import ClusterSlice, Share, SparsifySlice
 
-Share = Annotated[float, Field(gt=0, lt=1)]
 Part = Literal["heads", "ffn", "layers"]
 Importance = Literal["gauss_newton", "taylor", "magnitude"]
 MIN_REFIT_TOKENS = 20_000  # with a quarter of them, single texts came out far worse than before the refit
@@ -98,6 +98,8 @@ class StepSlice(Slice):
 
     prune: PruneSlice | None = Field(None, description="heads, neurons and layers that go")
     low_rank: LowRankSlice | None = Field(None, description="matrices as products of thin ones")
+    sparsify: SparsifySlice | None = Field(None, description="single weights that become zero")
+    cluster: ClusterSlice | None = Field(None, description="weights stored as indices into codebooks; the last step")
 
     @model_validator(mode="after")
     def _one(self) -> StepSlice:

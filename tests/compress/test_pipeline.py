@@ -70,8 +70,8 @@ def test_over_budget_the_step_at_fault_is_named(tiny_bert: Path, root: Path) -> 
 def _judged(tmp_path: Path, cosine: float, speed: float) -> StepFigures:
     quality = Quality(mean_cosine=cosine, worst_cosine=cosine, max_abs_difference=0, texts=8, executor="x")
     return StepFigures(
-        directory=tmp_path, files=(), parameters=1, graph_bytes=1, quality=quality, spearman=None, retrieval=None,
-        mrr_ratio=None, speeds={"openvino": speed},
+        directory=tmp_path, files=(), parameters=1, graph_bytes=1, stored_bytes=1, flops_per_token=1, quality=quality,
+        cosines=(), spearman=None, retrieval=None, mrr_ratio=None, speeds={"openvino": speed}, intervals={},
     )  # fmt: skip
 
 
@@ -98,10 +98,15 @@ def test_a_recipe_stands_beside_what_is_free(
 ) -> None:
     spec = compressing(tiny_bert, [PRUNE])
     recipe = judged_recipe(spec, root)
-    assert [row.name for row in recipe.rows] == ["original", "0 prune", "truncate to layers 0"]
-    original, pruned, _ = (row.judged for row in recipe.rows)
+    assert [row.name for row in recipe.rows] == ["original", "0 prune", "truncate to layers 0", "static"]
+    original, pruned, _, static = (row.judged for row in recipe.rows)
+    assert original.quality is not None
     assert original.quality.worst_cosine > 0.99999
     assert original.mrr_ratio == 1
+    assert static.flops_per_token == 0
+    assert static.parameters < original.parameters
+    rounds = static.intervals["x onnxruntime"]
+    assert rounds.low <= static.speeds["onnxruntime"] <= rounds.high
     assert pruned.parameters < original.parameters
     assert pruned.retrieval is not None
     assert pruned.retrieval.pairs >= 700

@@ -45,6 +45,13 @@ def _load(tmp_path: Path, **changes: object) -> DeploymentSpec:
         ({"low_rank": {}}, "rank=auto needs amount"),
         ({"low_rank": {"rank": 8, "amount": 0.3}}, "a number takes none"),
         ({"low_rank": {"rank": 0}}, "compress.0.low_rank.rank"),
+        ({"cluster": {"bits": 9}}, "compress.0.cluster.bits"),
+        ({"cluster": {"per": "block"}}, "per=block needs block"),
+        ({"cluster": {"block": 32}}, "other values take none"),
+        ({"cluster": {"what": ["words", "words"]}}, "names one twice"),
+        ({"sparsify": {"pattern": "unstructured"}}, "pattern=unstructured needs amount"),
+        ({"sparsify": {"amount": 0.5}}, "2:4 takes none"),
+        ({"sparsify": {"pattern": "unstructured", "amount": 1.0}}, "compress.0.sparsify.amount"),
     ],
 )
 def test_steps_that_make_no_sense(tmp_path: Path, step: dict[str, object], said: str) -> None:
@@ -90,6 +97,10 @@ def test_labels_start_at_the_spec(tmp_path: Path) -> None:
         ([{"low_rank": {"rank": 193, "parts": "attention"}}], 1, "at most 192"),
         ([{"low_rank": {"rank": 99}}, {"low_rank": {"rank": 9, "parts": "all"}}], 1, "ffn_in of layer 0, which is a"),
         ([{"prune": {"what": ["ffn"], "ffn": 768}}, {"low_rank": {"rank": 300}}], 1, "1.low_rank.rank: got 300"),
+        ([{"cluster": {}}, {"prune": {"amount": 0.5}}], 1, "compress.0.cluster: got a step behind it"),
+        ([{"cluster": {"per": "block", "block": 100}}], 1, "0.cluster.block: got 100; expected what divides the rows"),
+        ([{"cluster": {"per": "block", "block": 16, "bits": 5}}], 1, "got 5 bits for 16 weights that share a codebook"),
+        ([{"low_rank": {"rank": 10}}, {"sparsify": {}}], 1, "1.sparsify.pattern: got 2:4 with 10 inputs of a matrix"),
         (
             [
                 {"prune": {"what": ["layers"], "keep_layers": [0, 2]}},
@@ -113,5 +124,7 @@ def test_what_a_model_can_give() -> None:
         {"low_rank": {"rank": 256}},
         {"low_rank": {"rank": 96, "parts": "attention"}},
         {"prune": {"what": ["heads"], "amount": 0.3}},
+        {"sparsify": {}},
+        {"cluster": {}},
     ]
     check([StepSlice.model_validate(step) for step in steps], WIDTHS, 2)

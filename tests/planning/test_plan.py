@@ -8,6 +8,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,6 +20,7 @@ from builders.planning.page import map_of_partition, page
 from builders.planning.plan import ExpectedLoad, best, divides, plan, plan_stages, shortlist, step_seconds
 from builders.planning.report import layout_rows, report_page, report_plan
 from builders.planning.transformer import Model, model_from_config
+from builders.spec import load_spec
 from measure.bench.decoder_graph import DecoderShape, write_decoder
 
 GOLDEN = Path(__file__).parent / "golden" / "plan-minilm.json"
@@ -215,6 +217,26 @@ def test_command_prints_the_golden_json(capsys: pytest.CaptureFixture[str]) -> N
     """Written by `trireme plan minilm` with these options and `--json`."""
     plan_command("minilm", gpu=["L4", "h100"], max_gpus=2, sequences=32, prompt_tokens=128, as_json=True)
     assert json.loads(capsys.readouterr().out) == json.loads(GOLDEN.read_text())
+
+
+def test_command_plans_for_what_compress_leaves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Pruned widths are counted; what is known only when it is made is said to be left out."""
+    spec = load_spec("minilm").model_dump(mode="json", exclude_defaults=True)
+    steps = [
+        {"prune": {"what": ["layers"], "keep_layers": [0, 2, 5]}},
+        {"prune": {"heads": 8, "ffn": 768}},
+        {"low_rank": {"rank": 64}},
+    ]
+    file = tmp_path / "spec.yaml"
+    file.write_text(yaml.safe_dump({**spec, "compress": steps}))
+    plan_command(str(file), gpu=["L4"], as_json=True)
+    found = json.loads(capsys.readouterr().out)
+    assert {key: found["model"][key] for key in ("layers", "heads", "head_dim", "ffn")} == {
+        "layers": 3, "heads": 8, "head_dim": 32, "ffn": 768,
+    }  # fmt: skip
+    assert found["not_counted"] == ["low_rank"]
+    plan_command(str(file), gpu=["L4"])
+    assert "without what low_rank of compress saves" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(

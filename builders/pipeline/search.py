@@ -1,0 +1,282 @@
+"""`trireme search`: recipes of compression tried one after another, each timed by the executor that serves.
+
+Optuna proposes (Bergstra et al. 2011, tree-structured Parzen estimators, two objectives); SQLite keeps what was found,
+so a search that was killed goes on. A trial is judged on texts that neither calibrate nor judge a build; the best few
+are then judged as `trireme compress` does, and the fastest within the budget is taken.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from builders.artifacts import Quality
+from builders.checkpoint import load_checkpoint
+from builders.compress import plan
+from builders.compress.step import carry_out, cosines_by_text, outputs_of_batches
+from builders.compress.texts import CalibrationText
+from builders.errors import InputError, MachineError, QualityError, SpecError
+from builders.export.encoder import graph_module, write_graph
+from builders.export.sentence import head_modules
+from builders.export.weights import load_encoder
+from builders.graph import GRAPH_FILE, count_weights, record_graph
+from builders.judging import corpus
+from builders.pipeline import choice, compress
+from builders.pipeline.judged import StepFigures, by_executor, judge, missed, plain
+from builders.pipeline.result import Build, Report
+from builders.pipeline.space import Choices, Measured, front
+from builders.spec import DeploymentSpec, StepSlice
+from builders.store.closure import code_key
+from builders.store.processor import this_processor
+from builders.store.store import Store
+
+if TYPE_CHECKING:
+    from optuna import Study
+    from optuna.trial import FrozenTrial, Trial
+
+FINALISTS = 3
+_TRIED = ("min_mean_cosine", "min_worst_cosine", "min_speedup")  # keys of the budget that a trial measures
+
+
+@dataclass(frozen=True)
+class Finalist:
+    """`judged` on held-out texts; `missed`: keys of the budget, with figures."""
+
+    trial: Measured
+    judged: StepFigures
+    missed: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Found:
+    """`own`: the spec's own steps, measured like a trial. `chosen` is one of the finalists, or None."""
+
+    trials: tuple[Measured, ...]
+    own: Measured | None
+    finalists: tuple[Finalist, ...]
+    chosen: Finalist | None
+    resumed: int
+
+
+def searched(
+    spec: DeploymentSpec, root: Path, trials: int, minutes: float, seed: int,
+    report: Report = lambda stage, message: None,
+) -> Found:  # fmt: skip
+    """Until there are `trials` trials in all, those of earlier runs among them, or `minutes` are over.
+
+    Raises SpecError for a model that compress is not built for, MachineError where the same search runs already.
+    """
+    if spec.generates:
+        raise SpecError(
+            "search: model.task", got=spec.model.task, expected="embedding, classification or reranking",
+            fix="search is built for encoders",
+        )  # fmt: skip
+    store, folder = Store(root / "store"), root / spec.name / "search"
+    folder.mkdir(parents=True, exist_ok=True)
+    with _alone(folder / "lock"):
+        bench = _Bench.of(spec, store, report)
+        study = _study(folder / "study.db", bench, seed)
+        resumed = len(_complete(study))
+        _run(study, bench, trials, minutes, report)
+        done = [_measured(trial, bench.choices) for trial in _complete(study)]
+        own = None if not spec.compress else bench.measure(-1, spec.compress)
+        finalists = tuple(_judged(bench, trial, store, report) for trial in front(done)[:FINALISTS])
+    within = [each for each in finalists if not each.missed]
+    chosen = max(within, key=lambda each: each.judged.speeds[spec.cpu_executor], default=None)
+    return Found(tuple(done), own, finalists, chosen, resumed)
+
+
+@contextlib.contextmanager
+def _alone(file: Path) -> Iterator[None]:
+    with file.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise MachineError(
+                f"search in {file.parent}", got="another search that is running", expected="one at a time",
+                fix="wait for it, or give another --build-dir",
+            ) from error  # fmt: skip
+        yield
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """What every trial is measured with; the original's graph, and its vectors of the texts that are watched."""
+
+    built: Build
+    plain: Build
+    choices: Choices
+    texts: CalibrationText
+    wanted: Any
+
+    @staticmethod
+    def of(spec: DeploymentSpec, store: Store, report: Report) -> _Bench:
+        checkpoint = load_checkpoint(spec.model)
+        built = Build(spec, "cpu", checkpoint, original=checkpoint)
+        texts = CalibrationText(checkpoint, spec.precision)
+        model, head = load_encoder(checkpoint), head_modules(checkpoint)
+        wanted = outputs_of_batches(graph_module(model, head, checkpoint), texts.watched())
+        reference = by_executor(plain(built, checkpoint, store, report), spec.cpu_executor)
+        return _Bench(built, reference, Choices.of(compress.widths_of(checkpoint), spec.parallel.tensor), texts, wanted)
+
+    @property
+    def key(self) -> str:
+        """Of everything that a trial's figures depend on, and of the budget that says which are within it."""
+        spec = self.built.spec
+        content = {
+            "checkpoint": self.built.checkpoint.model_dump(mode="json", exclude={"source"}),
+            "graph": self.plain.served_graph.digest,
+            "texts": corpus.corpus_key(spec.precision.calibration_texts),
+            "left out": spec.precision.calibration_samples,
+            "serving": self.plain.spec.serving.model_dump(mode="json", include={"threads", "tokens_per_batch"}),
+            "executor": spec.cpu_executor,
+            "tensor": spec.parallel.tensor,
+            "budget": spec.compress_budget.model_dump(mode="json"),
+            "processor": this_processor().model_dump(mode="json"),
+            "code": code_key(searched),
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    def measure(self, number: int, steps: tuple[StepSlice, ...]) -> Measured:
+        """The steps carried out in memory, the graph exported and timed. Raises SpecError for steps that the model
+        cannot take."""
+        spec, checkpoint = self.built.spec, self.built.checkpoint
+        plan.check(steps, compress.widths_of(checkpoint), spec.parallel.tensor)
+        model, head = load_encoder(checkpoint), head_modules(checkpoint)
+
+        def as_forward(found: Any) -> Any:
+            return graph_module(found, head, checkpoint)
+
+        for step in steps:
+            carry_out(step, model, as_forward, checkpoint, self.texts, spec.parallel.tensor)
+        near = cosines_by_text(self.wanted, outputs_of_batches(as_forward(model), self.texts.watched()))
+        with tempfile.TemporaryDirectory(prefix="trireme-search-") as folder:
+            file = Path(folder) / GRAPH_FILE
+            write_graph(model, head, checkpoint, "fp32", file)
+            quality = Quality(
+                mean_cosine=float(near.mean()), worst_cosine=float(near.min()), max_abs_difference=0.0,
+                texts=len(near), executor="torch",
+            )  # fmt: skip
+            graph = record_graph(Path(folder), "fp32", quality, checkpoint.digest)
+            speed = median(choice.encoder_speeds(self.plain, replace(self.plain, graphs=(graph,))))
+            found = Measured(number, steps, float(near.mean()), float(near.min()), speed, count_weights(file))
+        return replace(found, missed=_missed(found, spec))
+
+
+def _missed(found: Measured, spec: DeploymentSpec) -> tuple[str, ...]:
+    return tuple(key for key, over in _over(found, spec).items() if over > 0)
+
+
+def _over(found: Measured, spec: DeploymentSpec) -> dict[str, float]:
+    """How far each key of the budget is missed; 0 or less is within it."""
+    values = dict(zip(_TRIED, (found.cosine, found.worst, found.speed), strict=True))
+    limits = {key: getattr(spec.compress_budget, key) for key in _TRIED}
+    return {key: limit - values[key] for key, limit in limits.items() if limit is not None}
+
+
+def _study(file: Path, bench: _Bench, seed: int) -> Study:
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(
+        storage=f"sqlite:///{file.resolve()}", study_name=bench.key, load_if_exists=True,
+        directions=["maximize", "maximize"],
+    )  # fmt: skip
+    for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
+        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)  # its process was killed: this one holds the lock
+    if not study.trials:
+        for start in bench.choices.starts():
+            study.enqueue_trial(start)
+    # Another seed each time the search goes on, or it would propose again what it has seen.
+    study.sampler = optuna.samplers.TPESampler(seed=seed + len(study.trials))
+    return study
+
+
+def _complete(study: Study) -> list[FrozenTrial]:
+    import optuna
+
+    return study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
+
+
+def _run(study: Study, bench: _Bench, trials: int, minutes: float, report: Report) -> None:
+    import optuna
+
+    end = time.monotonic() + 60 * minutes
+    for _ in range(2 * trials):  # some may fail
+        done = _complete(study)
+        if len(done) >= trials or time.monotonic() >= end:
+            return
+        trial = study.ask()
+        steps = bench.choices.steps(_suggested(trial, bench.choices))
+        same = next((one for one in (_measured(old, bench.choices) for old in done) if one.steps == steps), None)
+        try:
+            found = same or bench.measure(trial.number, steps)
+        except InputError as error:  # what the model or its texts cannot give
+            study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            report("compress", f"trial {trial.number} cannot be: {error}")
+            continue
+        for key, over in _over(found, bench.built.spec).items():
+            trial.set_constraint(key, over)
+        for key in ("cosine", "worst", "speed", "parameters"):
+            trial.set_user_attr(key, getattr(found, key))
+        trial.set_user_attr("missed", list(found.missed))
+        study.tell(trial, [found.cosine, found.speed])
+        report("compress", f"trial {len(done) + 1} of {trials}: {found.told}: cosine {found.cosine:.3f}, "
+                           f"{found.speed:.2f} x as fast")  # fmt: skip
+
+
+def _suggested(trial: Trial, choices: Choices) -> dict[str, int]:
+    def of(name: str, steps: tuple[int, int], least: int | None = None) -> int:
+        step, most = steps
+        return trial.suggest_int(name, step if least is None else least, most, step=step)
+
+    return {
+        "layers": trial.suggest_int("layers", 1, choices.layers),
+        "heads": of("heads", choices.heads),
+        "ffn": of("ffn", choices.ffn),
+        "rank": of("rank", choices.rank, 0),
+    }
+
+
+def _measured(trial: FrozenTrial, choices: Choices) -> Measured:
+    kept = trial.user_attrs
+    return Measured(
+        trial.number, choices.steps(trial.params), kept["cosine"], kept["worst"], kept["speed"], kept["parameters"],
+        tuple(kept["missed"]),
+    )  # fmt: skip
+
+
+def _judged(bench: _Bench, trial: Measured, store: Store, report: Report) -> Finalist:
+    spec = bench.built.spec.model_copy(update={"compress": trial.steps})
+    built = replace(bench.built, spec=spec)
+    if trial.steps:
+        built = compress.carried_out(built, store, report)
+    figures = judge(built, built.checkpoint, store, report)
+    return Finalist(trial, figures, missed(figures, spec.compress_budget, spec.cpu_executor))
+
+
+def require_chosen(found: Found) -> Finalist:
+    """Raises QualityError with the nearest where nothing is within the budget."""
+    if found.chosen is not None:
+        return found.chosen
+    if found.finalists:
+        told = "; ".join(
+            f"{each.trial.told} misses {', '.join(f'{key} with {value:.3f}' for key, value in each.missed.items())}"
+            for each in found.finalists
+        )
+        raise QualityError(f"search: of {len(found.trials)} trials the best miss the budget on held-out texts: {told}")
+    nearest = sorted(found.trials, key=lambda each: len(each.missed))[:FINALISTS]
+    told = "; ".join(f"{each.told}: cosine {each.cosine:.3f}, {each.speed:.2f} x" for each in nearest)
+    raise QualityError(
+        f"search: none of {len(found.trials)} trials is within the budget; the nearest: {told or 'none'}. Give it more "
+        "--trials or --minutes, or lower the budget knowingly"
+    )
