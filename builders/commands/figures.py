@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from builders.pipeline.differences import Difference
     from builders.pipeline.judged import StepFigures
 
-_WIDTH = 128
+_WIDTH = 160
 _CONFIDENCE = "95 %"
 
 
