@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from builders.judging.intervals import Interval
+    from builders.judging.intervals import ConfidenceInterval
     from builders.pipeline.differences import Difference
     from builders.pipeline.judged import StepFigures
 
@@ -65,7 +65,7 @@ def difference_json(found: Sequence[Difference]) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _interval(found: Interval | None) -> list[float] | None:
+def _interval(found: ConfidenceInterval | None) -> list[float] | None:
     return None if found is None else [found.low, found.high]
 
 

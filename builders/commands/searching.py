@@ -51,9 +51,9 @@ def search(
 
 def _json(found: Found) -> dict[str, Any]:
     from builders.commands import figures
-    from builders.pipeline.space import Measured
+    from builders.pipeline.space import Tried
 
-    def of(each: Measured) -> dict[str, Any]:
+    def of(each: Tried) -> dict[str, Any]:
         steps = [step.model_dump(mode="json", exclude_none=True) for step in each.steps]
         return {
             "number": each.number, "steps": steps, "cosine": each.cosine, "worst": each.worst, "speed": each.speed,

@@ -22,7 +22,7 @@ Verdict = Literal["better", "worse", "no difference shown"]
 Indices = NDArray[np.int64]
 
 
-class Interval(Record):
+class ConfidenceInterval(Record):
     low: float
     high: float
 
@@ -41,39 +41,43 @@ def draws(count: int, number: int = DRAWS) -> Indices:
     return np.random.default_rng(SEED).integers(0, count, (number, count))
 
 
-def of_figure(count: int, figure: Callable[[Indices], float], number: int = DRAWS) -> Interval:
+def of_figure(count: int, figure: Callable[[Indices], float], number: int = DRAWS) -> ConfidenceInterval:
     """Of anything that is computed from some of `count` texts, given by their indices."""
     return _middle(np.array([figure(chosen) for chosen in draws(count, number)]))
 
 
-def of_mean(values: Sequence[float] | NDArray[Any]) -> Interval:
+def of_mean(values: Sequence[float] | NDArray[Any]) -> ConfidenceInterval:
     found = np.asarray(values, np.float64)
     return _middle(found[draws(len(found))].mean(axis=1))
 
 
-def of_difference(reference: Sequence[float] | NDArray[Any], candidate: Sequence[float] | NDArray[Any]) -> Interval:
+def of_difference(
+    reference: Sequence[float] | NDArray[Any], candidate: Sequence[float] | NDArray[Any]
+) -> ConfidenceInterval:
     """Of the mean of `candidate` less that of `reference`; both of the same texts in the same order."""
     return of_mean(np.asarray(candidate, np.float64) - np.asarray(reference, np.float64))
 
 
-def of_ratio(reference: Sequence[float] | NDArray[Any], candidate: Sequence[float] | NDArray[Any]) -> Interval:
+def of_ratio(
+    reference: Sequence[float] | NDArray[Any], candidate: Sequence[float] | NDArray[Any]
+) -> ConfidenceInterval:
     """Of the mean of `candidate` over that of `reference`, positive figures of the same texts in the same order."""
     chosen = draws(len(reference))
     below, above = (np.asarray(values, np.float64)[chosen].mean(axis=1) for values in (reference, candidate))
     return _middle(above / np.maximum(below, 1e-30))
 
 
-def of_median(rounds: Sequence[float]) -> Interval:
+def of_median(rounds: Sequence[float]) -> ConfidenceInterval:
     """From the least to the greatest of at least six rounds. The median lies outside with a chance of 2 / 2^rounds at
     most, which is 3 % for six: no assumption about how times are spread."""
     if len(rounds) < MEDIAN_ROUNDS:
         raise ValueError(f"{len(rounds)} rounds, of {MEDIAN_ROUNDS} that an interval needs")
-    return Interval(low=min(rounds), high=max(rounds))
+    return ConfidenceInterval(low=min(rounds), high=max(rounds))
 
 
 MEDIAN_ROUNDS = 6
 
 
-def _middle(found: NDArray[Any]) -> Interval:
+def _middle(found: NDArray[Any]) -> ConfidenceInterval:
     low, high = np.percentile(found, [_TAIL, 100 - _TAIL])
-    return Interval(low=float(low), high=float(high))
+    return ConfidenceInterval(low=float(low), high=float(high))

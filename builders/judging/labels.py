@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from builders.judging.intervals import Indices, Interval, of_difference, of_figure, of_mean
+from builders.judging.intervals import ConfidenceInterval, Indices, of_difference, of_figure, of_mean
 from runtime.record import Record
 
 _BINS = 15
@@ -23,12 +23,12 @@ class Labelled(Record):
 
     texts: int
     accuracy: tuple[float, float]
-    accuracy_intervals: tuple[Interval, Interval]
-    accuracy_difference: Interval
+    accuracy_intervals: tuple[ConfidenceInterval, ConfidenceInterval]
+    accuracy_difference: ConfidenceInterval
     calibration_error: tuple[float, float]
-    calibration_difference: Interval
+    calibration_difference: ConfidenceInterval
     agreement: float
-    agreement_interval: Interval
+    agreement_interval: ConfidenceInterval
 
 
 def labelled(reference: NDArray[Any], candidate: NDArray[Any], labels: Sequence[int]) -> Labelled:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from builders.artifacts import Artifact
 from builders.judging import corpus
-from builders.judging.intervals import Indices, Interval, of_figure
+from builders.judging.intervals import ConfidenceInterval, Indices, of_figure
 from runtime.record import Record
 
 PAIRS = 768
@@ -89,7 +89,7 @@ def spearman(reference: Vectors, candidate: Vectors) -> float:
     return _correlation(_similarities(reference), _similarities(candidate), np.arange(len(reference)))
 
 
-def spearman_interval(reference: Vectors, candidate: Vectors) -> Interval:
+def spearman_interval(reference: Vectors, candidate: Vectors) -> ConfidenceInterval:
     """Over the texts. A text that is drawn twice makes no pair with itself."""
     first, second = _similarities(reference), _similarities(candidate)
     return of_figure(len(reference), lambda chosen: _correlation(first, second, chosen), _SPEARMAN_DRAWS)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from builders.judging import intervals
-from builders.judging.intervals import Interval, Verdict
+from builders.judging.intervals import ConfidenceInterval, Verdict
 from builders.pipeline.judged import StepFigures
 
 Size = Literal["smaller", "larger", "equal"]
@@ -21,7 +21,7 @@ class Difference:
     figure: str
     reference: float | None
     candidate: float
-    interval: Interval | None
+    interval: ConfidenceInterval | None
     verdict: Verdict | Size
 
     def __str__(self) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from html import escape
 
 from builders.pipeline.search import Finalist, Found
-from builders.pipeline.space import Measured, front
+from builders.pipeline.space import Tried, front
 from builders.planning.page import page, table
 from builders.spec import DeploymentSpec
 
@@ -43,7 +43,7 @@ _HEADS = ("recipe", "cosine", "worst", "x as fast", "M weights")
 _FINAL_HEADS = ("recipe", "cosine", "MRR", "x as fast", "MB of the graph", "verdict")
 
 
-def _trial_row(each: Measured) -> tuple[str, ...]:
+def _trial_row(each: Tried) -> tuple[str, ...]:
     return (each.told, f"{each.cosine:.3f}", f"{each.worst:.3f}", f"{each.speed:.2f}", f"{each.parameters / 1e6:.2f}")
 
 
@@ -62,7 +62,7 @@ def _final_row(each: Finalist, found: Found) -> tuple[str, ...]:
     )
 
 
-def picture(found: Found, best: Sequence[Measured]) -> str:
+def picture(found: Found, best: Sequence[Tried]) -> str:
     """The `<svg>` element, in a box that scrolls."""
     shown = [*found.trials, *([found.own] if found.own else [])]
     if not shown:
@@ -101,7 +101,7 @@ _LEGEND = (
 )
 
 
-def _kind(each: Measured, best: Sequence[Measured], chosen: int | None) -> str:
+def _kind(each: Tried, best: Sequence[Tried], chosen: int | None) -> str:
     if each.number < 0:
         return "own"
     if each.number == chosen:
@@ -109,7 +109,7 @@ def _kind(each: Measured, best: Sequence[Measured], chosen: int | None) -> str:
     return "over" if each.missed else "front" if each in best else "within"
 
 
-def _dot(each: Measured, x: Scale, y: Scale, largest: int, kind: str) -> str:
+def _dot(each: Tried, x: Scale, y: Scale, largest: int, kind: str) -> str:
     radius = max(_SMALLEST, _LARGEST * (each.parameters / largest) ** 0.5)
     told = f"{each.told}: cosine {each.cosine:.3f}, {each.speed:.2f} x, {each.parameters / 1e6:.2f} M weights"
     style = f"fill: {_COLOURS[kind][0]}; fill-opacity: 0.75; stroke: var(--runtime)"

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from builders.artifacts import Artifact, Checkpoint, Quality
 from builders.graph import count_weights, flops_per_token
 from builders.judging import corpus, intervals, retrieval, vectors
-from builders.judging.intervals import MEDIAN_ROUNDS, Interval
+from builders.judging.intervals import MEDIAN_ROUNDS, ConfidenceInterval
 from builders.judging.retrieval import Retrieval, RetrievalFigures
 from builders.pipeline import choice, encoder
 from builders.pipeline.result import Build, Report
@@ -45,7 +45,7 @@ class StepFigures(Artifact):
     retrieval: Retrieval | None
     mrr_ratio: float | None
     speeds: dict[str, float]
-    intervals: dict[str, Interval]
+    intervals: dict[str, ConfidenceInterval]
 
 
 def judge(built: Build, checkpoint: Checkpoint, store: Store, report: Report) -> StepFigures:
@@ -99,7 +99,7 @@ def _figures(
     before, after = (_found(each, store) if embeds else None for each in (reference, candidate))
     rounds = {name: choice.encoder_speeds(by_executor(reference, name), by_executor(candidate, name), MEDIAN_ROUNDS)
               for name in EXECUTORS}  # fmt: skip
-    found: dict[str, Interval] = {f"x {name}": intervals.of_median(taken) for name, taken in rounds.items()}
+    found: dict[str, ConfidenceInterval] = {f"x {name}": intervals.of_median(taken) for name, taken in rounds.items()}
     if alike:
         found["mean_cosine"] = intervals.of_figure(
             len(wanted), lambda some: float(cosines(wanted[some], outputs[some], by_label=not embeds).mean())
@@ -125,7 +125,7 @@ def _figures(
     )
 
 
-def _of_retrieval(before: Retrieval, after: Retrieval) -> dict[str, Interval]:
+def _of_retrieval(before: Retrieval, after: Retrieval) -> dict[str, ConfidenceInterval]:
     return {
         "mrr": intervals.of_mean(after.reciprocal),
         "recall_at_1": intervals.of_mean(after.within(1)),

@@ -33,7 +33,7 @@ from builders.judging import corpus
 from builders.pipeline import choice, compress
 from builders.pipeline.judged import StepFigures, by_executor, judge, missed, plain
 from builders.pipeline.result import Build, Report
-from builders.pipeline.space import Choices, Measured, front
+from builders.pipeline.space import Choices, Tried, front
 from builders.spec import DeploymentSpec, StepSlice
 from builders.store.closure import code_key
 from builders.store.processor import this_processor
@@ -51,7 +51,7 @@ _TRIED = ("min_mean_cosine", "min_worst_cosine", "min_speedup")  # keys of the b
 class Finalist:
     """`judged` on held-out texts; `missed`: keys of the budget, with figures."""
 
-    trial: Measured
+    trial: Tried
     judged: StepFigures
     missed: dict[str, float]
 
@@ -60,8 +60,8 @@ class Finalist:
 class Found:
     """`own`: the spec's own steps, measured like a trial. `chosen` is one of the finalists, or None."""
 
-    trials: tuple[Measured, ...]
-    own: Measured | None
+    trials: tuple[Tried, ...]
+    own: Tried | None
     finalists: tuple[Finalist, ...]
     chosen: Finalist | None
     resumed: int
@@ -146,7 +146,7 @@ class _Bench:
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
-    def measure(self, number: int, steps: tuple[StepSlice, ...]) -> Measured:
+    def measure(self, number: int, steps: tuple[StepSlice, ...]) -> Tried:
         """The steps carried out in memory, the graph exported and timed. Raises SpecError for steps that the model
         cannot take."""
         spec, checkpoint = self.built.spec, self.built.checkpoint
@@ -168,15 +168,15 @@ class _Bench:
             )  # fmt: skip
             graph = record_graph(Path(folder), "fp32", quality, checkpoint.digest)
             speed = median(choice.encoder_speeds(self.plain, replace(self.plain, graphs=(graph,))))
-            found = Measured(number, steps, float(near.mean()), float(near.min()), speed, count_weights(file))
+            found = Tried(number, steps, float(near.mean()), float(near.min()), speed, count_weights(file))
         return replace(found, missed=_missed(found, spec))
 
 
-def _missed(found: Measured, spec: DeploymentSpec) -> tuple[str, ...]:
+def _missed(found: Tried, spec: DeploymentSpec) -> tuple[str, ...]:
     return tuple(key for key, over in _over(found, spec).items() if over > 0)
 
 
-def _over(found: Measured, spec: DeploymentSpec) -> dict[str, float]:
+def _over(found: Tried, spec: DeploymentSpec) -> dict[str, float]:
     """How far each key of the budget is missed; 0 or less is within it."""
     values = dict(zip(_TRIED, (found.cosine, found.worst, found.speed), strict=True))
     limits = {key: getattr(spec.compress_budget, key) for key in _TRIED}
@@ -247,15 +247,15 @@ def _suggested(trial: Trial, choices: Choices) -> dict[str, int]:
     }
 
 
-def _measured(trial: FrozenTrial, choices: Choices) -> Measured:
+def _measured(trial: FrozenTrial, choices: Choices) -> Tried:
     kept = trial.user_attrs
-    return Measured(
+    return Tried(
         trial.number, choices.steps(trial.params), kept["cosine"], kept["worst"], kept["speed"], kept["parameters"],
         tuple(kept["missed"]),
     )  # fmt: skip
 
 
-def _judged(bench: _Bench, trial: Measured, store: Store, report: Report) -> Finalist:
+def _judged(bench: _Bench, trial: Tried, store: Store, report: Report) -> Finalist:
     spec = bench.built.spec.model_copy(update={"compress": trial.steps})
     built = replace(bench.built, spec=spec)
     if trial.steps:

@@ -87,7 +87,7 @@ def _share(steps: tuple[int, int]) -> int:
 
 
 @dataclass(frozen=True)
-class Measured:
+class Tried:
     """One trial. `cosine` and `worst` on texts that neither calibrate nor judge; `speed`: of the original's, by CPU
     time, on the executor that serves. `missed`: keys of the budget that it misses, of those that a trial measures."""
 
@@ -116,9 +116,9 @@ def _told(step: StepSlice) -> str:
     return ", ".join(parts) or f"prune {prune.amount}"
 
 
-def front(trials: list[Measured]) -> list[Measured]:
+def front(trials: list[Tried]) -> list[Tried]:
     """Those within the budget that no other of these beats in both speed and cosine, the fastest first."""
-    found: list[Measured] = []
+    found: list[Tried] = []
     for each in sorted((one for one in trials if not one.missed), key=lambda one: (-one.speed, -one.cosine)):
         if not found or each.cosine > found[-1].cosine:
             found.append(each)

@@ -164,3 +164,17 @@ def test_texts_that_are_too_few(tiny_bert: Path, tmp_path: Path) -> None:
 def test_a_recipe_without_steps(tiny_bert: Path, tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="got no steps"):
         judged_recipe(compressing(tiny_bert, []), tmp_path)
+
+
+def test_int8_of_a_pruned_model_is_judged_against_the_pruned_one(tiny_bert: Path, root: Path) -> None:
+    """Within its budget, or refused with its figures: precision's, against the fp32 graph of what prune left."""
+    loose = {"cpu": "int8", "min_mean_cosine": 0.5, "min_worst_cosine": 0.0}
+    built, _ = _said(compressing(tiny_bert, [PRUNE], precision=loose), root, "qualify")
+    assert isinstance(built.served, Quality)
+    assert 0.5 <= built.served.mean_cosine < 1
+    assert "DequantizeLinear" in built.graph("int8").operators
+    assert built.graph("int8").source_digest == built.graph("fp16").digest
+    assert built.graph("fp16").source_digest == built.checkpoint.digest != built.original.digest  # type: ignore[union-attr]
+    strict = {"cpu": "int8", "min_mean_cosine": 0.9999999, "min_worst_cosine": 0.9999999}
+    with pytest.raises(QualityError, match=r"budget 0\.9999999"):
+        _said(compressing(tiny_bert, [PRUNE], precision=strict), root, "qualify")

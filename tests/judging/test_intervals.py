@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from builders.judging import intervals
-from builders.judging.intervals import Interval, of_difference, of_figure, of_mean, of_median, of_ratio
+from builders.judging.intervals import ConfidenceInterval, of_difference, of_figure, of_mean, of_median, of_ratio
 from builders.judging.labels import calibration_error, labelled
 from builders.judging.retrieval import retrieval, spearman, spearman_interval
 from builders.judging.speed import speed_ratios
@@ -57,7 +57,7 @@ def test_pairs_show_what_two_intervals_apart_hide() -> None:
     ],
 )
 def test_a_word_only_where_all_of_it_lies_on_one_side(low: float, high: float, more: bool, said: str) -> None:
-    assert Interval(low=low, high=high).against(0.0, more_is_better=more) == said
+    assert ConfidenceInterval(low=low, high=high).against(0.0, more_is_better=more) == said
 
 
 def test_the_same_each_time() -> None:
@@ -67,7 +67,7 @@ def test_the_same_each_time() -> None:
 
 
 def test_of_a_median_by_rounds() -> None:
-    assert of_median([1.2, 1.0, 1.3, 1.1, 1.2, 1.4]) == Interval(low=1.0, high=1.4)
+    assert of_median([1.2, 1.0, 1.3, 1.1, 1.2, 1.4]) == ConfidenceInterval(low=1.0, high=1.4)
     with pytest.raises(ValueError, match="5 rounds, of 6"):
         of_median([1.0] * 5)
     time = SimpleNamespace(now=0.0)

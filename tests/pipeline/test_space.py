@@ -13,7 +13,7 @@ from builders.compress.plan import check
 from builders.errors import SpecError
 from builders.pipeline.front import search_page
 from builders.pipeline.search import Found
-from builders.pipeline.space import Choices, Measured, front, spread
+from builders.pipeline.space import Choices, Tried, front, spread
 from builders.spec import load_spec
 
 WIDTHS = Widths(model_type="bert", hidden=384, head_size=32, layers=(LayerWidths(heads=12, ffn=1536),) * 6)
@@ -51,8 +51,8 @@ def test_layers_are_spread_from_the_first_to_the_last() -> None:
     assert spread(6, 6) == (0, 1, 2, 3, 4, 5)
 
 
-def _trial(number: int, speed: float, cosine: float, *missed: str) -> Measured:
-    return Measured(number, (), cosine, cosine, speed, 1_000_000, missed)
+def _trial(number: int, speed: float, cosine: float, *missed: str) -> Tried:
+    return Tried(number, (), cosine, cosine, speed, 1_000_000, missed)
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9), st.booleans()), max_size=12))
