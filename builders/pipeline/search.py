@@ -204,7 +204,8 @@ def _study(file: Path, bench: _Bench, seed: int) -> Study:
 def _complete(study: Study) -> list[FrozenTrial]:
     import optuna
 
-    return study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
+    found: list[FrozenTrial] = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
+    return found
 
 
 def _run(study: Study, bench: _Bench, trials: int, minutes: float, report: Report) -> None:
@@ -237,7 +238,8 @@ def _run(study: Study, bench: _Bench, trials: int, minutes: float, report: Repor
 def _suggested(trial: Trial, choices: Choices) -> dict[str, int]:
     def of(name: str, steps: tuple[int, int], least: int | None = None) -> int:
         step, most = steps
-        return trial.suggest_int(name, step if least is None else least, most, step=step)
+        found: int = trial.suggest_int(name, step if least is None else least, most, step=step)
+        return found
 
     return {
         "layers": trial.suggest_int("layers", 1, choices.layers),
