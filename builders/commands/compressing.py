@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from builders.judging.labels import Labelled
     from builders.pipeline.compare import Comparison
     from builders.pipeline.recipe import Recipe
-    from builders.spec import DeploymentSpec
+    from builders.spec import DeploymentSpec, Pooling
 
 
 def compress(spec: SpecArgument, build_dir: BuildDir = DEFAULT_BUILD, as_json: JsonFlag = False) -> None:
@@ -80,6 +80,10 @@ def compare(
     max_length: Annotated[
         int | None, typer.Option(min=8, help="tokens, of checkpoints; default: the other side's spec, or 256")
     ] = None,
+    pooling: Annotated[
+        Literal["mean", "cls", "max", "lasttoken", "mean_sqrt_len_tokens", "weightedmean"] | None,
+        typer.Option(help="of checkpoints; default: the other side's spec, or their own"),
+    ] = None,
     labels: Annotated[
         Path | None, typer.Option(help="classifiers: UTF-8 file, a label's number, a tab and a text in each line")
     ] = None,
@@ -93,25 +97,25 @@ def compare(
     from builders.commands import show
     from builders.pipeline.compare import compared
 
-    specs = _sides((first, second), task, max_length)
+    specs = _sides((first, second), task, max_length, pooling)
     with show.build_progress(quiet=as_json) as report:
         found = compared((first, second), specs, labels, build_dir, report)
     print(json.dumps(_comparison_json(found), indent=2)) if as_json else _print_comparison(found)
 
 
 def _sides(
-    names: tuple[str, str], task: str | None, max_length: int | None
+    names: tuple[str, str], task: str | None, max_length: int | None, pooling: Pooling | None
 ) -> tuple[DeploymentSpec, DeploymentSpec]:  # fmt: skip
     from builders.spec import DeploymentSpec, load_spec, resolve_spec_path
 
     files = [resolve_spec_path(name).is_file() for name in names]
-    given = [load_spec(name) if is_file else None for name, is_file in zip(names, files, strict=True)]
-    if all(files) and (task is not None or max_length is not None):
+    specs = [load_spec(name) if is_file else None for name, is_file in zip(names, files, strict=True)]
+    if all(files) and (task, max_length, pooling) != (None, None, None):
         raise InputError(
-            "--task and --max-length", got="two specs, which say it themselves", expected="a checkpoint",
+            "--task, --max-length and --pooling", got="two specs, which say it themselves", expected="a checkpoint",
             fix="leave these options out",
         )  # fmt: skip
-    like = next((spec for spec in given if spec is not None), None)
+    like = next((spec for spec in specs if spec is not None), None)
     longest = max_length or (like.model.max_length if like else 256)
     precision = {} if like is None else {
         "calibration_texts": like.precision.calibration_texts,
@@ -120,16 +124,18 @@ def _sides(
 
     def alone(name: str) -> DeploymentSpec:
         chosen = task or (like.model.task if like else "embedding")
+        pooled = like.model.model_dump(include={"pooling", "normalize"}) if like and chosen == like.model.task else {}
+        given: dict[str, Any] = {"pooling": pooling} if pooling is not None else pooled
         return DeploymentSpec.model_validate(
             {
                 "name": "compared",
-                "model": {"source": name, "task": chosen, "max_length": longest},
+                "model": {"source": name, "task": chosen, "max_length": longest, **given},
                 "precision": {"cpu": "fp32", **precision},
                 "serving": {"length_buckets": [longest]},
             }
         )
 
-    first, second = (spec or alone(name) for spec, name in zip(given, names, strict=True))
+    first, second = (spec or alone(name) for spec, name in zip(specs, names, strict=True))
     return first, second
 
 

@@ -11,7 +11,7 @@ from builders.planning.page import page, table
 from builders.spec import DeploymentSpec
 
 WIDTH, HEIGHT = 860, 460
-LEFT, RIGHT, TOP, BOTTOM = 56, 20, 16, 44  # margins, for the labels of the axes
+LEFT, RIGHT, TOP, BOTTOM = 56, 20, 30, 44  # margins, for the labels of the axes
 _LARGEST, _SMALLEST = 13, 4  # radii
 _TICKS = 5
 
@@ -144,7 +144,7 @@ def _grid(x: Scale, y: Scale, x_ticks: Sequence[float], y_ticks: Sequence[float]
         parts.append(f'<text {at} text-anchor="middle" {text}>{tick:.2f}</text>')
     middle = (WIDTH + LEFT - RIGHT) / 2
     parts.append(f'<text x="{middle:.0f}" y="{HEIGHT - 6}" text-anchor="middle" {text}>times as fast</text>')
-    parts.append(f'<text x="{LEFT}" y="{TOP - 4}" text-anchor="end" {text}>cosine</text>')
+    parts.append(f'<text x="{LEFT}" y="{TOP - 16}" text-anchor="end" {text}>cosine</text>')
     return parts
 
 
