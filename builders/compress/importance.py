@@ -18,6 +18,7 @@ import numpy as np
 
 from builders.checkpoint.widths import PARTS, first_linear, last_linear, layers_of, widths_of_model
 from builders.compress.kept import Scores
+from builders.compress.losses import hard_labels
 from builders.compress.texts import Batch
 
 if TYPE_CHECKING:
@@ -58,10 +59,8 @@ def gauss_newton(model: Any, forward: Forward, batches: Sequence[Batch], seed: i
 
 
 def taylor(model: Any, forward: Forward, batches: Sequence[Batch], labels: Sequence[torch.Tensor]) -> Worth:
-    import torch
-
     def loss(outputs: torch.Tensor, number: int) -> Iterator[torch.Tensor]:
-        yield torch.nn.functional.cross_entropy(outputs, labels[number], reduction="sum")
+        yield hard_labels(outputs, labels[number]) * len(outputs)
 
     return _measured(model, forward, batches, loss, lambda gradient: gradient.abs())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from builders.checkpoint.widths import LayerWidths, Widths
+from builders.compress.distil_plan import Teacher, distilled
 from builders.errors import SpecError
 from builders.spec import ClusterSlice, LowRankSlice, PruneSlice, SparsifySlice, StepSlice
 
@@ -16,13 +17,16 @@ PARTS_OF = {
 }
 
 
-def check(steps: Sequence[StepSlice], widths: Widths, tensor: int, first: int = 0) -> Widths:
+def check(
+    steps: Sequence[StepSlice], widths: Widths, tensor: int, first: int = 0, teacher: Teacher | None = None
+) -> Widths:
     """The widths that are left. Raises SpecError for the first step that this model cannot take; `first` is the number
-    of `steps[0]`.
+    of `steps[0]`. Without a teacher, the model itself is that of an embedding.
 
     With global ranking, what a layer keeps is known only when it is measured; for the steps behind, it counts here as
     the average, and each step is checked again on what the one before left.
     """
+    teacher = teacher or Teacher(widths, "embedding")
     for number, step in enumerate(steps, first):
         key = f"compress.{number}.{step.name}"
         if step.cluster is not None:
@@ -31,6 +35,8 @@ def check(steps: Sequence[StepSlice], widths: Widths, tensor: int, first: int = 
             _sparsify(step.sparsify, widths, key)
         if step.prune is not None:
             widths = _pruned(step.prune, widths, tensor, key)
+        if step.distil is not None:
+            widths = distilled(step.distil, widths, teacher, key)
         if step.low_rank is not None:
             widths = _low_rank(step.low_rank, widths, key)
     return widths

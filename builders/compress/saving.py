@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ _LEFT = ("adapter_config.json", "config.json", manifest.FILE, codebooks.FILE, LO
 
 
 def save(
-    model: Any, checkpoint: Checkpoint, asked: ModelSlice, step: StepSlice, notes: list[str], out: Path
-) -> Checkpoint:
-    """Writes `model`, made of `checkpoint` by `step`, into `out`; what stands behind its pooling is copied. Layers that
-    are all as config.json says need no manifest."""
+    model: Any, checkpoint: Checkpoint, asked: ModelSlice, step: StepSlice, notes: list[str], out: Path,
+    pages: Sequence[Path] = (),
+) -> Checkpoint:  # fmt: skip
+    """Writes `model`, made of `checkpoint` by `step`, into `out`; what stands behind its pooling is copied, and so are
+    `pages`. Layers that are all as config.json says need no manifest."""
     from safetensors.torch import save_file
 
     for record in checkpoint.files:
@@ -31,6 +33,8 @@ def save(
             continue  # settings that change, and weights, an adapter's among them: it is merged by now
         (out / record.name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(checkpoint.path(record.name), out / record.name)
+    for page in pages:
+        shutil.copyfile(page, out / page.name)
     found = manifest.widths_of_model(model)
     config = json.loads(checkpoint.path("config.json").read_text())
     config.pop("torch_dtype", None)

@@ -13,12 +13,12 @@ from builders.checkpoint.widths import layers_of, widths_of_model
 from builders.compress import importance, kept, plan, prune
 from builders.compress.cluster import cluster
 from builders.compress.importance import Forward, Worth
+from builders.compress.judged import by_text, outputs
 from builders.compress.low_rank import low_rank, rank_multiple
 from builders.compress.refit import least_squares
 from builders.compress.sparsify import sparsify
-from builders.compress.texts import Batch, CalibrationText, labelled
+from builders.compress.texts import CalibrationText, labelled
 from builders.spec import PruneSlice, StepSlice
-from runtime.proof.judging import cosines
 
 _PARTS_OF_THE_WAY = (1.0, 0.5, 0.25)
 
@@ -48,7 +48,7 @@ def carry_out(
     else:
         assert step.prune is not None
         notes = _prune(step.prune, model, as_forward, checkpoint, texts, tensor)
-    return [_described(before, widths_of_model(model)), *notes]
+    return [described(before, widths_of_model(model)), *notes]
 
 
 def _prune(
@@ -92,10 +92,10 @@ def _refitted(
     """The whole way to the fitted weights, or a part of it: the best on average of those whose worst text is no worse
     than without, of texts that the fit did not see. None of the way where there is no such part."""
     watched = texts.watched()
-    wanted = outputs_of_batches(as_forward(whole), watched)
+    wanted = outputs(as_forward(whole), watched)
 
     def judged() -> Any:
-        return cosines_by_text(wanted, outputs_of_batches(as_forward(model), watched))
+        return by_text(wanted, outputs(as_forward(model), watched))
 
     before, start = judged(), copy.deepcopy(model.state_dict())
     batches = texts.batches(asked.refit_tokens, "prune.refit_tokens")
@@ -119,21 +119,7 @@ def _between(start: dict[str, Any], end: dict[str, Any], part: float) -> dict[st
     return {name: value + part * (end[name] - value) for name, value in start.items()}
 
 
-def outputs_of_batches(forward: Forward, batches: Sequence[Batch]) -> Any:
-    import torch
-
-    with torch.no_grad():
-        return torch.cat([forward(**batch) for batch in batches]).numpy()
-
-
-def cosines_by_text(wanted: Any, found: Any) -> Any:
-    """Text by text. Of a single score, whose cosine says nothing, one minus the difference over the spread."""
-    if wanted.shape[1] > 1:
-        return cosines(wanted, found, by_label=False)
-    return 1 - np.abs(np.nan_to_num(found - wanted, nan=np.inf))[:, 0] / max(float(wanted.std()), 1e-12)
-
-
-def _described(before: Any, after: Any) -> str:
+def described(before: Any, after: Any) -> str:
     """Each layer's widths, where they changed."""
     parts = []
     if len(before.layers) != len(after.layers):

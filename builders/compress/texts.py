@@ -10,7 +10,7 @@ import numpy as np
 
 from builders.artifacts import Checkpoint
 from builders.errors import InputError
-from builders.judging import corpus, vectors
+from builders.judging import corpus, retrieval, vectors
 from builders.spec import PrecisionSlice
 from runtime.graph import Tensors
 
@@ -33,7 +33,28 @@ class CalibrationText:
         self._watched = found[judged:]
 
     def watched(self) -> list[Batch]:
-        return batches(vectors.sample_requests(self._checkpoint, self._watched))
+        return batches(self.watched_requests())
+
+    def watched_requests(self) -> list[Tensors]:
+        return vectors.sample_requests(self._checkpoint, self._watched)
+
+    def requests(self, tokens: int, least: int) -> list[Tensors]:
+        """Up to `tokens` tokens to learn from: of the spec's file, or of the standard library and of the libraries that
+        Trireme builds with. Raises InputError where there are fewer than `least`."""
+        texts = list(self._texts)
+        if self._file is None:
+            known = {text for pair in retrieval.pairs() for text in pair}
+            texts = corpus.mixed({*texts, *(text for text in corpus.library_texts() if text not in known)})
+        count, taken = 0, list[Tensors]()
+        for start in range(0, len(texts), WATCHED):
+            for request in vectors.sample_requests(self._checkpoint, texts[start : start + WATCHED]):
+                if count + request["input_ids"].size > tokens and count >= least:
+                    return taken
+                taken.append(request)
+                count += request["input_ids"].size
+        if count < least:
+            raise self._too_few(count, least, "a batch, distil.batch_tokens", "distil.batch_tokens")
+        return taken
 
     def batches(self, tokens: int, key: str) -> list[Batch]:
         """At least `tokens` tokens. Raises InputError where the texts hold fewer; `key` is the spec's."""
@@ -44,34 +65,47 @@ class CalibrationText:
                 count += request["input_ids"].size
                 if count >= tokens:
                     return batches(taken)
-        raise InputError(
+        raise self._too_few(count, tokens, key, key)
+
+    def _too_few(self, count: int, least: int, why: str, key: str) -> InputError:
+        return InputError(
             f"texts in {self._file or 'the standard library'}",
             got=f"{count} tokens beside the texts that precision calibrates and is judged by",
-            expected=f"at least {tokens} ({key})", fix=f"give longer precision.calibration_texts, or lower {key}",
+            expected=f"at least {least} ({why})", fix=f"give longer precision.calibration_texts, or lower {key}",
         )  # fmt: skip
 
 
 def labelled(checkpoint: Checkpoint, file: Path) -> tuple[list[Batch], list[torch.Tensor]]:
     """Batches with the labels of their texts, from lines of a number, a tab and a text. Raises InputError."""
+    return labelled_batches(*labelled_requests(checkpoint, file))
+
+
+def labelled_requests(checkpoint: Checkpoint, file: Path) -> tuple[list[Tensors], list[int]]:
+    """In the file's order. A reranker's lines hold two texts, and a single score tells 0 from 1. Raises InputError."""
+    pairs = checkpoint.task == "reranking"
+    labels, texts, seconds = zip(*corpus.labelled(file, max(2, checkpoint.labels), pairs=pairs), strict=True)
+    return vectors.sample_requests(checkpoint, texts, seconds if pairs else None), list(labels)
+
+
+def labelled_batches(
+    requests: Sequence[Tensors], labels: Sequence[int], most: int = TOKENS_PER_BATCH
+) -> tuple[list[Batch], list[torch.Tensor]]:
     import torch
 
-    labels, found_texts = zip(*corpus.labelled(file, checkpoint.labels), strict=True)
-    requests = vectors.sample_requests(checkpoint, found_texts)
-    order = _order(requests)
-    found = batches(requests)
+    found = batches(requests, most)
     sizes = [len(batch["input_ids"]) for batch in found]
-    return found, list(torch.split(torch.tensor(labels)[order], sizes))
+    return found, list(torch.split(torch.tensor(labels)[_order(requests)], sizes))
 
 
-def batches(requests: Sequence[Tensors]) -> list[Batch]:
-    """Each text once, the shortest first, padded to the longest of its batch."""
+def batches(requests: Sequence[Tensors], most: int = TOKENS_PER_BATCH) -> list[Batch]:
+    """Each text once, the shortest first, padded to the longest of its batch, in batches of `most` tokens."""
     import torch
 
     found: list[list[Tensors]] = []
     for index in _order(requests):
         request = requests[index]
         length = request["input_ids"].shape[1]
-        if not found or (len(found[-1]) + 1) * length > TOKENS_PER_BATCH:
+        if not found or (len(found[-1]) + 1) * length > most:
             found.append([])
         found[-1].append(request)
     made: list[Batch] = []

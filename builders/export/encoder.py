@@ -144,7 +144,6 @@ def graph_module(model: torch.nn.Module, head: Sequence[torch.nn.Module], checkp
             self.offset = position_offset(checkpoint.model_type, config.to_dict())
             self.typed = bool(getattr(config, "type_vocab_size", 0)) and checkpoint.model_type != "mpnet"
             self.bool_mask = config._attn_implementation == "sdpa"
-            self.dtype: torch.dtype = next(model.parameters()).dtype
 
         def forward(
             self,
@@ -156,7 +155,8 @@ def graph_module(model: torch.nn.Module, head: Sequence[torch.nn.Module], checkp
             # [batch, 1, length, length]; the query dimension is spelled out for ONNX Runtime's Attention on CPU
             mask = attention_mask[:, None, None, :].bool().expand(batch, 1, length, length)
             if not self.bool_mask:
-                mask = torch.where(mask, 0.0, torch.finfo(self.dtype).min).to(self.dtype)
+                dtype = next(self.model.parameters()).dtype  # as it is now: training casts
+                mask = torch.where(mask, 0.0, torch.finfo(dtype).min).to(dtype)
             arguments = {"position_ids": torch.arange(length)[None] + self.offset}
             if self.typed:
                 arguments["token_type_ids"] = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids

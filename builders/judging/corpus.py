@@ -8,17 +8,21 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
+import importlib.util
 import platform
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from builders.artifacts import file_digest
-from builders.errors import InputError
+from builders.errors import InputError, MachineError
 
 MIN_CHARACTERS = 20
+# Written by many hands, on mathematics, graphs, data and the web; each comes with what Trireme builds by.
+LIBRARIES = ("numpy", "networkx", "huggingface_hub", "pydantic", "jinja2")
 # Tests hold little prose, and some distributions leave them out; what others installed is not Python's text.
 _NOT_READ = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
 
@@ -38,6 +42,36 @@ def corpus_key(file: Path | None) -> dict[str, Any]:
     return {"file": file_digest(file) if file.is_file() else "missing"}
 
 
+def library_key() -> dict[str, Any]:
+    """What `library_texts` depends on."""
+    return {name: metadata.version(name) for name in LIBRARIES}
+
+
+@functools.cache
+def library_texts() -> tuple[str, ...]:
+    """Docstrings of `LIBRARIES`, whole and their first lines alone, which are as long as a question is."""
+    found: set[str] = set()
+    for name in LIBRARIES:
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:
+            raise MachineError(
+                f"package {name}", got="not installed", expected="its sources, to learn from their docstrings",
+                fix="install Trireme with the extra `build`, or give precision.calibration_texts",
+            )  # fmt: skip
+        for path in sorted(Path(spec.origin).parent.rglob("*.py")):
+            if _NOT_READ & set(path.relative_to(Path(spec.origin).parent).parts):
+                continue
+            for docstring in _docstrings_of(path):
+                line, _, body = docstring.partition("\n")
+                found |= {" ".join(part.split()) for part in (docstring, line if body.strip() else "")}
+    return tuple(mixed(text for text in found if len(text) >= MIN_CHARACTERS))
+
+
+def mixed(found: Iterable[str]) -> list[str]:
+    """In an order that is stable, and has nothing to do with where they stood."""
+    return sorted(found, key=lambda text: hashlib.sha256(text.encode()).digest())
+
+
 def texts(file: Path | None, count: int | None) -> list[str]:
     """The first `count` texts, or all. Raises InputError when the file cannot be read or holds too few, or none."""
     found = _docstrings() if file is None else _lines(file)
@@ -51,17 +85,20 @@ def texts(file: Path | None, count: int | None) -> list[str]:
     return list(found[:count])
 
 
-def labelled(file: Path, labels: int) -> list[tuple[int, str]]:
-    """Labels under `labels` with their texts, from lines of a number, a tab and a text. Raises InputError."""
+def labelled(file: Path, labels: int, *, pairs: bool = False) -> list[tuple[int, str, str]]:
+    """Labels under `labels`, each with its text and, in `pairs`, a second one (else it is empty): lines of a number, a
+    tab and a text (a tab and a text). Raises InputError."""
     found = []
     for number, line in enumerate(texts(file, None), 1):
-        label, _, text = line.partition("\t")
-        if not label.isdecimal() or int(label) >= labels or not text:
+        label, *parts = line.split("\t", 2 if pairs else 1)
+        sound = len(parts) == (2 if pairs else 1) and all(part.strip() for part in parts)
+        if not sound or not label.isdecimal() or int(label) >= labels:
             raise InputError(
                 f"labels in {file}, different line {number}", got=repr(label[:40]),
-                expected=f"a number under {labels}, a tab and a text", fix="mend the line",
+                expected=f"a number under {labels}, a tab and a text{', a tab and a second one' if pairs else ''}",
+                fix="mend the line",
             )  # fmt: skip
-        found.append((int(label), text))
+        found.append((int(label), parts[0], parts[1] if pairs else ""))
     return found
 
 
@@ -121,7 +158,7 @@ def _docstrings() -> tuple[str, ...]:
             text = " ".join(docstring.split())
             if len(text) >= MIN_CHARACTERS:
                 found.add(text)
-    return tuple(sorted(found, key=lambda text: hashlib.sha256(text.encode()).digest()))
+    return tuple(mixed(found))
 
 
 def _lines(file: Path) -> tuple[str, ...]:

@@ -89,10 +89,14 @@ def calibration_and_held_out(budget: PrecisionSlice) -> tuple[list[str], list[st
     return found[: budget.calibration_samples], found[budget.calibration_samples :]
 
 
-def sample_requests(checkpoint: Checkpoint, texts: Sequence[str]) -> list[Tensors]:
-    """Graph inputs for each text, tokenised as the service does. A reranker gets pairs of neighbouring texts."""
+def sample_requests(
+    checkpoint: Checkpoint, texts: Sequence[str], seconds: Sequence[str] | None = None
+) -> list[Tensors]:  # fmt: skip
+    """Graph inputs for each text, tokenised as the service does. A reranker gets pairs, of neighbouring texts where no
+    `seconds` are given."""
     tokenizer = Tokenizer(checkpoint.path("tokenizer.json"), tokenizer_settings(checkpoint))
-    return [tokenizer.pad([item]) for item in tokenizer.encode(texts, neighbours(checkpoint, texts))]
+    pairs = seconds if seconds is not None else neighbours(checkpoint, texts)
+    return [tokenizer.pad([item]) for item in tokenizer.encode(texts, pairs)]
 
 
 def neighbours(checkpoint: Checkpoint, texts: Sequence[str]) -> list[str] | None:

@@ -75,7 +75,7 @@ def _served(spec: DeploymentSpec, store: Store, report: Report) -> Build:
 
 
 def _labelled(first: Build, second: Build, file: Path) -> Labelled:
-    wanted, texts = zip(*corpus.labelled(file, first.checkpoint.labels), strict=True)
+    wanted, texts, _ = zip(*corpus.labelled(file, first.checkpoint.labels), strict=True)
     return labels.labelled(outputs_of(first, texts), outputs_of(second, texts), wanted)
 
 

@@ -15,17 +15,21 @@ from builders.checkpoint import widths as manifest
 from builders.checkpoint.source import locate
 from builders.checkpoint.weights import weight_files
 from builders.compress import plan
+from builders.compress.distil import PAGE, distil
+from builders.compress.distil_plan import Teacher
+from builders.compress.importance import Forward
 from builders.compress.saving import LOG, save
-from builders.compress.step import carry_out
+from builders.compress.step import carry_out, described
 from builders.compress.texts import CalibrationText
 from builders.errors import QualityError
 from builders.export.encoder import graph_module
 from builders.export.sentence import head_modules
 from builders.export.weights import load_encoder
 from builders.judging import corpus
+from builders.pipeline import teaching
 from builders.pipeline.judged import at_fault, judge, missed
 from builders.pipeline.result import Build, Report, done
-from builders.spec import DeploymentSpec, StepSlice
+from builders.spec import DeploymentSpec, PruneSlice, StepSlice
 from builders.store.store import Store
 
 
@@ -46,10 +50,13 @@ def compress(built: Build, store: Store, report: Report) -> Build:
 def carried_out(built: Build, store: Store, report: Report) -> Build:
     """The checkpoint after each step, judged by nobody yet."""
     original = built.checkpoint
-    plan.check(built.spec.compress, widths_of(original), built.spec.parallel.tensor)
+    teacher = Teacher(widths_of(original), original.task)
+    plan.check(built.spec.compress, teacher.widths, built.spec.parallel.tensor, teacher=teacher)
     steps: list[Checkpoint] = []
     for number, step in enumerate(built.spec.compress):
-        steps.append(_one(built, steps[-1] if steps else original, number, step, store, report))
+        before = steps[-1] if steps else original
+        plan.check([step], widths_of(before), built.spec.parallel.tensor, number, teacher)
+        steps.append(_one(replace(built, original=original), before, number, step, store, report))
     return replace(built, original=original, steps=tuple(steps), checkpoint=steps[-1])
 
 
@@ -68,44 +75,53 @@ def planned(spec: DeploymentSpec, config: dict[str, Any]) -> tuple[dict[str, int
     if not coded and not spec.compress:
         return {}, []
     found = manifest.read_widths(folder, config, weight_files(folder, allow_pickle=True)) if coded else None
-    widths = plan.check(spec.compress, found or manifest.widths_of_config(config, folder), spec.parallel.tensor)
+    whole = found or manifest.widths_of_config(config, folder)
+    teacher = Teacher(whole, spec.model.task)
+    widths = plan.check(spec.compress, whole, spec.parallel.tensor, teacher=teacher)
     heads, ffn = (
         max(multiple, sum(plan.counts(widths, what)) // len(widths.layers) // multiple * multiple)
         for what, multiple in plan.multiples(spec.parallel.tensor).items()
     )
     sizes = {"layers": len(widths.layers), "heads": heads, "kv_heads": heads, "head_dim": widths.head_size, "ffn": ffn}
     thin = ["low_rank"] if any(layer.ranks for layer in (found.layers if found else ())) else []
-    return sizes, [*thin, *(step.name for step in spec.compress if step.prune is None)]
+    return sizes, [*thin, *(step.name for step in spec.compress if step.prune is None and step.distil is None)]
 
 
 def _one(
     built: Build, checkpoint: Checkpoint, number: int, step: StepSlice, store: Store, report: Report
 ) -> Checkpoint:  # fmt: skip
-    spec, labels = built.spec, None if step.prune is None else step.prune.labels
-    plan.check([step], widths_of(checkpoint), spec.parallel.tensor, number)
+    spec = built.spec
+    labels = (step.prune or step.distil or PruneSlice(amount=0.5)).labels
+    inputs = {
+        "checkpoint": checkpoint.model_dump(mode="json", exclude={"source"}),
+        "step": step.model_dump(mode="json", exclude={"prune": {"labels"}, "distil": {"labels"}}),
+        "labels": None if labels is None else corpus.corpus_key(labels),
+        "tensor": spec.parallel.tensor,
+        "texts": corpus.corpus_key(spec.precision.calibration_texts),
+        "left out": spec.precision.calibration_samples,
+    }
+    if step.distil is not None:
+        assert built.original is not None
+        inputs |= teaching.inputs(built.original, spec.precision)
 
     def run(out: Path) -> Checkpoint:
         model, head = load_encoder(checkpoint), head_modules(checkpoint)
         texts = CalibrationText(checkpoint, spec.precision)
-        notes = carry_out(
-            step, model, lambda found: graph_module(found, head, checkpoint), checkpoint, texts, spec.parallel.tensor
-        )
-        return save(model, checkpoint, spec.model, step, notes, out)
+
+        def as_forward(found: Any) -> Forward:
+            return graph_module(found, head, checkpoint)
+
+        if step.distil is None:
+            notes = carry_out(step, model, as_forward, checkpoint, texts, spec.parallel.tensor)
+            return save(model, checkpoint, spec.model, step, notes, out)
+        before = manifest.widths_of_model(model)
+        with teaching.teaching(built, step.distil, inputs, store, report, number) as lesson:
+            notes = distil(step.distil, model, as_forward, checkpoint, texts, lesson)
+            notes.insert(0, described(before, manifest.widths_of_model(model)))
+            return save(model, checkpoint, spec.model, step, notes, out, [lesson.scratch / PAGE])
 
     report("compress", f"step {number}: {step.name}")
-    item, hit = store.get_or_build(
-        "compress",
-        {
-            "checkpoint": checkpoint.model_dump(mode="json", exclude={"source"}),
-            "step": step.model_dump(mode="json", exclude={"prune": {"labels"}}),
-            "labels": None if labels is None else corpus.corpus_key(labels),
-            "tensor": spec.parallel.tensor,
-            "texts": corpus.corpus_key(spec.precision.calibration_texts),
-            "left out": spec.precision.calibration_samples,
-        },
-        Checkpoint,
-        run,
-    )
+    item, hit = store.get_or_build("compress", inputs, Checkpoint, run)
     report("compress", done(f"step {number}: {step.name}: {'; '.join(notes_of(item))}", hit))
     return item.model_copy(update={"source": f"{checkpoint.source} after {step.name}"})
 

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 from builders.artifacts import Quality
 from builders.checkpoint import load_checkpoint
 from builders.compress import plan
-from builders.compress.step import carry_out, cosines_by_text, outputs_of_batches
+from builders.compress.judged import by_text, outputs
+from builders.compress.step import carry_out
 from builders.compress.texts import CalibrationText
 from builders.errors import InputError, MachineError, QualityError, SpecError
 from builders.export.encoder import graph_module, write_graph
@@ -124,7 +125,7 @@ class _Bench:
         built = Build(spec, "cpu", checkpoint, original=checkpoint)
         texts = CalibrationText(checkpoint, spec.precision)
         model, head = load_encoder(checkpoint), head_modules(checkpoint)
-        wanted = outputs_of_batches(graph_module(model, head, checkpoint), texts.watched())
+        wanted = outputs(graph_module(model, head, checkpoint), texts.watched())
         reference = by_executor(plain(built, checkpoint, store, report), spec.cpu_executor)
         return _Bench(built, reference, Choices.of(compress.widths_of(checkpoint), spec.parallel.tensor), texts, wanted)
 
@@ -158,7 +159,7 @@ class _Bench:
 
         for step in steps:
             carry_out(step, model, as_forward, checkpoint, self.texts, spec.parallel.tensor)
-        near = cosines_by_text(self.wanted, outputs_of_batches(as_forward(model), self.texts.watched()))
+        near = by_text(self.wanted, outputs(as_forward(model), self.texts.watched()))
         with tempfile.TemporaryDirectory(prefix="trireme-search-") as folder:
             file = Path(folder) / GRAPH_FILE
             write_graph(model, head, checkpoint, "fp32", file)

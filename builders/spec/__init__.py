@@ -6,7 +6,7 @@ deployment  the whole, and what must agree among its parts
 reading     from YAML, with errors that name the key, the value and the mending
 """
 
-from builders.spec.compress import BudgetSlice, LowRankSlice, PruneSlice, StepSlice
+from builders.spec.compress import BudgetSlice, DistilSlice, LossesSlice, LowRankSlice, PruneSlice, StepSlice
 from builders.spec.deployment import DeploymentSpec
 from builders.spec.kubernetes import KubernetesSlice
 from builders.spec.reading import PRESETS, load_spec, resolve_spec_path
@@ -39,11 +39,13 @@ __all__ = [
     "ClusterSlice",
     "CpuPrecision",
     "DeploymentSpec",
+    "DistilSlice",
     "EngineSlice",
     "Flavour",
     "GenerationSlice",
     "GraphPrecision",
     "KubernetesSlice",
+    "LossesSlice",
     "LowRankSlice",
     "ModelSlice",
     "ParallelSlice",

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from builders.spec.slices import Fraction, NotNegative, Positive, Slice
 from builders.spec.weights import ClusterSlice, Share, SparsifySlice
 
+NotLess = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Part = Literal["heads", "ffn", "layers"]
 Importance = Literal["gauss_newton", "taylor", "magnitude"]
 MIN_REFIT_TOKENS = 20_000  # with a quarter of them, single texts came out far worse than before the refit
@@ -93,10 +94,105 @@ class LowRankSlice(Slice):
         return self
 
 
+class LossesSlice(Slice):
+    """How much of each is minimised: the sum of these, each times its weight."""
+
+    token_mse: NotLess = Field(0.0, description="squared error of each token's state after the last layer")
+    embedding_cosine: NotLess = Field(0.0, description="embedding: 1 - cosine to the teacher's vector of each text")
+    similarity: NotLess = Field(
+        0.0, description="embedding: squared error of the cosines between all pairs of texts of a batch"
+    )
+    hidden: NotLess = Field(0.0, description="squared error of each token's state after each of the student's layers")
+    attention: NotLess = Field(
+        0.0, description="Kullback-Leibler divergence of attention from the teacher's, of each head and token"
+    )
+    soft_labels: NotLess = Field(
+        0.0, description="classification, reranking: the same of the scores' probabilities at `temperature`, times its "
+        "square"
+    )  # fmt: skip
+    hard_labels: NotLess = Field(0.0, description="classification, reranking: cross-entropy to those of `labels`")
+
+    @model_validator(mode="after")
+    def _any(self) -> LossesSlice:
+        if not self.given:
+            raise ValueError("all losses are 0, so nothing would be learnt")
+        return self
+
+    @property
+    def given(self) -> dict[str, float]:
+        """Names and weights of those that count."""
+        return {name: weight for name in type(self).model_fields if (weight := getattr(self, name))}
+
+
+class DistilSlice(Slice):
+    """Trained towards the original, the teacher: a student of some of the layers, or, without student_layers, what the
+    step before left."""
+
+    student_layers: tuple[NotNegative, ...] | None = Field(
+        None, description="numbers of the layers that the student starts from, from 0, of what the step before left"
+    )
+    losses: LossesSlice | None = Field(
+        None, description="none given: token_mse 1 and embedding_cosine 4 for embeddings, soft_labels 1 for scores"
+    )
+    minutes: Annotated[float, Field(gt=0, le=10_000)] | None = Field(
+        None, description="of training on all `threads` of this machine, by CPU time: a busy machine takes longer"
+    )
+    tokens: Positive | None = Field(
+        None, description="that the student is trained on, in all passes; with tokens alone, a run can be repeated"
+    )
+    text_tokens: Positive = Field(
+        400_000, description="of text at most, passed over again and again; the teacher's states of it take 2 bytes a "
+        "number on disk, 0.8 kB a token at a width of 384"
+    )  # fmt: skip
+    batch_tokens: Annotated[int, Field(ge=16)] = Field(2048, description="in a batch, of texts of like length")
+    optimiser: Literal["adamw", "muon", "sgd"] = Field("adamw", description="that moves the weights")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(
+        5e-4, description="at its height: it rises over a twentieth of the training, then falls to 0"
+    )
+    weight_decay: NotLess = Field(0.0, description="of matrices")
+    clip: Annotated[float, Field(gt=0)] = Field(1.0, description="the longest gradient; a longer one is shortened")
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="decay of an average of the weights, which then is the result"
+    )
+    words: bool = Field(False, description="the table of words, and of positions, is trained too")
+    temperature: Annotated[float, Field(gt=0, le=100)] | None = Field(
+        None, description="soft_labels: scores are divided by it, 2 if not given"
+    )
+    labels: Path | None = Field(
+        None, description="hard_labels: UTF-8 file, a label's number, a tab and a text in each line (reranking: a tab "
+        "and a second text); it is then the text of all losses"
+    )  # fmt: skip
+    match_layers: tuple[NotNegative, ...] | None = Field(
+        None, description="hidden, attention: the teacher's layer for each of the student's; if not given, "
+        "student_layers, or each layer its own"
+    )  # fmt: skip
+    seed: NotNegative = Field(0, description="of the order of the batches")
+
+    @model_validator(mode="after")
+    def _whole(self) -> DistilSlice:
+        if self.minutes is None and self.tokens is None:
+            raise ValueError("minutes or tokens is needed to say how long it is trained")
+        for name in ("student_layers", "match_layers"):
+            layers = getattr(self, name)
+            if layers is not None and (not layers or list(layers) != sorted(set(layers))):
+                raise ValueError(f"{name}={list(layers)} must name at least one layer, in rising order")
+        given = self.losses.given if self.losses is not None else None
+        if given is not None and ("hard_labels" in given) != (self.labels is not None):
+            raise ValueError("losses.hard_labels and labels go together: one is given without the other")
+        if given is None and self.labels is not None:
+            raise ValueError("labels says nothing without losses.hard_labels")
+        if self.temperature is not None and given is not None and "soft_labels" not in given:
+            raise ValueError("temperature says nothing without losses.soft_labels; remove it")
+        if self.match_layers is not None and not {"hidden", "attention"} & set(given or ()):
+            raise ValueError("match_layers says nothing without losses.hidden or losses.attention; remove it")
+        return self
+
+
 class StepSlice(Slice):
     """One technique. Steps are carried out in their order, each on what the one before left."""
 
     prune: PruneSlice | None = Field(None, description="heads, neurons and layers that go")
+    distil: DistilSlice | None = Field(None, description="training towards the original")
     low_rank: LowRankSlice | None = Field(None, description="matrices as products of thin ones")
     sparsify: SparsifySlice | None = Field(None, description="single weights that become zero")
     cluster: ClusterSlice | None = Field(None, description="weights stored as indices into codebooks; the last step")

@@ -128,7 +128,9 @@ class _Run:
         self._average = None if settings.ema is None else [master.detach().clone() for master in self._masters]
         self._good: tuple[int, Weights] | None = None  # weights that gave a number
         self._good_due = True
-        self._dtypes = [parameter.dtype for parameter in model.parameters()]
+        self._own = [
+            (parameter, parameter.data) for parameter in model.parameters()
+        ]  # those not trained end as they are
         # Parameters alone: `model.to` would round the rotary frequencies too, which a loaded model has in fp32.
         for parameter in model.parameters():
             parameter.data = parameter.data.to(getattr(torch, settings.arithmetic))
@@ -249,8 +251,8 @@ class _Run:
         )
 
     def _finish(self, weights: Weights) -> None:
-        for parameter, dtype in zip(self._model.parameters(), self._dtypes, strict=True):
-            parameter.data = parameter.data.to(dtype)
+        for parameter, own in self._own:
+            parameter.data = own
         self._write(weights)
 
     def _write(self, weights: Weights) -> None:

@@ -1,0 +1,94 @@
+"""What a distillation may ask of a student and its teacher, known from widths and the task alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from builders.checkpoint.widths import Widths
+from builders.errors import SpecError
+from builders.spec import DistilSlice, LossesSlice, Task
+
+_OF_TASK: dict[str, tuple[Task, ...]] = {
+    "embedding_cosine": ("embedding",),
+    "similarity": ("embedding",),
+    "soft_labels": ("classification", "reranking"),
+    "hard_labels": ("classification", "reranking"),
+}
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The original."""
+
+    widths: Widths
+    task: Task
+
+
+def losses_of(asked: DistilSlice, task: Task) -> LossesSlice:
+    """As given, or what suits the task."""
+    if asked.losses is not None:
+        return asked.losses
+    return LossesSlice(token_mse=1.0, embedding_cosine=4.0) if task == "embedding" else LossesSlice(soft_labels=1.0)
+
+
+def matched_layers(asked: DistilSlice, student: int, teacher: int) -> tuple[int, ...] | None:
+    """The teacher's layer for each of the student's; None where nothing says which."""
+    if asked.match_layers is not None:
+        return asked.match_layers
+    if student == teacher:
+        return tuple(range(teacher))
+    return asked.student_layers
+
+
+def distilled(asked: DistilSlice, widths: Widths, teacher: Teacher, key: str) -> Widths:
+    """The student's widths. Raises SpecError for layers that do not exist and losses that do not fit."""
+    there = len(widths.layers)
+    chosen = asked.student_layers
+    if chosen is not None:
+        if chosen[-1] >= there:
+            raise SpecError(
+                f"{key}.student_layers", got=chosen[-1], expected=f"numbers of the {there} layers, from 0",
+                fix=f"name layers up to {there - 1}: a student has no more layers than its teacher",
+            )  # fmt: skip
+        if len(chosen) == there:
+            raise SpecError(
+                f"{key}.student_layers", got=f"all {there} layers", expected="fewer",
+                fix="leave student_layers out: what the step before left is then trained as it is",
+            )  # fmt: skip
+        widths = widths.model_copy(update={"layers": tuple(widths.layers[number] for number in chosen)})
+    losses = losses_of(asked, teacher.task)
+    for name in losses.given:
+        if teacher.task not in _OF_TASK.get(name, (teacher.task,)):
+            raise SpecError(
+                f"{key}.losses.{name}", got=f"a model for {teacher.task}", expected=" or ".join(_OF_TASK[name]),
+                fix="leave this loss out",
+            )  # fmt: skip
+    if asked.temperature is not None and "soft_labels" not in losses.given:
+        raise SpecError(
+            f"{key}.temperature", got=asked.temperature, expected="losses.soft_labels beside it", fix="leave it out"
+        )
+    _require_layers(asked, losses, widths, teacher.widths, key)
+    return widths
+
+
+def _require_layers(asked: DistilSlice, losses: LossesSlice, student: Widths, teacher: Widths, key: str) -> None:
+    """What hidden and attention need: a layer of the teacher for each of the student's, with as many heads."""
+    layer_wise = [name for name in ("hidden", "attention") if name in losses.given]
+    if not layer_wise:
+        return
+    matched, count = matched_layers(asked, len(student.layers), len(teacher.layers)), len(student.layers)
+    if matched is None or len(matched) != count or matched[-1] >= len(teacher.layers):
+        raise SpecError(
+            f"{key}.match_layers", got="none" if matched is None else list(matched),
+            expected=f"{count} layers of the teacher's {len(teacher.layers)}, from 0, one for each of the student's",
+            fix=f"name them, or leave losses.{' and losses.'.join(layer_wise)} out",
+        )  # fmt: skip
+    if "attention" not in layer_wise:
+        return
+    for number, (own, other) in enumerate(zip(student.layers, matched, strict=True)):
+        if own.heads != teacher.layers[other].heads:
+            raise SpecError(
+                f"{key}.losses.attention", got=f"{own.heads} heads in layer {number}",
+                expected=f"{teacher.layers[other].heads}, as in the teacher's layer {other}: each head has a map",
+                fix="leave this loss out, or prune no heads",
+            )  # fmt: skip
