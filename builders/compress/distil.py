@@ -25,7 +25,7 @@ from builders.training.curve import training_page
 from builders.training.loop import Bounds, Trained, TrainingSettings, TrainingWork, train
 from builders.training.optimiser import Optimiser, rise_and_fall
 from builders.training.recipe import TrainingProgress
-from builders.training.resume import Resume
+from builders.training.resume import EVERY_S, Resume
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +47,7 @@ class Teaching:
     scratch: Path
     key: str
     report: Callable[[TrainingProgress], None] = lambda progress: None
+    save_every_s: float = EVERY_S
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def distil(
         settings = _settings(
             asked, sum(lesson.tokens for lesson in lessons) / len(lessons), _TOO_MUCH * start or math.inf
         )
-        resume = Resume(teaching.scratch / "training.pt", teaching.key)
+        resume = Resume(teaching.scratch / "training.pt", teaching.key, teaching.save_every_s)
         found = train(work, settings, teaching.report, resume)
     after, end = cosines(), _without_gradients(judged)
     if not end < start:

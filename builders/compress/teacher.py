@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class TeacherStates:
-    """`folder` belongs to this teacher, these batches and `wanted`; None keeps everything in memory."""
+    """`folder` belongs to this teacher, these batches and `wanted` alone."""
 
     def __init__(
         self, model: Any, forward: Callable[..., torch.Tensor], wanted: Wanted, arithmetic: Arithmetic, folder: Path
