@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 PAGE = "distil.html"  # the loss curve
 _PROBE = 64  # watched texts behind each point of the curve
-_TOO_MUCH = 10  # a loss this many times that of the untrained student has left it for good
+_TOO_MUCH = 100  # a loss this many times that of the untrained student has left it for good
 _TEMPERATURE = 2.0
 
 

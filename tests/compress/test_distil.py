@@ -149,7 +149,7 @@ def test_another_student_finds_the_teachers_states(tiny_bert: Path, texts: Path,
     assert "of them the teacher's" in first
     damaged = next((tmp_path / "store" / "teacher").rglob("learnt/000000.safetensors"))
     again = _notes(_built(tiny_bert, [{"distil": {**STUDENT, "seed": 1}}], texts, tmp_path))
-    assert "the teacher's states from disk" in again
+    assert "the teacher's states read from disk" in again
     damaged.write_bytes(damaged.read_bytes()[:50])
     assert "of them the teacher's" in _notes(_built(tiny_bert, [{"distil": {**STUDENT, "seed": 2}}], texts, tmp_path))
 
@@ -191,7 +191,9 @@ def test_scores_are_learnt_from_the_teacher_and_from_labels(
     source = save_tiny(tmp_path / "m", "bert", task, labels)
     file = tmp_path / "labels.tsv"
     second = "\tand an answer" if task == "reranking" else ""
-    file.write_text("".join(f"{n % max(2, labels)}\t{text}{second}\n" for n, text in enumerate(corpus.texts(None, 80))))
+    kinds, first = ["class method", "return value", "file path"][: max(2, labels)], corpus.texts(None, 80)
+    rows = [(n % len(kinds), f"{' '.join([kinds[n % len(kinds)]] * 6)} {text[:20]}") for n, text in enumerate(first)]
+    file.write_text("".join(f"{label}\t{text}{second}\n" for label, text in rows))
     step = {**STUDENT, "losses": {"soft_labels": 1.0, "hard_labels": 0.5}, "labels": str(file), "temperature": 3}
     notes = _notes(_built(source, [{"distil": step}], texts, tmp_path, task))
     assert "10 texts that it did not see" in notes
