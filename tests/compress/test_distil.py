@@ -197,7 +197,8 @@ def test_scores_are_learnt_from_the_teacher_and_from_labels(
     step = {**STUDENT, "losses": {"soft_labels": 1.0, "hard_labels": 0.5}, "labels": str(file), "temperature": 3}
     notes = _notes(_built(source, [{"distil": step}], texts, tmp_path, task))
     assert "10 texts that it did not see" in notes
-    plain = _notes(_built(source, [{"distil": STUDENT}], texts, tmp_path, task))
+    both = {**STUDENT, "losses": {"token_mse": 1.0, "soft_labels": 1.0}}
+    plain = _notes(_built(source, [{"distil": both}], texts, tmp_path, task))
     assert "256 texts that it did not see" in plain
 
 
