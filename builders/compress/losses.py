@@ -83,7 +83,7 @@ def attention(query: torch.Tensor, key: torch.Tensor, tokens: torch.Tensor, head
     import torch
 
     def heads(projected: torch.Tensor) -> torch.Tensor:
-        return projected.float().unflatten(-1, (-1, head_size)).transpose(1, 2)
+        return projected.float().reshape(*projected.shape[:2], -1, head_size).transpose(1, 2)
 
     scores = heads(query) @ heads(key).transpose(-1, -2) / math.sqrt(head_size)
     return torch.softmax(scores.masked_fill(~tokens[:, None, None, :], -torch.inf), dim=-1)
