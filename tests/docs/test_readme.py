@@ -21,7 +21,7 @@ from runtime.server.launch import TritonServer
 from runtime.server.supervise import ready_server
 from tests import ROOT
 from tests.docs.pages import PAGES, Block, anchors, blocks, codes, commands, prose
-from tests.gateway.asking import gateway
+from tests.gateway.asking import gateway_ports
 from tests.generation.setup import write_repository
 
 pytest_plugins = ("tests.generation.fixtures",)
@@ -33,7 +33,7 @@ CURL = [block for block in blocks() if any(line.startswith("curl ") for line in 
 YAML = [block for block in blocks() if block.language == "yaml"]
 LINES = [(str(block), line) for block in blocks() for line in commands(block) if line.startswith("trireme ")]
 LONGEST = 512
-_DOOR = "127.0.0.1:8080"  # where the pages have a gateway
+_DOORS = {"gateway": "127.0.0.1:8080", "grpc": "127.0.0.1:8081"}  # where the pages have a gateway's two ports
 FOLDERS = ("builders/", "cluster/", "docs/", "k8s/", "loadtest/", "measure/", "model_repository/", "runtime/", "tests/")
 FILES = ("model.plan", "model.py", "model.safetensors", "precision.json")  # look like keys of the spec
 
@@ -47,17 +47,18 @@ def generator(decoder_graph: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="module")
-def door(server: TritonServer) -> Iterator[int]:
-    with gateway("minilm", server.ports.http, server.ports.metrics) as port:
-        yield port
+def doors(server: TritonServer) -> Iterator[dict[str, int]]:
+    with gateway_ports("minilm", server.ports.http, server.ports.metrics, "--grpc-port", "0") as ports:
+        yield ports
 
 
 def _told(block: Block, request: pytest.FixtureRequest) -> str:
     """The block's text for the server that it wants, at its ports."""
     server: TritonServer = request.getfixturevalue("generator" if block.generator else "server")
     text = block.text.replace("127.0.0.1:8001", server.grpc_address).replace("127.0.0.1:8000", server.http_address)
-    if _DOOR in text:
-        text = text.replace(_DOOR, f"127.0.0.1:{request.getfixturevalue('door')}")
+    for name, address in _DOORS.items():
+        if address in text:
+            text = text.replace(address, f"127.0.0.1:{request.getfixturevalue('doors')[name]}")
     return text.replace("my-lm", server.settings.ensemble) if block.generator else text
 
 
