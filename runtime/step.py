@@ -34,12 +34,16 @@ class Copy(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """One call: rows `first` … of a pool. All real tokens; a batch of more than one row has length 1."""
+    """One call: rows `first` … of a pool. All real tokens; a batch of more than one row has length 1.
+
+    `every`: the logits of each token are wanted, [length, vocabulary] of one row. Only for executors that can.
+    """
 
     pool: int
     first: int
     input_ids: Tokens  # [rows, length]
     write_indices: Tokens  # [rows]: tokens already there
+    every: bool = False
 
     @property
     def rows(self) -> range:
@@ -56,9 +60,12 @@ class StepExecutor(Protocol):
     vocabulary: int
     stages: int  # batches that can be under way at once: the stages of a pipeline
     call_cost: int  # what a call costs beside its rows, in cache positions read (see `grouping`)
+    every: bool  # whether it can give the logits of each token of a batch; else a prompt is scored token by token
 
     def run(self, batches: Sequence[Batch]) -> list[Logits]:
-        """Logits of each row's last token, [rows, vocabulary]; valid until the next call. Batches share no row."""
+        """Logits of each row's last token, [rows, vocabulary], or of `every`; valid until the next call. Batches share
+        no row.
+        """
 
     def copy(self, copies: Sequence[Copy]) -> None:
         """Carries out copies, in order. Cross-attention caches go with their row as a whole."""

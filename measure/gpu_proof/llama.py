@@ -100,7 +100,7 @@ class TorchStepExecutor:
     the last position of a row that is not decoding, which its own token overwrites before anything reads it.
     """
 
-    stages = 1
+    stages, every = 1, False
 
     def __init__(
         self, model: Any, capacities: Sequence[int], rows: int, *, compiler: str | None = None, graphs: bool = False

@@ -24,7 +24,7 @@ class ChatTemplate:
     """Compiled once. Raises BadEnvironment for a template that is none."""
 
     def __init__(self, settings: ChatSettings, characters: int) -> None:
-        from jinja2 import TemplateError
+        from jinja2 import TemplateError, meta
         from jinja2.ext import loopcontrols
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -33,16 +33,19 @@ class ChatTemplate:
         environment.globals |= {"raise_exception": _refuse, "strftime_now": _now}
         try:
             self._template = environment.from_string(settings.template)
+            self._shows_tools = "tools" in meta.find_undeclared_variables(environment.parse(settings.template))
         except TemplateError as error:
             raise BadEnvironment(f"the chat template cannot be read: {error}") from error
         self._tokens, self._characters = settings.special_tokens, characters
 
-    def render(self, messages: Sequence[dict[str, str]]) -> str:
+    def render(self, messages: Sequence[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> str:
         """With the beginning of the answer. Raises Refused for chats that the template does not take."""
+        if tools and not self._shows_tools:
+            raise Refused(400, "the model's chat template does not show tools", param="tools")
         pieces, size, end = [], 0, time.monotonic() + _SECONDS
         try:
             for piece in self._template.generate(
-                messages=list(messages), add_generation_prompt=True, tools=None, documents=None, **self._tokens
+                messages=list(messages), add_generation_prompt=True, tools=tools, documents=None, **self._tokens
             ):
                 size += len(piece)
                 if size > self._characters or time.monotonic() > end:

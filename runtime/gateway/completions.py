@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
-from typing import Any
 
 import msgspec
 import orjson
@@ -14,11 +13,14 @@ import orjson
 from runtime.errors import ServingError
 from runtime.gateway.bodies import read_json
 from runtime.gateway.chat import ChatTemplates
+from runtime.gateway.chat_requests import ChatRequest, Tool
+from runtime.gateway.choices import Choice, Fields, Prompt, Shape
 from runtime.gateway.embeddings import require_model
 from runtime.gateway.exchange import Exchange, together
 from runtime.gateway.limits import DoorLimits
-from runtime.gateway.openai_requests import ChatRequest, CompletionRequest, Sampled
+from runtime.gateway.openai_requests import CompletionRequest, Sampled
 from runtime.gateway.refused import Refused, as_refused
+from runtime.gateway.tools import call_schema
 from runtime.gateway.triton import Triton
 from runtime.gateway.upstream import UpstreamGone
 
@@ -26,39 +28,8 @@ _EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-cont
 _DEFAULT_TOKENS = 16  # OpenAI's, of a completion; a chat gets the model's own default
 _BROKEN = "the model's server broke off; try again"
 _COMPLETION, _CHAT = msgspec.json.Decoder(CompletionRequest), msgspec.json.Decoder(ChatRequest)
-Fields = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Shape:
-    """How a completion differs from a chat. `first`: a chat's stream begins with the role."""
-
-    chat: bool
-    id: str
-    model: str
-    created: int
-
-    def envelope(self, choices: list[Fields], stream: bool, **more: Any) -> Fields:
-        kind = ("chat.completion.chunk" if stream else "chat.completion") if self.chat else "text_completion"
-        return {
-            "id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices, **more,
-        }  # fmt: skip
-
-    def choice(self, text: str, finish: str | None, stream: bool, index: int = 0) -> Fields:
-        told = {"index": index, "finish_reason": finish, "logprobs": None}
-        if not self.chat:
-            return {**told, "text": text}
-        if stream:
-            return {**told, "delta": {"content": text} if text or finish is None else {}}
-        return {**told, "message": {"role": "assistant", "content": text, "refusal": None}}
-
-
-@dataclass(frozen=True)
-class Whole:
-    text: str
-    finish: str
-    prompt_tokens: int
-    completion_tokens: int
+_SEED_STEP = 0x9E3779B97F4A7C15  # between the seeds of a prompt's choices: odd, so no two of them meet
+Take = Callable[[Choice, Fields], Awaitable[None]]
 
 
 class Completions:
@@ -70,24 +41,34 @@ class Completions:
     async def complete(self, exchange: Exchange) -> None:
         asked = read_json(await exchange.body(), _COMPLETION, self._limits.depth)
         require_model(asked.model, self._triton.model)
-        fields = asked.fields(asked.max_tokens or _DEFAULT_TOKENS)
-        prompts = asked.prompts(self._limits.prompts)
-        if asked.stream and len(prompts) > 1:
-            raise Refused(400, "prompt: a stream takes one prompt", param="prompt")
+        fields = asked.fields(_DEFAULT_TOKENS if asked.max_tokens is None else asked.max_tokens) | asked.scores()
+        given = asked.prompts(self._limits.prompts)
         await self._require_generator()
-        inputs = [{"text_input" if isinstance(one, str) else "input_ids": one, **fields} for one in prompts]
-        await self._answer(exchange, asked, inputs, chat=False)
+        inputs, prompts = [], []
+        for one in given:
+            text = one if isinstance(one, str) else None
+            own = {"text_input" if text is not None else "input_ids": one, **fields}
+            if asked.echo and text is None:
+                own["return_prompt_log_probs"] = True  # which brings its text
+            inputs.append(own)
+            prompts.append(Prompt(text, bool(asked.echo)))
+        await self._answer(exchange, asked, inputs, prompts, self._shape(exchange, chat=False, told=asked.told))
 
     async def chat(self, exchange: Exchange) -> None:
         asked = read_json(await exchange.body(), _CHAT, self._limits.depth)
         require_model(asked.model, self._triton.model)
-        fields = asked.fields(asked.limit())
+        fields = asked.fields(asked.limit()) | asked.scores()
         if len(asked.messages) > self._limits.items:
             raise Refused(400, f"messages: at most {self._limits.items} are taken", param="messages")
+        tools = asked.callable_tools()
+        guide = _guide(asked, tools)
         template = self._templates.of(await self._require_generator())
-        text = template.render([message.rendered() for message in asked.messages])
+        shown = [tool.rendered() for tool in asked.tools or ()] if tools else None
+        text = template.render([message.rendered() for message in asked.messages], shown)
         # The template writes the special tokens itself: a tokenizer that adds its own would begin the text twice.
-        await self._answer(exchange, asked, [{"text_input": text, "add_special_tokens": False, **fields}], chat=True)
+        given = {"text_input": text, "add_special_tokens": False, **fields, **guide}
+        shape = self._shape(exchange, chat=True, told=bool(asked.logprobs), calls=bool(tools))
+        await self._answer(exchange, asked, [given], [Prompt()], shape)
 
     async def _require_generator(self) -> int:
         """The version. Raises Refused for a model that makes no text."""
@@ -96,31 +77,63 @@ class Completions:
             raise Refused(400, f"{self._triton.model} does not generate text", param="model")
         return facts.version
 
-    async def _answer(self, exchange: Exchange, asked: Sampled, inputs: list[Fields], chat: bool) -> None:
-        shape = Shape(chat, f"{'chatcmpl' if chat else 'cmpl'}-{exchange.id}", self._triton.model, int(time.time()))
+    def _shape(self, exchange: Exchange, *, chat: bool, told: bool, calls: bool = False) -> Shape:
+        id_ = f"{'chatcmpl' if chat else 'cmpl'}-{exchange.id}"
+        return Shape(chat, id_, self._triton.model, int(time.time()), told, calls)
+
+    async def _answer(
+        self, exchange: Exchange, asked: Sampled, inputs: list[Fields], prompts: list[Prompt], shape: Shape
+    ) -> None:
+        """Choices are numbered prompt by prompt."""
+        count = asked.n or 1
+        choices = [Choice(shape, prompts[index // count], index) for index in range(len(inputs) * count)]
         if asked.stream:
             usage = asked.stream_options is not None and asked.stream_options.include_usage
-            await exchange.unless_gone(self._stream(exchange, shape, inputs[0], usage))
+            await exchange.unless_gone(self._stream(exchange, shape, inputs, choices, usage))
             return
-        wholes = await exchange.unless_gone(self._wholes(inputs))
-        choices = [shape.choice(one.text, one.finish, False, index) for index, one in enumerate(wholes)]
-        usage_of = _usage(sum(one.prompt_tokens for one in wholes), sum(one.completion_tokens for one in wholes))
-        await exchange.answer(orjson.dumps(shape.envelope(choices, False, usage=usage_of)))
 
-    async def _wholes(self, inputs: list[Fields]) -> list[Whole]:
-        if len(inputs) == 1:
-            return [await self._whole(inputs[0])]
-        return await together([self._whole(one) for one in inputs])
+        async def take(choice: Choice, piece: Fields) -> None:
+            choice.add(piece)
 
-    async def _whole(self, fields: Fields) -> Whole:
+        await exchange.unless_gone(self._run(inputs, choices, take))
+        found = [choice.whole() for choice in choices]
+        await exchange.answer(orjson.dumps(shape.envelope(found, False, usage=_usage(choices, count))))
+
+    async def _run(self, inputs: list[Fields], choices: list[Choice], take: Take) -> None:
+        """Gives every piece of every choice to `take`. The first failure ends them all, and is raised."""
+        count = len(choices) // len(inputs)
+        parts = [choices[at : at + count] for at in range(0, len(choices), count)]
+        work = [self._of_prompt(fields, part, take) for fields, part in zip(inputs, parts, strict=True)]
+        if len(work) == 1:
+            await work[0]
+        else:
+            await together(work)
+
+    async def _of_prompt(self, fields: Fields, choices: list[Choice], take: Take) -> None:
+        """The prompt is read once: the other choices begin when the first has, and find it in the cache."""
+        if len(choices) == 1:
+            await self._one(fields, choices[0], take)
+            return
+        begun = asyncio.Event()
+
+        async def other(place: int) -> None:
+            await begun.wait()
+            own = {
+                name: value for name, value in fields.items() if name != "return_prompt_log_probs" or _unmade(fields)
+            }
+            if "random_seed" in fields:
+                own["random_seed"] = (fields["random_seed"] + place * _SEED_STEP) % (1 << 64)
+            await self._one(own, choices[place], take)
+
+        await together([self._one(fields, choices[0], take, begun), *map(other, range(1, len(choices)))])
+
+    async def _one(self, fields: Fields, choice: Choice, take: Take, begun: asyncio.Event | None = None) -> None:
         """Streamed all the same: Triton 2.51 sees that a client has left when it sends, which would be at the end."""
-        texts, last = [], None
         async with aclosing(self._pieces(fields)) as pieces:
             async for piece in pieces:
-                texts.append(piece["text_output"])
-                last = piece
-        assert last is not None
-        return Whole("".join(texts), last["finish_reason"], last["prompt_tokens"], last["completion_tokens"])
+                await take(choice, piece)
+                if begun is not None and (piece["text_output"] or "finish_reason" in piece):
+                    begun.set()
 
     async def _pieces(self, fields: Fields) -> AsyncGenerator[Fields, None]:
         """Until the one with `finish_reason`. Raises UpstreamGone when it does not come."""
@@ -132,39 +145,65 @@ class Completions:
         if not finished:
             raise UpstreamGone("the answer has no end", nothing_came=False)
 
-    async def _stream(self, exchange: Exchange, shape: Shape, fields: Fields, usage: bool) -> None:
+    async def _stream(
+        self, exchange: Exchange, shape: Shape, inputs: list[Fields], choices: list[Choice], usage: bool
+    ) -> None:
         """The head goes out with the first piece, so that a request which is refused has its status."""
         more: Fields = {"usage": None} if usage else {}
-        async with aclosing(self._pieces(fields)) as pieces:
-            try:
-                async for piece in pieces:
-                    if not exchange.started:
-                        await exchange.start(200, _EVENTS)
-                        if shape.chat:
-                            first = {
-                                "index": 0, "finish_reason": None, "logprobs": None,
-                                "delta": {"role": "assistant", "content": ""},
-                            }  # fmt: skip
-                            await exchange.piece(_sse(shape.envelope([first], True, **more)))
-                    text, finish = piece["text_output"], piece.get("finish_reason")
-                    if text or finish:
-                        choice = shape.choice(text, None if shape.chat and text else finish, True)
-                        await exchange.piece(_sse(shape.envelope([choice], True, **more)))
-                    if finish and shape.chat and text:  # a chat's last event holds no text
-                        await exchange.piece(_sse(shape.envelope([shape.choice("", finish, True)], True, **more)))
-                    if finish and usage:
-                        counted = _usage(piece["prompt_tokens"], piece["completion_tokens"])
-                        await exchange.piece(_sse(shape.envelope([], True, usage=counted)))
-            except (ServingError, UpstreamGone) as error:
+        one_by_one = asyncio.Lock()  # nothing may overtake the head
+
+        async def take(choice: Choice, piece: Fields) -> None:
+            events = choice.deltas(piece)
+            async with one_by_one:
                 if not exchange.started:
-                    raise
-                told = as_refused(error) if isinstance(error, ServingError) else Refused(503, _BROKEN)
-                await exchange.piece(b"data: " + told.body(openai=True) + b"\n\n")
+                    await exchange.start(200, _EVENTS)
+                for event in events:
+                    await exchange.piece(_sse(shape.envelope([event], True, **more)))
+
+        try:
+            await self._run(inputs, choices, take)
+            if usage:
+                counted = _usage(choices, len(choices) // len(inputs))
+                await exchange.piece(_sse(shape.envelope([], True, usage=counted)))
+        except (ServingError, UpstreamGone) as error:
+            if not exchange.started:
+                raise
+            told = as_refused(error) if isinstance(error, ServingError) else Refused(503, _BROKEN)
+            await exchange.piece(b"data: " + told.body(openai=True) + b"\n\n")
         await exchange.piece(b"data: [DONE]\n\n", last=True)
 
 
-def _usage(prompt: int, completion: int) -> Fields:
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+def _unmade(fields: Fields) -> bool:
+    """Nothing follows the prompt: such a request is one that scores it."""
+    return fields.get("max_tokens") == 0
+
+
+def _guide(asked: ChatRequest, tools: Sequence[Tool]) -> Fields:
+    """Inputs of the generator that hold an answer to a schema. Raises Refused for what would not go together."""
+    guide = None if asked.response_format is None else asked.response_format.guide()
+    if tools:
+        if guide is not None:
+            raise Refused(400, "response_format: the answer is to be a call of a tool", param="response_format")
+        if asked.logprobs:
+            raise Refused(400, "logprobs of a call of a tool are not built here", param="logprobs")
+        guide = call_schema(tools)
+    if guide is None:
+        return {}
+    for name in ("stop", "stop_token_ids", "min_tokens"):
+        if getattr(asked, name):
+            raise Refused(400, f"{name}: it would cut the JSON that the answer is to be; leave it out", param=name)
+    return {"guided_decoding_guide_type": "json_schema", "guided_decoding_guide": guide}
+
+
+def _usage(choices: Sequence[Choice], count: int) -> Fields:
+    """Each prompt counts once, however many choices it has."""
+    firsts = [choice.last for choice in choices[::count]]
+    prompt = sum(last["prompt_tokens"] for last in firsts)
+    completion = sum(choice.last["completion_tokens"] for choice in choices)
+    return {
+        "prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": sum(last.get("cached_tokens", 0) for last in firsts)},
+    }  # fmt: skip
 
 
 def _sse(event: Fields) -> bytes:

@@ -16,14 +16,15 @@ Temperature = Annotated[float, Meta(ge=0, le=2)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 Count = Annotated[int, Meta(ge=1, le=1 << 30)]
+Choices = Annotated[int, Meta(ge=1, le=8)]
+TopCount = Annotated[int, Meta(ge=0, le=20)]
+Bias = Annotated[float, Meta(ge=-100, le=100)]
 Token = Annotated[int, Meta(ge=0, lt=1 << 31)]
 Word = Annotated[str, Meta(max_length=256)]
 # Values that ask for nothing, by field.
 _NOTHING: dict[str, tuple[Any, ...]] = {
-    "n": (1,), "best_of": (1,), "logprobs": (False,), "top_logprobs": (0,), "echo": (False,), "suffix": ("",),
-    "logit_bias": ({},), "tools": ([],), "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False),
-    "functions": ([],), "function_call": ("none",), "response_format": ({"type": "text"},), "modalities": (["text"],),
-    "audio": (), "prediction": (), "reasoning_effort": (), "web_search_options": (), "dimensions": (),
+    "suffix": ("",), "functions": ([],), "function_call": ("none",), "modalities": (["text"],), "audio": (),
+    "prediction": (), "reasoning_effort": (), "web_search_options": (),
     "service_tier": ("auto", "default"), "store": (False,), "metadata": ({},), "verbosity": (),
 }  # fmt: skip
 
@@ -38,7 +39,7 @@ class Closed(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 def _nothing(name: str, value: Any) -> bool:
-    """`0 == False` in Python, but `logprobs: 0` asks for something."""
+    """`0 == False` in Python, but `store: 0` is no answer to whether."""
     return any(value == one and type(value) is type(one) for one in _NOTHING[name])
 
 
@@ -48,7 +49,7 @@ class EmbeddingRequest(Closed, kw_only=True):
     model: Name
     input: str | list[str | int | list[int]]
     encoding_format: Literal["float", "base64"] = "float"
-    dimensions: Any = None
+    dimensions: Count | None = None
     user: str | None = None
     prompt_name: Name | None = None
 
@@ -76,9 +77,8 @@ class Sampled(Closed, kw_only=True):
     repetition_penalty: Annotated[float, Meta(ge=0.01, le=100)] | None = None
     min_tokens: Annotated[int, Meta(ge=0, le=1 << 30)] | None = None
     stop_token_ids: list[Token] | None = None
-    n: Any = None
-    logit_bias: Any = None
-    logprobs: Any = None
+    n: Choices | None = None
+    logit_bias: dict[str, Bias] | None = None
     store: Any = None
     metadata: Any = None
     service_tier: Any = None
@@ -102,16 +102,50 @@ class Sampled(Closed, kw_only=True):
             "min_length": self.min_tokens,
             "stop_words": [word for word in stop if word] or None,
             "stop_token_ids": self.stop_token_ids or None,
+            **self._biases(),
         }
         return {name: value for name, value in given.items() if value is not None}
+
+    def _biases(self) -> dict[str, Any]:
+        if not self.logit_bias:
+            return {}
+        if not all(token.isdecimal() and token.isascii() and len(token) < 10 for token in self.logit_bias):
+            raise Refused(400, "logit_bias: its keys are token ids of the model, as strings", param="logit_bias")
+        ids = [int(token) for token in self.logit_bias]
+        return {"logit_bias_ids": ids, "logit_bias_values": list(self.logit_bias.values())}
 
 
 class CompletionRequest(Sampled, kw_only=True):
     prompt: str | list[str | int | list[Token]]
-    max_tokens: Count | None = None
-    best_of: Any = None
-    echo: Any = None
+    max_tokens: Annotated[int, Meta(ge=0, le=1 << 30)] | None = None
+    logprobs: TopCount | bool | None = None
+    best_of: int | None = None
+    echo: bool | None = None
     suffix: Any = None
+
+    def scores(self) -> dict[str, Any]:
+        """What the generator is asked to tell of tokens. Raises Refused."""
+        if self.logprobs is True:
+            raise Refused(400, "logprobs is a number of tokens here: 0 to 20", param="logprobs")
+        if self.best_of not in (None, self.n or 1):
+            raise Refused(
+                400,
+                "best_of other than n is not built here; leave it out",
+                param="best_of",
+                code="unsupported_parameter",
+            )
+        if self.max_tokens == 0 and not self.echo:
+            raise Refused(400, "max_tokens is 0: nothing would be answered; send echo: true, or 1 or more",
+                          param="max_tokens")  # fmt: skip
+        asked = {"return_log_probs": True, "top_log_probs": self.logprobs} if self.told else {}
+        if self.echo and (self.told or self.max_tokens == 0):
+            asked["return_prompt_log_probs"] = True
+        return asked
+
+    @property
+    def told(self) -> bool:
+        """Whether log-probabilities are. (0 of the likeliest tokens still tells each token's own.)"""
+        return self.logprobs is not None and self.logprobs is not False
 
     def prompts(self, most: int) -> list[str | list[int]]:
         """Each as text, or as token ids. Raises Refused."""
@@ -130,52 +164,3 @@ class CompletionRequest(Sampled, kw_only=True):
         if any(isinstance(item, list) and not (item and max(item) < 1 << 31 and min(item) >= 0) for item in found):
             raise Refused(400, "prompt holds token ids that no model has", param="prompt")
         return found
-
-
-class TextPart(msgspec.Struct, forbid_unknown_fields=True):
-    type: Name
-    text: str | None = None
-
-
-class ChatMessage(msgspec.Struct, forbid_unknown_fields=True):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-    name: Name | None = None
-    refusal: None = None
-
-    def rendered(self) -> dict[str, str]:
-        """As templates know it: parts are joined. Raises Refused for parts that are no text."""
-        text = self.content
-        if not isinstance(text, str):
-            for part in text:
-                if part.type != "text" or part.text is None:
-                    raise Refused(400, f"messages: a part of type {part.type[:40]} is not built here", param="messages")
-            text = "".join(part.text or "" for part in text)
-        named = {} if self.name is None else {"name": self.name}
-        return {"role": self.role, "content": text, **named}
-
-
-class ChatRequest(Sampled, kw_only=True):
-    messages: Annotated[list[ChatMessage], Meta(min_length=1)]
-    max_tokens: Count | None = None
-    max_completion_tokens: Count | None = None
-    top_logprobs: Any = None
-    tools: Any = None
-    tool_choice: Any = None
-    parallel_tool_calls: Any = None
-    functions: Any = None
-    function_call: Any = None
-    response_format: Any = None
-    modalities: Any = None
-    audio: Any = None
-    prediction: Any = None
-    reasoning_effort: Any = None
-    web_search_options: Any = None
-    verbosity: Any = None
-
-    def limit(self) -> int | None:
-        """Raises Refused where both names are used for different things."""
-        old, new = self.max_tokens, self.max_completion_tokens
-        if old is not None and new is not None and old != new:
-            raise Refused(400, "max_tokens and max_completion_tokens differ; send one of them", param="max_tokens")
-        return old if new is None else new

@@ -67,6 +67,11 @@ class Facts:
     def embeds(self) -> bool:
         return "embedding" in self.outputs
 
+    @property
+    def width(self) -> int:
+        """Of a vector."""
+        return int(next(item["shape"][-1] for item in self.metadata["outputs"] if item["name"] == "embedding"))
+
 
 def pack_texts(texts: Sequence[bytes]) -> bytes:
     return b"".join(len(text).to_bytes(4, "little") + text for text in texts)

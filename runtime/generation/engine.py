@@ -21,19 +21,21 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from runtime.errors import ServerFault, ServingError, TooLate, Unavailable
+from runtime.errors import BadRequest, ServerFault, ServingError, TooLate, Unavailable
 from runtime.generation.detokenizer import Decoder
+from runtime.generation.guides import Guide
 from runtime.generation.metrics import Counters, Gauges
 from runtime.generation.recovery import Recovery
-from runtime.generation.request import Limits, Request, SamplingParams, Tokens, Update
-from runtime.generation.sampler import sample
+from runtime.generation.request import Limits, Request, SamplingParams, ScoredToken, Tokens, Top, Update
+from runtime.generation.sampler import sample, score_prompt
 from runtime.generation.scheduler import Scheduler, StepPlan, Work
 from runtime.generation.sequence import TokenSequence
 from runtime.step import Logits, StepExecutor
 
 _IDLE_SECONDS = 0.2
 
-Sampler = Callable[[Logits, Sequence[TokenSequence]], tuple[list[int], list[float]]]
+Sampler = Callable[[Logits, Sequence[TokenSequence]], tuple[list[int], list[float], list[Top]]]
+Choice = tuple[int, float, Top]  # a token, its log-probability, the likeliest ones
 
 
 class GenerationEngine:
@@ -59,12 +61,19 @@ class GenerationEngine:
         self._ids = itertools.count(1)
 
     def submit(
-        self, prompt: Tokens, params: SamplingParams, *, timeout_s: float | None = None, probe: bool = False
+        self,
+        prompt: Tokens,
+        params: SamplingParams,
+        *,
+        timeout_s: float | None = None,
+        probe: bool = False,
+        guide: Guide | None = None,
     ) -> int:
-        """The request's number. Raises BadRequest; that the queue is full comes as an update."""
+        """The request's number. `guide` is this request's alone. Raises BadRequest; that the queue is full comes as an
+        update."""
         now = self.clock()
         request = Request(next(self._ids), prompt, params, None if timeout_s is None else now + timeout_s, probe)
-        sequence = TokenSequence.start(request, self.limits, self._decoder, now)
+        sequence = TokenSequence.start(request, self.limits, self._decoder, now, guide)
         with self._arrived:
             refusal = self._refusal
             if refusal is None:
@@ -155,8 +164,10 @@ class GenerationEngine:
         logits = self._execute(plan)
         self.scheduler.done(plan)
         for work, rows in zip(plan.work, logits, strict=True):
+            if len(work.sequences) == 1 and work.sequences[0].scored and not self._tell_prompt(work, rows, updates):
+                continue
             if work.last:
-                self._advance(work, rows, updates)
+                self._advance(work, rows[-1:] if work.batch.every else rows, updates)
 
     def _execute(self, plan: StepPlan) -> list[Logits]:
         began = self.clock()
@@ -178,11 +189,40 @@ class GenerationEngine:
                     raise choice
                 updates.append(self._append(sequence, *choice, now))
             except Exception as error:  # noqa: BLE001 - its text cannot be made, say: the others' can
-                traceback.print_exception(error)
-                updates.append(_failed(sequence, ServerFault("the request failed; the server log has the cause")))
-                self.scheduler.remove(sequence, keep=False)
+                updates.append(self._end_alone(sequence, error))
 
-    def _choose(self, logits: Logits, sequences: Sequence[TokenSequence]) -> list[tuple[int, float] | Exception]:
+    def _end_alone(self, sequence: TokenSequence, error: Exception) -> Update:
+        """A fault that is one request's: its caller's, who is told, or ours."""
+        self.scheduler.remove(sequence, keep=False)
+        if isinstance(error, BadRequest):
+            return _failed(sequence, error)
+        traceback.print_exception(error)
+        return _failed(sequence, ServerFault("the request failed; the server log has the cause"))
+
+    def _tell_prompt(self, work: Work, logits: Logits, updates: list[Update]) -> bool:
+        """Scores the tokens of a prompt that follow those of the chunk. Whether the request goes on."""
+        sequence = work.sequences[0]
+        if sequence.generated:
+            return True
+        begin, ended = int(work.batch.write_indices[0]), work.last and not sequence.room
+        tokens = sequence.buffer[begin + 1 : min(begin + work.batch.input_ids.shape[1] + 1, sequence.prompt_length)]
+        try:
+            scored = score_prompt(logits, tokens, sequence.request.params.top_logprobs)
+        except ServerFault:
+            raise
+        except Exception as error:  # noqa: BLE001 - ends the request alone
+            updates.append(self._end_alone(sequence, error))
+            return False
+        if not begin:
+            scored = (ScoredToken(int(sequence.buffer[0]), None, ()), *scored)
+        if scored or ended:
+            updates.append(sequence.told(scored, ended=ended))
+        if ended:
+            self._count(sequence, self.clock(), tokens=0)
+            self.scheduler.remove(sequence)
+        return not ended
+
+    def _choose(self, logits: Logits, sequences: Sequence[TokenSequence]) -> list[Choice | Exception]:
         """Token and log-probability of each, or its fault. Raises ServerFault: lazy logits were lost with their device.
 
         A fault among many is looked for one by one, and each draws its random number again.
@@ -200,21 +240,21 @@ class GenerationEngine:
             generator.state = state
         return [self._choose(logits[at : at + 1], [one])[0] for at, one in enumerate(sequences)]
 
-    def _append(self, sequence: TokenSequence, token: int, logprob: float, now: float) -> Update:
+    def _append(self, sequence: TokenSequence, token: int, logprob: float, top: Top, now: float) -> Update:
         if token < 0:
             self.scheduler.remove(sequence, keep=False)
             return _failed(sequence, ServerFault("the model gave logits that are not numbers"))
         self._count(sequence, now)
-        update = sequence.append(token, logprob)
+        update = sequence.append(token, logprob, top)
         if update.finish is not None:
             self.scheduler.remove(sequence)
         return update
 
-    def _count(self, sequence: TokenSequence, now: float) -> None:
+    def _count(self, sequence: TokenSequence, now: float, tokens: int = 1) -> None:
         if sequence.request.probe:
             return
         counters = self.counters
-        counters.output_tokens += 1
+        counters.output_tokens += tokens
         if sequence.last_token_at is None:
             counters.requests += 1
             counters.prompt_tokens += len(sequence.request.prompt)

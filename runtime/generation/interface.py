@@ -1,10 +1,11 @@
 """The tensors of the Triton model, and how a request is read from them.
 
 Names, types and shapes are those of TensorRT-LLM's models; `input_ids`, `stop_token_ids`, `forced_ids`, `min_p`,
-`add_special_tokens` and the outputs beside `text_output`, `output_log_probs` and `cum_log_probs` are more. Every input
-has a batch dimension of 1 in front. All are optional but one of `text_input` and `input_ids`. Defaults: `max_tokens`
-from the model's settings, or as many as `forced_ids`; everything else off. Without a temperature the likeliest token is
-taken, unless `top_k`, `top_p` or `min_p` asks for a choice: then the temperature is 1.
+`add_special_tokens`, `logit_bias_ids`, `logit_bias_values`, `top_log_probs`, `return_prompt_log_probs` and the outputs
+beside `text_output`, `output_log_probs` and `cum_log_probs` are more. Every input has a batch dimension of 1 in front.
+All are optional but one of `text_input` and `input_ids`. Defaults: `max_tokens` from the model's settings, or as many
+as `forced_ids`; everything else off. Without a temperature the likeliest token is taken, unless `top_k`, `top_p` or
+`min_p` asks for a choice: then the temperature is 1.
 """
 
 from __future__ import annotations
@@ -70,19 +71,29 @@ INPUTS = (
     Tensor("end_id", "TYPE_INT32", 1),
     Tensor("pad_id", "TYPE_INT32", 1),
     Tensor("forced_ids", "TYPE_INT32", -1),
+    Tensor("logit_bias_ids", "TYPE_INT32", -1),
+    Tensor("logit_bias_values", "TYPE_FP32", -1),
+    Tensor("guided_decoding_guide_type", "TYPE_STRING", 1),
+    Tensor("guided_decoding_guide", "TYPE_STRING", 1),
     Tensor("return_log_probs", "TYPE_BOOL", 1),
+    Tensor("top_log_probs", "TYPE_INT32", 1),
+    Tensor("return_prompt_log_probs", "TYPE_BOOL", 1),
     Tensor("exclude_input_in_output", "TYPE_BOOL", 1),
     Tensor("add_special_tokens", "TYPE_BOOL", 1),
     Tensor("stream", "TYPE_BOOL", 1),
     *(item.tensor for item in UNBUILT),
 )
-# A streamed response holds what is new; the last three come with the last response alone.
+# A streamed response holds what is new; the last four come with the last response alone. Details are JSON (see
+# `token_texts`): of the output where `top_log_probs` was given, of the prompt with `return_prompt_log_probs`.
 OUTPUTS = (
     Tensor("text_output", "TYPE_STRING", 1),
     Tensor("output_ids", "TYPE_INT32", -1),
     Tensor("output_log_probs", "TYPE_FP32", -1),
     Tensor("cum_log_probs", "TYPE_FP32", 1),
+    Tensor("output_details", "TYPE_STRING", 1),
+    Tensor("prompt_details", "TYPE_STRING", 1),
     Tensor("prompt_tokens", "TYPE_INT32", 1),
+    Tensor("cached_tokens", "TYPE_INT32", 1),
     Tensor("completion_tokens", "TYPE_INT32", 1),
     Tensor("finish_reason", "TYPE_STRING", 1),
 )
@@ -94,6 +105,7 @@ PROBE_ID_VARIABLE = "TRIREME_PROBE_ID"
 STATUSES = frozenset({"INVALID_ARGUMENT", "UNAVAILABLE", "DEADLINE_EXCEEDED", "INTERNAL", "CANCELLED"})
 # Triton's own fields and, as some clients have it, the model's name: over HTTP they arrive as parameters. Of these only
 # `timeout` is left to do.
+_GUIDES = ("json", "json_schema")
 _TRITONS = frozenset({"id", "priority", "timeout", "sequence_id", "sequence_start", "sequence_end", "model"})
 
 
@@ -104,6 +116,8 @@ class Asked:
     special_tokens   whether the tokenizer puts its own in front of `text` and behind it
     echo             whether the answer's text begins with the prompt's
     timeout_s        the request's own
+    schema           of the JSON that the output is to be
+    details          whether `output_details` are wanted
     """
 
     text: str | None
@@ -113,6 +127,8 @@ class Asked:
     special_tokens: bool = True
     echo: bool = False
     timeout_s: float | None = None
+    schema: str | None = None
+    details: bool = False
 
 
 def read_request(tensors: Mapping[str, NDArray[Any]], parameters: Mapping[str, Any] = MappingProxyType({})) -> Asked:
@@ -135,15 +151,18 @@ def read_request(tensors: Mapping[str, NDArray[Any]], parameters: Mapping[str, A
         raise BadRequest("text_input is empty; send at least one character")
     ids = None if text is not None else given["input_ids"].astype(np.int64)
     stream = bool(_number(given, "stream", False))
+    params = _sampling(given)
     return Asked(
         text,
         ids,
-        _sampling(given),
+        params,
         stream,
         special_tokens=bool(_number(given, "add_special_tokens", True)),
         # TensorRT-LLM's streams leave the prompt out, whatever is asked.
         echo=not stream and not _number(given, "exclude_input_in_output", True),
         timeout_s=_timeout(parameters.get("timeout", 0)),
+        schema=_schema(given),
+        details="top_log_probs" in given and params.logprobs,
     )
 
 
@@ -168,8 +187,31 @@ def _sampling(given: Mapping[str, NDArray[Any]]) -> SamplingParams:
         # Clients that want none send an empty one.
         stop=tuple(word for word in _text(given["stop_words"], "stop_words") if word) if "stop_words" in given else (),
         stop_token_ids=tuple(token for tokens in ends for token in tokens),
+        logit_bias=_biases(given),
         logprobs=bool(_number(given, "return_log_probs", False)),
+        top_logprobs=_number(given, "top_log_probs", 0),
+        prompt_logprobs=bool(_number(given, "return_prompt_log_probs", False)),
     )
+
+
+def _biases(given: Mapping[str, NDArray[Any]]) -> tuple[tuple[int, float], ...]:
+    ids, values = (given[name].tolist() if name in given else [] for name in ("logit_bias_ids", "logit_bias_values"))
+    if len(ids) != len(values):
+        raise BadRequest(f"logit_bias_ids has {len(ids)} tokens and logit_bias_values {len(values)} values; pair them")
+    return tuple(zip(ids, values, strict=True))
+
+
+def _schema(given: Mapping[str, NDArray[Any]]) -> str | None:
+    """Of guided decoding, by the names of TensorRT-LLM's models: any JSON, or that of a schema."""
+    kind, guide = (
+        _text(given[name], name)[0] if name in given else ""
+        for name in ("guided_decoding_guide_type", "guided_decoding_guide")
+    )
+    if kind not in ("", *_GUIDES):
+        raise BadRequest(f"guided_decoding_guide_type is {kind[:40]!r}; built here are {' and '.join(_GUIDES)}")
+    if bool(guide) != (kind == "json_schema"):
+        raise BadRequest("guided_decoding_guide is the schema of guided_decoding_guide_type json_schema; send both")
+    return "{}" if kind == "json" else guide or None
 
 
 def _timeout(microseconds: Any) -> float | None:

@@ -86,6 +86,7 @@ def open_engine(
         call_cost=executor.call_cost,
         stages=executor.stages,
         encoder=settings.decoder_start_id is not None,
+        every=executor.every,
     )
     return GenerationEngine(executor, scheduler, limits, tokenizer.fast), tokenizer
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from functools import cached_property
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +16,19 @@ from runtime.errors import BadRequest, ServingError
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 Tokens = NDArray[np.int64]
 
+MAX_TOP_LOGPROBS = 20
 _MAX_STOP_STRINGS = 16
 _MAX_STOP_CHARACTERS = 256
+_MAX_BIASES = 1024
+Top = tuple[tuple[int, float], ...]  # tokens and their log-probabilities, the likeliest first
+
+
+class ScoredToken(NamedTuple):
+    """A token of the prompt, with its log-probability after what stands before it; the first follows nothing."""
+
+    token: int
+    logprob: float | None
+    top: Top
 
 
 @dataclass(frozen=True)
@@ -32,7 +44,11 @@ class SamplingParams:
     stop                strings that end the output and are not part of it
     stop_token_ids      beside the model's own end tokens; not part of the output either
     forced              the output begins with these tokens, whatever the model would choose; no end counts before them
-    logprobs            natural logarithm of each token's probability under the unmodified model
+    logit_bias          tokens and what is added to their logits, before any penalty (OpenAI's)
+    logprobs            natural logarithm of each token's probability under the unmodified model: of its logits as they
+                        are, before biases, penalties, temperature, filters and grammars
+    top_logprobs        the same of so many of the likeliest tokens beside it
+    prompt_logprobs     both for the prompt's tokens too
     """
 
     max_tokens: int | None = None  # none: the model's default or `min_tokens`, or what fits
@@ -48,10 +64,14 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     forced: tuple[int, ...] = ()
+    logit_bias: tuple[tuple[int, float], ...] = ()
     logprobs: bool = False
+    top_logprobs: int = 0
+    prompt_logprobs: bool = False
 
     def __post_init__(self) -> None:
-        _require(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", self.max_tokens, "1 or more")
+        least = 0 if self.prompt_logprobs else 1  # a prompt may be scored and not continued
+        _require(self.max_tokens is None or self.max_tokens >= least, "max_tokens", self.max_tokens, f"{least} or more")
         _require(self.min_tokens >= 0, "min_length", self.min_tokens, "0 or more")
         if self.max_tokens is not None:
             _require(self.min_tokens <= self.max_tokens, "min_length", self.min_tokens, "at most max_tokens")
@@ -69,12 +89,26 @@ class SamplingParams:
         _require(len(self.stop) <= _MAX_STOP_STRINGS, "stop_words", len(self.stop), f"at most {_MAX_STOP_STRINGS}")
         for text in self.stop:
             _require(0 < len(text) <= _MAX_STOP_CHARACTERS, "stop_words", repr(text[:20]), "1 to 256 characters each")
+        self._require_scores()
 
-    @property
+    def _require_scores(self) -> None:
+        """Biases and log-probabilities."""
+        _require(len(self.logit_bias) <= _MAX_BIASES, "logit_bias_ids", len(self.logit_bias), f"at most {_MAX_BIASES}")
+        for _, bias in self.logit_bias:
+            _require(_within(bias, -100.0, 100.0), "logit_bias_values", bias, "from -100 to 100")
+        ids = {token for token, _ in self.logit_bias}
+        _require(len(ids) == len(self.logit_bias), "logit_bias_ids", "a token twice", "each token once")
+        top = self.top_logprobs
+        _require(0 <= top <= MAX_TOP_LOGPROBS, "top_log_probs", top, f"0 to {MAX_TOP_LOGPROBS}")
+        asked = self.logprobs or self.prompt_logprobs
+        _require(not top or asked, "top_log_probs", top, "return_log_probs or return_prompt_log_probs beside it")
+
+    @cached_property
     def plain(self) -> bool:
         """The token with the largest logit, and nothing else asked."""
         penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
-        return self.temperature == 0.0 and not penalties and not self.logprobs and not self.forced
+        changed = penalties or bool(self.logit_bias)
+        return self.temperature == 0.0 and not changed and not self.logprobs and not self.forced
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +124,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Update:
-    """What one step brought for one request. `finish` is set in the last one, `error` where it failed."""
+    """What one step brought for one request. `finish` is set in the last one, `error` where it failed.
+
+    tops     beside each of `logprobs`, where they were asked for
+    prompt   of the prompt's tokens, as they are read
+    cached   tokens of the prompt that were found in the cache; with `finish`
+    """
 
     request: int
     tokens: tuple[int, ...] = ()
@@ -98,6 +137,9 @@ class Update:
     logprobs: tuple[float, ...] = ()
     finish: FinishReason | None = None
     error: ServingError | None = None
+    tops: tuple[Top, ...] = ()
+    prompt: tuple[ScoredToken, ...] = ()
+    cached: int = 0
 
 
 def coalesce(updates: Iterable[Update]) -> dict[int, Update]:
@@ -117,6 +159,9 @@ def join(before: Update, update: Update) -> Update:
         logprobs=before.logprobs + update.logprobs,
         finish=update.finish,
         error=update.error,
+        tops=before.tops + update.tops,
+        prompt=before.prompt + update.prompt,
+        cached=update.cached,
     )
 
 
@@ -145,10 +190,7 @@ class Limits:
         if prompt.min() < 0 or prompt.max() >= self.vocabulary:
             wrong = int(prompt[(prompt < 0) | (prompt >= self.vocabulary)][0])
             raise BadRequest(f"input_ids holds {wrong}; token ids of this model are 0 to {self.vocabulary - 1}")
-        for name, tokens in (("stop_token_ids", request.params.stop_token_ids), ("forced_ids", request.params.forced)):
-            for token in tokens:
-                if not 0 <= token < self.vocabulary:
-                    raise BadRequest(f"{name} holds {token}; token ids are 0 to {self.vocabulary - 1}")
+        self._require_tokens(request.params)
         # The last token of the output is never read again, so it needs no place in the cache.
         free = self.max_length + 1 - (len(prompt) if self.decoder_start_id is None else 1)
         if len(prompt) > self.max_length:
@@ -159,6 +201,18 @@ class Limits:
                 f"this model has room for {free} more tokens"
             )
         return min(max(self.default_max_tokens, request.params.min_tokens), free) if asked is None else asked
+
+    def _require_tokens(self, params: SamplingParams) -> None:
+        """Raises BadRequest for tokens that the model does not have, and for a prompt that an encoder reads and that
+        is to be scored all the same."""
+        biased = tuple(token for token, _ in params.logit_bias)
+        named = {"stop_token_ids": params.stop_token_ids, "forced_ids": params.forced, "logit_bias_ids": biased}
+        for name, tokens in named.items():
+            for token in tokens:
+                if not 0 <= token < self.vocabulary:
+                    raise BadRequest(f"{name} holds {token}; token ids are 0 to {self.vocabulary - 1}")
+        if params.prompt_logprobs and self.decoder_start_id is not None:
+            raise BadRequest("return_prompt_log_probs: an encoder reads this model's prompts; their tokens have none")
 
 
 def _within(value: float, low: float, high: float) -> bool:

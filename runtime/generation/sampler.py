@@ -1,9 +1,10 @@
 """Logits to tokens, over all rows at once.
 
 Greedy rows cost one argmax and no copy. The others are copied, [rows, vocabulary], and go through, in this order:
-penalties; end tokens barred while the output is too short; temperature; top-k; top-p over what is left; min-p; one
-draw. A draw uses one random number of the sequence's own generator (Philox), so it does not depend on its neighbours.
-A token that the caller has fixed takes the place of what came out.
+biases; penalties; end tokens barred while the output is too short; what a grammar does not allow barred; temperature;
+top-k; top-p over what is left; min-p; one draw. A draw uses one random number of the sequence's own generator (Philox),
+so it does not depend on its neighbours. A token that the caller has fixed takes the place of what came out.
+Log-probabilities are of the logits as the model gave them, before all that.
 
 The filters keep every token whose probability is at least a threshold, so tokens of equal probability stay together.
 """
@@ -15,16 +16,20 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.generation.request import ScoredToken, Tokens, Top
 from runtime.generation.sequence import TokenSequence
 
 Logits = NDArray[np.float32]
 
 _COLDEST = 1e-5  # a temperature below it is greedy anyway
 _BLOCK = 128  # of the two-level search through a cumulative sum
+_NEVER = -9999.0  # told of a token whose probability is 0: JSON has no infinity
+_NO_TOP: Top = ()
 
 
-def sample(logits: Logits, sequences: Sequence[TokenSequence]) -> tuple[list[int], list[float]]:
-    """One token for each row of [rows, vocabulary], and its log-probability (0.0 where nobody asked).
+def sample(logits: Logits, sequences: Sequence[TokenSequence]) -> tuple[list[int], list[float], list[Top]]:
+    """One token for each row of [rows, vocabulary], its log-probability (0.0 where nobody asked), and the likeliest
+    tokens, where somebody asked.
 
     A row with a logit that is not a number gives token -1: nothing can be chosen from it. `logits` stays as it is.
     """
@@ -34,20 +39,26 @@ def sample(logits: Logits, sequences: Sequence[TokenSequence]) -> tuple[list[int
     if special:
         tokens[special] = _choose(logits[special], [sequences[row] for row in special])
     broken = ~np.isfinite(logits[np.arange(len(tokens)), tokens])
-    logprobs = [0.0] * len(tokens)
+    logprobs, tops = [0.0] * len(tokens), [_NO_TOP] * len(tokens)
     asked = [row for row in special if sequences[row].request.params.logprobs]
     if asked:
-        for row, value in zip(asked, _logprobs(logits[asked], tokens[asked]), strict=True):
-            logprobs[row] = float(value)
+        counts = [sequences[row].request.params.top_logprobs for row in asked]
+        for row, value, top in zip(asked, *score(logits[asked], tokens[asked], counts), strict=True):
+            logprobs[row], tops[row] = value, top
     tokens[broken] = -1
-    return tokens.tolist(), logprobs
+    return tokens.tolist(), logprobs, tops
 
 
 def _choose(logits: Logits, sequences: Sequence[TokenSequence]) -> NDArray[np.int64]:
+    for row, sequence in enumerate(sequences):
+        for token, bias in sequence.request.params.logit_bias:
+            logits[row, token] += bias
     _penalise(logits, sequences)
     for row, sequence in enumerate(sequences):
         if sequence.held:
             logits[row, list(sequence.end_ids)] = -np.inf
+        if sequence.guide is not None:
+            sequence.guide.bar(logits[row])
     tokens: NDArray[np.int64] = logits.argmax(axis=1)
     drawn = [
         row
@@ -152,8 +163,37 @@ def _pick(weights: Logits, uniform: NDArray[np.float64]) -> NDArray[np.int64]:
     return result
 
 
-def _logprobs(logits: Logits, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    chosen = shifted[np.arange(len(tokens)), tokens]
-    result: NDArray[np.float32] = chosen - np.log(np.exp(shifted).sum(axis=1))
-    return result
+def score(logits: Logits, tokens: NDArray[np.int64], counts: Sequence[int]) -> tuple[list[float], list[Top]]:
+    """For each row of [rows, vocabulary] the log-probability of its token, and its `counts` likeliest tokens.
+
+    The float of a token is the same in both, so that whoever asks whether it was the likeliest can compare. Of equal
+    ones the smaller id goes first, as in `argmax`.
+    """
+    largest = logits.max(axis=1, keepdims=True)
+    shifted = np.subtract(logits, largest, dtype=np.float32)
+    sums = np.log(np.exp(shifted).sum(axis=1))
+    chosen = shifted[np.arange(len(tokens)), tokens] - sums
+    tops = [_likeliest(row, own, count) for row, own, count in zip(shifted, sums, counts, strict=True)]
+    return np.maximum(chosen, _NEVER).tolist(), tops
+
+
+def score_prompt(logits: Logits, tokens: Tokens, top: int) -> tuple[ScoredToken, ...]:
+    """Of tokens that were given, each by the row of [rows, vocabulary] before it. There may be more rows than tokens.
+
+    Raises ValueError for logits that are not numbers.
+    """
+    if not len(tokens):
+        return ()
+    logprobs, tops = score(np.asarray(logits)[: len(tokens)], tokens, [top] * len(tokens))
+    if not np.isfinite(logprobs).all():
+        raise ValueError("the model gave logits that are not numbers")
+    return tuple(map(ScoredToken, tokens.tolist(), logprobs, tops))
+
+
+def _likeliest(shifted: Logits, own: np.float32, count: int) -> Top:
+    if not count or np.isnan(own):
+        return _NO_TOP
+    least = _largest(shifted, count).min() if count < len(shifted) else -np.inf
+    ids = np.flatnonzero(shifted >= least)
+    ids = ids[np.argsort(-shifted[ids], kind="stable")][:count]
+    return tuple(zip(ids.tolist(), np.maximum(shifted[ids] - own, _NEVER).tolist(), strict=True))

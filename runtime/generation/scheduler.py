@@ -22,6 +22,7 @@ from runtime.generation.sequence import TokenSequence
 from runtime.step import Batch, Copy, Row
 
 _SMALLEST_CHUNK = 16  # of a prompt, beside however many decoding rows
+_SCORED_CHUNK = 64  # of a prompt whose logits are wanted: a row of a vocabulary of 128k is half a megabyte
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +48,8 @@ class StepPlan:
 
 
 class Scheduler:
-    """Holds every request under way. `encoder`: prompts go to an encoder, and rows share nothing."""
+    """Holds every request under way. `encoder`: prompts go to an encoder, and rows share nothing. `every`: the executor
+    gives the logits of each token of a chunk, so prompts that are scored need not go token by token."""
 
     def __init__(
         self,
@@ -58,6 +60,7 @@ class Scheduler:
         call_cost: int = 0,
         stages: int = 1,
         encoder: bool = False,
+        every: bool = False,
     ) -> None:
         self.cache = cache
         self.waiting: deque[TokenSequence] = deque()
@@ -65,6 +68,7 @@ class Scheduler:
         self.reused_tokens = 0
         self._chunk_tokens, self._queue_size = chunk_tokens, queue_size
         self._call_cost, self._stages, self._encoder = call_cost, stages, encoder
+        self._scored_chunk = _SCORED_CHUNK if every else 1
         self._oldest_first = True
         self._regroup = False
 
@@ -158,13 +162,14 @@ class Scheduler:
         while self.waiting and len(self.running) < self.cache.slots:
             sequence = self.waiting[0]  # in the queue until it has its row: nobody may be in neither
             first = min(sequence.length, self._chunk_tokens)
-            sequence.slot = self.cache.open(
+            slot = self.cache.open(
                 sequence.request.id,
                 sequence.buffer,
                 sequence.length,
                 need=max(first, self._source_length(sequence)),
-                share=not self._encoder,
+                share=not self._encoder and not sequence.scored,
             )
+            sequence.begin(slot)
             self.running[sequence.request.id] = self.waiting.popleft()
             if not sequence.request.probe:
                 self.reused_tokens += sequence.filled
@@ -200,13 +205,16 @@ class Scheduler:
             slot = chosen.slot
             assert slot is not None
             count = min(chosen.length - slot.filled, budget)
+            if chosen.scored:
+                count = min(count, self._scored_chunk)
             chosen.turns += 1
             budget -= count
             end = slot.filled + count
             if end > self.cache.capacities[slot.row.pool]:
                 self.cache.place(slot, pool_for(end, self.cache.capacities))
             ids = chosen.buffer[None, slot.filled : end]
-            batch = Batch(slot.row.pool, slot.row.place, ids, np.array([slot.filled], np.int64))
+            every = chosen.scored and count > 1  # of one token it is the last
+            batch = Batch(slot.row.pool, slot.row.place, ids, np.array([slot.filled], np.int64), every)
             works.append(Work(batch, [chosen], last=end == chosen.length))
         return works
 

@@ -8,7 +8,8 @@ import numpy as np
 
 from runtime.generation.cache import Slot
 from runtime.generation.detokenizer import Decoder, Detokenizer
-from runtime.generation.request import FinishReason, Limits, Request, Tokens, Update
+from runtime.generation.guides import Guide
+from runtime.generation.request import FinishReason, Limits, Request, ScoredToken, Tokens, Top, Update
 
 
 @dataclass(eq=False)
@@ -27,12 +28,19 @@ class TokenSequence:
     slot: Slot | None = None
     last_token_at: float | None = None
     turns: int = 0  # chunks of its prompt that have run
-    unsent: list[tuple[int, float]] = field(default_factory=list)  # tokens and log-probabilities; their text is held
+    # Tokens, their log-probabilities and the likeliest ones; their text is held.
+    unsent: list[tuple[int, float, Top]] = field(default_factory=list)
+    guide: Guide | None = None
+    cached: int = 0  # tokens of the prompt that were in the cache
 
     @classmethod
-    def start(cls, request: Request, limits: Limits, decoder: Decoder | None, now: float) -> TokenSequence:
+    def start(
+        cls, request: Request, limits: Limits, decoder: Decoder | None, now: float, guide: Guide | None = None
+    ) -> TokenSequence:
         """`decoder` turns tokens into text, if text is wanted. Raises BadRequest for what does not fit the model."""
         room = limits.room(request)
+        if guide is not None:
+            guide.require_alone(request.params, limits.possible_end_ids)
         start = limits.decoder_start_id
         continued = request.prompt.tolist() if start is None else ()
         detokenizer = None if decoder is None else Detokenizer(decoder, request.params.stop, continued)
@@ -49,6 +57,7 @@ class TokenSequence:
             arrived=now,
             random=np.random.Generator(np.random.Philox(request.params.seed)),
             detokenizer=detokenizer,
+            guide=guide,
         )
 
     @property
@@ -77,9 +86,24 @@ class TokenSequence:
 
     @property
     def plain(self) -> bool:
-        return self.request.params.plain and not self.held
+        return self.request.params.plain and not self.held and self.guide is None
 
-    def append(self, token: int, logprob: float) -> Update:
+    @property
+    def scored(self) -> bool:
+        """Whether the prompt's own tokens are to be scored: all of it is computed, in the cache or not."""
+        return self.request.params.prompt_logprobs
+
+    def begin(self, slot: Slot) -> None:
+        """It has a row."""
+        self.slot, self.cached = slot, slot.filled
+
+    def told(self, scored: tuple[ScoredToken, ...], *, ended: bool) -> Update:
+        """Log-probabilities of tokens of the prompt; `ended`: nothing more is wanted."""
+        return Update(
+            self.request.id, prompt=scored, finish="length" if ended else None, cached=self.cached if ended else 0
+        )
+
+    def append(self, token: int, logprob: float, top: Top = ()) -> Update:
         """What the token brings: text, the tokens whose text is out or has none, and why the output ends if it does.
 
         Tokens of a stop string, and end tokens, are not part of the output.
@@ -89,12 +113,14 @@ class TokenSequence:
             return self._update(self._flush(), "stop")
         self.buffer[self.length] = token
         self.length += 1
-        self.unsent.append((token, logprob))
+        self.unsent.append((token, logprob, top))
         text, stopped = "", False
         if self.detokenizer is not None:
             text, stopped = self.detokenizer.push(token, may_stop=self.generated >= self.least)
         if stopped:
             return self._update(text, "stop")
+        if self.guide is not None and self.guide.complete_with(token):
+            return self._update(text + self._flush(), "stop")
         if self.generated == self.room:
             return self._update(text + self._flush(), "length")
         return self._update(text, None)
@@ -103,12 +129,15 @@ class TokenSequence:
         held = 0 if self.detokenizer is None else self.detokenizer.held_tokens
         out = self.unsent[: len(self.unsent) - held]
         del self.unsent[: len(out)]
+        params = self.request.params
         return Update(
             request=self.request.id,
-            tokens=tuple(token for token, _ in out),
+            tokens=tuple(token for token, _, _ in out),
             text=text,
-            logprobs=tuple(logprob for _, logprob in out) if self.request.params.logprobs else (),
+            logprobs=tuple(logprob for _, logprob, _ in out) if params.logprobs else (),
             finish=finish,
+            tops=tuple(top for _, _, top in out) if params.logprobs and params.top_logprobs else (),
+            cached=self.cached if finish is not None else 0,
         )
 
     def _flush(self) -> str:

@@ -29,7 +29,7 @@ Flavour = Literal["tensorrt", "tensorrt-rtx"]
 class TensorRtStepExecutor:
     """`engines` by target and capacity (`{"sm89.512": path, ...}`), of one flavour. Raises BadEnvironment."""
 
-    stages = 1
+    stages, every = 1, False
 
     def __init__(
         self, engines: Mapping[str, Path], capacities: Sequence[int], rows: int, *, flavour: Flavour, device: int

@@ -32,6 +32,8 @@ class TensorRtRankExecutor(RankGroupHolder):
     Raises BadEnvironment or ServerFault.
     """
 
+    every = False
+
     def __init__(
         self,
         manifest: Path,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from tokenizers import Tokenizer, processors
 
 from builders import pipeline
 from builders.pipeline import Build
@@ -13,18 +14,26 @@ from runtime.server.launch import TritonServer
 from runtime.server.supervise import ready_server
 from tests import generators
 from tests.gateway.asking import gateway_ports
+from tests.generation.setup import write_tokenizer
 
-TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}"
+TEMPLATE = (
+    "{{ bos_token }}{% for t in tools or [] %}{{ t.function.name }} {% endfor %}"
+    "{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}"
+)
 LONGEST = 4096
+CHANGES = {"max_position_embeddings": LONGEST, "eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0}
 
 
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Build:
-    """A tiny model of random weights that goes on for long, with a chat template of its own."""
+    """A tiny model of random weights that goes on for long, with a chat template of its own; its tokens are bytes."""
     folder = tmp_path_factory.mktemp("chat")
-    source = generators.save_generator(folder / "model", "llama", max_position_embeddings=LONGEST)
+    source = generators.save_generator(folder / "model", "llama", **CHANGES)
     (source / "chat_template.jinja").write_text(TEMPLATE)
-    (source / "tokenizer_config.json").write_text('{"bos_token": "[CLS]"}')
+    (source / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')
+    fast = Tokenizer.from_file(str(write_tokenizer(source / "tokenizer.json")))
+    fast.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    fast.save(str(source / "tokenizer.json"))
     spec = DeploymentSpec.model_validate(
         {
             "name": "tiny-lm",

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 from typing import Any
 
+import jsonschema
 import numpy as np
 import openai
 import pytest
+from tokenizers import Tokenizer
 from tritonclient import http as triton_http
 from tritonclient.utils import InferenceServerException
 
@@ -19,9 +22,10 @@ from builders.pipeline import Build
 from runtime.channel import connect, infer_input
 from runtime.client import stream
 from runtime.server.launch import TritonServer
+from tests import generators
 from tests.conftest import wait_until
 from tests.gateway.asking import exchange_raw, gateway_ports, post_json, running
-from tests.gateway.conftest import LONGEST
+from tests.gateway.conftest import CHANGES, LONGEST
 from tests.gateway.killers import killers
 
 pytestmark = pytest.mark.triton
@@ -220,7 +224,7 @@ def test_a_stop_word_ends_a_completion(chat: openai.OpenAI) -> None:
 
 
 def test_a_chat_is_the_templates_text_and_begins_once(chat: openai.OpenAI, generator: TritonServer) -> None:
-    text = "[CLS]system: be brief user: hi "
+    text = "<s>system: be brief user: hi "
     options = {"max_tokens": 10, "add_special_tokens": False}
     direct = list(stream(generator.grpc_address, "tiny-lm", text, options))
     ask = {
@@ -234,6 +238,102 @@ def test_a_chat_is_the_templates_text_and_begins_once(chat: openai.OpenAI, gener
     events = list(chat.chat.completions.create(**ask, stream=True))
     assert "".join(event.choices[0].delta.content or "" for event in events) == whole.choices[0].message.content
     assert events[-1].choices[0].finish_reason == "length"
+
+
+def test_log_probabilities_are_those_of_transformers(chat: openai.OpenAI, llama: Build) -> None:
+    """As lm-evaluation-harness asks for them: the prompt's own, and whether each token was the likeliest."""
+    prompts = ["open a file", "sort a list of numbers, then read it again"]
+    got = chat.completions.create(
+        model="tiny-lm", prompt=prompts, max_tokens=1, temperature=0, logprobs=5, echo=True, seed=1
+    )
+    assert llama.entry is not None
+    fast = Tokenizer.from_file(str(llama.entry.repository / "tiny-lm" / "1" / "tokenizer.json"))
+    model = generators.make_generator("llama", **CHANGES)
+    for prompt, choice in zip(prompts, got.choices, strict=True):
+        told, ids = choice.logprobs, fast.encode(prompt).ids
+        assert told is not None
+        logits = generators.eager_logits(model, input_ids=ids).astype(np.float64)
+        exact = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        assert told.tokens is not None
+        assert told.token_logprobs is not None
+        assert told.top_logprobs is not None
+        assert told.token_logprobs[0] is None
+        expected = [exact[place, token] for place, token in enumerate(ids[1:])]
+        assert told.token_logprobs[1 : len(ids)] == pytest.approx(expected, abs=5e-3)
+        assert (
+            max(told.top_logprobs[-1].values()) == told.token_logprobs[-1] == pytest.approx(exact[-1].max(), abs=5e-3)
+        )
+        assert choice.text.startswith(prompt)
+        assert "".join(told.tokens[1 : len(ids)]) == prompt
+    scored = chat.completions.create(model="tiny-lm", prompt=prompts[0], max_tokens=0, logprobs=0, echo=True)
+    assert got.choices[0].logprobs is not None
+    assert scored.choices[0].logprobs is not None
+    first = got.choices[0].logprobs.token_logprobs
+    assert first is not None
+    assert scored.choices[0].logprobs.token_logprobs == first[:-1]
+    assert scored.choices[0].finish_reason == "length"
+
+
+def test_several_choices_share_their_prompt(chat: openai.OpenAI) -> None:
+    ask = {"model": "tiny-lm", "prompt": "a prompt that nobody has sent", "max_tokens": 6, "seed": 5, "n": 2}
+    whole = chat.completions.create(**ask)
+    texts = [choice.text for choice in whole.choices]
+    streamed = ["", ""]
+    for event in chat.completions.create(**ask, stream=True):
+        streamed[event.choices[0].index] += event.choices[0].text
+    again = chat.completions.create(**{**ask, "n": 1})
+    assert streamed == texts
+    assert texts[0] == again.choices[0].text != texts[1]
+    assert again.usage is not None
+    assert again.usage.prompt_tokens_details is not None
+    assert again.usage.prompt_tokens_details.cached_tokens == again.usage.prompt_tokens - 1
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"open": {"type": "boolean"}, "mode": {"enum": ["read", "write"]}, "at": {"enum": [1, 2, 30]}},
+    "required": ["open", "mode", "at"],
+    "additionalProperties": False,
+}
+USER: list[openai.types.chat.ChatCompletionMessageParam] = [{"role": "user", "content": "open a file"}]
+
+
+def test_answers_keep_to_a_schema_beside_others(chat: openai.OpenAI) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "file", "schema": SCHEMA, "strict": True}}
+
+    def ask(number: int) -> openai.types.chat.ChatCompletion:
+        return chat.chat.completions.create(
+            model="tiny-lm", messages=USER, seed=number, max_tokens=60,
+            response_format=form if number % 2 else openai.NOT_GIVEN,
+        )  # fmt: skip
+
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(ask, range(4)))
+    for number, answer in enumerate(together):
+        if number % 2:
+            assert answer.choices[0].finish_reason == "stop"
+            jsonschema.validate(json.loads(answer.choices[0].message.content or ""), SCHEMA)
+    assert ask(1).choices[0].message.content == together[1].choices[0].message.content
+    with pytest.raises(openai.BadRequestError, match="Invalid type: objekt"):
+        bad = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "objekt"}}}
+        chat.chat.completions.create(model="tiny-lm", messages=USER, response_format=bad)
+
+
+def test_a_tool_is_called(chat: openai.OpenAI) -> None:
+    tools = [{"type": "function", "function": {"name": name, "parameters": SCHEMA}} for name in ("open", "close")]
+    whole = chat.chat.completions.create(model="tiny-lm", messages=USER, tools=tools, tool_choice="required", seed=3)
+    calls = whole.choices[0].message.tool_calls
+    assert calls is not None
+    assert whole.choices[0].finish_reason == "tool_calls"
+    jsonschema.validate(json.loads(calls[0].function.arguments), SCHEMA)
+    named = {"type": "function", "function": {"name": "close"}}
+    with chat.chat.completions.stream(
+        model="tiny-lm", messages=USER, tools=tools, tool_choice=named, seed=3
+    ) as stream_of_it:  # the client's own reading of a stream
+        final = stream_of_it.get_final_completion().choices[0].message.tool_calls
+    assert final is not None
+    assert final[0].function.name == "close"
+    jsonschema.validate(json.loads(final[0].function.arguments), SCHEMA)
 
 
 LONG = {"model": "tiny-lm", "prompt": "x", "max_tokens": LONGEST - 8, "extra_body": {"min_tokens": LONGEST - 8}}

@@ -23,7 +23,7 @@ class Ledger:
     that for a fault of the executor and goes on, so `misused` tells the test.
     """
 
-    vocabulary, call_cost = VOCABULARY, 10
+    vocabulary, call_cost, every = VOCABULARY, 10, False
 
     def __init__(self, capacities: Sequence[int], rows: int, stages: int = 1, *, encoder: bool = False) -> None:
         self._capacities, self._rows, self.stages, self._encoder = capacities, rows, stages, encoder

@@ -72,7 +72,13 @@ def engine_over(
     cache = SlotCache(capacities, slots, kept)
     cost = executor.call_cost if call_cost is None else call_cost
     scheduler = Scheduler(
-        cache, chunk_tokens=chunk, queue_size=queue, call_cost=cost, stages=executor.stages, encoder=start is not None
+        cache,
+        chunk_tokens=chunk,
+        queue_size=queue,
+        call_cost=cost,
+        stages=executor.stages,
+        encoder=start is not None,
+        every=executor.every,
     )
     return GenerationEngine(executor, scheduler, Limits(executor.vocabulary, capacities[-1], 16, end_ids, start))
 

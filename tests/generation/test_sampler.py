@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from runtime.errors import BadRequest
 from runtime.generation.request import Limits, Request, SamplingParams
-from runtime.generation.sampler import sample
+from runtime.generation.sampler import sample, score_prompt
 from runtime.generation.sequence import TokenSequence
 
 VOCABULARY = 300
@@ -30,6 +30,8 @@ def sequence(params: SamplingParams, output: list[int], prompt: tuple[int, ...] 
 def reference(logits: NDArray[np.float32], params: SamplingParams, output: list[int]) -> dict[int, float]:
     """Probabilities of the tokens that may be drawn."""
     scores = [float(value) for value in logits]
+    for token, bias in params.logit_bias:
+        scores[token] += bias
     for token in {5, 6, *output}:
         factor = params.repetition_penalty
         scores[token] = scores[token] / factor if scores[token] > 0 else scores[token] * factor
@@ -68,8 +70,10 @@ PARAMS = st.builds(
     presence_penalty=st.sampled_from([0.0, 0.7]),
     frequency_penalty=st.sampled_from([0.0, 0.4, -0.4]),
     seed=st.integers(0, 99),
-    logprobs=st.booleans(),
-)
+    logit_bias=st.sampled_from([(), ((5, -100.0),), ((5, 2.5), (0, -1.0), (299, 100.0))]),
+    logprobs=st.just(True),
+    top_logprobs=st.sampled_from([0, 1, 5, 20]),
+) | st.builds(SamplingParams, temperature=st.sampled_from([0.0, 1.0]), seed=st.integers(0, 9))
 ROW = st.tuples(PARAMS, st.lists(st.integers(0, 9), max_size=8))
 
 
@@ -80,7 +84,7 @@ def test_every_row_draws_by_its_own_inverse_distribution(
 ) -> None:
     logits = (np.random.default_rng(seed).standard_normal((len(rows), VOCABULARY)) * scale).astype(np.float32)
     before = logits.copy()
-    tokens, logprobs = sample(logits, [sequence(params, output) for params, output in rows])
+    tokens, logprobs, tops = sample(logits, [sequence(params, output) for params, output in rows])
     assert (logits == before).all()
     for index, (params, output) in enumerate(rows):
         allowed = reference(logits[index], params, output)
@@ -92,6 +96,10 @@ def test_every_row_draws_by_its_own_inverse_distribution(
         exact = logits[index].astype(np.float64)
         expected = exact[tokens[index]] - np.log(np.exp(exact).sum()) if params.logprobs else 0.0
         assert logprobs[index] == pytest.approx(expected, abs=1e-3)
+        assert [token for token, _ in tops[index]] == np.argsort(-exact, kind="stable")[: params.top_logprobs].tolist()
+        told = exact[[token for token, _ in tops[index]]] - np.log(np.exp(exact).sum())
+        assert [value for _, value in tops[index]] == pytest.approx(told.tolist(), abs=1e-3)
+        assert dict(tops[index]).get(tokens[index], logprobs[index]) == logprobs[index], "the same float"
 
 
 def test_frequencies_are_the_probabilities() -> None:
@@ -127,10 +135,37 @@ def test_rows_that_are_no_numbers_give_no_token() -> None:
         ("temperature", math.inf), ("top_k", -1), ("top_p", 0.0), ("top_p", 1.1), ("top_p", math.nan), ("min_p", -0.1),
         ("min_p", math.nan), ("repetition_penalty", 0.0), ("repetition_penalty", math.nan),
         ("presence_penalty", math.inf), ("frequency_penalty", math.nan), ("seed", -1), ("stop", ("",)),
-        ("stop", ("x" * 300,)), ("stop", ("x",) * 17),
+        ("stop", ("x" * 300,)), ("stop", ("x",) * 17), ("top_logprobs", 2), ("logit_bias", ((3, math.nan),)),
+        ("logit_bias", ((3, 101.0),)), ("logit_bias", ((3, 1.0), (3, 2.0))),
+        ("logit_bias", tuple((token, 1.0) for token in range(1025))),
     ],
 )  # fmt: skip
 def test_values_that_mean_nothing(name: str, value: object) -> None:
-    said = {"min_tokens": "min_length", "seed": "random_seed", "stop": "stop_words"}.get(name, name)
+    said = {
+        "min_tokens": "min_length", "seed": "random_seed", "stop": "stop_words", "top_logprobs": "top_log_probs",
+        "logit_bias": "logit_bias_",
+    }.get(name, name)  # fmt: skip
     with pytest.raises(BadRequest, match=said):
         SamplingParams(**{name: value})  # type: ignore[arg-type]
+
+
+def test_a_token_that_cannot_be_is_told_as_a_number() -> None:
+    logits = np.full((1, VOCABULARY), -np.inf, np.float32)
+    logits[0, [7, 9]] = 1.0
+    params = SamplingParams(max_tokens=20, logprobs=True, top_logprobs=3)
+    tokens, logprobs, tops = sample(logits, [sequence(params, [])])
+    assert (tokens, tops[0][0][0], tops[0][1][0], tops[0][2]) == ([7], 7, 9, (0, -9999.0))
+    assert logprobs[0] == tops[0][0][1] == pytest.approx(math.log(0.5))
+
+
+@pytest.mark.parametrize("count", [0, 3, 20])
+def test_tokens_that_were_given_are_scored_by_the_row_before_them(count: int) -> None:
+    logits = np.random.default_rng(5).standard_normal((4, VOCABULARY)).astype(np.float32)
+    scored = score_prompt(logits, np.array([3, 299, 0]), count)
+    exact = logits - np.log(np.exp(logits.astype(np.float64)).sum(axis=1, keepdims=True))
+    assert [item.token for item in scored] == [3, 299, 0]
+    assert [item.logprob for item in scored] == pytest.approx([exact[0, 3], exact[1, 299], exact[2, 0]], abs=1e-5)
+    assert [len(item.top) for item in scored] == [count] * 3
+    logits[1, 5] = np.nan
+    with pytest.raises(ValueError, match="not numbers"):
+        score_prompt(logits, np.array([3, 299, 0]), count)

@@ -57,7 +57,7 @@ class OnnxRuntimeStepExecutor:
     Raises BadEnvironment for a graph with other inputs, or with a cache of fixed capacity.
     """
 
-    stages = 1
+    stages, every = 1, False
 
     def __init__(
         self,

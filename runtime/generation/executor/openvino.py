@@ -23,7 +23,7 @@ from runtime.step import Batch, Copy, Logits, Row, Tokens
 class OpenVinoStepExecutor:
     """One compiled model on all threads. Raises BadEnvironment for a graph whose attention cannot be paged."""
 
-    stages = 1
+    stages, every = 1, True
     call_cost = 0  # all pools share one call, and a row costs what it holds
 
     def __init__(self, decoder: Path, capacities: Sequence[int], rows: int, *, threads: int) -> None:
@@ -85,7 +85,7 @@ class OpenVinoStepExecutor:
             "block_indices": np.concatenate(blocks),
             "block_indices_begins": np.cumsum([0, *map(len, blocks)]),
             "max_context_len": (pasts + lengths).max(),
-            "sampled": begins[1:] - 1,
+            "sampled": _sampled(batches, begins),
         }
         for name, array in feeds.items():
             self._feed(name, array)
@@ -94,8 +94,9 @@ class OpenVinoStepExecutor:
         except RuntimeError as error:
             raise ServerFault(f"OpenVINO did not run the step: {error}") from error
         logits = self._request.get_tensor("logits").data.reshape(-1, self.vocabulary)
-        ends = np.cumsum([len(batch.input_ids) for batch in batches]).tolist()
-        return [logits[end - len(batch.input_ids) : end] for batch, end in zip(batches, ends, strict=True)]
+        counts = [batch.input_ids.shape[1] if batch.every else len(batch.input_ids) for batch in batches]
+        ends = np.cumsum(counts).tolist()
+        return [logits[end - count : end] for count, end in zip(counts, ends, strict=True)]
 
     def _feed(self, name: str, array: NDArray[np.int64]) -> None:
         """Most steps have the shapes of the one before, and need no new tensors: that is a tenth of a small step."""
@@ -130,3 +131,16 @@ class OpenVinoStepExecutor:
 
     def close(self) -> None:
         self._caches.clear()
+
+
+def _sampled(batches: Sequence[Batch], begins: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The tokens whose logits are wanted: the last of each sequence, or each of it."""
+    last: NDArray[np.int64] = begins[1:] - 1
+    if not any(batch.every for batch in batches):
+        return last
+    parts, row = [], 0
+    for batch in batches:
+        rows = slice(row, row + len(batch.input_ids))
+        parts.append(np.arange(begins[row], begins[row + 1]) if batch.every else last[rows])
+        row = rows.stop
+    return np.concatenate(parts)

@@ -22,6 +22,8 @@ from runtime.step import Batch, Copy, Logits
 class RankStepExecutor(RankGroupHolder):
     """`shape` is that of every cache tensor on one rank. Raises BadEnvironment or ServerFault."""
 
+    every = False
+
     def __init__(
         self,
         manifest: Path,

@@ -2,7 +2,7 @@
 
 `execute` only queues. One thread steps the engine, one sends: it joins what came since it last sent, and keeps to an
 interval between two responses of a stream, so a slow client or a fast model costs fewer responses, not slower steps.
-One thread turns long prompts into tokens, one after the other, while short ones pass.
+One thread turns long prompts into tokens and schemas into grammars, one after the other, while short prompts pass.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ import triton_python_backend_utils as pb_utils
 
 from runtime.encoding.encoder import require_numpy_1
 from runtime.errors import BadRequest, ServingError, TooLate, Unavailable
+from runtime.generation.guides import GuideMaker
 from runtime.generation.interface import INPUTS, PROBE_ID_VARIABLE, Asked, read_request
 from runtime.generation.metrics import Exporter
-from runtime.generation.opening import open_engine
+from runtime.generation.opening import TOKENIZER_FILE, open_engine
 from runtime.generation.request import Update, coalesce, join
+from runtime.generation.token_texts import TokenTexts
 from runtime.proof.proven import ProvenExporter
 from runtime.settings import GeneratorModelSettings
 
@@ -36,6 +38,7 @@ NICENESS = 10
 POLL_S = 0.1  # between two looks at whether a client has gone; each costs a message to the server
 LAST_WORDS_S = 0.5  # for the other threads to tell clients what they were given
 LONG = 16_000  # characters of a prompt; on an old CPU the tokenizer takes some 40 ms for them
+DETAILED = 128  # tokens of a prompt whose details one response of a stream holds
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
 
@@ -48,6 +51,8 @@ class Stream:
     logprobs: bool
     prompt_tokens: int
     echo: str = ""  # what the first response's text begins with
+    details: bool = False
+    prompt_details: bool = False
     sent_tokens: int = 0
     sent_logprobs: float = 0.0
     sent_at: float = 0.0
@@ -73,6 +78,9 @@ class TritonPythonModel:
         directory = Path(args["model_repository"]) / args["model_version"]
         self.settings = GeneratorModelSettings.load(directory)
         self.engine, self.tokenizer = open_engine(self.settings, directory, int(args["model_instance_device_id"]))
+        limits = self.engine.limits
+        self.guides = GuideMaker(directory / TOKENIZER_FILE, limits.vocabulary, limits.possible_end_ids)
+        self.texts = TokenTexts(self.tokenizer.fast)
         self.probe_id = os.environ.get(PROBE_ID_VARIABLE)  # other users of the machine cannot read it
         self.streams: dict[int, Stream] = {}
         self.lock = threading.Lock()  # a request must be in `streams` before its first update is sent
@@ -114,13 +122,14 @@ class TritonPythonModel:
             came=time.monotonic(),
             probe=request.request_id() == self.probe_id,
         )
-        if len(asked.text or "") <= LONG:
+        if len(asked.text or "") <= LONG and asked.schema is None:
             self._submit(arrival)
             return
         try:
             self.long.put_nowait(arrival)
         except queue.Full:
-            raise Unavailable(f"{self.settings.queue_size} long prompts wait already; try again later") from None
+            said = f"{self.settings.queue_size} long prompts or schemas wait already; try again later"
+            raise Unavailable(said) from None
 
     def _submit_long(self) -> None:
         while not self.stopped.is_set():
@@ -134,10 +143,14 @@ class TritonPythonModel:
     def _submit(self, arrival: Arrival) -> None:
         asked = arrival.asked
         prompt = self.tokenizer.prompt(asked)
+        guide = None if asked.schema is None else self.guides.guide(asked.schema)
         left_s = None if arrival.timeout_s is None else arrival.timeout_s - (time.monotonic() - arrival.came)
-        stream = Stream(arrival.sender, asked.stream, asked.params.logprobs, len(prompt), self.tokenizer.echo(asked))
+        params, echo = asked.params, self.tokenizer.echo(asked)
+        stream = Stream(
+            arrival.sender, asked.stream, params.logprobs, len(prompt), echo, asked.details, params.prompt_logprobs
+        )
         with self.lock:
-            number = self.engine.submit(prompt, asked.params, timeout_s=left_s, probe=arrival.probe)
+            number = self.engine.submit(prompt, params, timeout_s=left_s, probe=arrival.probe, guide=guide)
             self.streams[number] = stream
 
     def _send(self) -> None:
@@ -167,24 +180,52 @@ class TritonPythonModel:
         update = update if stream.held is None else join(stream.held, update)
         if update.finish is None and not self._due(stream, update):
             stream.held = update
-            if stream.stream and update.tokens:
+            if stream.stream and (update.tokens or update.prompt):
                 self.early.add(number)
             return
         stream.held, stream.sent_at = None, time.monotonic()
+        while stream.stream and len(update.prompt) > DETAILED:
+            part, update = _cut(update)
+            stream.sender.send(self._response(stream, part), 0)
         stream.sent_tokens += len(update.tokens)
         stream.sent_logprobs += sum(update.logprobs)
         if update.error is None and update.finish != "cancelled":
-            stream.sender.send(_response(stream, update), FINAL if update.finish else 0)
+            stream.sender.send(self._response(stream, update), FINAL if update.finish else 0)
             return
         if update.error is not None and stream.stream and update.tokens:  # they were made before the fault
-            stream.sender.send(_response(stream, replace(update, finish=None)), 0)
+            stream.sender.send(self._response(stream, replace(update, finish=None)), 0)
         _refuse(stream.sender, update.error)
 
     def _due(self, stream: Stream, update: Update) -> bool:
         """The first piece goes out at once, the others no sooner than an interval after the last."""
-        if not stream.stream or not (update.text or update.tokens):
+        if not stream.stream or not (update.text or update.tokens or update.prompt):
             return False
         return not stream.sent_tokens or time.monotonic() - stream.sent_at >= self.settings.stream_interval_s
+
+    def _response(self, stream: Stream, update: Update) -> Any:
+        text, stream.echo = stream.echo + update.text, ""
+        tensors = [
+            # Without the batch dimension: so TensorRT-LLM's models answer, and their clients read `text_output[0]`.
+            pb_utils.Tensor("text_output", np.array([text.encode()], np.object_)),
+            pb_utils.Tensor("output_ids", np.array([update.tokens], np.int32)),
+        ]
+        if stream.logprobs:
+            tensors += [
+                pb_utils.Tensor("output_log_probs", np.array([update.logprobs], np.float32)),
+                pb_utils.Tensor("cum_log_probs", np.array([[stream.sent_logprobs]], np.float32)),
+            ]
+        if stream.details:
+            tensors.append(_text("output_details", self.texts.output_details(update)))
+        if stream.prompt_details:
+            tensors.append(_text("prompt_details", self.texts.details(update.prompt)))
+        if update.finish is not None:
+            tensors += [
+                pb_utils.Tensor("prompt_tokens", np.array([[stream.prompt_tokens]], np.int32)),
+                pb_utils.Tensor("cached_tokens", np.array([[update.cached]], np.int32)),
+                pb_utils.Tensor("completion_tokens", np.array([[stream.sent_tokens]], np.int32)),
+                _text("finish_reason", update.finish),
+            ]
+        return pb_utils.InferenceResponse(tensors)
 
     def _cancel(self) -> None:
         with self.lock:
@@ -201,25 +242,14 @@ class TritonPythonModel:
             self.engine.executor.close()
 
 
-def _response(stream: Stream, update: Update) -> Any:
-    text, stream.echo = stream.echo + update.text, ""
-    tensors = [
-        # Without the batch dimension: so TensorRT-LLM's models answer, and their clients read `text_output[0]`.
-        pb_utils.Tensor("text_output", np.array([text.encode()], np.object_)),
-        pb_utils.Tensor("output_ids", np.array([update.tokens], np.int32)),
-    ]
-    if stream.logprobs:
-        tensors += [
-            pb_utils.Tensor("output_log_probs", np.array([update.logprobs], np.float32)),
-            pb_utils.Tensor("cum_log_probs", np.array([[stream.sent_logprobs]], np.float32)),
-        ]
-    if update.finish is not None:
-        tensors += [
-            pb_utils.Tensor("prompt_tokens", np.array([[stream.prompt_tokens]], np.int32)),
-            pb_utils.Tensor("completion_tokens", np.array([[stream.sent_tokens]], np.int32)),
-            pb_utils.Tensor("finish_reason", np.array([[update.finish.encode()]], np.object_)),
-        ]
-    return pb_utils.InferenceResponse(tensors)
+def _text(name: str, value: str) -> Any:
+    return pb_utils.Tensor(name, np.array([[value.encode()]], np.object_))
+
+
+def _cut(update: Update) -> tuple[Update, Update]:
+    """The details of a prompt's first tokens, and the rest of the update."""
+    first, rest = update.prompt[:DETAILED], update.prompt[DETAILED:]
+    return Update(update.request, prompt=first), replace(update, prompt=rest)
 
 
 def _answering(sender: Any, work: Callable[[], None]) -> None:
