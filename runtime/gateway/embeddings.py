@@ -35,7 +35,7 @@ class Embeddings:
         if not facts.embeds or "text" not in facts.inputs:
             raise Refused(400, f"{self._triton.model} does not embed texts", param="model")
         if asked.dimensions not in (None, facts.width):
-            said = f"dimensions: this model was not made to be cut; its vectors have {facts.width}: send that, or leave it out"
+            said = f"dimensions: vectors of this model have {facts.width} and are not cut here; leave it out"
             raise Refused(400, said, param="dimensions", code="unsupported_parameter")
         vectors, tokens = await exchange.unless_gone(self._vectors(texts, facts, asked.prompt_name, exchange.id))
         await exchange.answer(_reply(self._triton.model, vectors, tokens, asked.encoding_format == "base64"))

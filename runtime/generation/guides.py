@@ -134,7 +134,10 @@ class GuideMaker:
         ends = self._end_ids or None
         try:
             return LLTokenizer(
-                self._tokenizer.read_text(), n_vocab=self._vocabulary, eos_token=ends, slices=LLTokenizer.json_slices()
+                self._tokenizer.read_text("utf-8"),
+                n_vocab=self._vocabulary,
+                eos_token=ends,
+                slices=LLTokenizer.json_slices(),
             )
         except Exception as error:  # the library raises bare ones
             raise BadRequest(

@@ -106,7 +106,7 @@ def test_log_probabilities_of_a_completion(door: Door, triton: Telling) -> None:
 
 @pytest.mark.parametrize("prompt", ["a cat", [1, 5, 6]])
 def test_an_echo_as_lm_evaluation_harness_asks_for_it(door: Door, triton: Telling, prompt: Any) -> None:
-    """It reads the prompt's own tokens, and whether each was the likeliest. Texts lose the space of their first word."""
+    """It reads the prompt's own tokens, and whether each was the likeliest. A text lacks its first word's space."""
     got = _complete(door, prompt=prompt, logprobs=1, echo=True, max_tokens=1, temperature=0).json
     choice, lead = got["choices"][0], isinstance(prompt, list)
     assert choice["text"] == " " * lead + "a caté"
