@@ -122,9 +122,9 @@ class Request:
     probe: bool = False  # nobody's traffic: it is not counted, and its cache is not kept for others
 
 
-@dataclass(frozen=True)
-class Update:
-    """What one step brought for one request. `finish` is set in the last one, `error` where it failed.
+class Update(NamedTuple):
+    """What one step brought for one request. `finish` is set in the last one, `error` where it failed. A tuple, for one
+    is made for every token.
 
     tops     beside each of `logprobs`, where they were asked for
     prompt   of the prompt's tokens, as they are read

@@ -132,11 +132,11 @@ class TokenSequence:
         params = self.request.params
         return Update(
             request=self.request.id,
-            tokens=tuple(token for token, _, _ in out),
+            tokens=tuple([token for token, _, _ in out]),
             text=text,
-            logprobs=tuple(logprob for _, logprob, _ in out) if params.logprobs else (),
+            logprobs=tuple([logprob for _, logprob, _ in out]) if params.logprobs else (),
             finish=finish,
-            tops=tuple(top for _, _, top in out) if params.logprobs and params.top_logprobs else (),
+            tops=tuple([top for _, _, top in out]) if params.logprobs and params.top_logprobs else (),
             cached=self.cached if finish is not None else 0,
         )
 

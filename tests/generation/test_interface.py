@@ -74,6 +74,37 @@ def test_what_is_not_built_is_refused_by_name(name: str, value: Any) -> None:
         _read(**{name: value})
 
 
+def test_what_is_told_of_tokens_and_what_holds_them() -> None:
+    given = {
+        "return_log_probs": [True], "top_log_probs": [3], "return_prompt_log_probs": [True],
+        "logit_bias_ids": [5, 6], "logit_bias_values": [1.5, -2.0], "max_tokens": [0],
+        "guided_decoding_guide_type": [b"json_schema"], "guided_decoding_guide": [b'{"type": "object"}'],
+    }  # fmt: skip
+    asked = read_request({"text_input": TEXT, **{name: np.array([value]) for name, value in given.items()}})
+    assert asked.params == SamplingParams(
+        max_tokens=0, logprobs=True, top_logprobs=3, prompt_logprobs=True, logit_bias=((5, 1.5), (6, -2.0))
+    )
+    assert (asked.details, asked.schema) == (True, '{"type": "object"}')
+    assert read_request({"text_input": TEXT, "guided_decoding_guide_type": np.array([[b"json"]])}).schema == "{}"
+    assert not read_request({"text_input": TEXT, "return_log_probs": np.array([[True]])}).details
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"logit_bias_ids": 5}, "logit_bias_ids has 1 tokens and logit_bias_values 0 values"),
+        ({"guided_decoding_guide_type": b"regex"}, "guided_decoding_guide_type is 'regex'; built here are json and"),
+        ({"guided_decoding_guide_type": b"json_schema"}, "send both"),
+        ({"guided_decoding_guide": b"{}"}, "send both"),
+        ({"top_log_probs": 2}, "top_log_probs is 2; expected return_log_probs"),
+        ({"return_log_probs": True, "top_log_probs": 21}, "top_log_probs is 21; expected 0 to 20"),
+    ],
+)  # fmt: skip
+def test_what_is_told_of_tokens_has_its_bounds(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(BadRequest, match=said):
+        _read(**given)
+
+
 def test_older_and_newer_names_of_one_input() -> None:
     assert _read(min_tokens=3, seed=5) == _read(min_length=3, random_seed=5)
     with pytest.raises(BadRequest, match="random_seed is 1 and seed is 2; they are one thing"):

@@ -15,7 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -193,7 +193,7 @@ class TritonPythonModel:
             stream.sender.send(self._response(stream, update), FINAL if update.finish else 0)
             return
         if update.error is not None and stream.stream and update.tokens:  # they were made before the fault
-            stream.sender.send(self._response(stream, replace(update, finish=None)), 0)
+            stream.sender.send(self._response(stream, update._replace(finish=None)), 0)
         _refuse(stream.sender, update.error)
 
     def _due(self, stream: Stream, update: Update) -> bool:
@@ -249,7 +249,7 @@ def _text(name: str, value: str) -> Any:
 def _cut(update: Update) -> tuple[Update, Update]:
     """The details of a prompt's first tokens, and the rest of the update."""
     first, rest = update.prompt[:DETAILED], update.prompt[DETAILED:]
-    return Update(update.request, prompt=first), replace(update, prompt=rest)
+    return Update(update.request, prompt=first), update._replace(prompt=rest)
 
 
 def _answering(sender: Any, work: Callable[[], None]) -> None:
