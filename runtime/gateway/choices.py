@@ -33,7 +33,7 @@ class Shape:
 
 
 @dataclass
-class Prompt:
+class AskedPrompt:
     """`text` None: it came as token ids. `details` come with the first choice, before any choice has text."""
 
     text: str | None = None
@@ -48,10 +48,10 @@ class Prompt:
         return data.decode(errors="replace")
 
 
-class Choice:
+class AnswerChoice:
     """`last` is the piece with the finish reason, when it has come."""
 
-    def __init__(self, shape: Shape, prompt: Prompt, index: int) -> None:
+    def __init__(self, shape: Shape, prompt: AskedPrompt, index: int) -> None:
         self._shape, self._prompt, self.index = shape, prompt, index
         self._scores = _ChatScores() if shape.chat else CompletionScores()
         self._call = CallText() if shape.calls else None
@@ -59,6 +59,11 @@ class Choice:
         self._texts: list[str] = []
         self._told: list[Fields] = []
         self.last: Fields = {}
+
+    @property
+    def form(self) -> str:
+        """The field of a request that holds the answer to a schema."""
+        return "tools" if self._shape.calls else "response_format"
 
     def whole(self) -> Fields:
         """Of what `add` has taken."""

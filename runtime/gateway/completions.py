@@ -14,7 +14,7 @@ from runtime.errors import ServingError
 from runtime.gateway.bodies import read_json
 from runtime.gateway.chat import ChatTemplates
 from runtime.gateway.chat_requests import ChatRequest, Tool
-from runtime.gateway.choices import Choice, Fields, Prompt, Shape
+from runtime.gateway.choices import AnswerChoice, Fields, AskedPrompt, Shape
 from runtime.gateway.embeddings import require_model
 from runtime.gateway.exchange import Exchange, together
 from runtime.gateway.limits import DoorLimits
@@ -28,8 +28,9 @@ _EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-cont
 _DEFAULT_TOKENS = 16  # OpenAI's, of a completion; a chat gets the model's own default
 _BROKEN = "the model's server broke off; try again"
 _COMPLETION, _CHAT = msgspec.json.Decoder(CompletionRequest), msgspec.json.Decoder(ChatRequest)
+_GUIDE = "guided_decoding_guide"
 _SEED_STEP = 0x9E3779B97F4A7C15  # between the seeds of a prompt's choices: odd, so no two of them meet
-Take = Callable[[Choice, Fields], Awaitable[None]]
+Take = Callable[[AnswerChoice, Fields], Awaitable[None]]
 
 
 class Completions:
@@ -51,7 +52,7 @@ class Completions:
             if asked.echo and text is None:
                 own["return_prompt_log_probs"] = True  # which brings its text
             inputs.append(own)
-            prompts.append(Prompt(text, bool(asked.echo)))
+            prompts.append(AskedPrompt(text, bool(asked.echo)))
         await self._answer(exchange, asked, inputs, prompts, self._shape(exchange, chat=False, told=asked.told))
 
     async def chat(self, exchange: Exchange) -> None:
@@ -68,7 +69,7 @@ class Completions:
         # The template writes the special tokens itself: a tokenizer that adds its own would begin the text twice.
         given = {"text_input": text, "add_special_tokens": False, **fields, **guide}
         shape = self._shape(exchange, chat=True, told=bool(asked.logprobs), calls=bool(tools))
-        await self._answer(exchange, asked, [given], [Prompt()], shape)
+        await self._answer(exchange, asked, [given], [AskedPrompt()], shape)
 
     async def _require_generator(self) -> int:
         """The version. Raises Refused for a model that makes no text."""
@@ -82,24 +83,24 @@ class Completions:
         return Shape(chat, id_, self._triton.model, int(time.time()), told, calls)
 
     async def _answer(
-        self, exchange: Exchange, asked: Sampled, inputs: list[Fields], prompts: list[Prompt], shape: Shape
+        self, exchange: Exchange, asked: Sampled, inputs: list[Fields], prompts: list[AskedPrompt], shape: Shape
     ) -> None:
         """Choices are numbered prompt by prompt."""
         count = asked.n or 1
-        choices = [Choice(shape, prompts[index // count], index) for index in range(len(inputs) * count)]
+        choices = [AnswerChoice(shape, prompts[index // count], index) for index in range(len(inputs) * count)]
         if asked.stream:
             usage = asked.stream_options is not None and asked.stream_options.include_usage
             await exchange.unless_gone(self._stream(exchange, shape, inputs, choices, usage))
             return
 
-        async def take(choice: Choice, piece: Fields) -> None:
+        async def take(choice: AnswerChoice, piece: Fields) -> None:
             choice.add(piece)
 
         await exchange.unless_gone(self._run(inputs, choices, take))
         found = [choice.whole() for choice in choices]
         await exchange.answer(orjson.dumps(shape.envelope(found, False, usage=_usage(choices, count))))
 
-    async def _run(self, inputs: list[Fields], choices: list[Choice], take: Take) -> None:
+    async def _run(self, inputs: list[Fields], choices: list[AnswerChoice], take: Take) -> None:
         """Gives every piece of every choice to `take`. The first failure ends them all, and is raised."""
         count = len(choices) // len(inputs)
         parts = [choices[at : at + count] for at in range(0, len(choices), count)]
@@ -109,7 +110,7 @@ class Completions:
         else:
             await together(work)
 
-    async def _of_prompt(self, fields: Fields, choices: list[Choice], take: Take) -> None:
+    async def _of_prompt(self, fields: Fields, choices: list[AnswerChoice], take: Take) -> None:
         """The prompt is read once: the other choices begin when the first has, and find it in the cache."""
         if len(choices) == 1:
             await self._one(fields, choices[0], take)
@@ -127,13 +128,16 @@ class Completions:
 
         await together([self._one(fields, choices[0], take, begun), *map(other, range(1, len(choices)))])
 
-    async def _one(self, fields: Fields, choice: Choice, take: Take, begun: asyncio.Event | None = None) -> None:
+    async def _one(self, fields: Fields, choice: AnswerChoice, take: Take, begun: asyncio.Event | None = None) -> None:
         """Streamed all the same: Triton 2.51 sees that a client has left when it sends, which would be at the end."""
-        async with aclosing(self._pieces(fields)) as pieces:
-            async for piece in pieces:
-                await take(choice, piece)
-                if begun is not None and (piece["text_output"] or "finish_reason" in piece):
-                    begun.set()
+        try:
+            async with aclosing(self._pieces(fields)) as pieces:
+                async for piece in pieces:
+                    await take(choice, piece)
+                    if begun is not None and (piece["text_output"] or "finish_reason" in piece):
+                        begun.set()
+        except Refused as refused:
+            raise _by_its_own_name(refused, choice.form) from None
 
     async def _pieces(self, fields: Fields) -> AsyncGenerator[Fields, None]:
         """Until the one with `finish_reason`. Raises UpstreamGone when it does not come."""
@@ -146,13 +150,13 @@ class Completions:
             raise UpstreamGone("the answer has no end", nothing_came=False)
 
     async def _stream(
-        self, exchange: Exchange, shape: Shape, inputs: list[Fields], choices: list[Choice], usage: bool
+        self, exchange: Exchange, shape: Shape, inputs: list[Fields], choices: list[AnswerChoice], usage: bool
     ) -> None:
         """The head goes out with the first piece, so that a request which is refused has its status."""
         more: Fields = {"usage": None} if usage else {}
         one_by_one = asyncio.Lock()  # nothing may overtake the head
 
-        async def take(choice: Choice, piece: Fields) -> None:
+        async def take(choice: AnswerChoice, piece: Fields) -> None:
             events = choice.deltas(piece)
             async with one_by_one:
                 if not exchange.started:
@@ -171,6 +175,13 @@ class Completions:
             told = as_refused(error) if isinstance(error, ServingError) else Refused(503, _BROKEN)
             await exchange.piece(b"data: " + told.body(openai=True) + b"\n\n")
         await exchange.piece(b"data: [DONE]\n\n", last=True)
+
+
+def _by_its_own_name(refused: Refused, form: str) -> Refused:
+    """A refusal of a schema names the field that it came in."""
+    if refused.status != 400 or not refused.message.startswith(_GUIDE):
+        return refused
+    return Refused(400, refused.message.replace(_GUIDE, form), param=form)
 
 
 def _unmade(fields: Fields) -> bool:
@@ -192,10 +203,10 @@ def _guide(asked: ChatRequest, tools: Sequence[Tool]) -> Fields:
     for name in ("stop", "stop_token_ids", "min_tokens"):
         if getattr(asked, name):
             raise Refused(400, f"{name}: it would cut the JSON that the answer is to be; leave it out", param=name)
-    return {"guided_decoding_guide_type": "json_schema", "guided_decoding_guide": guide}
+    return {f"{_GUIDE}_type": "json_schema", _GUIDE: guide}
 
 
-def _usage(choices: Sequence[Choice], count: int) -> Fields:
+def _usage(choices: Sequence[AnswerChoice], count: int) -> Fields:
     """Each prompt counts once, however many choices it has."""
     firsts = [choice.last for choice in choices[::count]]
     prompt = sum(last["prompt_tokens"] for last in firsts)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from runtime.gateway.door import Door
+from runtime.gateway.refused import Refused, upstream_refusal
 from runtime.settings import ChatSettings, GeneratorModelSettings, ServedModel
 from tests.gateway.asking import FakeTriton, Got, door_of, post
 
@@ -158,8 +159,6 @@ def test_several_choices_of_several_prompts(door: Door, triton: Telling) -> None
 
 
 def test_a_choice_that_fails_ends_the_answer(door: Door, triton: Telling) -> None:
-    from runtime.gateway.refused import Refused
-
     triton.error = Refused(429, "full")
     assert _complete(door, n=3).status == 429
     triton.asked.clear()
@@ -207,6 +206,16 @@ def test_an_answer_of_a_form(door: Door, triton: Telling) -> None:
     kinds = [fields.get("guided_decoding_guide_type") for fields in triton.asked]
     assert kinds == ["json_schema", "json_schema", None]
     assert [json.loads(fields["guided_decoding_guide"]) for fields in triton.asked[:2]] == [schema, {"type": "object"}]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_schema_that_the_generator_refuses_is_named_as_it_came(door: Door, triton: Telling, streamed: bool) -> None:
+    triton.asked.append({})
+    triton.error = upstream_refusal(400, "INVALID_ARGUMENT: guided_decoding_guide: this schema is not built here: x")
+    got = _chat(door, response_format={"type": "json_object"}, stream=streamed)
+    assert (got.status, got.json["error"]["param"]) == (400, "response_format")
+    assert got.json["error"]["message"] == "response_format: this schema is not built here: x"
+    assert _chat(door, tools=TOOLS, tool_choice="required").json["error"]["param"] == "tools"
 
 
 CITY = {"type": "object", "properties": {"city": {"$ref": "#/$defs/c"}}, "$defs": {"c": {"type": "string"}}}

@@ -227,3 +227,72 @@ def test_the_tokenizer_is_read_whatever_the_locale(tokenizer: Path) -> None:
     )
     plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", code, str(tokenizer)], env=plain, check=True, timeout=300)
+
+
+# Schemas, JSON that they allow, and JSON that they do not, keyword by keyword.
+KEYWORDS: list[tuple[dict[str, Any], list[Any], list[Any]]] = [
+    ({"type": "null"}, [None], [0, False]),
+    ({"type": "boolean"}, [True, False], [1, "true"]),
+    ({"type": ["integer", "null"]}, [3, -12, None], [1.5, "3"]),
+    ({"type": "number"}, [1.25, -3, 1e-7], ["1"]),
+    ({"type": "integer", "minimum": -3, "exclusiveMaximum": 12}, [-3, 0, 11], [-4, 12]),
+    ({"type": "number", "minimum": 0.5, "maximum": 1.5}, [0.5, 1.25], [0.25, 2]),
+    ({"type": "integer", "multipleOf": 7}, [0, 14], [13]),
+    ({"type": "string", "minLength": 2, "maxLength": 3}, ["ab", "a\u00e9\n"], ["a", "abcd"]),
+    ({"type": "string", "pattern": "^[a-c]{2}[0-9]$"}, ["ab1"], ["ab", "xb1", "ab12"]),
+    ({"type": "string", "format": "date"}, ["2026-01-31"], ["2026-1-31"]),
+    ({"enum": ["a", 2, None, {"x": [1]}]}, ["a", 2, None, {"x": [1]}], ["b", {"x": [2]}]),
+    ({"const": {"a": [True, "x"]}}, [{"a": [True, "x"]}], [{"a": [True]}]),
+    ({"type": "array", "items": {"type": "integer"}, "minItems": 1, "maxItems": 2}, [[1], [1, 2]], [[], [1, 2, 3]]),
+    ({"type": "array", "prefixItems": [{"const": 1}, {"type": "string"}], "items": False}, [[1, "a"]],
+     [[2, "a"], [1, "a", 2]]),
+    ({"type": "object", "additionalProperties": {"type": "integer"}}, [{}, {"a": 1, "b": 2}], [{"a": "b"}, [1]]),
+    (PERSON, [{"name": "x", "age": 3}, {"name": "", "age": 150, "tags": ["a"]}],
+     [{"name": "x"}, {"name": "x", "age": 151}]),
+    ({"anyOf": [{"type": "integer"}, {"type": "string", "maxLength": 1}]}, [4, "a"], ["ab", None]),
+    ({"allOf": [{"type": "integer", "minimum": 5}, {"maximum": 6}]}, [5, 6], [4, 7]),
+    (TREE, [[], [[], [[]]]], [[1], [[], [], []]]),
+    ({"$defs": {"n": {"type": "object", "properties": {"next": {"$ref": "#/$defs/n"}}, "additionalProperties": False}},
+      "$ref": "#/$defs/n"}, [{}, {"next": {"next": {}}}], [{"next": 1}, {"x": 1}]),
+]  # fmt: skip
+
+
+def _accepts(guide: Any, tokens: list[int]) -> bool:
+    """Whether these tokens can come, and the output can end behind them."""
+    for place, token in enumerate(tokens, 1):
+        logits = np.zeros(VOCABULARY, np.float32)
+        guide.bar(logits)
+        if not np.isfinite(logits[token]):
+            return False
+        if guide.complete_with(token):
+            return place == len(tokens)
+    logits = np.zeros(VOCABULARY, np.float32)
+    guide.bar(logits)
+    return bool(np.isfinite(logits[END]))
+
+
+@pytest.mark.parametrize(("schema", "valid", "invalid"), KEYWORDS)
+def test_what_a_schema_allows_can_come_and_nothing_else(
+    maker: GuideMaker, tokenizer: Path, schema: dict[str, Any], valid: list[Any], invalid: list[Any]
+) -> None:
+    """And whatever comes, by chance alone, is JSON of the schema."""
+    fast, text = Tokenizer.from_file(str(tokenizer)), json.dumps(schema)
+    for value in valid:
+        _valid(schema, json.dumps(value))
+        assert _accepts(maker.guide(text), fast.encode(json.dumps(value, ensure_ascii=False)).ids), value
+    for value in invalid:
+        assert not _accepts(maker.guide(text), fast.encode(json.dumps(value, ensure_ascii=False)).ids), value
+    random = np.random.default_rng(0)
+    for _ in range(5):
+        guide, tokens = maker.guide(text), list[int]()
+        for _ in range(200):
+            logits = np.zeros(VOCABULARY, np.float32)
+            guide.bar(logits)
+            token = int(random.choice(np.flatnonzero(np.isfinite(logits))))
+            if token == END:
+                _valid(schema, fast.decode(tokens))
+                break
+            tokens.append(token)
+            if guide.complete_with(token):
+                _valid(schema, fast.decode(tokens))
+                break
