@@ -14,7 +14,7 @@ from runtime.errors import ServingError
 from runtime.gateway.bodies import read_json
 from runtime.gateway.chat import ChatTemplates
 from runtime.gateway.chat_requests import ChatRequest, Tool
-from runtime.gateway.choices import AnswerChoice, Fields, AskedPrompt, Shape
+from runtime.gateway.choices import AnswerChoice, AskedPrompt, Fields, Shape
 from runtime.gateway.embeddings import require_model
 from runtime.gateway.exchange import Exchange, together
 from runtime.gateway.limits import DoorLimits
