@@ -25,14 +25,14 @@ class Settings(Record):
         """Raises BadEnvironment when the file is missing or of another release."""
         path = version_directory / FILE_NAME
         try:
-            return cls.model_validate_json(path.read_text())
+            return cls.model_validate_json(path.read_text("utf-8"))
         except (OSError, ValueError) as error:
             raise BadEnvironment(
                 f"{path}: missing, or not of this release; run `trireme build` again ({error})"
             ) from error
 
     def save(self, version_directory: Path) -> None:
-        (version_directory / FILE_NAME).write_text(self.model_dump_json(indent=2) + "\n")
+        (version_directory / FILE_NAME).write_text(self.model_dump_json(indent=2) + "\n", "utf-8")
 
 
 class TokenizerSettings(Settings):

@@ -101,6 +101,6 @@ def _require_size(path: Path, file: PublishedFile) -> None:
 
 
 def _set_threads(path: Path, threads: int) -> None:
-    data = json.loads(path.read_text())
+    data = json.loads(path.read_text("utf-8"))
     if data.get("threads", threads) is None:
         path.write_text(json.dumps({**data, "threads": threads}, indent=2) + "\n")

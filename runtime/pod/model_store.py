@@ -115,7 +115,7 @@ def publish(repository: Path, platform: Literal["cpu", "gpu"], store: Path) -> t
         target = folder / "repository" / renamed
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.name == FILE_NAME:
-            target.write_text(_renumbered((repository / name).read_text(), publication.version))
+            target.write_text(_renumbered((repository / name).read_text("utf-8"), publication.version))
         else:
             shutil.copyfile(repository / name, target)
         files.append(PublishedFile(name=renamed, bytes=target.stat().st_size, sha256=file_digest(target)))

@@ -17,7 +17,7 @@ from tests.gateway.asking import gateway_ports
 from tests.generation.setup import write_tokenizer
 
 TEMPLATE = (
-    "{{ bos_token }}{% for t in tools or [] %}{{ t.function.name }} {% endfor %}"
+    "{# 世: more than ASCII #}{{ bos_token }}{% for t in tools or [] %}{{ t.function.name }} {% endfor %}"
     "{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}"
 )
 LONGEST = 4096
