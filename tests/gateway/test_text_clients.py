@@ -36,7 +36,9 @@ def test_generate_is_what_triton_gives(
 ) -> None:
     asked = {name: value for name, value in {**PROMPT, **changes}.items() if value is not None}
     status, through = post_json(text_ports["gateway"], GENERATE, asked)
-    assert (status, through) == (200, post_json(generator.ports.http, GENERATE, asked)[1])
+    direct = post_json(generator.ports.http, GENERATE, asked)[1]
+    direct["cached_tokens"] = through["cached_tokens"]  # the second to ask finds what the first has left
+    assert (status, through) == (200, direct)
     assert through.get("id") == changes.get("id")
 
 
