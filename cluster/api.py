@@ -7,7 +7,9 @@ keep a discovery cache in a file of a predictable name under /tmp, and its typed
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +29,7 @@ _RETRIES = 1  # of a connection that was not made; the default of 3 makes an abs
 _POD_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 # What the library raises for a kubeconfig that is YAML, but no kubeconfig.
 _MALFORMED = (TypeError, KeyError, AttributeError, ValueError, yaml.YAMLError)
+_WARNING = re.compile(r'\d{3} \S+ "((?:[^"\\]|\\.)*)"')  # RFC 7234, section 5.5: code, agent, quoted text
 _CONTENT_TYPES = {"PATCH": "application/apply-patch+yaml"}  # JSON is YAML
 
 Query = Mapping[str, str | int | bool]
@@ -40,11 +43,19 @@ class Listing:
     version: str
 
 
-class Cluster:
-    """Not for several threads at once; `namespace` is for objects that name none."""
+def _tell(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
 
-    def __init__(self, api: ApiClient, namespace: str) -> None:
-        self.api, self.namespace = api, namespace
+
+class Cluster:
+    """Not for several threads at once; `namespace` is for objects that name none.
+
+    `warn` hears once of each warning that the server gives with its answers, by default on standard error.
+    """
+
+    def __init__(self, api: ApiClient, namespace: str, warn: Callable[[str], None] = _tell) -> None:
+        self.api, self.namespace, self.warn = api, namespace, warn
+        self._warned: set[str] = set()
         self._discovered: dict[str, dict[str, Resource]] = {}
 
     @staticmethod
@@ -195,11 +206,18 @@ class Cluster:
                 method, path, query_params=pairs, header_params=headers, body=body, auth_settings=["BearerToken"]
             )
             response = self.api.call_api(*prepared, _request_timeout=(CONNECT_S, read_s))
+            self._pass_on(response.response.headers.getlist("Warning"))
             if not 200 <= response.status <= 299:
                 raise refused(action, response.status, read_status(bytes(response.read())))
         except (urllib3.exceptions.HTTPError, ApiException) as error:
             raise _unreachable(self.host, error) from error
         return response
+
+    def _pass_on(self, headers: list[str]) -> None:
+        for text in (found for header in headers for found in _WARNING.findall(header)):
+            if text not in self._warned:
+                self._warned.add(text)
+                self.warn(re.sub(r"\\(.)", r"\1", text))
 
 
 def _unreachable(host: str, error: Exception) -> ClusterError:

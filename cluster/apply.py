@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from cluster.api import Cluster, Query
 from cluster.errors import ClusterError
 from cluster.kinds import NAMESPACES, Object, ObjectName, Resource, conditions, metadata
+from cluster.observe import has_run, observe
 from cluster.refusal import Operation
 
 MANAGER = "trireme"
-Change = Literal["created", "changed", "replaced", "unchanged", "unchecked"]
+Change = Literal["created", "changed", "replaced", "unchanged", "kept", "unchecked"]
 
 # What others need comes first; a Deployment before its ConfigMap would start pods that fail for nothing.
 _FIRST = (
@@ -28,6 +29,7 @@ _FIRST = (
 )  # fmt: skip
 _LAST = ("Job", "Deployment", "StatefulSet", "LeaderWorkerSet", "HorizontalPodAutoscaler", "ScaledObject")
 _LOOKS, _LOOK_S = 100, 0.2  # at an object that is being deleted
+_JOB_LABELS = ("controller-uid", "job-name")
 _SERVER_FIELDS = ("managedFields", "resourceVersion", "generation", "uid", "creationTimestamp", "selfLink")
 
 
@@ -44,14 +46,16 @@ class Target:
 class Applied:
     """`before` and `after` are the object on the server; `before` is None for a new one.
 
-    `replaced`: a finished Job, whose template cannot change, makes room for its successor.
-    `unchecked`: a dry run of an object whose namespace or kind the same set would create: the server cannot judge it.
+    `replaced`: a Job that has ended, or has not started yet, makes room for its successor: its template cannot change.
+    `kept`: a Namespace that is there; others live in it too. `unchecked`: a dry run of an object whose namespace or
+    kind the same set would create: the server cannot judge it. `conflict` names fields of others that it would change.
     """
 
     name: ObjectName
     change: Change
     before: Object | None
     after: Object | None
+    conflict: str | None = None
 
 
 def in_order(documents: Sequence[Object]) -> list[Object]:
@@ -117,14 +121,27 @@ def names(cluster: Cluster, documents: Sequence[Object]) -> list[ObjectName]:
     return found
 
 
-def dry_run(cluster: Cluster, documents: Sequence[Object], force: bool = False) -> list[Applied]:
+def namespace_exists(cluster: Cluster, name: str) -> bool:
+    """True also where these credentials may not look: then it is not theirs to make."""
+    try:
+        return cluster.get(NAMESPACES, None, name) is not None
+    except ClusterError as error:
+        if error.code != 403:
+            raise
+        return True
+
+
+def dry_run(
+    cluster: Cluster, documents: Sequence[Object], force: bool = False, show_conflicts: bool = False
+) -> list[Applied]:
     """What an apply would do, judged by the server with its admission; nothing is changed.
 
-    Raises ClusterError for the first object that the server refuses.
+    Raises ClusterError for the first object that the server refuses. With `show_conflicts` a conflict with another
+    manager is no refusal, but stands with what taking the fields over would change.
     """
     planned = targets(cluster, documents)
     coming = {item.name.name for item in planned if isinstance(item, Target) and item.name.kind == "Namespace"}
-    missing = {name for name in coming if cluster.get(NAMESPACES, None, name) is None}
+    missing = {name for name in coming if not namespace_exists(cluster, name)}
     found = []
     for item in planned:
         if isinstance(item, ObjectName):
@@ -132,8 +149,17 @@ def dry_run(cluster: Cluster, documents: Sequence[Object], force: bool = False) 
         elif item.name.namespace in missing:
             found.append(Applied(item.name, "unchecked", None, item.body))
         else:
-            found.append(_send(cluster, item, force, dry=True))
+            found.append(_try(cluster, item, force, show_conflicts))
     return found
+
+
+def _try(cluster: Cluster, target: Target, force: bool, show_conflicts: bool) -> Applied:
+    try:
+        return _send(cluster, target, force, dry=True)
+    except ClusterError as error:
+        if error.code != 409 or not show_conflicts:
+            raise
+        return replace(_send(cluster, target, force=True, dry=True), conflict=str(error.got))
 
 
 def apply(cluster: Cluster, documents: Sequence[Object], force: bool = False) -> Iterator[Applied]:
@@ -168,6 +194,8 @@ def delete(cluster: Cluster, name: ObjectName) -> bool:
 
 def _send(cluster: Cluster, target: Target, force: bool, dry: bool) -> Applied:
     name, resource = target.name, target.resource
+    if name.kind == "Namespace" and namespace_exists(cluster, name.name):
+        return Applied(name, "kept", None, None)
     before = cluster.get(resource, name.namespace, name.name)
     dry_only: Query = {"dryRun": "All"} if dry else {}
     query: Query = {"fieldManager": MANAGER, "fieldValidation": "Strict", "force": force, **dry_only}
@@ -176,11 +204,11 @@ def _send(cluster: Cluster, target: Target, force: bool, dry: bool) -> Applied:
     try:
         after = cluster.send("PATCH", path, action, query, target.body)
     except ClusterError as error:
-        if before is None or name.kind != "Job" or error.code != 422 or "immutable" not in str(error):
+        if before is None or not _is_fixed(name, error):
             raise
-        _require_finished(name, before, error)
+        _require_replaceable(cluster, name, before, error)
         if dry:
-            return Applied(name, "replaced", before, target.body)
+            return Applied(name, "replaced", before, _successor(cluster, target, query))
         _delete_and_wait(cluster, name, resource)
         return Applied(name, "replaced", before, cluster.send("PATCH", path, action, query, target.body))
     if before is None:
@@ -188,15 +216,32 @@ def _send(cluster: Cluster, target: Target, force: bool, dry: bool) -> Applied:
     return Applied(name, "unchanged" if bare(before) == bare(after) else "changed", before, after)
 
 
-def _require_finished(name: ObjectName, job: Object, error: ClusterError) -> None:
-    if not any(conditions(job).get(kind, {}).get("status") == "True" for kind in ("Complete", "Failed")):
+def _is_fixed(name: ObjectName, error: ClusterError) -> bool:
+    """Whether the server refuses to change a Job's template."""
+    return name.kind == "Job" and error.code == 422 and "immutable" in str(error)
+
+
+def _require_replaceable(cluster: Cluster, name: ObjectName, job: Object, error: ClusterError) -> None:
+    """It has ended; or no container of it ever started (no such image, no room, no volume), so nothing is lost."""
+    if any(conditions(job).get(kind, {}).get("status") == "True" for kind in ("Complete", "Failed")):
+        return
+    if any(has_run(pod) for pod in observe(cluster, name).pods):
         raise ClusterError(
             str(name),
             got="a change of its template while it runs",
-            expected="a Job that has ended: templates of Jobs cannot change",
+            expected="a Job that has ended, or has not started yet: templates of Jobs cannot change",
             fix=f"wait until it ends, or end it: kubectl delete job -n {name.namespace} {name.name}",
             code=422,
         ) from error
+
+
+def _successor(cluster: Cluster, target: Target, query: Query) -> Object:
+    """The Job as it would be, with the server's defaults: a dry run under a name that is free."""
+    name, path = f"{target.name.name[:57]}-next", target.resource.path(target.name.namespace)
+    body = {**target.body, "metadata": {**metadata(target.body), "name": name}}
+    action = Operation("patch", target.resource, target.name.namespace, name)
+    found = cluster.send("PATCH", f"{path}/{name}", action, query, body)
+    return {**found, "metadata": {**metadata(found), "name": target.name.name}}
 
 
 def _delete_and_wait(cluster: Cluster, name: ObjectName, resource: Resource) -> None:
@@ -217,4 +262,17 @@ def _delete_and_wait(cluster: Cluster, name: ObjectName, resource: Resource) -> 
 def bare(item: Object) -> dict[str, Any]:
     """The object without status and without what only the server writes: what two versions are compared by."""
     about = {key: found for key, found in metadata(item).items() if key not in _SERVER_FIELDS}
-    return {**{key: found for key, found in item.items() if key != "status"}, "metadata": about}
+    whole = {**{key: found for key, found in item.items() if key != "status"}, "metadata": about}
+    return _without_own_labels(whole) if whole.get("kind") == "Job" else whole
+
+
+def _without_own_labels(job: dict[str, Any]) -> dict[str, Any]:
+    """Each Job selects its pods by labels that the server makes up for it."""
+    spec = {key: found for key, found in (job.get("spec") or {}).items() if key != "selector"}
+    template = dict(spec.get("template") or {})
+    about = dict(metadata(template))
+    labels = {
+        key: text for key, text in (about.get("labels") or {}).items() if key.rpartition("/")[2] not in _JOB_LABELS
+    }
+    about = {key: found for key, found in {**about, "labels": labels}.items() if found}
+    return {**job, "spec": {**spec, "template": {**template, "metadata": about}}}

@@ -18,26 +18,64 @@ from cluster.errors import ClusterError
 from cluster.kinds import SECRETS, Object, metadata
 from cluster.refusal import Operation
 
-CONTROL_SECRET, CONTROL_KEY = "triton-control", "secret"  # as k8s/base/deployment.yaml mounts it
+# As k8s/base/deployment.yaml mounts them; `trireme manifests` puts the spec's name and a dash before both.
+CONTROL_SECRET, CONTROL_KEY, VERSION_MAP = "triton-control", "secret", "model-version"
 
 
 def ensure_control_secret(cluster: Cluster, documents: Sequence[Object]) -> list[str]:
-    """Makes it, with a random value, in each namespace whose pods mount it and where it is not; returns these.
+    """Makes each with a random value, where pods mount it and it is not there; returns those made, as namespace/name.
 
     A set that brings a Secret of this name is left to itself.
     """
-    if any(item["kind"] == "Secret" and metadata(item).get("name") == CONTROL_SECRET for item in documents):
-        return []
-    places = {str(metadata(item).get("namespace") or cluster.namespace) for item in documents if _mounts(item)}
-    missing = sorted(place for place in places if cluster.get(SECRETS, place, CONTROL_SECRET) is None)
-    for place in missing:
+    made = []
+    for place, name in control_places(cluster, documents):
+        if _is_there(cluster, place, name):
+            continue
         value = base64.b64encode(secrets.token_hex(24).encode()).decode()
-        about = {"name": CONTROL_SECRET, "namespace": place, "labels": {"app.kubernetes.io/managed-by": MANAGER}}
+        about = {"name": name, "namespace": place, "labels": {"app.kubernetes.io/managed-by": MANAGER}}
         body = {"apiVersion": "v1", "kind": "Secret", "metadata": about, "data": {CONTROL_KEY: value}}
         with _already_there():
-            action = Operation("create", SECRETS, place, CONTROL_SECRET)
+            action = Operation("create", SECRETS, place, name)
             cluster.send("POST", SECRETS.path(place), action, {"fieldManager": MANAGER}, body)
-    return missing
+            made.append(f"{place}/{name}")
+    return made
+
+
+def control_places(cluster: Cluster, documents: Sequence[Object]) -> list[tuple[str, str]]:
+    """Namespace and name of every control secret that pods of the set mount and the set does not bring."""
+    brought = {str(metadata(item).get("name")) for item in documents if item["kind"] == "Secret"}
+    found = {
+        (str(metadata(item).get("namespace") or cluster.namespace), name)
+        for item in documents
+        if (name := mounted_control(item)) is not None and name not in brought
+    }
+    return sorted(found)
+
+
+def mounted_control(item: Object) -> str | None:
+    """The control secret that a workload's pods mount."""
+    names = (str((volume.get("secret") or {}).get("secretName")) for volume in _volumes(item))
+    return next((name for name in names if _is(name, CONTROL_SECRET)), None)
+
+
+def mounted_version_map(item: Object) -> str | None:
+    """The ConfigMap from which a workload's new pods take the number of their model version."""
+    names = (str((volume.get("configMap") or {}).get("name")) for volume in _volumes(item))
+    return next((name for name in names if _is(name, VERSION_MAP)), None)
+
+
+def _is(name: str, known: str) -> bool:
+    return name == known or name.endswith(f"-{known}")
+
+
+def _is_there(cluster: Cluster, place: str, name: str) -> bool:
+    """Who may make Secrets may not always read them; then the server says whether there is one already."""
+    try:
+        return cluster.get(SECRETS, place, name) is not None
+    except ClusterError as error:
+        if error.code != 403:
+            raise
+        return False
 
 
 def control_secret(cluster: Cluster, name: str = CONTROL_SECRET, key: str = CONTROL_KEY) -> str:
@@ -53,11 +91,6 @@ def control_secret(cluster: Cluster, name: str = CONTROL_SECRET, key: str = CONT
             "as the pods' manifest names it",
         )
     return base64.b64decode(text).decode().strip()
-
-
-def _mounts(item: Object) -> bool:
-    secrets_mounted = (volume.get("secret") or {} for volume in _volumes(item))
-    return any(secret.get("secretName") == CONTROL_SECRET for secret in secrets_mounted)
 
 
 def _volumes(part: Any) -> Iterator[Mapping[str, Any]]:

@@ -1,9 +1,12 @@
-"""A deployment from start to end: rights, a dry run of the whole, the record, the apply, the wait; and the way back."""
+"""A deployment from start to end: rights, a dry run of the whole, the record, the apply, the wait; and the way back.
+
+Whatever fails, the last line of the error says what state things are in, and what `trireme undo` would do.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from cluster.api import Cluster
@@ -12,11 +15,13 @@ from cluster.control import ensure_control_secret
 from cluster.errors import ClusterError, RolloutError
 from cluster.kinds import Object, ObjectName
 from cluster.observe import WORKLOADS
-from cluster.revision import History, Revision, left_behind, read_history, write_history
+from cluster.preflight import look_up_storage, try_pods
+from cluster.revision import History, Revision, documents_of, left_behind, read_history, write_history
 from cluster.rights import needed_to_apply, require_rights
 from cluster.rollout import Patience, RolloutProgress, wait
 
 Report = Callable[[Sequence[RolloutProgress]], None]
+UNTOUCHED = "State: nothing was changed, so there is nothing for `trireme undo` to take back"
 
 
 @dataclass(frozen=True)
@@ -42,34 +47,48 @@ def deploy(
 ) -> Deployed:
     """Applies the set and waits until its workloads are ready.
 
-    Nothing is changed when rights are missing or the server refuses any object: ClusterError. Raises RolloutError when
-    the workloads do not become ready; with `undo_on_failure` the last set that was ready is back then.
+    Nothing is changed when rights are missing or the server refuses any object, or any pod that is to come:
+    ClusterError. Raises RolloutError when the workloads do not become ready; with `undo_on_failure` the last set that
+    was ready is back then.
     """
-    require_rights(cluster, needed_to_apply(cluster, documents))
-    dry_run(cluster, documents, force)
+    with _nothing_changed():
+        history = read_history(cluster, name)
+        doomed, _ = left_behind(names(cluster, history.live), names(cluster, documents))
+        require_rights(cluster, needed_to_apply(cluster, documents, doomed))
+        planned = dry_run(cluster, documents, force)
+        look_up_storage(cluster, planned)
+        try_pods(cluster, planned)
     try:
-        return _carry_out(cluster, read_history(cluster, name), documents, patience, report, force, None)
+        with _interruption_told(cluster, name):
+            return _carry_out(cluster, history, documents, patience, report, force)
     except RolloutError as error:
-        if not undo_on_failure:
-            raise
-        raise RolloutError(f"{error}\n{_way_back(cluster, name, patience, report)}") from error
+        last = _way_back(cluster, name, patience, report) if undo_on_failure else _state(cluster, name)
+        raise RolloutError(f"{error}\n{last}") from error
 
 
 def undo(cluster: Cluster, name: str, patience: Patience, report: Report, *, force: bool = False) -> Deployed:
     """Applies the last set before the current one that became ready, deletes what only the current one has, and waits.
 
-    The way back is a revision of its own. Raises ClusterError when there is no such set.
+    What serves comes first. Jobs of that set have done their work when it became ready: they do not run again, and one
+    that the failed set left in their place is deleted. The way back is a revision of its own. Raises ClusterError when
+    there is no such set, RolloutError when it is not ready (again).
     """
-    history = read_history(cluster, name)
-    earlier = history.last_ready(before=_undone(history))
-    if earlier is None:
-        raise ClusterError(
-            f"undo of {name} in namespace {cluster.namespace}",
-            got=f"{len(history.revisions)} recorded sets, and none before the current one that became ready",
-            expected="an earlier set to go back to",
-            fix="deploy a spec that works",
-        )
-    return _carry_out(cluster, history, earlier.documents, patience, report, force, earlier.number)
+    with _nothing_changed():
+        history = read_history(cluster, name)
+        earlier = history.last_ready(before=_undone(history))
+        if earlier is None:
+            raise ClusterError(
+                f"undo of {name} in namespace {cluster.namespace}",
+                got=f"{len(history.revisions)} recorded sets, and none before the current one that became ready",
+                expected="an earlier set to go back to",
+                fix="deploy a spec that works",
+            )
+        documents = documents_of(cluster, history, earlier)
+    try:
+        with _interruption_told(cluster, name):
+            return _carry_out(cluster, history, documents, patience, report, force, earlier.number)
+    except RolloutError as error:
+        raise RolloutError(f"{error}\n{_state(cluster, name)}") from error
 
 
 def _undone(history: History) -> int:
@@ -87,38 +106,141 @@ def _carry_out(
     patience: Patience,
     report: Report,
     force: bool,
-    restores: int | None,
+    restores: int | None = None,
 ) -> Deployed:
-    before = history.live
-    namespaces = [item for item in documents if item["kind"] == "Namespace"]
-    rest = [item for item in documents if item["kind"] != "Namespace"]
-    applied = list(apply(cluster, namespaces, force))  # the record lies in one of them
-    history = write_history(cluster, history.begin(documents, restores))
+    """Raises RolloutError whatever fails; the record says `failed` then, or `ready` still where it is the same set."""
+    before, again = history.live, restores is None and history.holds(documents)
+    steady = again and history.current is not None and history.current.outcome == "ready"
+    with _nothing_changed(
+        "State: nothing of the set was applied, but its Namespace perhaps: no need for `trireme undo`"
+    ):
+        namespaces = [item for item in documents if item["kind"] == "Namespace"]
+        applied = list(apply(cluster, namespaces, force))  # the record lies in one of them
+        history = history.begin(documents, restores)
+        history = history if steady else write_history(cluster, history)
     try:
-        ensure_control_secret(cluster, rest)  # before the pods, which read it once
-        applied += apply(cluster, rest, force)
-        found = wait(cluster, workloads(cluster, documents), patience, report)
+        rest = [item for item in documents if item["kind"] != "Namespace"]
+        found, deleted = _bring(cluster, rest, patience, report, force, restores is not None, applied)
         # Only now: until the last old pod has gone, its ConfigMap of the hash before must be there for a restart.
         doomed, left = left_behind(names(cluster, before), names(cluster, documents))
-        deleted = tuple(item for item in doomed if delete(cluster, item))
+        deleted += [item for item in doomed if delete(cluster, item)]
     except (RolloutError, ClusterError) as error:
-        with contextlib.suppress(ClusterError):  # the record then says `started`, which undo reads alike
-            write_history(cluster, history.end("failed"))
+        if not steady:
+            with contextlib.suppress(ClusterError):  # the record then says `started`, which undo reads alike
+                write_history(cluster, history.end("failed"))
         if isinstance(error, RolloutError):
             raise
         raise RolloutError(f"cut off after the dry run had passed: {error}") from error
-    history = write_history(cluster, history.end("ready"))
-    return Deployed(history.revisions[-1], tuple(applied), tuple(found), deleted, tuple(left))
+    history = history.end("ready")
+    if not steady:
+        history = write_history(cluster, history)
+    return Deployed(history.revisions[-1], tuple(applied), tuple(found), tuple(deleted), tuple(left))
+
+
+def _bring(
+    cluster: Cluster,
+    documents: Sequence[Object],
+    patience: Patience,
+    report: Report,
+    force: bool,
+    back: bool,
+    applied: list[Applied],
+) -> tuple[list[RolloutProgress], list[ObjectName]]:
+    """Applies and waits. On the way `back`, without the Jobs: what serves must not wait for one that hangs."""
+    jobs = [item for item in documents if back and item["kind"] == "Job"]
+    rest = [item for item in documents if item not in jobs]
+    if back:
+        _keep_control_secret(cluster, rest)
+    else:
+        ensure_control_secret(cluster, rest)  # before the pods, which read it once
+    applied += apply(cluster, rest, force)
+    ended, hanging = _end_others(cluster, jobs, force)
+    found = wait(cluster, workloads(cluster, rest), patience, report)
+    if hanging:
+        raise RolloutError("what serves is back and ready, but a Job of the failed set is left: " + "; ".join(hanging))
+    return found, ended
+
+
+def _keep_control_secret(cluster: Cluster, documents: Sequence[Object]) -> None:
+    """The way back needs no right to Secrets: the deployment before it made this one."""
+    try:
+        ensure_control_secret(cluster, documents)
+    except ClusterError as error:
+        if error.code != 403:
+            raise
+
+
+def _end_others(cluster: Cluster, jobs: Sequence[Object], force: bool) -> tuple[list[ObjectName], list[str]]:
+    """Deletes Jobs that stand in place of `jobs` with another template; and why one could not be."""
+    ended, hanging = [], []
+    for item, name in zip(jobs, names(cluster, jobs), strict=True):
+        try:
+            resource = cluster.resource(name.api_version, name.kind)
+            if resource is None or cluster.get(resource, name.namespace, name.name) is None:
+                continue
+            if _differs(cluster, item, force) and delete(cluster, name):
+                ended.append(name)
+        except ClusterError as error:
+            hanging.append(str(error))
+    return ended, hanging
+
+
+def _differs(cluster: Cluster, item: Object, force: bool) -> bool:
+    try:
+        return any(found.change == "replaced" for found in dry_run(cluster, [item], force))
+    except ClusterError as error:  # one that runs
+        if error.code != 422:
+            raise
+        return True
+
+
+@contextlib.contextmanager
+def _nothing_changed(state: str = UNTOUCHED) -> Iterator[None]:
+    """The last line of what is refused before anything was done."""
+    try:
+        yield
+    except ClusterError as error:
+        fix = f"{error.fix}\n{state}"
+        raise ClusterError(error.what, got=error.got, expected=error.expected, fix=fix, code=error.code) from error
+
+
+@contextlib.contextmanager
+def _interruption_told(cluster: Cluster, name: str) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        cluster.warn(f"interrupted\n{_state(cluster, name)}")
+        raise
 
 
 def _way_back(cluster: Cluster, name: str, patience: Patience, report: Report) -> str:
     try:
-        restored = undo(cluster, name, patience, report)
+        restored = undo(cluster, name, patience, report).revision
     except ClusterError as error:
-        return f"not undone: {error}"
+        reason = str(error).removesuffix(UNTOUCHED).rstrip()
+        return f"not undone: {reason}\n{_state(cluster, name)}"
     except RolloutError as error:
-        return f"undone, but what was restored is not ready either: {error}"
-    return f"undone: revision {restored.revision.restores} is back as revision {restored.revision.number}"
+        return f"not undone: {error}"
+    back = f"revision {restored.restores} is back as revision {restored.number}"
+    return f"State: undone: {back}, ready; this was `trireme undo`"
+
+
+def _state(cluster: Cluster, name: str) -> str:
+    """What the cluster was last given, and what is there to go back to."""
+    try:
+        history = read_history(cluster, name)
+    except ClusterError as error:
+        return f"State: unknown ({error.got}); see `trireme status`, then `trireme undo`"
+    current, earlier = history.current, history.last_ready(before=_undone(history))
+    if current is None:
+        return "State: no set is recorded, so there is nothing for `trireme undo` to take back; see `trireme status`"
+    here = f"revision {current.number} ({_OUTCOMES[current.outcome]}) is in the cluster, whole or in part"
+    if earlier is None:
+        return f"State: {here}; `trireme undo` has no earlier set that became ready: deploy a corrected one"
+    return f"State: {here}; `trireme undo` brings revision {earlier.number} back"
+
+
+_OUTCOMES = {"started": "not known to be ready", "failed": "not ready", "ready": "was ready before"}
 
 
 def time_limit_s(documents: Sequence[Object]) -> float:

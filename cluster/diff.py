@@ -13,7 +13,7 @@ from cluster.apply import Applied, bare
 
 def changes_text(found: Sequence[Applied]) -> str:
     """One unified diff over all objects that would change; empty when none would."""
-    return "".join(_one(item) for item in found if item.change != "unchanged")
+    return "".join(_one(item) for item in found if item.change not in ("unchanged", "kept") or item.conflict)
 
 
 def _one(item: Applied) -> str:
@@ -23,7 +23,10 @@ def _one(item: Applied) -> str:
     if item.name.kind == "Secret":
         before, after = _masked(before, after, "before"), _masked(after, before, "after")
     names = f"live {item.name}", f"applied {item.name}"
-    return "".join(
+    refused = (
+        f"# {item.name}: deploy refuses this without --force-conflicts: {item.conflict}\n" if item.conflict else ""
+    )
+    return refused + "".join(
         f"{line}\n" for line in difflib.unified_diff(_lines(before), _lines(after), *names, n=3, lineterm="")
     )
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from cluster.api import Cluster, Query
 from cluster.apply import MANAGER
+from cluster.control import VERSION_MAP, mounted_version_map
 from cluster.errors import ClusterError, RolloutError
 from cluster.kinds import (
     CONFIG_MAPS,
@@ -39,7 +40,7 @@ from cluster.rights import require_rights
 from runtime.settings import ADMIN_HEADER
 
 CONTROL_HEADER = f"triton-grpc-protocol-{ADMIN_HEADER}"  # what its `--grpc-restricted-protocol` asks for
-VERSION_MAP, VERSION_KEY = "model-version", "version"  # as k8s/base/deployment.yaml mounts it into the init container
+VERSION_KEY = "version"  # as k8s/base/deployment.yaml mounts it into the init container
 _ASK_S = 30.0
 _ROUNDS = 10  # of pods that came while the others were loaded
 
@@ -88,7 +89,8 @@ def load_version(
     """
     namespace = workload.namespace or cluster.namespace
     rollout = _Rollout(cluster, namespace, version, secret, ports or PodPorts(), pace or LoadPace(), report)
-    require_rights(cluster, [Operation(verb, CONFIG_MAPS, namespace) for verb in ("get", "create", "patch")])
+    pointer = mounted_version_map(observe(cluster, workload).workload or {}) or VERSION_MAP
+    require_rights(cluster, [Operation(verb, CONFIG_MAPS, namespace, pointer) for verb in ("get", "create", "patch")])
     done: list[str] = []
     written = False
     for _ in range(_ROUNDS):
@@ -101,7 +103,7 @@ def load_version(
         for pod in coming:
             done += _with_reason(rollout, pod, done, pods)
         if not written:
-            _write_down(cluster, namespace, version)
+            _write_down(cluster, namespace, pointer, version)
             written = True  # and once more: pods that began before this have read the number of before
     raise RolloutError(f"{workload}: still new pods after {_ROUNDS} rounds. Fix: run it again when it has settled")
 
@@ -118,17 +120,17 @@ def _with_reason(rollout: _Rollout, pod: str, done: Sequence[str], pods: Sequenc
         ) from error
 
 
-def _write_down(cluster: Cluster, namespace: str, version: int) -> None:
+def _write_down(cluster: Cluster, namespace: str, pointer: str, version: int) -> None:
     """For the init containers of pods to come."""
     body = {
         "apiVersion": "v1",
         "kind": "ConfigMap",
-        "metadata": {"name": VERSION_MAP, "namespace": namespace},
+        "metadata": {"name": pointer, "namespace": namespace},
         "data": {VERSION_KEY: str(version)},
     }
     query: Query = {"fieldManager": MANAGER, "force": True}
-    action = Operation("patch", CONFIG_MAPS, namespace, VERSION_MAP)
-    cluster.send("PATCH", CONFIG_MAPS.path(namespace, VERSION_MAP), action, query, body)
+    action = Operation("patch", CONFIG_MAPS, namespace, pointer)
+    cluster.send("PATCH", CONFIG_MAPS.path(namespace, pointer), action, query, body)
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,8 @@ _EXPLAINED = 3  # pods whose events are asked for: the others fail for the same 
 class Observed:
     """`workload` is None when the cluster has no such object. `pods` are those of the newest revision.
 
-    `claims` are those that the pods mount; `events` are of pods that are not ready, and of claims that are not bound.
+    `claims` are those that the pods mount; `events` are of pods that are not ready, of claims that are not bound, and
+    of a workload without pods: a Job whose pods are refused says so nowhere else.
     """
 
     name: ObjectName
@@ -58,6 +59,7 @@ def observe(cluster: Cluster, name: ObjectName) -> Observed:
     claims = _claims(cluster, pods, namespace)
     puzzling = [name_of(pod) for pod in pods if not is_ready(pod)][:_EXPLAINED]
     puzzling += [name_of(claim) for claim in claims if not is_bound(claim)][:_EXPLAINED]
+    puzzling += [name.name] if not pods else []
     events = tuple(
         event
         for subject in puzzling
@@ -111,6 +113,16 @@ def last_words(cluster: Cluster, pod: Object, container: str, lines: int = 10) -
 
 def is_ready(pod: Object) -> bool:
     return conditions(pod).get("Ready", {}).get("status") == "True" and not is_leaving(pod)
+
+
+def has_run(pod: Object) -> bool:
+    """Whether any of its containers was ever started."""
+    status = pod.get("status") or {}
+    for state in (*(status.get("initContainerStatuses") or ()), *(status.get("containerStatuses") or ())):
+        now, before = state.get("state") or {}, state.get("lastState") or {}
+        if now.get("running") is not None or now.get("terminated") or before.get("terminated"):
+            return True
+    return status.get("phase") in ("Running", "Succeeded", "Failed")
 
 
 def is_leaving(pod: Object) -> bool:

@@ -57,13 +57,25 @@ def _refused_pods(seen: Observed) -> Iterator[Problem]:
     for owner in [item for item in (seen.workload, *seen.replica_sets) if item is not None]:
         failure = conditions(owner).get("ReplicaFailure") or conditions(owner).get("FailedCreate")
         if failure and failure.get("status") == "True":
-            message = str(failure.get("message"))
-            if "exceeded quota" in message:
-                fix = f"lower the replicas or requests, or raise it: kubectl describe quota -n {seen.name.namespace}"
-            else:
-                fix = "change the pod template as the message says"
-            yield Problem(f"pods of {seen.name}", message, fix)
+            yield _refused(seen, str(failure.get("message")))
             return  # the Deployment repeats what its ReplicaSet says
+    told = [event for event in seen.events if _is_refusal(event)]
+    if told and not seen.pods:  # a Job has no such condition, only events
+        yield _refused(seen, str(_newest(told).get("message")))
+
+
+def _refused(seen: Observed, message: str) -> Problem:
+    if "exceeded quota" in message or "failed quota" in message:
+        fix = f"lower the replicas or requests, or raise it: kubectl describe quota -n {seen.name.namespace}"
+    else:
+        fix = "change the pod template as the message says"
+    return Problem(f"pods of {seen.name}", message, fix)
+
+
+def _is_refusal(event: Object) -> bool:
+    """Services and the like may have the same name."""
+    kind = (event.get("involvedObject") or {}).get("kind", "Job")
+    return event.get("reason") == "FailedCreate" and kind in ("Job", "StatefulSet", "LeaderWorkerSet")
 
 
 def _pod_problems(pod: Object, seen: Observed) -> Iterator[Problem]:
@@ -157,8 +169,12 @@ def _told_by_events(subject: str, pod: Object, seen: Observed) -> Iterator[Probl
     """The newest warning about a pod that is on a node and still not ready."""
     told = [event for event in _events(pod, seen) if event.get("reason") in _EVENTS]
     if told:
-        event = max(told, key=lambda found: str(found.get("lastTimestamp") or found.get("eventTime") or ""))
+        event = _newest(told)
         yield Problem(subject, f"{event['reason']}: {event.get('message')}", _EVENTS[event["reason"]], waits=True)
+
+
+def _newest(told: list[Object]) -> Object:
+    return max(told, key=lambda found: str(found.get("lastTimestamp") or found.get("eventTime") or ""))
 
 
 def _events(item: Object, seen: Observed) -> list[Object]:

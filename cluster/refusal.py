@@ -71,7 +71,10 @@ def is_transient(error: ClusterError) -> bool:
 _KNOWN = {
     400: ("a valid object", "correct the manifest; `trireme lint-manifests` finds most mistakes offline"),
     401: ("credentials that the cluster accepts", "log in again, or choose another context of the kubeconfig"),
-    404: ("a namespace and a kind that exist", "create the namespace, or install the custom resource definitions"),
+    404: (
+        "a namespace and a kind that exist",
+        "create the namespace (or set kubernetes.create_namespace: true), or install the custom resource definitions",
+    ),
     409: ("an object that nobody else changes now", "run the command again when the other change is done"),
     422: ("a valid object", "correct the manifest; a field that cannot change needs the object deleted first"),
     429: ("a server with room for requests", "try again later"),
@@ -79,9 +82,12 @@ _KNOWN = {
 
 
 def _forbidden(action: Operation, message: str) -> ClusterError:
-    if "exceeded quota" in message or "must specify limits" in message:
+    if "exceeded quota" in message or "failed quota" in message or "must specify limits" in message:
         expected = "room in the namespace's ResourceQuota"
         fix = f"lower the replicas or requests, or raise it: kubectl describe quota -n {action.namespace}"
+    elif "no PriorityClass with name" in message:
+        expected = "a PriorityClass that the cluster has"
+        fix = "make it, or correct kubernetes.priority_class: kubectl get priorityclass"
     elif "violates PodSecurity" in message:
         expected, fix = "pods within the namespace's Pod Security level", "set the securityContext that it names"
     elif "being terminated" in message:
@@ -96,10 +102,12 @@ def _forbidden(action: Operation, message: str) -> ClusterError:
 
 def no_rights(missing: Sequence[Operation], who: str) -> ClusterError:
     """The verbs and resources that `who` may not use, all in one line."""
-    listed = ", ".join(f"{action.verb} {action.granted_as}" for action in missing)
     namespace = next((action.namespace for action in missing if action.namespace), None)
+    listed = ", ".join(_missing(action, beyond=namespace is not None) for action in missing)
     scope, option = (f" in namespace {namespace}", f" -n {namespace}") if namespace else ("", "")
     role = "Role" if namespace else "ClusterRole"
+    if namespace and not all(action.resource.namespaced for action in missing):
+        role = "Role, and a ClusterRole for what belongs to the whole cluster,"
     return ClusterError(
         f"rights of {who}{scope}",
         got=f"no right to {listed}",
@@ -107,6 +115,13 @@ def no_rights(missing: Sequence[Operation], who: str) -> ClusterError:
         fix=f"ask for a {role} that grants them; `kubectl auth can-i --list{option}` shows what there is",
         code=403,
     )
+
+
+def _missing(action: Operation, beyond: bool) -> str:
+    """`beyond`: others of the list are in a namespace, so one that is not says so."""
+    name = f" {action.name}" if action.name else ""
+    where = " (cluster-wide)" if beyond and not action.resource.namespaced else ""
+    return f"{action.verb} {action.granted_as}{name}{where}"
 
 
 def _conflict(action: Operation, causes: Sequence[Object]) -> ClusterError:

@@ -1,8 +1,9 @@
 """The sets of objects that were applied, kept in the cluster: what to go back to, and what an older set left behind.
 
-They lie in one Secret, as Helm keeps its releases: a set may hold Secrets itself. The revisions that a Deployment keeps
-would not do: they hold pod templates only, and taking one back leaves the fields without the manager that applied them,
-so that the next apply merges wrongly (kubernetes/kubernetes#112911).
+They lie in a ConfigMap, so that who may not read Secrets may still see them and go back. Secrets of a set are kept
+apart, in a Secret, and only their names stand in the record. The revisions that a Deployment keeps would not do: they
+hold pod templates only, and taking one back leaves the fields without the manager that applied them, so that the next
+apply merges wrongly (kubernetes/kubernetes#112911).
 """
 
 from __future__ import annotations
@@ -10,19 +11,20 @@ from __future__ import annotations
 import base64
 import gzip
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Literal
 
 from cluster.api import Cluster
 from cluster.apply import MANAGER
 from cluster.errors import ClusterError
-from cluster.kinds import SECRETS, Object, ObjectName, metadata
+from cluster.kinds import CONFIG_MAPS, Object, ObjectName, metadata
 from cluster.refusal import Operation
+from cluster.sealed import read_sealed, seal, write_sealed
 
 Outcome = Literal["started", "ready", "failed"]
-KEPT = 5  # a Secret holds 1 MiB, a compressed set some 10 KiB
+KEPT = 5  # a ConfigMap holds 1 MiB, a compressed set some 10 KiB
 LASTING = (
     "PersistentVolumeClaim",
     "PersistentVolume",
@@ -44,11 +46,17 @@ class Revision:
 
 @dataclass(frozen=True)
 class History:
-    """Oldest first. `version` guards against two writers; None before the first revision."""
+    """Oldest first. `version` guards against two writers; None before the first revision.
+
+    `strays` name the objects of failed sets that have been dropped from the record: they may still be in the cluster.
+    `secrets` are contents that are not written yet, by digest.
+    """
 
     name: str
     revisions: tuple[Revision, ...] = ()
     version: str | None = None
+    strays: tuple[Object, ...] = ()
+    secrets: Mapping[str, Object] = field(default_factory=dict)
 
     @property
     def current(self) -> Revision | None:
@@ -58,26 +66,44 @@ class History:
     def live(self) -> tuple[Object, ...]:
         """What may be in the cluster: the last set that was ready, and what was tried on top of it."""
         ready = self.last_ready(before=self.current.number + 1) if self.current else None
-        return tuple(
-            item
-            for revision in self.revisions
-            if not ready or revision.number >= ready.number
-            for item in revision.documents
-        )
+        tried = [item for item in self.revisions if not ready or item.number >= ready.number]
+        return (*self.strays, *(item for revision in tried for item in revision.documents))
+
+    def holds(self, documents: Sequence[Object]) -> bool:
+        """Whether this very set is the current one."""
+        sealed, _ = seal(documents)
+        return self.current is not None and _text(self.current.documents) == _text(sealed)
 
     def begin(self, documents: Sequence[Object], restores: int | None = None) -> History:
-        """With one more revision, at first of unknown outcome; old ones go, but never the last that was ready."""
+        """With one more revision, at first of unknown outcome; the same set again is the same revision again.
+
+        Old revisions go, but never the last that was ready; of the failed ones that go, the objects' names stay.
+        """
+        sealed, secrets = seal(documents)
+        if self.current is not None and restores is None and self.holds(documents):
+            outcome = "ready" if self.current.outcome == "ready" else "started"
+            return replace(
+                self, revisions=(*self.revisions[:-1], replace(self.current, outcome=outcome)), secrets=secrets
+            )
         number = self.current.number + 1 if self.current else 1
         now = datetime.now(UTC).isoformat(timespec="seconds")
         kept = self.revisions[-(KEPT - 1) :]
         ready = self.last_ready(before=number)
         if ready is not None and ready not in kept:
             kept = (ready, *kept[1:])
-        return replace(self, revisions=(*kept, Revision(number, now, "started", tuple(documents), restores)))
+        gone = [item for item in self.revisions if item not in kept and (ready is None or item.number > ready.number)]
+        strays = {
+            _text(stub): stub for stub in (*self.strays, *(_stub(item) for old in gone for item in old.documents))
+        }
+        revisions = (*kept, Revision(number, now, "started", tuple(sealed), restores))
+        return replace(self, revisions=revisions, strays=tuple(strays.values()), secrets=secrets)
 
     def end(self, outcome: Outcome) -> History:
-        """With the outcome of the newest revision."""
-        return replace(self, revisions=(*self.revisions[:-1], replace(self.revisions[-1], outcome=outcome)))
+        """With the outcome of the newest revision. A set that is ready has had everything else deleted."""
+        strays = () if outcome == "ready" else self.strays
+        return replace(
+            self, revisions=(*self.revisions[:-1], replace(self.revisions[-1], outcome=outcome)), strays=strays
+        )
 
     def last_ready(self, before: int) -> Revision | None:
         """The newest revision under `before` that rolled out."""
@@ -92,44 +118,60 @@ def left_behind(before: Sequence[ObjectName], after: Sequence[ObjectName]) -> tu
     return [name for name in gone if name.kind not in LASTING], [name for name in gone if name.kind in LASTING]
 
 
+def _stub(item: Object) -> Object:
+    about = {key: text for key, text in metadata(item).items() if key in ("name", "namespace")}
+    return {"apiVersion": item["apiVersion"], "kind": item["kind"], "metadata": about}
+
+
+def _text(part: Any) -> str:
+    return json.dumps(part, sort_keys=True, default=str)
+
+
 def read_history(cluster: Cluster, name: str) -> History:
     """Raises ClusterError when the record is none of ours."""
-    secret = cluster.get(SECRETS, cluster.namespace, _secret(name))
-    if secret is None:
+    record = cluster.get(CONFIG_MAPS, cluster.namespace, _record(name))
+    if record is None:
         return History(name)
     try:
-        packed = base64.b64decode(secret["data"]["revisions"])
-        revisions = tuple(
-            Revision(**{**item, "documents": tuple(item["documents"])}) for item in json.loads(gzip.decompress(packed))
-        )
+        rows = json.loads(gzip.decompress(base64.b64decode(record["data"]["revisions"])))
+        revisions = tuple(Revision(**{**item, "documents": tuple(item["documents"])}) for item in rows["revisions"])
+        strays = tuple(rows["strays"])
     except (KeyError, TypeError, ValueError, OSError) as error:
         raise ClusterError(
-            f"Secret {cluster.namespace}/{_secret(name)}",
+            f"ConfigMap {cluster.namespace}/{_record(name)}",
             got=f"no record of applied sets ({error})",
             expected="what `trireme deploy` wrote",
-            fix="delete this Secret; what is deployed stays as it is, but there is nothing to undo to",
+            fix="delete this ConfigMap; what is deployed stays as it is, but there is nothing to undo to",
         ) from error
-    return History(name, revisions, str(metadata(secret)["resourceVersion"]))
+    return History(name, revisions, str(metadata(record)["resourceVersion"]), strays)
 
 
 def write_history(cluster: Cluster, history: History) -> History:
     """Returns it with its new version. Raises ClusterError (409) when another deployment wrote in between."""
-    rows = [{**vars(item), "documents": list(item.documents)} for item in history.revisions]
-    packed = base64.b64encode(gzip.compress(json.dumps(rows).encode(), mtime=0)).decode()
     about: dict[str, Any] = {
-        "name": _secret(history.name),
+        "name": _record(history.name),
         "namespace": cluster.namespace,
         "labels": {"app.kubernetes.io/managed-by": MANAGER, "app.kubernetes.io/instance": history.name},
     }
+    kept = [item for revision in history.revisions for item in revision.documents]
+    write_sealed(cluster, about, history.secrets, kept)  # first: a record must not name what is not there
+    rows = [{**vars(item), "documents": list(item.documents)} for item in history.revisions]
+    text = json.dumps({"revisions": rows, "strays": list(history.strays)})
+    packed = base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
     if history.version is not None:
         about["resourceVersion"] = history.version
-    body = {"apiVersion": "v1", "kind": "Secret", "metadata": about, "data": {"revisions": packed}}
+    body = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": about, "data": {"revisions": packed}}
     new = history.version is None
-    action = Operation("create" if new else "update", SECRETS, cluster.namespace, _secret(history.name))
-    path = SECRETS.path(cluster.namespace, None if new else _secret(history.name))
+    action = Operation("create" if new else "update", CONFIG_MAPS, cluster.namespace, _record(history.name))
+    path = CONFIG_MAPS.path(cluster.namespace, None if new else _record(history.name))
     answer = cluster.send("POST" if new else "PUT", path, action, {"fieldManager": MANAGER}, body)
-    return replace(history, version=str(metadata(answer)["resourceVersion"]))
+    return replace(history, version=str(metadata(answer)["resourceVersion"]), secrets={})
 
 
-def _secret(name: str) -> str:
+def documents_of(cluster: Cluster, history: History, revision: Revision) -> tuple[Object, ...]:
+    """The set as it was applied, its Secrets included. Raises ClusterError where these may not be read."""
+    return read_sealed(cluster, _record(history.name), revision.documents)
+
+
+def _record(name: str) -> str:
     return f"{MANAGER}-revisions-{name}"

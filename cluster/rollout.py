@@ -57,6 +57,17 @@ def progress(seen: Observed) -> RolloutProgress:
     return RolloutProgress(seen.name, state, ready, wanted, text, found)
 
 
+def looks_at(cluster: Cluster, names: Sequence[ObjectName], settled: bool) -> list[RolloutProgress]:
+    """One look at each workload. `settled`: their set became ready, so a Job that has gone since has ended well."""
+    found = [progress(observe(cluster, name)) for name in names]
+    return [
+        RolloutProgress(item.name, "done", 0, 0, "it has ended, and was removed after its time to live")
+        if settled and item.name.kind == "Job" and not item.wanted
+        else item
+        for item in found
+    ]
+
+
 Reduced = tuple[State, int, int, str]
 
 

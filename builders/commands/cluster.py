@@ -57,7 +57,7 @@ def deploy(
     as_json: JsonFlag = False,
 ) -> None:
     """Server-side apply of the whole set, then waits until it serves. Exit 1 with the pods' own reasons."""
-    from cluster import apply, deploy
+    from cluster import apply, deploy, preflight
     from cluster.rollout import Patience
 
     found = _read(target, platform, name)
@@ -65,6 +65,8 @@ def deploy(
         if dry_run == "server":
             with status("dry run", as_json):
                 planned = apply.dry_run(cluster, found.documents, force_conflicts)
+                preflight.look_up_storage(cluster, planned)
+                preflight.try_pods(cluster, planned)
             rows = [{"object": str(item.name), "change": item.change} for item in planned]
             print(json.dumps(rows, indent=2) if as_json else "\n".join(f"{r['change']:<9} {r['object']}" for r in rows))
             return
@@ -89,7 +91,7 @@ def diff(
 
     found = _read(target, platform, "any")
     with _connect(found, kubeconfig, context) as cluster, status("dry run", False):
-        text = changes_text(dry_run(cluster, found.documents, force=True))
+        text = changes_text(dry_run(cluster, found.documents, show_conflicts=True))
     print(text or "nothing would change", end="" if text else "\n")
 
 
@@ -102,15 +104,15 @@ def cluster_status(
 ) -> None:
     """Each workload in one line with its problems, and the sets that were applied."""
     from cluster.deploy import workloads
-    from cluster.observe import observe
     from cluster.revision import read_history
-    from cluster.rollout import progress
+    from cluster.rollout import looks_at
 
     found = _place(target, name)
     with _connect(found, kubeconfig, context) as cluster:
         history = read_history(cluster, found.name)
         documents = history.current.documents if history.current else found.documents
-        looks = [progress(observe(cluster, workload)) for workload in workloads(cluster, documents)]
+        settled = history.current is not None and history.current.outcome == "ready"
+        looks = looks_at(cluster, workloads(cluster, documents), settled)
     if as_json:
         revisions = [_without_documents(item) for item in history.revisions]
         print(json.dumps({"workloads": [_progress_json(look) for look in looks], "revisions": revisions}, indent=2))
@@ -194,8 +196,11 @@ def load_version(
     target: Target,
     version: Annotated[int, typer.Option(min=1, help="as `trireme publish` or the engine-build Job numbered it")],
     control_secret: Annotated[
-        str, typer.Option(help="NAME/KEY of the Secret that opens the pods' repository control")
-    ] = "triton-control/secret",
+        str | None,
+        typer.Option(
+            help="NAME/KEY of the Secret that opens the pods' repository control; default: the one they mount"
+        ),
+    ] = None,
     name: NameOption = None,
     kubeconfig: Kubeconfig = None,
     context: Context = None,
@@ -203,16 +208,20 @@ def load_version(
 ) -> None:
     """Loads a published version into running pods, one at a time; new pods then start with it. Stops at the first
     pod that fails. An older version is loaded the same way."""
+    from cluster.control import CONTROL_KEY, CONTROL_SECRET, mounted_control
     from cluster.control import control_secret as read_secret
     from cluster.load_version import load_version as load
+    from cluster.observe import observe
 
-    secret, separator, key = control_secret.partition("/")
+    secret, separator, key = (control_secret or f"/{CONTROL_KEY}").partition("/")
     if not separator:
         raise InputError("--control-secret", got=control_secret, expected="NAME/KEY", fix="name the key in the Secret")
     found = _place(target, name)
     with _connect(found, kubeconfig, context) as cluster:
+        workload = _serving_workload(cluster, found)
+        secret = secret or mounted_control(observe(cluster, workload).workload or {}) or CONTROL_SECRET
         control = read_secret(cluster, secret, key)
-        pods = load(cluster, _serving_workload(cluster, found), version, control, report=_say(as_json))
+        pods = load(cluster, workload, version, control, report=_say(as_json))
     print(json.dumps({"version": version, "pods": pods}) if as_json else f"version {version} in {len(pods)} pods")
 
 
@@ -351,7 +360,7 @@ def _print_deployed(name: str, done: Deployed, as_json: bool) -> None:
         }
         print(json.dumps(record, indent=2))
         return
-    changed = [item for item in done.applied if item.change != "unchanged"]
+    changed = [item for item in done.applied if item.change not in ("unchanged", "kept")]
     print(f"{name}: revision {done.revision.number} is ready, {len(changed)} of {len(done.applied)} objects changed")
     for look in done.progress:
         print(f"  {look.name}: {look.text}")

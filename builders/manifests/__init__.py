@@ -2,6 +2,8 @@
 
 sizing   arithmetic: GPUs, memory, probe budgets and scaling thresholds of a spec
 overlay  an overlay from a spec, of patches and jobs     render  kubectl kustomize
-patches  what an overlay changes of k8s/base             jobs    builds and load tests in the cluster
+patches  what an overlay changes of the pods             jobs    builds in the cluster
+storage  the model store and its cache                   scaling the autoscaler and its signals
+surroundings  namespace, gateway, monitors               parts   names that patches hang on, from k8s/
 lint/    what an API server would refuse, and what it would accept and a cluster would then fail on
 """

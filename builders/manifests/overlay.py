@@ -4,6 +4,7 @@
       kustomization.yaml   what it is made of, and the settings that all pods read
       replica/             the pod: devices, memory, probes, grace
       store/, scaling/     the model store, the autoscaler
+      surroundings/        the way in from outside, alerts
       build/               what the engine-build Job builds, and where
       k8s/                 base and components, copied, so that the folder stands alone
       rendered.yaml        what `kubectl kustomize` makes of it, checked
@@ -24,9 +25,12 @@ import yaml
 from builders.errors import InputError, SpecError
 from builders.manifests.jobs import jobs
 from builders.manifests.lint.check import ManifestFault, check_text
-from builders.manifests.patches import Patch, images, replica, scaler, store
+from builders.manifests.patches import Patch, images, namespace_of, replica
 from builders.manifests.render import K8S, render
+from builders.manifests.scaling import scaler
 from builders.manifests.sizing import Sizing, size
+from builders.manifests.storage import store
+from builders.manifests.surroundings import creates_namespace, gateway, monitors
 from builders.spec import DeploymentSpec, Platform
 from builders.store.atomic import atomic_directory
 from runtime.record import Record
@@ -51,10 +55,6 @@ class Overlay:
 
     files: Mapping[str, str]
     components: tuple[str, ...]
-
-
-def namespace_of(spec: DeploymentSpec) -> str:
-    return spec.kubernetes.namespace or spec.name
 
 
 def write_manifests(spec: DeploymentSpec, platform: Platform, folder: Path) -> Manifests:
@@ -110,7 +110,12 @@ def overlay_files(spec: DeploymentSpec, platform: Platform) -> Overlay:
     _require_reachable(spec)
     sizing = size(spec, platform)
     names = _components(spec, platform, sizing)
-    local = {"replica": replica(spec, sizing), "store": store(spec), "scaling": scaler(spec, sizing)}
+    local = {
+        "replica": replica(spec, sizing),
+        "store": store(spec),
+        "scaling": scaler(spec, sizing),
+        "surroundings": [*gateway(spec), *monitors(spec)],
+    }
     if spec.kubernetes.build_in_cluster:
         local["build"] = jobs(spec, platform)
     local = {name: patches for name, patches in local.items() if patches}
@@ -119,7 +124,7 @@ def overlay_files(spec: DeploymentSpec, platform: Platform) -> Overlay:
         "kind": "Kustomization",
         "namespace": namespace_of(spec),
         "namePrefix": f"{spec.name}-",
-        "labels": [{"includeSelectors": True, "pairs": {"app.kubernetes.io/instance": spec.name}}],
+        "labels": [_labels(spec)],
         "resources": ["k8s/base"],
         "components": [*(f"k8s/components/{name}" for name in names), *local, "k8s/components/images"],
         "images": images(spec, platform),
@@ -137,6 +142,7 @@ def _components(spec: DeploymentSpec, platform: Platform, sizing: Sizing) -> lis
     cluster = spec.kubernetes
     on_gpu, by_claim = platform == "gpu", cluster.gpus_by == "dra"
     chosen = {
+        "namespace": creates_namespace(spec),
         "gpu": on_gpu and not by_claim,
         "dra": on_gpu and by_claim,
         "multi-gpu": sizing.gpus > 1 and not by_claim,
@@ -151,6 +157,13 @@ def _components(spec: DeploymentSpec, platform: Platform, sizing: Sizing) -> lis
         "gateway-api": cluster.gateway is not None,
     }
     return [name for name, wanted in chosen.items() if wanted]
+
+
+def _labels(spec: DeploymentSpec) -> dict[str, Any]:
+    """This deployment's own label, in every selector too. kustomize knows where built-in kinds have theirs."""
+    monitors = {"path": "spec/selector/matchLabels", "kind": "PodMonitor", "create": True}
+    pairs = {"app.kubernetes.io/instance": spec.name}
+    return {"includeSelectors": True, "pairs": pairs, "fields": [monitors]}
 
 
 def _settings(spec: DeploymentSpec, platform: Platform, sizing: Sizing) -> dict[str, Any]:

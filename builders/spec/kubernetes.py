@@ -88,11 +88,26 @@ class GatewaySlice(Slice):
     tls_secret: Name = Field("serving-tls", description="Secret with the certificate of that name")
 
 
+class TolerationSlice(Slice):
+    """A taint that pods put up with. Without `value`, any value of the key."""
+
+    key: str = Field(description="key of the taint")
+    value: str | None = Field(None, description="its value; default: any")
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(
+        None, description="its effect; default: every effect"
+    )
+
+
 class KubernetesSlice(Slice):
     """Deployment to a cluster."""
 
     namespace: Name | None = Field(
         None, description="where everything goes; default: the spec's name, so that each model has its own"
+    )
+    create_namespace: bool | None = Field(
+        None,
+        description="whether the Namespace is part of the manifests, with Pod Security restricted; default: only where "
+        "`namespace` is left out. `trireme deploy` never changes one that is there",
     )
     images: ImageSlice = ImageSlice()
     model_store: ModelStoreSlice = ModelStoreSlice()
@@ -101,7 +116,15 @@ class KubernetesSlice(Slice):
         None, description="a way in from outside; default: reachable inside the cluster only"
     )
     build_in_cluster: bool = Field(True, description="a Job builds the model on the kind of node that will serve it")
+    huggingface_token: Name | None = Field(
+        None, description="Secret whose key `token` the engine-build Job downloads with; for gated and private models"
+    )
     monitoring: bool = Field(True, description="PodMonitor, alerts and a dashboard; needs the Prometheus operator")
+    monitoring_labels: dict[str, str] = Field(
+        {},
+        description="labels of PodMonitor and PrometheusRule, where Prometheus selects by them: kube-prometheus-stack "
+        "wants `release: <its release>`",
+    )
 
     gpu_resource: str = Field("nvidia.com/gpu", description="device plugin's name; a MIG slice has one of its own")
     gpus_by: Literal["device-plugin", "dra"] = Field(
@@ -109,6 +132,14 @@ class KubernetesSlice(Slice):
     )
     gpus_per_node: Positive = Field(8, description="a spec with more ranks than this is refused")
     node_selector: dict[str, str] = Field({}, description="labels of the nodes; GPU nodes are found by engine.targets")
+    gpu_node_labels: dict[str, dict[str, str]] = Field(
+        {},
+        description="target (`sm89`) -> labels of the nodes with such a GPU, such as "
+        "`cloud.google.com/gke-accelerator: nvidia-l4`; default: those of NVIDIA's GPU feature discovery",
+    )
+    tolerations: tuple[TolerationSlice, ...] = Field(
+        (), description="taints that pods and build Jobs tolerate, besides `nvidia.com/gpu` on GPUs"
+    )
     priority_class: str | None = Field(None, description="PriorityClass of the pods")
 
     cpus: Positive | None = Field(None, description="CPUs of a pod; default: 4, or 8 for each GPU")

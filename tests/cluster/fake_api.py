@@ -72,7 +72,7 @@ class Handler(BaseHTTPRequestHandler):
             self.cluster.check_right("create", resource, namespace)
             serve_port_forward(self, self.cluster, str(namespace), str(name), int(query["ports"]))
             return
-        self.cluster.check_right(verb, resource, namespace)
+        self.cluster.check_right(verb, resource, namespace, name)
         if subresource == "log":
             self._send_text(self.cluster.log(str(namespace), str(name), query))
         elif verb == "watch":
@@ -81,12 +81,16 @@ class Handler(BaseHTTPRequestHandler):
             self._send(*self.cluster.handle(verb, version, plural, namespace, name, query, body))
 
     def _send(self, code: int, item: Any) -> None:
-        self._send_text(json.dumps(item), code, "application/json")
+        warning = self.cluster.warnings.get(str(item.get("kind"))) if self.command in ("POST", "PATCH") else None
+        self._send_text(json.dumps(item), code, "application/json", warning)
 
-    def _send_text(self, text: str, code: int = 200, kind: str = "text/plain") -> None:
+    def _send_text(self, text: str, code: int = 200, kind: str = "text/plain", warning: str | None = None) -> None:
         data = text.encode()
         self.send_response(code)
         self.send_header("Content-Type", kind)
+        if warning is not None:
+            quoted = warning.replace("\\", "\\\\").replace('"', '\\"')
+            self.send_header("Warning", f'299 - "{quoted}"')
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)

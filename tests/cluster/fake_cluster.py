@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from tests.cluster.fake_defaults import as_held
 from tests.cluster.fake_ownership import merge
 
 Key = tuple[str, str, str | None, str]  # apiVersion, plural, namespace, name
@@ -21,6 +22,8 @@ KINDS = {
     ("v1", "configmaps"): ("ConfigMap", True),
     ("v1", "secrets"): ("Secret", True),
     ("v1", "persistentvolumeclaims"): ("PersistentVolumeClaim", True),
+    ("v1", "persistentvolumes"): ("PersistentVolume", False),
+    ("storage.k8s.io/v1", "storageclasses"): ("StorageClass", False),
     ("apps/v1", "deployments"): ("Deployment", True),
     ("apps/v1", "replicasets"): ("ReplicaSet", True),
     ("batch/v1", "jobs"): ("Job", True),
@@ -44,7 +47,8 @@ class Refusal(Exception):
 
 
 class FakeCluster:
-    """`denied` holds (verb, resource); `quota` maps a kind to the message that its creation is refused with.
+    """`denied` holds (verb, resource), `granted` (verb, resource, name) in spite of it; `quota` maps a kind to the message
+    that its creation is refused with, `warnings` a kind to the warning that comes with an answer about it.
 
     `images` says what pods of an image do, see `fake_controllers`. `logs` are by (pod's container, previous).
     """
@@ -55,7 +59,9 @@ class FakeCluster:
         self.kinds = dict(KINDS)
         self.requests: list[tuple[str, str, str | None]] = []
         self.denied: set[tuple[str, str]] = set()
+        self.granted: set[tuple[str, str, str]] = set()
         self.quota: dict[str, str] = {}
+        self.warnings: dict[str, str] = {}
         self.images: dict[str, str] = {}
         self.logs: dict[tuple[str, bool], str] = {}
         self.addresses: dict[tuple[str, int], tuple[str, int]] = {}
@@ -128,8 +134,8 @@ class FakeCluster:
         found.append({"name": f"{found[0]['name']}/status", "kind": found[0]["kind"], "namespaced": True})
         return {"kind": "APIResourceList", "groupVersion": version, "resources": found}
 
-    def check_right(self, verb: str, resource: str, namespace: str | None) -> None:
-        if (verb, resource) in self.denied:
+    def check_right(self, verb: str, resource: str, namespace: str | None, name: str | None = None) -> None:
+        if (verb, resource) in self.denied and (verb, resource, name) not in self.granted:
             where = f' in the namespace "{namespace}"' if namespace else " at the cluster scope"
             who = f'User "tester" cannot {verb} resource "{resource}" in API group ""{where}'
             raise Refusal(403, "Forbidden", f"{resource} is forbidden: {who}")
@@ -137,7 +143,8 @@ class FakeCluster:
     def review(self, body: dict[str, Any]) -> dict[str, Any]:
         asked = body["spec"]["resourceAttributes"]
         resource = "/".join(filter(None, [asked["resource"], asked.get("subresource")]))
-        return {**body, "status": {"allowed": (asked["verb"], resource) not in self.denied}}
+        named = (asked["verb"], resource, asked.get("name")) in self.granted
+        return {**body, "status": {"allowed": named or (asked["verb"], resource) not in self.denied}}
 
     def handle(
         self, verb: str, version: str, plural: str, namespace: str | None, name: str | None, query: Any, body: Any
@@ -149,7 +156,8 @@ class FakeCluster:
                 return 200, self._list(version, plural, namespace, query)
             if verb in ("create", "patch") and namespace and ("v1", "namespaces", None, namespace) not in self.objects:
                 raise Refusal(404, "NotFound", f'namespaces "{namespace}" not found')
-            key = (version, plural, namespace, name or body["metadata"]["name"])
+            own = name or body["metadata"].get("name") or f"{body['metadata']['generateName']}x7k2p"
+            key = (version, plural, namespace, own)
             done: tuple[int, dict[str, Any]] = getattr(self, f"_{verb}")(key, query, body)
             return done
 
@@ -164,6 +172,10 @@ class FakeCluster:
     def _create(self, key: Key, query: Any, body: Any) -> tuple[int, dict[str, Any]]:
         if key in self.objects:
             raise Refusal(409, "AlreadyExists", f'{key[1]} "{key[3]}" already exists')
+        if self.kinds[key[:2]][0] in self.quota:
+            raise Refusal(403, "Forbidden", f'{key[1]} "{key[3]}" is forbidden: {self.quota[self.kinds[key[:2]][0]]}')
+        if query.get("dryRun") == "All":
+            return 201, body
         return 201, self.store(key, body)
 
     def _update(self, key: Key, query: Any, body: Any) -> tuple[int, dict[str, Any]]:
@@ -185,6 +197,9 @@ class FakeCluster:
         if old is None and body["kind"] in self.quota:
             raise Refusal(403, "Forbidden", f'{key[1]} "{key[3]}" is forbidden: {self.quota[body["kind"]]}')
         item, owners, conflicts = merge(old or {}, self.owners.get(key, {}), body, manager)
+        as_held(item)
+        if key[2]:
+            item["metadata"]["namespace"] = key[2]
         if conflicts and query.get("force") != "true":
             causes = [
                 {"reason": "FieldManagerConflict", "message": f'conflict with "{owner}" using {key[0]}', "field": field}

@@ -155,11 +155,18 @@ class Controllers:
 
     def _job(self, key: Key, item: dict[str, Any]) -> None:
         item["spec"].setdefault("selector", {"matchLabels": {"batch.kubernetes.io/job-name": key[3]}})
-        pods = self._owned(_PODS, key)
-        if not pods:
+        pods, behaviour = self._owned(_PODS, key), self._behaviour(item)
+        if behaviour == "quota":  # no condition says so, only an event
+            told = (*_EVENTS, key[2], f"{key[3]}.failedcreate")
+            about = {"involvedObject": {"kind": "Job", "name": key[3]}, "reason": "FailedCreate", "message": _QUOTA}
+            if told not in self._cluster.objects:
+                self._cluster.store(told, {"metadata": {}, "type": "Warning", **about})
+        elif not pods:
             self._start_pod(key, item["spec"]["template"], 0, item["spec"]["selector"]["matchLabels"])
             self._write(key, spec=item["spec"], status={"active": 1})
-        elif self._behaviour(item) == "runs":
+        elif behaviour in UNSCHEDULED or behaviour in ("missing", "unconfigured", "slow"):
+            self._advance(*pods[0])  # the Job waits, until its deadline
+        elif behaviour == "runs":
             self._finish(key, item, {"succeeded": 1, "conditions": [{"type": "Complete", "status": "True"}]})
         else:
             self._advance(*pods[0])

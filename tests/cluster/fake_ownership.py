@@ -6,6 +6,15 @@ import copy
 import itertools
 from typing import Any
 
+ATOMIC = {
+    "metrics",
+    "rules",
+    "parentRefs",
+    "backendRefs",
+    "certificateRefs",
+    "tolerations",
+    "triggers",
+}  # one value each
 Path = tuple[Any, ...]  # keys of mappings; (key, text) for the item of a list in which item[key] == text
 _SERVER_OWNED = {("apiVersion",), ("kind",), ("metadata", "name"), ("metadata", "namespace")}
 
@@ -42,7 +51,8 @@ def leaves(item: Any, path: Path = ()) -> list[tuple[Path, Any]]:
     if isinstance(item, dict) and item:
         return [found for key, part in item.items() for found in leaves(part, (*path, key))]
     if isinstance(item, list) and item and (key := _known_by(item)):
-        return [found for part in item for found in leaves(part, (*path, (key, part[key])))]
+        if not (path and path[-1] in ATOMIC):
+            return [found for part in item for found in leaves(part, (*path, (key, part[key])))]
     return [(path, item)]
 
 

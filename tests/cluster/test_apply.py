@@ -160,9 +160,15 @@ def test_an_invalid_object_with_its_causes(cluster: Cluster) -> None:
         dry_run(cluster, [moved])
 
 
-def test_a_job_that_runs_is_not_replaced(cluster: Cluster) -> None:
+def test_a_job_that_runs_is_not_replaced(cluster: Cluster, fake: FakeCluster) -> None:
     """No controllers here, so it never ends."""
-    list(apply(cluster, [job()]))
+    started = job()
+    started["spec"]["selector"] = {"matchLabels": {"job": "engines"}}
+    list(apply(cluster, [started]))
+    uid = fake.objects["batch/v1", "jobs", "prod", "engines"]["metadata"]["uid"]
+    about = {"labels": {"job": "engines"}, "ownerReferences": [{"uid": uid}]}
+    pod = {"metadata": about, "status": {"phase": "Running"}}
+    fake.store(("v1", "pods", "prod", "engines-0"), pod)
     for attempt in (dry_run, apply):
         with pytest.raises(
             ClusterError, match=r"a change of its template while it runs.*kubectl delete job -n prod engines"
@@ -224,7 +230,7 @@ def test_all_missing_rights_in_one_answer_and_nothing_is_changed(cluster: Cluste
     documents = [deployment(), job(), config_map()]
     with pytest.raises(ClusterError) as caught:
         deploy(cluster, "demo", documents, PATIENCE, silent)
-    assert caught.value.got == "no right to create deployments.apps, get pods/log, watch jobs.batch"
+    assert caught.value.got == "no right to watch jobs.batch, create deployments.apps, get pods/log"
     assert not [name for verb, _, name in fake.requests if verb in ("patch", "update") and name]
     fake.denied.clear()
     require_rights(cluster, needed_to_apply(cluster, documents))

@@ -194,4 +194,4 @@ def test_a_preset_as_it_is_rendered(run: Run, fake: FakeCluster, tmp_path: Path)
     assert len(record["objects"]) == len(documents)
     assert {item["state"] for item in record["workloads"]} == {"done"}
     again = json.loads(run("deploy", "minilm", "--json", "--timeout-s", "10").stdout)
-    assert {row["change"] for row in again["objects"]} == {"unchanged"}
+    assert {row["change"] for row in again["objects"]} == {"unchanged", "kept"}, "the Namespace is there now"

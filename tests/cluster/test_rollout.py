@@ -348,8 +348,8 @@ def test_history_is_short_and_keeps_what_worked() -> None:
 
 
 def test_a_record_that_is_not_ours(fake: FakeCluster, tmp_path: Path) -> None:
-    fake.store(("v1", "secrets", "prod", "trireme-revisions-demo"), {"metadata": {}, "data": {"revisions": "bm8="}})
-    with connected(fake, tmp_path) as cluster, pytest.raises(ClusterError, match="delete this Secret"):
+    fake.store(("v1", "configmaps", "prod", "trireme-revisions-demo"), {"metadata": {}, "data": {"revisions": "bm8="}})
+    with connected(fake, tmp_path) as cluster, pytest.raises(ClusterError, match="delete this ConfigMap"):
         undo(cluster, "demo", PATIENCE, silent)
 
 

@@ -23,8 +23,8 @@ from builders.manifests.lint.quantity import parse_quantity
 from builders.manifests.lint.schemas import SUPPORTED, schema_findings
 from builders.manifests.render import render
 from tests import ROOT
-from tests.cluster.kube_edits import EDITS, Edit, edited
 from tests.conftest import needs_kubectl
+from tests.manifests.kube_edits import EDITS, Edit, edited
 
 pytestmark = needs_kubectl
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import shutil
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,8 @@ from builders.errors import CheckError, InputError, MachineError, SpecError, Uns
 from builders.manifests.lint.check import ManifestFault
 from builders.manifests.lint.objects import ObjectSet, at, read_objects
 from builders.manifests.overlay import RENDERED, overlay_files, write_manifests
-from builders.manifests.patches import signals
 from builders.manifests.render import K8S, render
+from builders.manifests.scaling import signals
 from builders.manifests.sizing import STARTUP_PERIOD_S, size
 from builders.spec import PRESETS, DeploymentSpec, Platform, load_spec
 from tests.conftest import needs_kubectl
@@ -62,7 +64,7 @@ def test_each_type_of_gpu_has_a_job_that_builds_on_it(tmp_path: Path) -> None:
         (terms,) = at(pod, "affinity.nodeAffinity.requiredDuringSchedulingIgnoredDuringExecution.nodeSelectorTerms")
         major, minor = (row["values"][0] for row in terms["matchExpressions"])
         (box,) = pod["containers"]
-        assert box["resources"]["limits"]["nvidia.com/gpu"] == 1
+        assert box["resources"]["limits"]["nvidia.com/gpu"] == "1"
         assert f"--target=sm{major}{minor}" in box["args"]
         built[f"sm{major}{minor}"] = job.name
     assert set(built) == set(spec.engine.targets)
@@ -101,18 +103,27 @@ SPECS: dict[str, tuple[Platform, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", SPECS)
-def test_every_kind_of_deployment_passes_the_checks(name: str, tmp_path: Path) -> None:
+@cache
+def made(name: str) -> ObjectSet:
+    """The objects of one of SPECS, written and checked once for all tests."""
     platform, slices = SPECS[name]
-    done = write_manifests(spec_with(**slices), platform, tmp_path / "overlay")
-    assert done.objects == len(objects_of(tmp_path / "overlay").objects)
+    with tempfile.TemporaryDirectory() as folder:
+        done = write_manifests(spec_with(**slices), platform, Path(folder) / "overlay")
+        objects = objects_of(Path(folder) / "overlay")
+    assert done.objects == len(objects.objects)
+    return objects
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_every_kind_of_deployment_passes_the_checks(name: str) -> None:
+    assert made(name).objects
 
 
 def test_ranks_become_gpus_of_one_pod(tmp_path: Path) -> None:
     write_manifests(load_spec("minilm-tp2"), "gpu", tmp_path / "overlay")
     pod = pod_of(tmp_path / "overlay")
     for box in (*pod["initContainers"], *pod["containers"]):
-        assert box["resources"]["limits"]["nvidia.com/gpu"] == box["resources"]["requests"]["nvidia.com/gpu"] == 2
+        assert box["resources"]["limits"]["nvidia.com/gpu"] == box["resources"]["requests"]["nvidia.com/gpu"] == "2"
 
 
 def test_what_the_spec_says_stands_in_the_pod(tmp_path: Path) -> None:
@@ -126,7 +137,9 @@ def test_what_the_spec_says_stands_in_the_pod(tmp_path: Path) -> None:
     assert pod["terminationGracePeriodSeconds"] >= 20 + 60
     assert pod["priorityClassName"] == "serving"
     assert pod["nodeSelector"] == {"pool": "models"}
-    assert {item.namespace for item in objects_of(tmp_path / "overlay").objects} == {"search", ""}
+    assert {item.namespace for item in objects_of(tmp_path / "overlay").objects} == {"search"}, (
+        "and no Namespace itself"
+    )
 
 
 def test_an_overlay_stands_alone_and_is_written_again(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 Schema = dict[str, Any]
 
 _TEXT: Schema = {"type": "string", "minLength": 1}
+_GROUP: Schema = {"type": "string"}  # empty: the core group
 _BOOL: Schema = {"type": "boolean"}
 _COUNT: Schema = {"type": "integer", "minimum": 0}
 _PORT: Schema = {"type": "integer", "minimum": 1, "maximum": 65535}
@@ -167,9 +168,9 @@ _PROMETHEUS_RULE = _object(
 )
 
 _PARENTS = _list(
-    _object("name", group=_TEXT, kind=_TEXT, name=_TEXT, namespace=_TEXT, sectionName=_TEXT, port=_PORT), least=1
+    _object("name", group=_GROUP, kind=_TEXT, name=_TEXT, namespace=_TEXT, sectionName=_TEXT, port=_PORT), least=1
 )
-_BACKENDS = _list(_object("name", group=_TEXT, kind=_TEXT, name=_TEXT, namespace=_TEXT, port=_PORT, weight=_COUNT))
+_BACKENDS = _list(_object("name", group=_GROUP, kind=_TEXT, name=_TEXT, namespace=_TEXT, port=_PORT, weight=_COUNT))
 _HEADERS = _list(_object("name value", name=_TEXT, value=_TEXT, type=_enum("Exact", "RegularExpression")))
 
 _GATEWAY = _object(
@@ -184,12 +185,12 @@ _GATEWAY = _object(
             protocol=_enum("HTTP", "HTTPS", "TLS", "TCP", "UDP"),
             tls=_object(
                 mode=_enum("Terminate", "Passthrough"),
-                certificateRefs=_list(_object("name", group=_TEXT, kind=_TEXT, name=_TEXT, namespace=_TEXT)),
+                certificateRefs=_list(_object("name", group=_GROUP, kind=_TEXT, name=_TEXT, namespace=_TEXT)),
                 options=_TEXTS,
             ),
             allowedRoutes=_object(
                 namespaces=_object("", **{"from": _enum("All", "Selector", "Same")}, selector=_SELECTOR),
-                kinds=_list(_object("kind", group=_TEXT, kind=_TEXT)),
+                kinds=_list(_object("kind", group=_GROUP, kind=_TEXT)),
             ),
         ),
         least=1,

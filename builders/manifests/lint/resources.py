@@ -14,7 +14,7 @@ _UNITS = "a number with one of m, k, M, G, T, Ki, Mi, Gi, Ti"
 
 def quantities(objects: ObjectSet) -> Iterator[Finding]:
     """An API server refuses these; no schema does, because to it a quantity is a string."""
-    for title, path, value in _written_quantities(objects):
+    for title, path, value in written_quantities(objects):
         number = parse_quantity(value)
         if number is None or number < 0:
             yield Finding("quantity", title, path, repr(value), _UNITS, "write for example 500m or 16Gi")
@@ -23,7 +23,7 @@ def quantities(objects: ObjectSet) -> Iterator[Finding]:
             yield Finding("quantity", title, path, f"{value}, which is {number} bytes", "whole bytes", fix)
 
 
-def _written_quantities(objects: ObjectSet) -> Iterator[tuple[str, str, object]]:
+def written_quantities(objects: ObjectSet) -> Iterator[tuple[str, str, object]]:
     for pod in objects.pods():
         for path, container in pod.containers():
             for kind in ("requests", "limits"):

@@ -1,0 +1,60 @@
+"""What stands around the pods: the Namespace, the way in from outside, monitors and alerts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from builders.manifests.patches import Patch, namespace_of, replace
+from builders.manifests.render import K8S
+from builders.manifests.scaling import pods_of
+from builders.spec import DeploymentSpec
+
+# As the rules in components/monitoring select: pods of the overlays that are written by hand.
+_PODS = 'namespace="trireme",pod=~"serving-.*"'
+_DEPLOYMENT = 'namespace="trireme",deployment="serving"'
+
+
+def creates_namespace(spec: DeploymentSpec) -> bool:
+    """A namespace that the spec names is somebody's already, unless it says otherwise."""
+    chosen = spec.kubernetes.create_namespace
+    return spec.kubernetes.namespace is None if chosen is None else chosen
+
+
+def gateway(spec: DeploymentSpec) -> list[Patch]:
+    """Class, host name and certificate of the Gateway and its route."""
+    chosen = spec.kubernetes.gateway
+    if chosen is None:
+        return []
+    reach = [
+        replace("/spec/gatewayClassName", chosen.class_name),
+        replace("/spec/listeners/0/hostname", chosen.hostname),
+        replace("/spec/listeners/0/tls/certificateRefs/0/name", chosen.tls_secret),
+    ]
+    hosts = [replace("/spec/hostnames", [chosen.hostname])]
+    return [
+        Patch("gateway.yaml", {"kind": "Gateway", "name": "serving"}, reach),
+        Patch("route.yaml", {"kind": "GRPCRoute", "name": "serving"}, hosts),
+    ]
+
+
+def monitors(spec: DeploymentSpec) -> list[Patch]:
+    """Labels that Prometheus selects monitors by, and alerts on this deployment's pods alone."""
+    if not spec.kubernetes.monitoring:
+        return []
+    rules = yaml.safe_load((K8S / "components" / "monitoring" / "rules.yaml").read_text())["spec"]["groups"][0]["rules"]
+    deployment = f'namespace="{namespace_of(spec)}",deployment="{spec.name}-serving"'
+    changed = [
+        replace(f"/spec/groups/0/rules/{index}/expr", _of(rule["expr"], pods_of(spec), deployment))
+        for index, rule in enumerate(rules)
+    ]
+    patches = [Patch("rules.yaml", {"kind": "PrometheusRule", "name": "serving"}, changed)]
+    for kind in ("PodMonitor", "PrometheusRule") if spec.kubernetes.monitoring_labels else ():
+        labels = {"op": "add", "path": "/metadata/labels", "value": dict(spec.kubernetes.monitoring_labels)}
+        patches.append(Patch(f"{kind.lower()}-labels.yaml", {"kind": kind, "name": "serving"}, [labels]))
+    return patches
+
+
+def _of(expression: str, pods: str, deployment: str) -> Any:
+    return expression.replace(_PODS, pods).replace(_DEPLOYMENT, deployment)
