@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from builders.commands.options import DEFAULT_BUILD, BuildDir, JsonFlag, PlatformOption, SpecArgument, fail, status
-from builders.errors import SpecError
+from builders.errors import InputError, SpecError
 
 if TYPE_CHECKING:
     from builders.spec import EngineSlice
@@ -37,24 +38,67 @@ def manifests(
 
 
 def lint_manifests(
-    files: Annotated[list[Path], typer.Argument(help="YAML files, or folders of them; all together one set")],
+    files: Annotated[
+        list[Path], typer.Argument(help="YAML files, folders of them or of kustomize, `-`; all together one set")
+    ],
+    ignore: Annotated[list[str] | None, typer.Option(help="rule to leave out; may be given several times")] = None,
+    crd: Annotated[
+        list[Path] | None, typer.Option(help="file or folder of CustomResourceDefinitions to check against")
+    ] = None,
+    as_sarif: Annotated[bool, typer.Option("--sarif", help="print SARIF 2.1.0, for code scanning")] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Checks anyone's manifests offline: strict schemas, then what schemas let pass. Exit 1 with findings."""
-    from builders.manifests.lint.check import check_files
+    """Checks anyone's manifests offline: strict schemas, then what schemas let pass. Exit 1 with findings.
+
+    A comment `# lint-manifests: ignore RULE` in a document leaves the rule out for its objects.
+    """
+    from builders.manifests.lint.check import check_texts, opened, read_file
+    from builders.manifests.lint.definitions import definitions
+    from builders.manifests.lint.objects import read_objects
+    from builders.manifests.lint.sarif import sarif
     from builders.manifests.lint.schemas import SUPPORTED
 
-    count, findings = check_files(files)
-    if as_json:
-        rows = [dataclasses.asdict(finding) for finding in findings]
+    skipped = _known_rules(ignore or [])
+    texts = [found for path in files for found in _manifest_texts(path)]
+    given = [
+        item for path in crd or [] for file in opened(path) for item in read_objects(read_file(file), str(file))[0]
+    ]
+    checked = check_texts(texts, given=definitions(given))
+    count, findings = len(checked.objects), [item for item in checked.findings if item.rule not in skipped]
+    if as_sarif:
+        print(json.dumps(sarif(findings, checked.places), indent=2))
+    elif as_json:
+        rows = [{"severity": finding.severity, **dataclasses.asdict(finding)} for finding in findings]
         print(json.dumps({"objects": count, "kubernetes": list(SUPPORTED), "findings": rows}, indent=2))
     else:
         for finding in findings:
             print(finding)
     if findings:
         fail(f"{len(findings)} findings in {count} objects", 1)
-    if not as_json:
+    if not as_json and not as_sarif:
         print(f"{count} objects: nothing found (Kubernetes {' and '.join(SUPPORTED)})")
+
+
+def _known_rules(chosen: list[str]) -> set[str]:
+    from builders.manifests.lint.severities import SEVERITIES
+
+    for rule in chosen:
+        if rule not in SEVERITIES:
+            expected = f"a rule: {', '.join(sorted(SEVERITIES))}"
+            raise InputError("--ignore", got=rule, expected=expected, fix="take the name as a finding says it")
+    return set(chosen)
+
+
+def _manifest_texts(path: Path) -> list[tuple[str, str]]:
+    """Sources and their text. What kustomize reads is rendered: its files are no objects by themselves."""
+    from builders.manifests.lint.check import opened, read_file
+    from builders.manifests.render import KUSTOMIZATIONS, render
+
+    if str(path) == "-":
+        return [("standard input", sys.stdin.read())]
+    if path.is_dir() and any((path / name).is_file() for name in KUSTOMIZATIONS):
+        return [(str(path), render(path))]
+    return [(str(file), read_file(file)) for file in opened(path)]
 
 
 def publish(

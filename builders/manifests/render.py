@@ -9,6 +9,7 @@ from pathlib import Path
 from builders.errors import CheckError, MachineError
 
 K8S = Path(__file__).parents[2] / "k8s"  # base and components
+KUSTOMIZATIONS = ("kustomization.yaml", "kustomization.yml", "Kustomization")  # one of them makes a folder kustomize's
 _LIMIT_S = 60
 
 

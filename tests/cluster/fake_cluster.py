@@ -47,8 +47,8 @@ class Refusal(Exception):
 
 
 class FakeCluster:
-    """`denied` holds (verb, resource), `granted` (verb, resource, name) in spite of it; `quota` maps a kind to the message
-    that its creation is refused with, `warnings` a kind to the warning that comes with an answer about it.
+    """`denied` holds (verb, resource), `granted` (verb, resource, name) in spite of it; `quota` maps a kind to the
+    message that its creation is refused with, `warnings` a kind to the warning that comes with an answer about it.
 
     `images` says what pods of an image do, see `fake_controllers`. `logs` are by (pod's container, previous).
     """

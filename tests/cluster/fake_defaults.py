@@ -1,7 +1,7 @@
 """Objects as the fake API server holds them: the canonical values and defaults that a real one was seen to write.
 
-Only those that make a second manager's apply of the same manifests a conflict: quantities, and what stands in lists that
-are one value to server-side apply.
+Only those that make a second manager's apply of the same manifests a conflict: quantities, and what stands in lists
+that are one value to server-side apply.
 """
 
 from __future__ import annotations

@@ -50,9 +50,8 @@ def merge(
 def leaves(item: Any, path: Path = ()) -> list[tuple[Path, Any]]:
     if isinstance(item, dict) and item:
         return [found for key, part in item.items() for found in leaves(part, (*path, key))]
-    if isinstance(item, list) and item and (key := _known_by(item)):
-        if not (path and path[-1] in ATOMIC):
-            return [found for part in item for found in leaves(part, (*path, (key, part[key])))]
+    if isinstance(item, list) and item and (key := _known_by(item)) and not (path and path[-1] in ATOMIC):
+        return [found for part in item for found in leaves(part, (*path, (key, part[key])))]
     return [(path, item)]
 
 

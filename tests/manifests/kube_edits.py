@@ -96,7 +96,6 @@ EDITS = [
     Edit("a policy for nobody", "selector", put("NetworkPolicy/serving", "spec podSelector matchLabels a", "b")),
     Edit("a monitor of nobody", "selector", put("PodMonitor/serving", "spec selector matchLabels a", "b")),
     Edit("a target port that is not there", "port", put("Service/serving", "spec ports 0 targetPort", "http")),
-    Edit("a numeric target port that is not there", "port", put("Service/serving", "spec ports 0 targetPort", 8000)),
     Edit(
         "two ports of one name",
         "port",
@@ -317,16 +316,55 @@ EDITS = [
         ),
     ),
     # what an API server or a controller would refuse
+    Edit("a label that is no label", "value", put("Deployment/serving", "metadata labels team", "search & ads")),
+    Edit("a label's key that is none", "value", put("Service/serving", "metadata labels a/b/c", "x")),
+    Edit("a claim of no size", "value", drop("PersistentVolumeClaim/model-store", "spec resources requests storage")),
+    Edit("a claim of no access", "value", put("PersistentVolumeClaim/model-store", "spec accessModes", [])),
+    Edit("an access mode that is none", "value", put("PersistentVolumeClaim/model-store", "spec accessModes 0", "RWX")),
+    Edit("a protocol of another spelling", "value", put("Service/serving", "spec ports 0 protocol", "tcp")),
+    Edit("a container port's protocol", "value", put("Deployment/serving", "@triton ports 0 protocol", "HTTP")),
+    Edit("liveness after two", "value", put("Deployment/serving", "@triton livenessProbe successThreshold", 2)),
+    Edit("a probe without a period", "value", put("Deployment/serving", "@triton readinessProbe periodSeconds", 0)),
+    Edit(
+        "a spread that is none",
+        "value",
+        put("Deployment/serving", "@pod topologySpreadConstraints 0 whenUnsatisfiable", "Never"),
+    ),
+    Edit("no skew at all", "value", put("Deployment/serving", "@pod topologySpreadConstraints 0 maxSkew", 0)),
+    Edit("a toleration of no effect", "value", put("Deployment/serving", "@pod tolerations 0 effect", "noSchedule")),
+    Edit("a strategy of another spelling", "value", put("Deployment/serving", "spec strategy type", "Rolling")),
+    Edit("a Service of no type", "value", put("Service/serving", "spec type", "clusterIP")),
+    Edit("a port beyond the last", "value", put("Service/serving", "spec ports 0 port", 80010)),
+    Edit(
+        "a port's name that is too long",
+        "value",
+        put("Deployment/serving", "@triton ports 1 name", "metrics-of-triton"),
+    ),
+    Edit("a container's name in capitals", "value", put("Deployment/serving", "@pod initContainers 0 name", "Fetch")),
+    Edit(
+        "an object's name in capitals",
+        "value",
+        add(apiVersion="v1", kind="ConfigMap", metadata={"name": "My_Settings", "namespace": "trireme"}),
+    ),
+    Edit("replicas below none", "value", put("Deployment/serving", "spec replicas", -1)),
+    Edit("no pods at most", "value", put(HPA, "spec maxReplicas", 0)),
+    Edit("a Job that gives up before", "value", put("Job/engine-build", "spec backoffLimit", -1)),
+    Edit("a policy of no direction", "value", put("NetworkPolicy/serving", "spec policyTypes 0", "ingress")),
+    Edit("two volumes of one name", "value", put("Deployment/serving", "@pod volumes 1 name", "models")),
     Edit("an API that is gone", "removed-api", put(HPA, "apiVersion", "autoscaling/v2beta2")),
     Edit("a version that never was", "no-schema", put("Deployment/serving", "apiVersion", "apps/v3")),
     Edit("a group with a known beginning", "no-schema", put(PDB, "apiVersion", "policy.example.com/v1")),
     Edit("an unknown kind", "no-schema", add(apiVersion="example.com/v1", kind="Thing", metadata={"name": "x"})),
     Edit("a misspelt field", "schema", put("Deployment/serving", "spec replica", 3)),
     Edit("text for a number", "schema", put("Service/serving", "spec ports 0 port", "8001")),
-    Edit("a misspelt field of a rule", "schema", put("PrometheusRule/serving", "spec groups 0 rules 1 form", "5m")),
+    Edit(
+        "a misspelt field of a rule", "unknown-field", put("PrometheusRule/serving", "spec groups 0 rules 1 form", "5m")
+    ),
     Edit("a rule that is both", "schema", put("PrometheusRule/serving", "spec groups 0 rules 0 alert", "X")),
     Edit(
-        "a misspelt field of a monitor", "schema", put("PodMonitor/serving", "spec podMetricsEndpoints 0 period", "5s")
+        "a misspelt field of a monitor",
+        "unknown-field",
+        put("PodMonitor/serving", "spec podMetricsEndpoints 0 period", "5s"),
     ),
     Edit(
         "a number where KEDA wants text",
@@ -334,7 +372,7 @@ EDITS = [
         put("ScaledObject/serving", "spec triggers 0 metadata threshold", 64),
         TP,
     ),
-    Edit("a misspelt field of KEDA", "schema", put("ScaledObject/serving", "spec maxReplicas", 64), TP),
+    Edit("a misspelt field of KEDA", "unknown-field", put("ScaledObject/serving", "spec maxReplicas", 64), TP),
     Edit(
         "a route to no Service",
         "missing-reference",
@@ -350,7 +388,7 @@ EDITS = [
         TP,
     ),
     Edit("a listener of no protocol", "schema", put("Gateway/serving", "spec listeners 0 protocol", "GRPC"), TP),
-    Edit("a misspelt field of a group", "schema", put(LWS, "spec leaderWorkerTemplate sizes", 2), "multi-node"),
+    Edit("a misspelt field of a group", "unknown-field", put(LWS, "spec leaderWorkerTemplate sizes", 2), "multi-node"),
     Edit(
         "a misspelt field of a worker",
         "schema",

@@ -65,7 +65,7 @@ def test_a_clean_file_and_a_fault_by_command(tmp_path: Path, capsys: pytest.Capt
     assert stopped.value.code == 1
     found = json.loads(capsys.readouterr().out)["findings"]
     assert {item["rule"] for item in found} == {"port"}
-    assert all(set(item) == {"rule", "object", "path", "got", "expected", "fix"} for item in found)
+    assert all(set(item) == {"severity", "rule", "object", "path", "got", "expected", "fix"} for item in found)
 
 
 @pytest.mark.parametrize(

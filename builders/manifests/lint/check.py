@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from builders.errors import CheckError
 from builders.manifests.lint import lint
 from builders.manifests.lint.objects import Finding, KubeObject, ManifestError, ObjectSet, read_objects
-from builders.manifests.lint.schemas import SUPPORTED, schema_findings
+from builders.manifests.lint.schemas import SUPPORTED, Definitions, schema_findings, sound_part
 from builders.manifests.lint.versions import removed_versions
 
 
@@ -20,32 +21,55 @@ class ManifestFault(CheckError):
         super().__init__(f"{len(findings)} findings:\n" + "\n".join(f"  {finding}" for finding in findings))
 
 
+@dataclass(frozen=True)
+class Checked:
+    """What was read, and what was found, without what comments beside the objects switch off."""
+
+    objects: tuple[KubeObject, ...]
+    findings: tuple[Finding, ...]
+
+    @property
+    def places(self) -> dict[str, tuple[str, int]]:
+        return {item.title: (item.source, item.line) for item in self.objects}
+
+
 def check_text(text: str, source: str, versions: Sequence[str] = SUPPORTED) -> list[Finding]:
     """Findings over one YAML stream. Raises ManifestError when it is no Kubernetes YAML."""
-    objects, findings = read_objects(text, source)
-    return findings + _check(objects, versions)
+    return list(check_texts([(source, text)], versions).findings)
 
 
 def check_files(files: Sequence[Path], versions: Sequence[str] = SUPPORTED) -> tuple[int, list[Finding]]:
-    """Number of objects and the findings over files, which are one set: a reference may lead from one to another.
+    """Number of objects and the findings over files. Raises ManifestError for what cannot be read."""
+    checked = check_texts([(str(file), read_file(file)) for path in files for file in opened(path)], versions)
+    return len(checked.objects), list(checked.findings)
 
-    A folder stands for the YAML files directly in it. Raises ManifestError for what cannot be read.
-    """
+
+def check_texts(
+    texts: Sequence[tuple[str, str]], versions: Sequence[str] = SUPPORTED, given: Definitions | None = None
+) -> Checked:
+    """Over streams by the names of their sources, which are one set: a reference may lead from one to another."""
     objects: list[KubeObject] = []
     findings: list[Finding] = []
-    for file in (part for path in files for part in _opened(path)):
-        try:
-            text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            got = (error.strerror or str(error)) if isinstance(error, OSError) else "no UTF-8 text"
-            raise ManifestError(str(file), got=got, expected="a readable YAML file", fix="check the path") from error
-        found, twice = read_objects(text, str(file))
+    for source, text in texts:
+        found, faults = read_objects(text, source)
         objects += found
-        findings += twice
-    return len(objects), findings + _check(objects, versions)
+        findings += faults
+    findings += _check(objects, versions, given)
+    ignored = {(item.title, rule) for item in objects for rule in item.ignored}
+    kept = [finding for finding in findings if (finding.object, finding.rule) not in ignored]
+    return Checked(tuple(objects), tuple(kept))
 
 
-def _opened(path: Path) -> list[Path]:
+def read_file(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        got = (error.strerror or str(error)) if isinstance(error, OSError) else "no UTF-8 text"
+        raise ManifestError(str(file), got=got, expected="a readable YAML file", fix="check the path") from error
+
+
+def opened(path: Path) -> list[Path]:
+    """A folder stands for the YAML files directly in it."""
     if not path.is_dir():
         return [path]
     found = sorted(file for file in path.iterdir() if file.suffix in (".yaml", ".yml", ".json"))
@@ -54,12 +78,30 @@ def _opened(path: Path) -> list[Path]:
     return found
 
 
-def _check(objects: Sequence[KubeObject], versions: Sequence[str]) -> list[Finding]:
-    """Schemas first. The lint trusts types, so it waits until they hold; a kind without a schema is left out of it."""
+def _check(objects: Sequence[KubeObject], versions: Sequence[str], given: Definitions | None) -> list[Finding]:
+    """Schemas first. The lint trusts types, so what a schema refuses is taken away before, as is a kind without one."""
     removed = list(removed_versions(ObjectSet(tuple(objects))))
     gone = {finding.object for finding in removed}
-    faults = [finding for item in objects if item.title not in gone for finding in schema_findings(item, versions)]
-    unknown = {finding.object for finding in faults if finding.rule == "no-schema"}
-    if any(finding.rule == "schema" for finding in faults):
-        return removed + faults
-    return removed + faults + lint(ObjectSet(tuple(item for item in objects if item.title not in gone | unknown)))
+    faults: list[Finding] = []
+    sound: list[KubeObject] = []
+    lost: dict[str, list[str]] = {}
+    for item in objects:
+        if item.title in gone:
+            continue
+        found = schema_findings(item, versions, given)
+        faults += found
+        if not found:
+            sound.append(item)
+        elif found[0].rule != "no-schema":
+            part, paths = sound_part(item, versions[-1], given)
+            lost[item.title] = paths
+            sound += [part] if part is not None else []
+    # A field that a small schema does not know takes nothing away that the rules ask about.
+    whole = all(finding.rule in ("no-schema", "unknown-field") for finding in faults)
+    linted = lint(ObjectSet(tuple(sound)), whole)
+    return removed + faults + [item for item in linted if not _follows(item, lost.get(item.object, []))]
+
+
+def _follows(finding: Finding, lost: Sequence[str]) -> bool:
+    """Whether it is about what was taken away, or about a place that lacks it therefore."""
+    return any(finding.path.startswith(path) or path.startswith(finding.path) for path in lost)

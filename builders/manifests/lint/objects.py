@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -9,6 +10,7 @@ from typing import Any, cast
 import yaml
 
 from builders.errors import InputError
+from builders.manifests.lint.severities import SEVERITIES, Severity
 
 
 @dataclass(frozen=True)
@@ -22,8 +24,13 @@ class Finding:
     expected: str
     fix: str
 
+    @property
+    def severity(self) -> Severity:
+        return SEVERITIES[self.rule]
+
     def __str__(self) -> str:
-        return f"{self.object} {self.path}: {self.rule}: got {self.got}; expected {self.expected}. Fix: {self.fix}"
+        where = f"{self.severity}: {self.object} {self.path}: {self.rule}"
+        return f"{where}: got {self.got}; expected {self.expected}. Fix: {self.fix}"
 
 
 class ManifestError(InputError):
@@ -32,9 +39,15 @@ class ManifestError(InputError):
 
 @dataclass(frozen=True)
 class KubeObject:
-    """One object. `data` is what the file says; nothing is defaulted."""
+    """One object. `data` is what the file says; nothing is defaulted.
+
+    `source` and `line`: where its document begins. `ignored` are rules that a comment in it switches off.
+    """
 
     data: Mapping[str, Any]
+    source: str = ""
+    line: int = 1
+    ignored: frozenset[str] = frozenset()
 
     @property
     def kind(self) -> str:
@@ -118,10 +131,11 @@ class ObjectSet:
 
     def selected(self, labels: Mapping[str, Any], namespace: str) -> list[Pod]:
         """Pods in the namespace that carry all these labels."""
+        of_files = {key: text for key, text in labels.items() if not set_by_a_controller(key)}
         return [
             pod
             for pod in self.pods()
-            if pod.owner.namespace == namespace and labels.items() <= dict(pod.labels).items()
+            if pod.owner.namespace == namespace and of_files.items() <= dict(pod.labels).items()
         ]
 
 
@@ -133,11 +147,27 @@ def pods_of(item: KubeObject) -> Iterator[Pod]:
             yield Pod(item, where, mapping(template, "metadata.labels"), mapping(template, "spec"))
 
 
+_BY_CONTROLLERS = (
+    "leaderworkerset.sigs.k8s.io",
+    "batch.kubernetes.io",
+    "statefulset.kubernetes.io",
+    "apps.kubernetes.io",
+)
+
+
+def set_by_a_controller(key: str) -> bool:
+    """Labels that pods get when they are made: no file holds them."""
+    return key.partition("/")[0] in _BY_CONTROLLERS or key in ("job-name", "controller-uid", "pod-template-hash")
+
+
 def matches(selector: Mapping[str, Any], labels: Mapping[str, str]) -> bool:
-    """A LabelSelector against labels. An empty one matches everything."""
-    if not mapping(selector, "matchLabels").items() <= dict(labels).items():
+    """A LabelSelector against labels. An empty one matches everything; what a controller will set is taken as there."""
+    wanted = {key: text for key, text in mapping(selector, "matchLabels").items() if not set_by_a_controller(key)}
+    if not wanted.items() <= dict(labels).items():
         return False
     for item in rows(selector, "matchExpressions"):
+        if set_by_a_controller(str(item.get("key"))):
+            continue
         value, values = labels.get(str(item.get("key"))), item.get("values") or []
         operator = item.get("operator")
         held = {
@@ -183,7 +213,10 @@ def words(data: Any, path: str) -> list[str]:
 
 
 class _Loader(yaml.CSafeLoader):
-    """YAML as an API server reads it: dates stay text. A key given twice is noted, where kubectl takes the last."""
+    """YAML as kubectl reads it: dates and `8080:80` stay text, `y` means yes, `0o17` and `1e3` are numbers.
+
+    A key given twice is noted, where kubectl takes the last.
+    """
 
     duplicates: list[tuple[str, int]]
 
@@ -194,13 +227,25 @@ class _Loader(yaml.CSafeLoader):
                 if key.value in seen:
                     self.duplicates.append((key.value, key.start_mark.line + 1))
                 seen.add(key.value)
-        return cast("dict[Any, Any]", super().construct_mapping(node, deep))
+        found = cast("dict[Any, Any]", super().construct_mapping(node, deep))
+        return {str(key).lower() if isinstance(key, bool) else key: part for key, part in found.items()}
 
 
+_TAG = "tag:yaml.org,2002:"
+_OTHERWISE = (f"{_TAG}timestamp", f"{_TAG}int", f"{_TAG}float")  # read by YAML 1.1's rules there, by Go's here
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in found if tag != "tag:yaml.org,2002:timestamp"]
+    first: [(tag, pattern) for tag, pattern in found if tag not in _OTHERWISE]
     for first, found in yaml.CSafeLoader.yaml_implicit_resolvers.items()
 }
+_INT = re.compile(r"[-+]?(?:0b[01_]+|0o?[0-7_]+|0x[0-9a-fA-F_]+|0|[1-9][0-9_]*)$")
+_FLOAT = re.compile(
+    r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$|[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$"
+)
+_Loader.add_implicit_resolver(f"{_TAG}bool", re.compile("[yYnN]$"), list("yYnN"))
+_Loader.add_implicit_resolver(f"{_TAG}int", _INT, list("-+0123456789"))
+_Loader.add_implicit_resolver(f"{_TAG}float", _FLOAT, list("-+0123456789."))
+_Loader.add_constructor(f"{_TAG}bool", lambda loader, node: str(node.value).lower() in ("y", "yes", "on", "true"))
+_IGNORE = re.compile(r"^\s*#\s*lint-manifests:\s*ignore\s+(.+?)\s*$")
 _Loader.add_constructor("tag:yaml.org,2002:value", lambda loader, node: str(node.value))  # a lone `=`, in many CRDs
 
 
@@ -213,10 +258,16 @@ def read_objects(text: str, source: str) -> tuple[list[KubeObject], list[Finding
     findings: list[Finding] = []
     loader = _Loader(text)
     loader.duplicates = []
+    lines, begun = text.splitlines(), 0
     try:
-        while loader.check_data():  # type: ignore[no-untyped-call]
-            document = loader.get_data()
-            opened = list(_open(document, source))
+        while loader.check_node():  # type: ignore[no-untyped-call]
+            node = loader.get_node()
+            document = loader.construct_document(node)
+            end = max(node.end_mark.line, node.start_mark.line + 1)
+            ignored = _ignored(lines[begun:end])
+            opened = list(_open(document, source, node.start_mark.line + 1, ignored))
+            begun = end
+            findings += [_unknown_rule(source, rule) for rule in sorted(ignored - SEVERITIES.keys())]
             objects += opened
             title = opened[0].title if opened else source
             findings += [_twice(title, source, key, line) for key, line in loader.duplicates]
@@ -235,7 +286,18 @@ def _twice(title: str, source: str, key: str, line: int) -> Finding:
     return Finding("duplicate-key", title, where, f"the key {key!r} twice", "each key once", "remove one of the two")
 
 
-def _open(document: Any, source: str) -> Iterator[KubeObject]:
+def _ignored(lines: Sequence[str]) -> frozenset[str]:
+    """Rules that comments of a document switch off for its objects: `# lint-manifests: ignore image-tag, token`."""
+    found = (match.group(1) for line in lines if (match := _IGNORE.match(line)))
+    return frozenset(rule for text in found for rule in re.split(r"[\s,]+", text) if rule)
+
+
+def _unknown_rule(source: str, rule: str) -> Finding:
+    expected = f"one of {', '.join(sorted(SEVERITIES))}"
+    return Finding("ignore-comment", source, "a comment", rule, expected, "correct the rule's name")
+
+
+def _open(document: Any, source: str, line: int, ignored: frozenset[str]) -> Iterator[KubeObject]:
     if document is None:
         return
     if not isinstance(document, dict) or not all(isinstance(document.get(key), str) for key in ("apiVersion", "kind")):
@@ -247,6 +309,6 @@ def _open(document: Any, source: str) -> Iterator[KubeObject]:
         )
     if document["kind"] == "List":
         for item in document.get("items") or []:
-            yield from _open(item, source)
+            yield from _open(item, source, line, ignored)
         return
-    yield KubeObject(document)
+    yield KubeObject(document, source, line, ignored)

@@ -11,6 +11,7 @@ from typing import Any
 
 from builders.manifests.lint.objects import Finding, ObjectSet, Pod, at, mapping, rows, words
 
+_SHELL = re.compile(r"(^|/)(ba|da|k|z)?sh$")
 _VARIABLE = re.compile(r"\$\$|\$\(([A-Za-z_.][A-Za-z0-9_.-]*)\)")
 # Set by the LeaderWorkerSet controller in every container of a group.
 _GROUP_VARIABLES = {"LWS_LEADER_ADDRESS", "LWS_GROUP_SIZE", "LWS_WORKER_INDEX"}
@@ -114,13 +115,19 @@ def variables(objects: ObjectSet) -> Iterator[Finding]:
     for pod in objects.pods():
         for path, container in pod.containers():
             known = environment(objects, pod, container)
-            if known is None:
+            if known is None or _in_a_shell(container):
                 continue
             for key in ("command", "args"):
                 for index, word in enumerate(words(container, key)):
                     for name in {found.group(1) for found in _VARIABLE.finditer(word) if found.group(1)} - set(known):
                         where, fix = f"{path}.{key}[{index}]", "set it in env or envFrom, or write $$ for a dollar sign"
                         yield Finding("variable", pod.owner.title, where, f"$({name})", "a variable that is set", fix)
+
+
+def _in_a_shell(container: Mapping[str, Any]) -> bool:
+    """`$(date)` is the shell's then: what is no variable is handed on as it stands."""
+    line = [*words(container, "command"), *words(container, "args")]
+    return any(_SHELL.search(word) for word in line[:1]) and any(word.endswith("c") for word in line[1:2])
 
 
 def environment(objects: ObjectSet, pod: Pod, container: Mapping[str, Any]) -> dict[str, str | None] | None:

@@ -7,8 +7,10 @@ schema is a finding.
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import cache
 from importlib import resources, util
 from typing import Any
@@ -20,20 +22,71 @@ from builders.manifests.lint.objects import Finding, KubeObject
 OLDEST, NEWEST = "1.35", "1.37"
 SUPPORTED = (OLDEST, NEWEST)
 _MOST_PER_OBJECT = 5
+_ROUNDS = 20  # of taking away what a schema refuses
+_SMALL = "a field that the small schema here knows; the project's own may know more"
+_CHECK_SPELLING = "check the spelling, or give the project's CRDs: --crd DIR"
 
 
-def schema_findings(item: KubeObject, versions: Iterable[str] = SUPPORTED) -> list[Finding]:
+Definitions = Mapping[tuple[str, str], Mapping[str, Any]]  # (apiVersion, kind) -> schema, of CRDs that the user gives
+
+
+def schema_findings(
+    item: KubeObject, versions: Iterable[str] = SUPPORTED, given: Definitions | None = None
+) -> list[Finding]:
     """Faults of one object at each Kubernetes minor version; the same fault is named once."""
     found: dict[tuple[str, str], Finding] = {}
     for version in versions:
-        validator = _validator(item.api_version, item.kind, version)
+        validator = _chosen(item, version, given)
         if validator is None:
             return [_no_schema(item, version)]
         for error in list(validator.iter_errors(item.data))[:_MOST_PER_OBJECT]:
-            path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error.absolute_path)
-            finding = _fault(item, path.lstrip(".") or "(the object)", error, version)
+            finding = _fault(item, _shown(error.absolute_path) or "(the object)", error, version)
+            if (
+                error.validator == "additionalProperties"
+                and (item.api_version, item.kind) in CUSTOM_RESOURCES
+                and (item.api_version, item.kind) not in (given or {})
+            ):
+                finding = replace(finding, rule="unknown-field", expected=_SMALL, fix=_CHECK_SPELLING)
             found.setdefault((finding.path, finding.got), finding)
     return list(found.values())
+
+
+def sound_part(
+    item: KubeObject, version: str = NEWEST, given: Definitions | None = None
+) -> tuple[KubeObject | None, list[str]]:
+    """The object without what its schema refuses, and the paths of that; None when nothing useful is left."""
+    validator, lost = _chosen(item, version, given), list[str]()
+    if validator is None:
+        return None, lost
+    data = copy.deepcopy(dict(item.data))
+    for _ in range(_ROUNDS):
+        errors = sorted(validator.iter_errors(data), key=lambda error: -len(error.absolute_path))
+        if not errors:
+            return replace(item, data=data), lost
+        path = list(errors[0].absolute_path)
+        if errors[0].validator == "additionalProperties":
+            holder, extra = _at(data, path), errors[0].schema.get("properties", {})
+            gone = [key for key in holder if key not in extra]
+            lost += [_shown([*path, key]) for key in gone]
+            for key in gone:
+                del holder[key]
+            if gone:
+                continue
+        if len(path) < 2:
+            return None, lost
+        lost.append(_shown(path))
+        del _at(data, path[:-1])[path[-1]]
+    return None, lost
+
+
+def _at(data: Any, path: Iterable[str | int]) -> Any:
+    for part in path:
+        data = data[part]
+    return data
+
+
+def _shown(path: Iterable[str | int]) -> str:
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
 
 
 def _fault(item: KubeObject, path: str, error: Any, version: str) -> Finding:
@@ -56,8 +109,18 @@ def _no_schema(item: KubeObject, version: str) -> Finding:
         "apiVersion",
         f"{item.api_version} {item.kind}, which Kubernetes {version} does not have",
         "a built-in kind, or one of " + ", ".join(sorted(kind for _, kind in CUSTOM_RESOURCES)),
-        "correct apiVersion and kind; other custom resources cannot be checked here",
+        "correct apiVersion and kind; for other custom resources give their CRDs: --crd DIR",
     )
+
+
+def _chosen(item: KubeObject, version: str, given: Definitions | None) -> Any:
+    """The given definition where there is one."""
+    schema = (given or {}).get((item.api_version, item.kind))
+    if schema is None:
+        return _validator(item.api_version, item.kind, version)
+    from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
+
+    return Draft202012Validator(schema)
 
 
 @cache
