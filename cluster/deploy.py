@@ -124,6 +124,9 @@ def _carry_out(
         # Only now: until the last old pod has gone, its ConfigMap of the hash before must be there for a restart.
         doomed, left = left_behind(names(cluster, before), names(cluster, documents))
         deleted += [item for item in doomed if delete(cluster, item)]
+        done = history.end("ready")
+        if not steady:
+            write_history(cluster, done)
     except (RolloutError, ClusterError) as error:
         if not steady:
             with contextlib.suppress(ClusterError):  # the record then says `started`, which undo reads alike
@@ -131,10 +134,7 @@ def _carry_out(
         if isinstance(error, RolloutError):
             raise
         raise RolloutError(f"cut off after the dry run had passed: {error}") from error
-    history = history.end("ready")
-    if not steady:
-        history = write_history(cluster, history)
-    return Deployed(history.revisions[-1], tuple(applied), tuple(found), tuple(deleted), tuple(left))
+    return Deployed(done.revisions[-1], tuple(applied), tuple(found), tuple(deleted), tuple(left))
 
 
 def _bring(

@@ -14,6 +14,7 @@ from builders.commands.options import DEFAULT_BUILD, BuildDir, JsonFlag, Platfor
 from builders.errors import InputError, SpecError
 
 if TYPE_CHECKING:
+    from builders.manifests.lint.objects import KubeObject
     from builders.spec import EngineSlice
 
 
@@ -45,6 +46,9 @@ def lint_manifests(
     crd: Annotated[
         list[Path] | None, typer.Option(help="file or folder of CustomResourceDefinitions to check against")
     ] = None,
+    from_cluster: Annotated[
+        bool, typer.Option("--cluster", help="check against the CustomResourceDefinitions of the current cluster")
+    ] = False,
     as_sarif: Annotated[bool, typer.Option("--sarif", help="print SARIF 2.1.0, for code scanning")] = False,
     as_json: JsonFlag = False,
 ) -> None:
@@ -63,6 +67,7 @@ def lint_manifests(
     given = [
         item for path in crd or [] for file in opened(path) for item in read_objects(read_file(file), str(file))[0]
     ]
+    given += _cluster_definitions() if from_cluster else []
     checked = check_texts(texts, given=definitions(given))
     count, findings = len(checked.objects), [item for item in checked.findings if item.rule not in skipped]
     if as_sarif:
@@ -77,6 +82,16 @@ def lint_manifests(
         fail(f"{len(findings)} findings in {count} objects", 1)
     if not as_json and not as_sarif:
         print(f"{count} objects: nothing found (Kubernetes {' and '.join(SUPPORTED)})")
+
+
+def _cluster_definitions() -> list[KubeObject]:
+    """Raises ClusterError where there is no cluster, or these credentials may not list them."""
+    from builders.manifests.lint.objects import KubeObject
+    from cluster.api import Cluster
+    from cluster.kinds import DEFINITIONS
+
+    with Cluster.connect() as cluster:
+        return [KubeObject(item) for item in cluster.list_objects(DEFINITIONS, "").items]
 
 
 def _known_rules(chosen: list[str]) -> set[str]:

@@ -71,6 +71,7 @@ class FakeCluster:
         self._history: list[tuple[int, str, Key, dict[str, Any]]] = []
         for name in ("default", "prod"):
             self.store(("v1", "namespaces", None, name), {"metadata": {"name": name}})
+        self.store(("storage.k8s.io/v1", "storageclasses", None, "shared"), {"metadata": {"name": "shared"}})
 
     def close(self) -> None:
         """Ends every watch."""

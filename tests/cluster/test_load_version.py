@@ -289,5 +289,5 @@ def test_the_secret_of_the_pods(cluster: Cluster, fake: FakeCluster) -> None:
 
 def test_no_rights_to_the_pods(cluster: Cluster, pods: dict[str, Triton], fake: FakeCluster) -> None:
     fake.denied.add(("create", "pods/portforward"))
-    with pytest.raises(RolloutError, match="no right to get pods/portforward, create pods/portforward"):
+    with pytest.raises(RolloutError, match=r"no right to get pods/portforward .*, create pods/portforward"):
         load_version(cluster, SERVER, VERSION, SECRET, pace=PACE)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from cluster.apply import MANAGER, apply, dry_run
 from cluster.control import ensure_control_secret, mounted_version_map
 from cluster.deploy import deploy, undo
 from cluster.errors import ClusterError
+from cluster.kinds import NAMESPACES
 from cluster.refusal import Operation
 from tests.cluster.deploy_objects import (
     CONFIG_MAPS,
@@ -39,10 +42,7 @@ NAMESPACE_VERBS = ("get", "list", "watch", "create", "patch", "update", "delete"
 
 @pytest.fixture
 def fake() -> FakeCluster:
-    found = FakeCluster()
-    classes = ("storage.k8s.io/v1", "storageclasses", None, "shared")
-    found.store(classes, {"metadata": {"name": "shared"}})
-    return found
+    return FakeCluster()
 
 
 @pytest.fixture
@@ -216,6 +216,35 @@ def test_two_managers_of_the_same_manifests_agree(name: str, cluster: Cluster, f
     assert {found.change for found in apply(cluster, documents)} <= {"unchanged", "kept"}
     owners = fake.owners["apps/v1", "deployments", documents[-1]["metadata"].get("namespace"), "minilm-serving"]
     assert {MANAGER, "kubectl"} in owners.values()
+
+
+@needs_kubectl
+@pytest.mark.cluster
+@pytest.mark.parametrize("name", ["no operator in the cluster", "a MIG slice", "a bucket of S3"])
+def test_two_managers_on_a_real_cluster(name: str) -> None:
+    """In a namespace of its own, which goes at the end. Needs the right to make one; kinds of operators are left out."""
+    if "KUBECONFIG" not in os.environ:
+        pytest.skip("KUBECONFIG is not set")
+    place = f"trireme-test-{secrets.token_hex(3)}"
+    with Cluster.connect(namespace=place) as cluster:
+        known = [item.data for item in made(name).objects if cluster.resource(item.api_version, item.kind)]
+        documents = [_moved(item, place) for item in known if item["kind"] not in ("Namespace", "PersistentVolume")]
+        body = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": place}}
+        cluster.send("POST", NAMESPACES.path(), Operation("create", NAMESPACES), body=body)
+        try:
+            for item in documents:
+                resource = cluster.resource(item["apiVersion"], item["kind"])
+                assert resource is not None
+                about = item["metadata"]["name"]
+                action, query = Operation("patch", resource, place, about), {"fieldManager": "kubectl"}
+                cluster.send("PATCH", resource.path(place, about), action, query, item)
+            assert {found.change for found in apply(cluster, documents)} == {"unchanged"}
+        finally:
+            cluster.send("DELETE", NAMESPACES.path(None, place), Operation("delete", NAMESPACES, None, place))
+
+
+def _moved(item: Any, place: str) -> dict[str, Any]:
+    return {**item, "metadata": {**item["metadata"], "namespace": place}}
 
 
 @pytest.mark.parametrize(

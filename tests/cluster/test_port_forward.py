@@ -166,7 +166,9 @@ def test_a_port_that_nothing_listens_on(cluster: Cluster) -> None:
 @pytest.mark.parametrize("verb", ["get", "create"])
 def test_missing_rights(cluster: Cluster, fake: FakeCluster, echo: Echo, verb: str) -> None:
     fake.denied.add((verb, "pods/portforward"))
-    with pytest.raises(ClusterError, match=r"no right to get pods/portforward, create pods/portforward") as caught:
+    with pytest.raises(
+        ClusterError, match=r"no right to get pods/portforward pod-a, create pods/portforward pod-a"
+    ) as caught:
         PortForward(cluster, "prod", lambda: "pod-a", POD_PORT)
     assert caught.value.code == 403
 

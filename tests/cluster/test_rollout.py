@@ -339,8 +339,8 @@ def test_two_deployments_at_once(fake: FakeCluster, tmp_path: Path) -> None:
 
 def test_history_is_short_and_keeps_what_worked() -> None:
     history = History("demo").begin([config_map()]).end("ready")
-    for _ in range(20):
-        history = history.begin([config_map("bad")]).end("failed")
+    for number in range(20):
+        history = history.begin([config_map(f"bad-{number}")]).end("failed")
     assert [item.number for item in history.revisions] == [1, 18, 19, 20, 21]
     ready = history.last_ready(before=21)
     assert ready is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from builders.manifests.lint.objects import read_objects
 from builders.manifests.lint.severities import SEVERITIES
 from builders.manifests.overlay import write_manifests
 from builders.spec import load_spec
+from tests.cluster.fake_api import serving, write_kubeconfig
+from tests.cluster.fake_cluster import FakeCluster
 from tests.conftest import needs_kubectl
 
 BAD_SERVICE = """apiVersion: v1
@@ -185,6 +188,22 @@ def test_definitions_by_command(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "1 objects: nothing found" in capsys.readouterr().out
 
 
+def test_definitions_of_the_cluster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake = FakeCluster()
+    fake.store(("apiextensions.k8s.io/v1", "customresourcedefinitions", None, "shapes.example.org"), CRD)
+    shape = {"apiVersion": "example.org/v1", "kind": "Shape", "metadata": {"name": "round"}, "spec": {"corners": 2}}
+    (tmp_path / "shape.yaml").write_text(yaml.safe_dump(shape))
+    with serving(fake) as url:
+        monkeypatch.setenv("KUBECONFIG", str(write_kubeconfig(tmp_path / "kubeconfig", url)))
+        monkeypatch.setattr("kubernetes.config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "kubeconfig"))
+        monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "kubeconfig"))
+        with pytest.raises(SystemExit):
+            run(lambda: lint_manifests([tmp_path / "shape.yaml"], from_cluster=True))
+    assert "Shape/round spec.corners: schema: got 2 is less than the minimum of 3" in capsys.readouterr().out
+
+
 GROUP = """apiVersion: leaderworkerset.x-k8s.io/v1
 kind: LeaderWorkerSet
 metadata: {name: vllm}
@@ -220,7 +239,5 @@ def test_every_rule_has_a_severity() -> None:
     """`Finding.severity` looks it up, so a rule without one is a crash at its first finding."""
     folder = Path(__file__).parents[2] / "builders" / "manifests" / "lint"
     text = "".join(file.read_text() for file in folder.glob("*.py"))
-    import re
-
     named = set(re.findall(r'(?:Finding\(\s*|rule=)"([a-z-]+)"', text))
     assert named == set(SEVERITIES)
