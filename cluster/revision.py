@@ -81,7 +81,7 @@ class History:
         """
         sealed, secrets = seal(documents)
         if self.current is not None and restores is None and self.holds(documents):
-            outcome = "ready" if self.current.outcome == "ready" else "started"
+            outcome: Outcome = "ready" if self.current.outcome == "ready" else "started"
             return replace(
                 self, revisions=(*self.revisions[:-1], replace(self.current, outcome=outcome)), secrets=secrets
             )

@@ -30,7 +30,7 @@ from builders.manifests.render import K8S, render
 from builders.manifests.scaling import scaler
 from builders.manifests.sizing import Sizing, size
 from builders.manifests.storage import store
-from builders.manifests.surroundings import creates_namespace, gateway, monitors
+from builders.manifests.surroundings import DASHBOARD, creates_namespace, dashboard, gateway, monitors
 from builders.spec import DeploymentSpec, Platform
 from builders.store.atomic import atomic_directory
 from runtime.record import Record
@@ -132,9 +132,11 @@ def overlay_files(spec: DeploymentSpec, platform: Platform) -> Overlay:
     }
     files = {"kustomization.yaml": _yaml(kustomization)}
     for name, patches in local.items():
-        files |= _component(name, patches)
+        files |= _component(name, patches, _generator(spec, name))
     if spec.kubernetes.build_in_cluster:
         files["build/spec.yaml"] = _yaml(spec.model_dump(mode="json", exclude={"kubernetes"}, exclude_defaults=True))
+    if spec.kubernetes.monitoring:
+        files[f"surroundings/{DASHBOARD}"] = dashboard(spec)
     return Overlay(files, (*names, "images"))
 
 
@@ -199,15 +201,27 @@ def _require_reachable(spec: DeploymentSpec) -> None:
             )
 
 
-def _component(name: str, patches: list[Patch]) -> dict[str, str]:
+def _generator(spec: DeploymentSpec, component: str) -> dict[str, Any] | None:
+    """The ConfigMap that a component of the overlay fills."""
+    if component == "build":
+        return {"name": "spec", "behavior": "merge", "files": ["spec.yaml"]}
+    if component == "surroundings" and spec.kubernetes.monitoring:
+        # Grafana's sidecar keeps dashboards by file name.
+        options = {"labels": {"grafana_dashboard": "1"}, "disableNameSuffixHash": True}
+        files = [f"{namespace_of(spec)}-{spec.name}.json={DASHBOARD}"]
+        return {"name": "dashboard", "behavior": "replace", "files": files, "options": options}
+    return None
+
+
+def _component(name: str, patches: list[Patch], generator: dict[str, Any] | None) -> dict[str, str]:
     kustomization: dict[str, Any] = {
         "apiVersion": "kustomize.config.k8s.io/v1alpha1",
         "kind": "Component",
         "resources": [patch.file for patch in patches if patch.target is None],
         "patches": [{"target": patch.target, "path": patch.file} for patch in patches if patch.target is not None],
     }
-    if name == "build":
-        kustomization["configMapGenerator"] = [{"name": "spec", "behavior": "merge", "files": ["spec.yaml"]}]
+    if generator is not None:
+        kustomization["configMapGenerator"] = [generator]
     files = {f"{name}/kustomization.yaml": _yaml(kustomization)}
     return files | {f"{name}/{patch.file}": _yaml(patch.content) for patch in patches}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import Any
 
 import yaml
@@ -11,6 +13,7 @@ from builders.manifests.render import K8S
 from builders.manifests.scaling import pods_of
 from builders.spec import DeploymentSpec
 
+DASHBOARD = "dashboard.json"
 # As the rules in components/monitoring select: pods of the overlays that are written by hand.
 _PODS = 'namespace="trireme",pod=~"serving-.*"'
 _DEPLOYMENT = 'namespace="trireme",deployment="serving"'
@@ -54,6 +57,15 @@ def monitors(spec: DeploymentSpec) -> list[Patch]:
         labels = {"op": "add", "path": "/metadata/labels", "value": dict(spec.kubernetes.monitoring_labels)}
         patches.append(Patch(f"{kind.lower()}-labels.yaml", {"kind": kind, "name": "serving"}, [labels]))
     return patches
+
+
+def dashboard(spec: DeploymentSpec) -> str:
+    """The component's, under an identity of its own: Grafana keeps one dashboard for each uid and title."""
+    found = json.loads((K8S / "components" / "monitoring" / DASHBOARD).read_text())
+    place = f"{namespace_of(spec)}/{spec.name}"
+    found["uid"] = f"trireme-{hashlib.sha256(place.encode()).hexdigest()[:12]}"
+    found["title"] = f"Trireme: {place}"
+    return json.dumps(found, indent=2, ensure_ascii=False) + "\n"
 
 
 def _of(expression: str, pods: str, deployment: str) -> Any:

@@ -222,13 +222,14 @@ def test_two_managers_of_the_same_manifests_agree(name: str, cluster: Cluster, f
 @pytest.mark.cluster
 @pytest.mark.parametrize("name", ["no operator in the cluster", "a MIG slice", "a bucket of S3"])
 def test_two_managers_on_a_real_cluster(name: str) -> None:
-    """In a namespace of its own, which goes at the end. Needs the right to make one; kinds of operators are left out."""
+    """In a namespace of its own, which goes at the end; needs the right to make one. Without the operators' kinds."""
     if "KUBECONFIG" not in os.environ:
         pytest.skip("KUBECONFIG is not set")
     place = f"trireme-test-{secrets.token_hex(3)}"
     with Cluster.connect(namespace=place) as cluster:
         known = [item.data for item in made(name).objects if cluster.resource(item.api_version, item.kind)]
-        documents = [_moved(item, place) for item in known if item["kind"] not in ("Namespace", "PersistentVolume")]
+        of_the_cluster = ("Namespace", "PersistentVolume")
+        documents = [_moved(item, place) for item in known if item["kind"] not in of_the_cluster]
         body = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": place}}
         cluster.send("POST", NAMESPACES.path(), Operation("create", NAMESPACES), body=body)
         try:

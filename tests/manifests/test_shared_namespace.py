@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from builders.manifests.lint.objects import ObjectSet, Pod, at, matches, rows
+from builders.manifests.lint.objects import ObjectSet, Pod, at, mapping, matches, rows
 from builders.manifests.lint.quantity import canonical
 from builders.manifests.lint.resources import written_quantities
 from builders.manifests.overlay import overlay_files, write_manifests
@@ -86,9 +87,18 @@ def test_two_specs_in_one_namespace_share_no_name(kind: str, tmp_path: Path) -> 
         write_manifests(shared(name, model_store=store), "cpu", tmp_path / name)
         objects = objects_of(tmp_path / name)
         used.append({(item.kind, item.name) for item in objects.objects} | set(_mounted(objects.pods())))
+        used[-1] |= set(_dashboards(objects))
     assert not used[0] & used[1]
     assert ("Secret", "first-triton-control") in used[0]
     assert ("ConfigMap", "second-model-version") in used[1]
+
+
+def _dashboards(objects: ObjectSet) -> Iterator[tuple[str, str]]:
+    """Grafana knows them by file, uid and title."""
+    (held,) = (item for item in objects.of("ConfigMap") if item.labels.get("grafana_dashboard"))
+    ((file, text),) = mapping(held.data, "data").items()
+    found = json.loads(text)
+    yield from (("file", file), ("uid", found["uid"]), ("title", found["title"]))
 
 
 def _mounted(pods: Iterator[Pod]) -> Iterator[tuple[str, str]]:

@@ -260,8 +260,9 @@ def read_objects(text: str, source: str) -> tuple[list[KubeObject], list[Finding
     loader.duplicates = []
     lines, begun = text.splitlines(), 0
     try:
-        while loader.check_node():  # type: ignore[no-untyped-call]
+        while loader.check_node():
             node = loader.get_node()
+            assert node is not None  # `check_node` has said that there is one
             document = loader.construct_document(node)
             end = max(node.end_mark.line, node.start_mark.line + 1)
             ignored = _ignored(lines[begun:end])

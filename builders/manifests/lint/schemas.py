@@ -126,7 +126,7 @@ def _chosen(item: KubeObject, version: str, given: Definitions | None) -> Any:
 @cache
 def _validator(api_version: str, kind: str, version: str) -> Any:
     """A validator, or None when there is no schema. Custom resources do not depend on the cluster's version."""
-    from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
+    from jsonschema import Draft202012Validator
 
     custom = CUSTOM_RESOURCES.get((api_version, kind))
     pods = _definitions(version)
