@@ -234,7 +234,8 @@ def _read(target: str, platform: Literal["cpu", "gpu"], name: str | None) -> App
         return _from_text(render(path), str(path), name)
     if path.is_file() and _is_manifest(path):
         return _from_text(path.read_text(encoding="utf-8"), str(path), name)
-    from builders.manifests.overlay import RENDERED, namespace_of, write_manifests
+    from builders.manifests.overlay import RENDERED, write_manifests
+    from builders.manifests.patches import namespace_of
     from builders.spec import load_spec
 
     spec = load_spec(target)
@@ -249,7 +250,7 @@ def _place(target: str, name: str | None) -> AppliedSet:
     path = Path(target)
     if path.is_dir() or (path.is_file() and _is_manifest(path)):
         return _read(target, "cpu", name)
-    from builders.manifests.overlay import namespace_of
+    from builders.manifests.patches import namespace_of
     from builders.spec import load_spec
 
     spec = load_spec(target)

@@ -24,11 +24,14 @@ from builders.manifests.lint.schemas import SUPPORTED, schema_findings
 from builders.manifests.render import render
 from tests import ROOT
 from tests.conftest import needs_kubectl
-from tests.manifests.kube_edits import EDITS, Edit, edited
+from tests.manifests.kube_edits import EDITS as EDITS_OF_RULES
+from tests.manifests.kube_edits import Edit, edited
+from tests.manifests.value_edits import VALUE_EDITS
 
 pytestmark = needs_kubectl
 
 K8S = ROOT / "k8s"
+EDITS = [*EDITS_OF_RULES, *VALUE_EDITS]
 OVERLAYS = sorted(path.name for path in (K8S / "overlays").iterdir())
 
 

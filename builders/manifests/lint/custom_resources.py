@@ -1,7 +1,7 @@
 """Small, closed schemas of the custom resources that we write, from their projects' API references.
 
-Each covers the fields that a deployment like ours uses, and refuses all others: a field that a project does have, but
-that is not here, is a reason to add it. Pods, labels and selectors are the built-in definitions.
+Each covers the fields that a deployment like ours uses. All others are found as unknown fields, a warning: the project
+may have them, and its own definition (`--crd`, `--cluster`) tells. Pods, labels and selectors are the built-in ones.
 
 LeaderWorkerSet  lws.sigs.k8s.io/docs/reference/leaderworkerset.v1
 ScaledObject     keda.sh/docs/latest/reference/scaledobject-spec
@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 Schema = dict[str, Any]
+SMALL = "x-small"  # marks levels of which a project may know more fields than stand here; pods are whole
 
 _TEXT: Schema = {"type": "string", "minLength": 1}
 _GROUP: Schema = {"type": "string"}  # empty: the core group
@@ -47,6 +48,7 @@ def _object(required: str = "", **properties: Schema) -> Schema:
         "properties": properties,
         "required": required.split(),
         "additionalProperties": False,
+        SMALL: True,
     }
 
 

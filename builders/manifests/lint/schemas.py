@@ -16,7 +16,7 @@ from importlib import resources, util
 from typing import Any
 
 from builders.errors import MachineError
-from builders.manifests.lint.custom_resources import CUSTOM_RESOURCES
+from builders.manifests.lint.custom_resources import CUSTOM_RESOURCES, SMALL
 from builders.manifests.lint.objects import Finding, KubeObject
 
 OLDEST, NEWEST = "1.35", "1.37"
@@ -41,11 +41,7 @@ def schema_findings(
             return [_no_schema(item, version)]
         for error in list(validator.iter_errors(item.data))[:_MOST_PER_OBJECT]:
             finding = _fault(item, _shown(error.absolute_path) or "(the object)", error, version)
-            if (
-                error.validator == "additionalProperties"
-                and (item.api_version, item.kind) in CUSTOM_RESOURCES
-                and (item.api_version, item.kind) not in (given or {})
-            ):
+            if error.validator == "additionalProperties" and error.schema.get(SMALL):
                 finding = replace(finding, rule="unknown-field", expected=_SMALL, fix=_CHECK_SPELLING)
             found.setdefault((finding.path, finding.got), finding)
     return list(found.values())
