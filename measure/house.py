@@ -15,7 +15,7 @@ from html import escape
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("runtime", "cluster", "loadtest", "builders", "measure")
+PACKAGES = ("runtime", "cluster", "loadtest", "builders", "online", "measure")
 # From the ground up. Rooms of one floor do not know each other.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("runtime",),
@@ -46,6 +46,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("builders/pipeline",),
     ("builders/commands",),
     ("builders/__main__.py",),
+    ("online", "online/feedback", "online/feedback/migrations/versions"),
+    ("online/feedback/migrations",),
     ("measure/small_model",),
     ("measure/bench",),
     ("measure/gpu_proof", "measure"),
@@ -213,11 +215,18 @@ def _floors(package: str) -> int:
 
 
 _WIDTH, _BOX, _ROW, _GAP = 1400, 34, 66, 14
-_CENTRES = {"runtime": 0.45, "cluster": 0.12, "loadtest": 0.12, "builders": 0.6, "measure": 0.5}  # of the width
-_COLOURS = dict(zip(PACKAGES, ("#42689a", "#2f7f7a", "#a85a14", "#3c7d35", "#8d4f80"), strict=True))
+_CENTRES = {
+    "runtime": 0.45,
+    "cluster": 0.12,
+    "loadtest": 0.12,
+    "builders": 0.6,
+    "online": 0.5,
+    "measure": 0.5,
+}  # of the width
+_COLOURS = dict(zip(PACKAGES, ("#42689a", "#2f7f7a", "#a85a14", "#3c7d35", "#a03a4a", "#8d4f80"), strict=True))
 
 
-_ROWS = sum(map(_floors, ("runtime", "builders", "measure")))
+_ROWS = sum(map(_floors, ("runtime", "builders", "online", "measure")))
 
 
 def picture(house: House) -> str:
@@ -248,7 +257,8 @@ def _places(house: House) -> dict[str, tuple[float, float, float]]:
     """Left edge, upper edge and width of each room's box. Load tests and the cluster stand beside the builders."""
     found: dict[str, tuple[float, float, float]] = {}
     heights = {"runtime": 0, **dict.fromkeys(("cluster", "loadtest", "builders"), _floors("runtime"))}
-    heights["measure"] = heights["builders"] + _floors("builders")
+    heights["online"] = heights["builders"] + _floors("builders")
+    heights["measure"] = heights["online"] + _floors("online")
     first: dict[str, int] = {}
     for number, floor in enumerate(FLOORS):
         rooms = [room for room in floor if room in house.rooms]

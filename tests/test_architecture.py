@@ -15,12 +15,13 @@ from tests import ROOT
 
 HOUSE = read_house()
 HEAVY = {"torch", "transformers", "onnx", "onnxruntime", "openvino", "polygraphy", "tensorrt", "tensorrt_rtx", "locust",
-         "kubernetes", "kubernetes_validate", "jsonschema", "websocket"}  # fmt: skip
+         "kubernetes", "kubernetes_validate", "jsonschema", "websocket", "sqlalchemy", "alembic"}  # fmt: skip
 # Rooms and files that are about that library alone. Ranks are processes of their own, which are nothing but torch.
 ABOUT = {
     "loadtest/drive/": {"locust"},
     "builders/partition/": {"onnx"},
     "builders/training/muon.py": {"torch"},
+    "online/feedback/": {"sqlalchemy", "alembic"},
     "runtime/ranks/": {"torch"},
     "runtime/tensorrt/rank_worker.py": {"torch"},
 }
@@ -72,7 +73,8 @@ def test_packages_know_what_is_below_them() -> None:
         "cluster": {"runtime"},
         "loadtest": {"runtime"},
         "builders": {"runtime", "cluster", "loadtest"},
-        "measure": {"runtime", "cluster", "loadtest", "builders"},
+        "online": {"runtime", "cluster", "loadtest", "builders"},
+        "measure": {"runtime", "cluster", "loadtest", "builders", "online"},
     }
     assert set(may) == set(PACKAGES)
     for room, other in HOUSE.arrows:

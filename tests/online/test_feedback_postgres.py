@@ -1,0 +1,148 @@
+"""PostgreSQL: a real server, where one is installed. What needs its Python driver is skipped without it, by name."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pwd
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+from alembic import command
+from sqlalchemy.dialects import postgresql
+
+from online.feedback.database import migrations
+from online.feedback.errors import FeedbackRefused, FeedbackUnavailable
+from online.feedback.samples import Rating, ServedRequest
+from online.feedback.store import FeedbackStore
+from online.feedback.tables import FEEDBACK, SERVED, TOTALS
+from runtime.ports import free_ports
+
+
+def _programs() -> Path | None:
+    """Debian keeps initdb off the PATH."""
+    found = [Path(which).resolve().parent for name in ("initdb", "postgres") if (which := shutil.which(name))]
+    return next((folder for folder in found if (folder / "initdb").exists() and (folder / "psql").exists()), None)
+
+
+PROGRAMS = _programs()
+pytestmark = pytest.mark.skipif(PROGRAMS is None, reason="no PostgreSQL server is installed here")
+
+
+@dataclass(frozen=True)
+class Server:
+    folder: Path
+    port: int
+    user: str
+
+    @property
+    def url(self) -> str:
+        return f"postgresql://{self.user}@127.0.0.1:{self.port}/postgres"
+
+    def run(self, program: str, *arguments: str, text: str | None = None) -> str:
+        """As an ordinary user: the server refuses to run as root."""
+        assert PROGRAMS is not None
+        other = {"user": self.user, "group": pwd.getpwnam(self.user).pw_gid} if os.geteuid() == 0 else {}
+        done = subprocess.run(
+            [PROGRAMS / program, *arguments], input=text, capture_output=True, text=True, timeout=60, check=False,
+            cwd=self.folder, **other,  # type: ignore[call-overload]
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return str(done.stdout)
+
+    def start(self) -> None:
+        options = f"-p {self.port} -c listen_addresses=127.0.0.1 -k {self.folder}"
+        data, log = str(self.folder / "data"), str(self.folder / "log")
+        self.run("pg_ctl", "-D", data, "-w", "-l", log, "-o", options, "start")
+
+    def stop(self) -> None:
+        self.run("pg_ctl", "-D", str(self.folder / "data"), "-w", "-m", "immediate", "stop")
+
+    def sql(self, text: str) -> str:
+        known = ("-h", "127.0.0.1", "-p", str(self.port), "-U", self.user, "-d", "postgres")
+        return self.run("psql", "-X", "-q", "-t", "-A", "-v", "ON_ERROR_STOP=1", *known, text=text)
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    """In a folder of its own under /tmp: another user must reach it, and a socket's path is short."""
+    user = pwd.getpwuid(os.geteuid()).pw_name if os.geteuid() else _ordinary_user()
+    with TemporaryDirectory(prefix="pg-") as name:
+        folder = Path(name)
+        if os.geteuid() == 0:
+            shutil.chown(folder, user)
+        server = Server(folder, free_ports(1)[0], user)
+        server.run("initdb", "-D", str(folder / "data"), "-A", "trust", "-N", "-E", "UTF8", "--locale=C")
+        server.start()
+        yield server
+        server.stop()
+
+
+def _ordinary_user() -> str:
+    names = {entry.pw_name for entry in pwd.getpwall()}
+    found = next((name for name in ("postgres", "nobody") if name in names), None)
+    if found is None:
+        pytest.skip("this is root, and there is no other user to run PostgreSQL as")
+    return found
+
+
+def test_its_tables_and_statements_are_valid_there(server: Server) -> None:
+    """Without a driver: what would be sent, printed, and run by PostgreSQL's own client."""
+    config = migrations()
+    config.set_main_option("sqlalchemy.url", "postgresql://")
+    printed = io.StringIO()
+    config.stdout, config.output_buffer = printed, printed
+    with redirect_stdout(printed):
+        command.upgrade(config, "head", sql=True)
+    server.sql(printed.getvalue())
+    row = {
+        "request_id": "a",
+        "kind": "rating",
+        "user": None,
+        "at": 1.5,
+        "bytes": 3,
+        "digest": "d",
+        "body": '{"x": "ü"}',
+    }
+    served = {"request_id": "a", "model": "m", "version": 1, "at": 1.0, "bytes": 2, "user": "u"}
+    statements = [
+        TOTALS.select().with_for_update(),
+        SERVED.insert().values(**served),
+        FEEDBACK.insert().values(**row),
+        TOTALS.update().values(rows=2, bytes=5),
+    ]
+    literal = {"dialect": postgresql.dialect(), "compile_kwargs": {"literal_binds": True}}  # type: ignore[no-untyped-call]
+    server.sql(";\n".join(str(statement.compile(**literal)) for statement in statements) + ";")
+    assert server.sql("SELECT id, request_id, body FROM feedback").strip() == '1|a|{"x": "ü"}'
+    assert server.sql("SELECT rows, bytes FROM totals").strip() == "2|5"
+
+
+def test_the_store_by_its_driver(server: Server) -> None:
+    pytest.importorskip("psycopg", reason="PostgreSQL's driver psycopg is not installed here")
+    stores = [FeedbackStore(server.url), FeedbackStore(server.url)]
+    try:
+        served = [
+            stores[0].note_served(ServedRequest(request_id=f"r{number}", model="m", version=1)) for number in range(20)
+        ]
+        assert sum(future.result(30) for future in served) == 20
+        twice = [store.submit(Rating(request_id=f"r{number}", score=1)) for number in range(20) for store in stores]
+        assert sum(future.result(30) for future in twice) == 20
+        with pytest.raises(FeedbackRefused):
+            stores[1].add(Rating(request_id="r0", score=0))
+        server.stop()
+        with pytest.raises(FeedbackUnavailable):
+            stores[0].add(Rating(request_id="r0", score=1))
+        server.start()
+        assert not stores[0].add(Rating(request_id="r0", score=1))
+        assert [json.loads(line)["request_id"] for line in stores[1].export()] == [f"r{number}" for number in range(20)]
+        assert stores[0].size()[0] == 40
+    finally:
+        for store in stores:
+            store.close()
