@@ -95,6 +95,9 @@ bench-gateway: install ## embeddings through the gateway against Triton directly
 chaos: install ## a served model under load whose processes are killed and fuzzed; exit 1 for a wrong answer
 	$(BIN)/python -m measure.chaos --build-dir $(BUILD)
 
+bench-canary: install ## simulated rollouts: false rollbacks and promotions, beside a z-test that is watched
+	$(BIN)/python -m measure.bench.canary
+
 bench-feedback: install ## rows/s into the feedback store, against one commit a row
 	$(BIN)/python -m measure.bench.feedback --folder $(BUILD)
 

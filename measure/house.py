@@ -46,7 +46,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("builders/pipeline",),
     ("builders/commands",),
     ("builders/__main__.py",),
-    ("online", "online/feedback", "online/feedback/migrations/versions"),
+    ("online/feedback/migrations/versions", "online"),
+    ("online/feedback", "online/rollout"),
     ("online/feedback/migrations",),
     ("measure/small_model",),
     ("measure/bench",),
@@ -215,14 +216,9 @@ def _floors(package: str) -> int:
 
 
 _WIDTH, _BOX, _ROW, _GAP = 1400, 34, 66, 14
-_CENTRES = {
-    "runtime": 0.45,
-    "cluster": 0.12,
-    "loadtest": 0.12,
-    "builders": 0.6,
-    "online": 0.5,
-    "measure": 0.5,
-}  # of the width
+_CENTRES = {  # of the width
+    "runtime": 0.45, "cluster": 0.12, "loadtest": 0.12, "builders": 0.6, "online": 0.5, "measure": 0.5,
+}  # fmt: skip
 _COLOURS = dict(zip(PACKAGES, ("#42689a", "#2f7f7a", "#a85a14", "#3c7d35", "#a03a4a", "#8d4f80"), strict=True))
 
 
