@@ -5,8 +5,8 @@ looked at; a test of fixed size watched that way breaks its promise. Waudby-Smit
 bounded random variables by betting". Each request lands at the canary with probability `share`, whatever it is like:
 that coin is all that the comparison rests on, so rates may drift, as long as they drift for both.
 
-All functions return the logarithm of wealth by bet, [..., bets], for counts [..., bins]; a mixture of bets is a bet too.
-Wealth of one stage multiplies that of the next: add the logarithms.
+All functions return the logarithm of wealth by bet, [..., bets], for counts [..., bins]; a mixture of bets is a bet
+too. Wealth of one stage multiplies that of the next: add the logarithms.
 """
 
 from __future__ import annotations

@@ -17,11 +17,11 @@ class Metric(StrEnum):
 
 
 class RolloutPolicy(Record):
-    """`alpha` bounds both mistakes, each over the whole rollout and however often it is looked at: rolling back a version
-    that is no worse, and promoting one that is worse by a margin."""
+    """`alpha` bounds both mistakes, each over the whole rollout and however often it is looked at: rolling back a
+    version that is no worse, and promoting one that is worse by a margin."""
 
     alpha: float = Field(default=0.05, gt=0, lt=0.5)
-    margins: dict[Metric, float] = {Metric.ERRORS: 0.01, Metric.SLOW: 0.02}  # of the mean; those named are watched
+    margins: dict[Metric, float] = Field(default={Metric.ERRORS: 0.01, Metric.SLOW: 0.02})  # of means; the watched
     shares: tuple[float, ...] = (0.01, 0.1, 0.5)  # of the traffic; then all of it
     mirrored_requests: int = Field(default=200, ge=1)
     step_requests: int = Field(default=50, ge=1)  # at the new version before the share grows

@@ -73,10 +73,12 @@ class RolloutState(Record):
     in_step: int = 0  # requests at the challenger
     requests: int = 0  # of both, that were judged
     elapsed_s: float = 0.0
-    harm: dict[Metric, tuple[float, ...]] = {}
-    safety: dict[Metric, tuple[float, ...]] = {}
-    soak: dict[Metric, tuple[float, ...]] = {}
-    rates: dict[Metric, tuple[float, float]] = {}  # of the champion: badness, and requests, in the canary's time
+    harm: dict[Metric, tuple[float, ...]] = Field(default={})
+    safety: dict[Metric, tuple[float, ...]] = Field(default={})
+    soak: dict[Metric, tuple[float, ...]] = Field(default={})
+    rates: dict[Metric, tuple[float, float]] = Field(
+        default={}
+    )  # of the champion: badness, and requests, in the canary's time
     decisions: tuple[Decision, ...] = Field(default=(), max_length=64)
 
 
@@ -125,9 +127,8 @@ def judge(state: RolloutState, policy: RolloutPolicy, counted: Counted, seconds:
     if harmful >= -math.log(policy.alpha):
         return enter(state, policy, Phase.ROLLED_BACK, f"{worst} are worse than version {state.champion}'s")
     if state.requests >= policy.most_requests or state.elapsed_s >= policy.most_s:
-        return enter(
-            state, policy, Phase.ROLLED_BACK, "no evidence that it is as good, within the time or requests given"
-        )
+        reason = "no evidence that it is as good, within the time or the requests that it was given"
+        return enter(state, policy, Phase.ROLLED_BACK, reason)
     return _onward(state, policy)
 
 

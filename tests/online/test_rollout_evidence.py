@@ -36,9 +36,7 @@ def _one_request(name: str, badness: Floats, share: float, margin: float) -> Flo
 
 
 @given(share=shares, canary=means, champion=means)
-def test_harm_earns_nothing_while_the_canary_is_no_worse(
-    share: float, canary: list[float], champion: list[float]
-) -> None:
+def test_harm_earns_nothing_while_it_is_no_worse(share: float, canary: list[float], champion: list[float]) -> None:
     """Exactly, for any distribution of badness: the expected factor of one request is at most 1."""
     badness = BADNESS[Metric.QUALITY]
     old, new = (np.array(values) / sum(values) for values in (champion, canary))
