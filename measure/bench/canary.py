@@ -30,7 +30,7 @@ Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Row:
+class CanaryRow:
     """Shares of requests that fail, at the champion and at the canary, which gets `share` of `requests`."""
 
     champion: float
@@ -40,20 +40,20 @@ class Row:
 
 
 ROLLBACK_ROWS = (
-    Row(0.01, 0.01, 0.1, 5000),
-    Row(0.001, 0.001, 0.1, 5000),
-    Row(0.2, 0.2, 0.5, 5000),
-    Row(0.01, 0.03, 0.1, 5000),
-    Row(0.01, 0.1, 0.1, 5000),
-    Row(0.01, 0.1, 0.01, 10000),
-    Row(0.01, 1.0, 0.01, 5000),
+    CanaryRow(0.01, 0.01, 0.1, 5000),
+    CanaryRow(0.001, 0.001, 0.1, 5000),
+    CanaryRow(0.2, 0.2, 0.5, 5000),
+    CanaryRow(0.01, 0.03, 0.1, 5000),
+    CanaryRow(0.01, 0.1, 0.1, 5000),
+    CanaryRow(0.01, 0.1, 0.01, 10000),
+    CanaryRow(0.01, 1.0, 0.01, 5000),
 )
 PROMOTION_ROWS = (
-    Row(0.01, 0.02, 0.5, 5000),
-    Row(0.0, 0.01, 0.5, 5000),
-    Row(0.01, 0.02, 0.1, 10000),
-    Row(0.01, 0.01, 0.5, 5000),
-    Row(0.0, 0.0, 0.5, 5000),
+    CanaryRow(0.01, 0.02, 0.5, 5000),
+    CanaryRow(0.0, 0.01, 0.5, 5000),
+    CanaryRow(0.01, 0.02, 0.1, 10000),
+    CanaryRow(0.01, 0.01, 0.5, 5000),
+    CanaryRow(0.0, 0.0, 0.5, 5000),
 )
 
 
@@ -68,7 +68,7 @@ def schedules(requests: int) -> dict[str, Looks]:
 
 
 @dataclass(frozen=True)
-class Counts:
+class Simulated:
     """Cumulative, [rollouts, requests]"""
 
     canary: Floats
@@ -84,33 +84,33 @@ class Counts:
         )
 
 
-def simulate(row: Row, runs: int, random: np.random.Generator) -> Counts:
+def simulate(row: CanaryRow, runs: int, random: np.random.Generator) -> Simulated:
     at_canary = random.random((runs, row.requests)) < row.share
     failed = random.random((runs, row.requests)) < np.where(at_canary, row.canary, row.champion)
     total, bad = np.cumsum(at_canary, 1, dtype=float), np.cumsum(at_canary & failed, 1, dtype=float)
     seen = np.arange(1.0, row.requests + 1)
-    return Counts(total, bad, seen - total, np.cumsum(failed, 1, dtype=float) - bad)
+    return Simulated(total, bad, seen - total, np.cumsum(failed, 1, dtype=float) - bad)
 
 
-def e_rollback(counts: Counts, row: Row) -> NDArray[np.bool_]:
+def e_rollback(counts: Simulated, row: CanaryRow) -> NDArray[np.bool_]:
     """Whether wealth is 1/alpha or more, at each request."""
     return evidence.mixed(evidence.harm(_BADNESS, *counts.bins(), row.share)) >= -math.log(ALPHA)
 
 
-def e_promotion(counts: Counts, row: Row) -> NDArray[np.bool_]:
+def e_promotion(counts: Simulated, row: CanaryRow) -> NDArray[np.bool_]:
     return evidence.mixed(evidence.safety(_BADNESS, *counts.bins(), row.share, MARGIN)) >= -math.log(ALPHA)
 
 
-def z_rollback(counts: Counts, row: Row) -> NDArray[np.bool_]:
+def z_rollback(counts: Simulated, row: CanaryRow) -> NDArray[np.bool_]:
     """Two shares compared by a pooled z-test, one-sided at alpha, as if looked at once."""
     return _z(counts, 0.0) > 1.6449
 
 
-def z_promotion(counts: Counts, row: Row) -> NDArray[np.bool_]:
+def z_promotion(counts: Simulated, row: CanaryRow) -> NDArray[np.bool_]:
     return _z(counts, MARGIN) < -1.6449
 
 
-def _z(counts: Counts, margin: float) -> Floats:
+def _z(counts: Simulated, margin: float) -> Floats:
     canary, champion = np.maximum(counts.canary, 1), np.maximum(counts.champion, 1)
     pooled = (counts.canary_failed + counts.champion_failed) / (canary + champion)
     deviation = np.sqrt(pooled * (1 - pooled) * (1 / canary + 1 / champion))
@@ -118,10 +118,10 @@ def _z(counts: Counts, margin: float) -> Floats:
     return np.where(deviation > 0, difference / np.maximum(deviation, 1e-12), 0.0)
 
 
-Test = Callable[[Counts, Row], NDArray[np.bool_]]
+Test = Callable[[Simulated, CanaryRow], NDArray[np.bool_]]
 
 
-def stops(row: Row, tests: dict[str, tuple[Test, str]], runs: int, seed: int) -> tuple[dict[str, Floats], int]:
+def stops(row: CanaryRow, tests: dict[str, tuple[Test, str]], runs: int, seed: int) -> tuple[dict[str, Floats], int]:
     """For each test and its schedule, the request at which each rollout stopped, nan where none did; and how many
     rollouts there was time for."""
     random, end = np.random.default_rng(seed), time.monotonic() + _ROW_S
@@ -138,7 +138,7 @@ def stops(row: Row, tests: dict[str, tuple[Test, str]], runs: int, seed: int) ->
     return {name: np.concatenate(parts) for name, parts in found.items()}, done
 
 
-def table(title: str, rows: tuple[Row, ...], ours: Test, theirs: Test, runs: int) -> None:
+def table(title: str, rows: tuple[CanaryRow, ...], ours: Test, theirs: Test, runs: int) -> None:
     tests = {f"e {name}": (ours, name) for name in schedules(1024)} | {"z 50": (theirs, "50")}
     print(f"\n{title}\nchampion canary  share requests |" + "".join(f"{name:>20}" for name in tests))
     for number, row in enumerate(rows):

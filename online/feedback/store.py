@@ -27,7 +27,7 @@ Outcome = int | Exception  # rows that are new (or gone)
 
 
 @dataclass(frozen=True)
-class Bounds:
+class StoreBounds:
     max_rows: int = 1_000_000  # feedback and served requests together
     max_bytes: int = 1 << 30  # of their text
     keep_s: float = 90 * 86_400.0
@@ -61,7 +61,7 @@ class FeedbackStore:
     def __init__(
         self,
         url: str,
-        bounds: Bounds | None = None,
+        bounds: StoreBounds | None = None,
         traffic: Traffic | None = None,
         *,
         wall: Callable[[], float] = time.time,
@@ -70,7 +70,7 @@ class FeedbackStore:
         largest_batch: int = LARGEST_BATCH,
     ) -> None:
         """Raises what `Database` raises."""
-        self._bounds, self._traffic = bounds or Bounds(), traffic or Traffic()
+        self._bounds, self._traffic = bounds or StoreBounds(), traffic or Traffic()
         self._wall, self._monotonic = wall, monotonic
         self._opened = wall() - monotonic()
         self._database = Database(url)
@@ -109,7 +109,7 @@ class FeedbackStore:
         return gone
 
     def expire(self, timeout_s: float = 60.0) -> int:
-        """Deletes rows older than `Bounds.keep_s`; returns how many. Raises InputError when the clock has jumped."""
+        """Deletes rows older than `StoreBounds.keep_s`; returns how many. Raises InputError when the clock jumped."""
         now = self._trusted_now()
         gone = _wait(self._commits.submit(_Deletion(before=now - self._bounds.keep_s)), timeout_s)
         self._database.forget_traces()
@@ -184,7 +184,7 @@ class FeedbackStore:
 
 @dataclass
 class _Room:
-    bounds: Bounds
+    bounds: StoreBounds
     rows: int
     bytes: int
 

@@ -17,14 +17,14 @@ from pydantic import ValidationError
 from online.files import replace_file
 from online.rollout.policy import RolloutPolicy
 from online.rollout.seen import VersionCounters
-from online.rollout.state import ENDED, Counted, Phase, RolloutState, Wanted, enter, judge, wanted
+from online.rollout.state import ENDED, BothCounters, Phase, RolloutState, Wanted, enter, judge, wanted
 from runtime.errors import InputError, MachineError, ServerFault
 from runtime.record import Record
 
 _LONGEST_LOOK_S = 60.0  # more passed while nobody looked: a sleep of the machine is no time of the rollout's
 
 
-class Door(Protocol):
+class CanaryDoor(Protocol):
     """The gateway. Each request goes to one version by chance, by these shares and nothing else of the request."""
 
     def route(self, shares: Mapping[int, float], mirror: int | None) -> None:
@@ -34,7 +34,7 @@ class Door(Protocol):
         """Since the door's start. A mirrored request counts at the version that got the copy too."""
 
 
-class Versions(Protocol):
+class LoadedVersions(Protocol):
     """Where models are loaded. Asking again for what is so already changes nothing."""
 
     def load(self, version: int) -> None:
@@ -102,7 +102,12 @@ class Rollout:
     """Owned by one thread. `step` is one look; call it until `ended`."""
 
     def __init__(
-        self, journal: Journal, door: Door, versions: Versions, *, clock: Callable[[], float] = time.monotonic
+        self,
+        journal: Journal,
+        door: CanaryDoor,
+        versions: LoadedVersions,
+        *,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Goes on with what the journal holds. Raises InputError when it holds nothing: `begin` comes first."""
         found = journal.load()
@@ -154,7 +159,7 @@ class Rollout:
         self._looked = now
         seconds = 0.0 if before is None else min(max(now - before, 0.0), _LONGEST_LOOK_S)
         found = self._door.counters()
-        counted = Counted(
+        counted = BothCounters(
             champion=found.get(self.state.champion, VersionCounters()),
             challenger=found.get(self.state.challenger, VersionCounters()),
         )

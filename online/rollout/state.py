@@ -43,18 +43,18 @@ class Decision(Record):
     figures: dict[str, float]
 
 
-class Counted(Record):
+class BothCounters(Record):
     """Both versions at one moment."""
 
     champion: VersionCounters = VersionCounters()
     challenger: VersionCounters = VersionCounters()
 
-    def since(self, before: Counted) -> Counted | None:
+    def since(self, before: BothCounters) -> BothCounters | None:
         champion = self.champion.since(before.champion)
         challenger = self.challenger.since(before.challenger)
         if champion is None or challenger is None:
             return None
-        return Counted(champion=champion, challenger=challenger)
+        return BothCounters(champion=champion, challenger=challenger)
 
     @property
     def requests(self) -> int:
@@ -69,16 +69,14 @@ class RolloutState(Record):
     challenger: int
     phase: Phase = Phase.STARTING
     step: int = 0  # of the policy's, while a canary
-    baseline: Counted | None = None
+    baseline: BothCounters | None = None
     in_step: int = 0  # requests at the challenger
     requests: int = 0  # of both, that were judged
     elapsed_s: float = 0.0
     harm: dict[Metric, tuple[float, ...]] = Field(default={})
     safety: dict[Metric, tuple[float, ...]] = Field(default={})
     soak: dict[Metric, tuple[float, ...]] = Field(default={})
-    rates: dict[Metric, tuple[float, float]] = Field(
-        default={}
-    )  # of the champion: badness, and requests, in the canary's time
+    rates: dict[Metric, tuple[float, float]] = Field(default={})  # of the champion: badness, requests
     decisions: tuple[Decision, ...] = Field(default=(), max_length=64)
 
 
@@ -117,7 +115,7 @@ def enter(state: RolloutState, policy: RolloutPolicy, phase: Phase, reason: str,
     )
 
 
-def judge(state: RolloutState, policy: RolloutPolicy, counted: Counted, seconds: float) -> RolloutState:
+def judge(state: RolloutState, policy: RolloutPolicy, counted: BothCounters, seconds: float) -> RolloutState:
     """The state after a look at the counters, `seconds` after the last one; its own phase is mirrored or canary."""
     new = counted.since(state.baseline) if state.baseline is not None else None
     state = state.model_copy(update={"elapsed_s": state.elapsed_s + seconds, "baseline": counted})
@@ -150,7 +148,7 @@ def _onward(state: RolloutState, policy: RolloutPolicy) -> RolloutState:
     return state
 
 
-def _learn(state: RolloutState, policy: RolloutPolicy, new: Counted) -> RolloutState:
+def _learn(state: RolloutState, policy: RolloutPolicy, new: BothCounters) -> RolloutState:
     share = 0.5 if state.phase is Phase.MIRRORED else policy.steps[state.step]
     harm, safety, soak, rates = dict(state.harm), dict(state.safety), dict(state.soak), dict(state.rates)
     for metric, margin in policy.margins.items():

@@ -20,7 +20,7 @@ from online.feedback.database import Database
 from online.feedback.errors import FeedbackFull, FeedbackRefused, FeedbackUnavailable, Refusal
 from online.feedback.group_commit import GroupCommit
 from online.feedback.samples import Correction, Label, Rating, Sample, ServedRequest
-from online.feedback.store import Bounds, FeedbackStore, Traffic
+from online.feedback.store import FeedbackStore, StoreBounds, Traffic
 from online.feedback.tables import METADATA
 from runtime.errors import InputError, MachineError
 from tests import ROOT
@@ -37,7 +37,7 @@ def url(tmp_path: Path) -> str:
 def opened(url: str) -> Iterator[Open]:
     stores: list[FeedbackStore] = []
 
-    def make(bounds: Bounds | None = None, traffic: Traffic | None = None, **seams: object) -> FeedbackStore:
+    def make(bounds: StoreBounds | None = None, traffic: Traffic | None = None, **seams: object) -> FeedbackStore:
         stores.append(FeedbackStore(url, bounds, traffic, **seams))  # type: ignore[arg-type]
         return stores[-1]
 
@@ -127,13 +127,13 @@ def test_where_redaction_fails_nothing_is_kept(opened: Open, hook: Callable[[str
 
 
 def test_a_full_store_says_so_and_keeps_what_it_has(opened: Open) -> None:
-    store = opened(Bounds(max_rows=3))
+    store = opened(StoreBounds(max_rows=3))
     serve(store, "a", "b")
     assert store.add(Rating(request_id="a", score=1))
     with pytest.raises(FeedbackFull, match="3 rows of at most 3"):
         store.add(Rating(request_id="b", score=1))
     assert not store.add(Rating(request_id="a", score=1))  # needs no room
-    narrow = opened(Bounds(max_bytes=store.size()[1] + 10))
+    narrow = opened(StoreBounds(max_bytes=store.size()[1] + 10))
     with pytest.raises(FeedbackFull, match="bytes"):
         narrow.add(Correction(request_id="b", text="x" * 100))
 
@@ -162,7 +162,7 @@ def test_a_user_is_forgotten_to_the_last_byte(opened: Open, tmp_path: Path) -> N
 
 def test_retention_deletes_what_is_old(opened: Open) -> None:
     now = [1000.0]
-    store = opened(Bounds(keep_s=100), wall=lambda: now[0], monotonic=lambda: now[0])
+    store = opened(StoreBounds(keep_s=100), wall=lambda: now[0], monotonic=lambda: now[0])
     serve(store, "a")
     now[0] = 1090
     serve(store, "b")
@@ -174,7 +174,7 @@ def test_retention_deletes_what_is_old(opened: Open) -> None:
 @pytest.mark.parametrize("jump", [1e6, -500.0])
 def test_a_clock_that_jumps_deletes_nothing(opened: Open, jump: float) -> None:
     wall = [1000.0]
-    store = opened(Bounds(keep_s=100), wall=lambda: wall[0], monotonic=lambda: 5.0)
+    store = opened(StoreBounds(keep_s=100), wall=lambda: wall[0], monotonic=lambda: 5.0)
     serve(store, "a")
     wall[0] += jump
     with pytest.raises(InputError, match="clock"):

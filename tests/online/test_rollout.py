@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from online.rollout.drive import Journal, Rollout, begin
 from online.rollout.policy import Metric, RolloutPolicy
 from online.rollout.seen import SCORES, VersionCounters
-from online.rollout.state import Counted, Phase, RolloutState, enter, judge
+from online.rollout.state import BothCounters, Phase, RolloutState, enter, judge
 from runtime.errors import InputError, MachineError, ServerFault
 
 OLD, NEW = 3, 4
@@ -32,7 +32,7 @@ class Crash(BaseException):
 
 @dataclass
 class World:
-    """Door and server, which live on when the rollout's process dies. Every look finds as many requests more."""
+    """CanaryDoor and server, which live on when the rollout's process dies. Every look finds as many requests more."""
 
     failing: Mapping[int, float] = field(default_factory=dict)  # share of a version's requests
     broken: bool = False  # the new version does not load
@@ -232,16 +232,16 @@ def test_a_door_that_starts_again_leaves_its_requests_out(path: Path) -> None:
 def test_no_requests_promote_nothing() -> None:
     state = enter(RolloutState(champion=OLD, challenger=NEW), QUICK, Phase.CANARY, "", 2)
     for _ in range(1000):
-        state = judge(state, QUICK, Counted(), 60.0)
+        state = judge(state, QUICK, BothCounters(), 60.0)
     assert (state.phase, state.step) == (Phase.CANARY, 2)
-    state = judge(state, QUICK, Counted(), 60 * 600.0)
+    state = judge(state, QUICK, BothCounters(), 60 * 600.0)
     assert state.phase is Phase.ROLLED_BACK
     assert "no evidence" in state.decisions[-1].reason
 
 
-def _counted(old: int, new: int, old_bad: int = 0, new_bad: int = 0, rated: int = 0) -> Counted:
+def _counted(old: int, new: int, old_bad: int = 0, new_bad: int = 0, rated: int = 0) -> BothCounters:
     scores = (0,) * (SCORES - 1) + (rated,)
-    return Counted(
+    return BothCounters(
         champion=VersionCounters(requests=old, errors=old_bad, scores=scores),
         challenger=VersionCounters(requests=new, errors=new_bad, scores=scores),
     )
@@ -249,7 +249,9 @@ def _counted(old: int, new: int, old_bad: int = 0, new_bad: int = 0, rated: int 
 
 def test_quality_that_nobody_rated_promotes_nothing() -> None:
     policy = RolloutPolicy(margins={Metric.ERRORS: 0.01, Metric.QUALITY: 0.05})
-    state = judge(enter(RolloutState(champion=OLD, challenger=NEW), policy, Phase.CANARY, "", 2), policy, Counted(), 1)
+    state = judge(
+        enter(RolloutState(champion=OLD, challenger=NEW), policy, Phase.CANARY, "", 2), policy, BothCounters(), 1
+    )
     state = judge(state, policy, _counted(20_000, 20_000), 1)
     assert policy.steps[state.step] == 0.5
     state = judge(state, policy, _counted(20_001, 20_001, rated=2000), 1)
@@ -259,7 +261,7 @@ def test_quality_that_nobody_rated_promotes_nothing() -> None:
 def test_a_version_that_fails_with_all_of_the_traffic_goes_back() -> None:
     """Nothing is left to compare it with but what the old one showed before."""
     state = enter(RolloutState(champion=OLD, challenger=NEW), QUICK, Phase.CANARY, "", 2)
-    state = judge(state, QUICK, Counted(), 1)
+    state = judge(state, QUICK, BothCounters(), 1)
     state = judge(state, QUICK, _counted(3000, 3000), 1)
     assert QUICK.steps[state.step] == 1
     state = judge(state, QUICK, _counted(3000, 3000), 1)
@@ -269,9 +271,11 @@ def test_a_version_that_fails_with_all_of_the_traffic_goes_back() -> None:
 
 def test_a_slow_version_is_stopped_though_nothing_fails() -> None:
     policy = RolloutPolicy(margins={Metric.ERRORS: 0.01, Metric.SLOW: 0.02})
-    state = judge(enter(RolloutState(champion=OLD, challenger=NEW), policy, Phase.CANARY, "", 1), policy, Counted(), 1)
+    state = judge(
+        enter(RolloutState(champion=OLD, challenger=NEW), policy, Phase.CANARY, "", 1), policy, BothCounters(), 1
+    )
     slow = VersionCounters(requests=60, slow=40)
-    state = judge(state, policy, Counted(champion=VersionCounters(requests=500, slow=5), challenger=slow), 1)
+    state = judge(state, policy, BothCounters(champion=VersionCounters(requests=500, slow=5), challenger=slow), 1)
     assert state.phase is Phase.ROLLED_BACK
     assert state.decisions[-1].reason.startswith("slow")
 

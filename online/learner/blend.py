@@ -1,0 +1,65 @@
+"""Weights between two versions: a part of the way from the previous one to the updated one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from pydantic import Field
+
+from runtime.record import Record
+
+_GRID = (1.0, 0.75, 0.5, 0.25)
+_HALVINGS = 4  # of the gap between the last share that held and the first that did not: to 1/64
+_NOISE = 0.002  # by which a smaller share may be measured worse than a larger one
+
+
+class Tried(Record):
+    """`bound`: how much worse the worst of the old domains may have become, as a share of its perplexity."""
+
+    share: float
+    bound: float
+
+
+class Step(Record):
+    """The largest share of the update that was found to hold, 0 when none did. Whatever the shape of the curve, its own
+    bound was measured. `monotone`: no smaller share was measured clearly worse than a larger one; where one was, a
+    larger share might hold that was not looked for."""
+
+    share: float = Field(ge=0, le=1)
+    monotone: bool
+    tried: tuple[Tried, ...]
+
+
+def blend(previous: dict[str, Any], updated: dict[str, Any], share: float) -> dict[str, Any]:
+    """State dicts of one architecture. Exactly the one or the other at 0 and at 1; integers come from the update."""
+    if share in (0.0, 1.0):
+        return dict(updated if share else previous)
+    return {
+        name: value.lerp(updated[name], share) if value.is_floating_point() else updated[name]
+        for name, value in previous.items()
+    }
+
+
+def largest_step(bound_at: Callable[[float], float], most: float) -> Step:
+    """The largest share whose `bound_at` is `most` or less: a coarse grid downwards, then bisection."""
+    tried: dict[float, float] = {}
+
+    def holds(share: float) -> bool:
+        tried[share] = bound_at(share)
+        return not math.isnan(tried[share]) and tried[share] <= most
+
+    low, high = 0.0, 1.0
+    for share in _GRID:
+        if holds(share):
+            low = share
+            break
+        high = share
+    for _ in range(_HALVINGS if low < 1 else 0):
+        middle = (low + high) / 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    seen = [Tried(share=share, bound=tried[share]) for share in sorted(tried)]
+    largest_so_far = [max(item.bound for item in seen[: place + 1]) for place in range(len(seen))]
+    monotone = all(item.bound >= top - _NOISE for item, top in zip(seen, largest_so_far, strict=True))
+    return Step(share=low, monotone=monotone, tried=tuple(seen))
