@@ -34,7 +34,7 @@ class StoreBounds:
 
 
 @dataclass(frozen=True)
-class Traffic:
+class KeptTraffic:
     """Which served texts are kept: none, unless asked for. Requests are known by their ids in any case.
 
     `redact` sees each text that would be kept; what it returns is kept instead. Where it fails, nothing is.
@@ -62,7 +62,7 @@ class FeedbackStore:
         self,
         url: str,
         bounds: StoreBounds | None = None,
-        traffic: Traffic | None = None,
+        traffic: KeptTraffic | None = None,
         *,
         wall: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
@@ -70,7 +70,7 @@ class FeedbackStore:
         largest_batch: int = LARGEST_BATCH,
     ) -> None:
         """Raises what `Database` raises."""
-        self._bounds, self._traffic = bounds or StoreBounds(), traffic or Traffic()
+        self._bounds, self._traffic = bounds or StoreBounds(), traffic or KeptTraffic()
         self._wall, self._monotonic = wall, monotonic
         self._opened = wall() - monotonic()
         self._database = Database(url)
@@ -96,7 +96,7 @@ class FeedbackStore:
         return self._commits.submit(sample)
 
     def note_served(self, served: ServedRequest) -> Future[int]:
-        """Makes the request known; its texts are kept where `Traffic` says so, redacted.
+        """Makes the request known; its texts are kept where `KeptTraffic` says so, redacted.
 
         Raises FeedbackRefused when the redaction fails, or for texts that are too large.
         """

@@ -15,21 +15,21 @@ _HALVINGS = 4  # of the gap between the last share that held and the first that 
 _NOISE = 0.002  # by which a smaller share may be measured worse than a larger one
 
 
-class Tried(Record):
+class TriedShare(Record):
     """`bound`: how much worse the worst of the old domains may have become, as a share of its perplexity."""
 
     share: float
     bound: float
 
 
-class Step(Record):
+class PartialStep(Record):
     """The largest share of the update that was found to hold, 0 when none did. Whatever the shape of the curve, its own
     bound was measured. `monotone`: no smaller share was measured clearly worse than a larger one; where one was, a
     larger share might hold that was not looked for."""
 
     share: float = Field(ge=0, le=1)
     monotone: bool
-    tried: tuple[Tried, ...]
+    tried: tuple[TriedShare, ...]
 
 
 def blend(previous: dict[str, Any], updated: dict[str, Any], share: float) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def blend(previous: dict[str, Any], updated: dict[str, Any], share: float) -> di
     }
 
 
-def largest_step(bound_at: Callable[[float], float], most: float) -> Step:
+def largest_step(bound_at: Callable[[float], float], most: float) -> PartialStep:
     """The largest share whose `bound_at` is `most` or less: a coarse grid downwards, then bisection."""
     tried: dict[float, float] = {}
 
@@ -59,7 +59,7 @@ def largest_step(bound_at: Callable[[float], float], most: float) -> Step:
     for _ in range(_HALVINGS if low < 1 else 0):
         middle = (low + high) / 2
         low, high = (middle, high) if holds(middle) else (low, middle)
-    seen = [Tried(share=share, bound=tried[share]) for share in sorted(tried)]
+    seen = [TriedShare(share=share, bound=tried[share]) for share in sorted(tried)]
     largest_so_far = [max(item.bound for item in seen[: place + 1]) for place in range(len(seen))]
     monotone = all(item.bound >= top - _NOISE for item, top in zip(seen, largest_so_far, strict=True))
-    return Step(share=low, monotone=monotone, tried=tuple(seen))
+    return PartialStep(share=low, monotone=monotone, tried=tuple(seen))

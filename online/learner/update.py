@@ -21,7 +21,7 @@ from builders.training.resume import Resume
 from builders.training.text import TokenIds
 from online.gate.forgetting import change_of, halves, row_losses
 from online.gate.verdict import load_model
-from online.learner.blend import Step, blend, largest_step
+from online.learner.blend import PartialStep, blend, largest_step
 from online.learner.memory import Memory, load_memory, save_memory
 from online.learner.objective import update_batches, update_loss
 from online.learner.recipe import UpdateRecipe
@@ -41,7 +41,7 @@ class UpdateReport(Record):
     replayed_rows: int  # of each batch
     previous_sha256: str
     curve: tuple[LossPoint, ...]
-    step: Step
+    step: PartialStep
     cpu_s: float
 
 
@@ -122,7 +122,7 @@ def _train(
     return loop.train(work, settings, report, resume)
 
 
-def _step_back(model: Any, previous: Any, memory: Memory, most: float) -> Step:
+def _step_back(model: Any, previous: Any, memory: Memory, most: float) -> PartialStep:
     """Leaves in `model` the weights of the largest step that every old domain bears."""
     old, new = previous.state_dict(), copy.deepcopy(model.state_dict())
     chosen_by = {name: halves(rows)[0] for name, rows in memory.held_out.items()}

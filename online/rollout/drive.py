@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from online.files import replace_file
 from online.rollout.policy import RolloutPolicy
 from online.rollout.seen import VersionCounters
-from online.rollout.state import ENDED, BothCounters, Phase, RolloutState, Wanted, enter, judge, wanted
+from online.rollout.state import ENDED, BothCounters, Phase, RolloutState, WantedServing, enter, judge, wanted
 from runtime.errors import InputError, MachineError, ServerFault
 from runtime.record import Record
 
@@ -165,7 +165,7 @@ class Rollout:
         )
         return judge(self.state, self.policy, counted, seconds)
 
-    def _bring_about(self, want: Wanted) -> None:
+    def _bring_about(self, want: WantedServing) -> None:
         """Loaded before it gets requests, without requests before it is unloaded."""
         for version in want.loaded:
             try:

@@ -80,7 +80,7 @@ class RolloutState(Record):
     decisions: tuple[Decision, ...] = Field(default=(), max_length=64)
 
 
-class Wanted(Record):
+class WantedServing(Record):
     """`shares` of the traffic by version; `mirror` gets a copy of each request, whose answer nobody sees."""
 
     loaded: tuple[int, ...]
@@ -88,17 +88,17 @@ class Wanted(Record):
     mirror: int | None = None
 
 
-def wanted(state: RolloutState, policy: RolloutPolicy) -> Wanted:
+def wanted(state: RolloutState, policy: RolloutPolicy) -> WantedServing:
     old, new = state.champion, state.challenger
     if state.phase is Phase.PROMOTED:
-        return Wanted(loaded=(new,), shares={new: 1.0})
+        return WantedServing(loaded=(new,), shares={new: 1.0})
     if state.phase is Phase.ROLLED_BACK:
-        return Wanted(loaded=(old,), shares={old: 1.0})
+        return WantedServing(loaded=(old,), shares={old: 1.0})
     if state.phase is Phase.CANARY:
         share = policy.steps[state.step]
         # All of the traffic, and the old one still loaded: the way back takes no load.
-        return Wanted(loaded=(old, new), shares={new: 1.0} if share == 1 else {old: 1 - share, new: share})
-    return Wanted(loaded=(old, new), shares={old: 1.0}, mirror=new if state.phase is Phase.MIRRORED else None)
+        return WantedServing(loaded=(old, new), shares={new: 1.0} if share == 1 else {old: 1 - share, new: share})
+    return WantedServing(loaded=(old, new), shares={old: 1.0}, mirror=new if state.phase is Phase.MIRRORED else None)
 
 
 def enter(state: RolloutState, policy: RolloutPolicy, phase: Phase, reason: str, step: int = 0) -> RolloutState:

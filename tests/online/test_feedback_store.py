@@ -20,7 +20,7 @@ from online.feedback.database import Database
 from online.feedback.errors import FeedbackFull, FeedbackRefused, FeedbackUnavailable, Refusal
 from online.feedback.group_commit import GroupCommit
 from online.feedback.samples import Correction, Label, Rating, Sample, ServedRequest
-from online.feedback.store import FeedbackStore, StoreBounds, Traffic
+from online.feedback.store import FeedbackStore, KeptTraffic, StoreBounds
 from online.feedback.tables import METADATA
 from runtime.errors import InputError, MachineError
 from tests import ROOT
@@ -37,7 +37,7 @@ def url(tmp_path: Path) -> str:
 def opened(url: str) -> Iterator[Open]:
     stores: list[FeedbackStore] = []
 
-    def make(bounds: StoreBounds | None = None, traffic: Traffic | None = None, **seams: object) -> FeedbackStore:
+    def make(bounds: StoreBounds | None = None, traffic: KeptTraffic | None = None, **seams: object) -> FeedbackStore:
         stores.append(FeedbackStore(url, bounds, traffic, **seams))  # type: ignore[arg-type]
         return stores[-1]
 
@@ -104,7 +104,7 @@ def test_one_bad_sample_does_not_harm_those_in_its_commit(opened: Open) -> None:
 
 
 def test_texts_are_kept_when_asked_for_and_redacted(opened: Open) -> None:
-    silent, speaking = opened(), opened(traffic=Traffic(share=1, redact=lambda text: text.replace("ask", "***")))
+    silent, speaking = opened(), opened(traffic=KeptTraffic(share=1, redact=lambda text: text.replace("ask", "***")))
     serve(silent, "a")
     serve(speaking, "b")
     for key in "ab":
@@ -113,13 +113,13 @@ def test_texts_are_kept_when_asked_for_and_redacted(opened: Open) -> None:
 
 
 def test_a_share_of_the_traffic_is_that_share() -> None:
-    kept = sum(Traffic(share=0.1).keeps(str(number)) for number in range(10_000))
+    kept = sum(KeptTraffic(share=0.1).keeps(str(number)) for number in range(10_000))
     assert 850 < kept < 1150
 
 
 @pytest.mark.parametrize("hook", [lambda text: 1 / 0, lambda text: b"bytes", lambda text: "\x00" * 0 + "x\ud800"])
 def test_where_redaction_fails_nothing_is_kept(opened: Open, hook: Callable[[str], str]) -> None:
-    store = opened(traffic=Traffic(share=1, redact=hook))
+    store = opened(traffic=KeptTraffic(share=1, redact=hook))
     with pytest.raises(FeedbackRefused) as caught:
         serve(store, "a")
     assert caught.value.reason is Refusal.NOT_REDACTED
@@ -145,7 +145,7 @@ def test_oversized_samples_are_refused_even_past_the_parser(opened: Open) -> Non
 
 
 def test_a_user_is_forgotten_to_the_last_byte(opened: Open, tmp_path: Path) -> None:
-    store = opened(traffic=Traffic(share=1))
+    store = opened(traffic=KeptTraffic(share=1))
     serve(store, "a", user="ann")
     serve(store, "b", user="bob")
     store.add(Correction(request_id="a", text="by nobody, of hers: xyzzy"))
