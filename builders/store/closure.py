@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-HOUSE = ("builders", "cluster", "loadtest", "measure", "runtime")
+HOUSE = ("builders", "cluster", "loadtest", "measure", "online", "runtime")
 _ROOT = Path(__file__).parents[2]
 _MODULE = re.compile(rf"({'|'.join(HOUSE)})(\.\w+)+")
 

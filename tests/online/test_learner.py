@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,17 @@ from tests.online.small import WINDOW, save_small, speech
 
 NEW, HELD_OUT = speech(2, 400, 10), speech(2, 160, 11)
 RECIPE = UpdateRecipe(steps=40, rows=16, learning_rate=0.01)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Threads for matrices of this size cost more than they bring."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

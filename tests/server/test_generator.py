@@ -171,7 +171,9 @@ def test_who_waits_hears_of_a_death_and_the_next_is_served(repository: Path, vic
         assert wait_until(running.answers, PATIENCE_S)
         assert wait_until(lambda: running.health.ready() is None, PATIENCE_S)
         assert running.repairs == 1, running.said
-        assert ("Python stub of Triton died" if victim == "stub" else "killed by SIGKILL") in running.said[0]
+        # A stub that dies in the middle of its answers may take Triton with it, which then aborts.
+        causes = ("Python stub of Triton died", "killed by SIGABRT") if victim == "stub" else ("killed by SIGKILL",)
+        assert any(cause in running.said[0] for cause in causes), running.said
     assert running.stopped_s < EXIT_TIMEOUT_S, "nothing was left in flight"
 
 
