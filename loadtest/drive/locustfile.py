@@ -73,6 +73,7 @@ class ScheduledShape(LoadTestShape):  # type: ignore[misc]  # locust is untyped 
 
     use_common_options = True
     ended_at: float | None = None  # the load was ended early; time.monotonic()
+    _told: set[str] | None = None  # workers that have reported since the last user left
 
     def end(self) -> None:
         """From the next tick on nobody asks any more. Locust tells its workers how long users may take to finish."""
@@ -85,9 +86,30 @@ class ScheduledShape(LoadTestShape):  # type: ignore[misc]  # locust is untyped 
         users, late_s = plan.users_at(elapsed_s), elapsed_s - plan.end_s - options.request_timeout_s - DRAIN_SLACK_S
         if self.ended_at is not None:
             users, late_s = 0, time.monotonic() - self.ended_at - EARLY_DRAIN_S - DRAIN_SLACK_S
-        if users == 0 and (self.get_current_user_count() == 0 or late_s > 0):
+        if users == 0 and (self._all_told() or late_s > 0):
             return None
         return users, float(plan.users)
+
+    def _all_told(self) -> bool:
+        """Whether nobody asks any more and every worker has told what it saw until then. They report every 3 s; Locust
+        itself would give them half a second for their last words, which a busy machine does not always manage.
+        """
+        if self.get_current_user_count() != 0:
+            self._told = None
+            return False
+        if not isinstance(self.runner, MasterRunner):
+            return True
+        if self._told is None:
+            self._told = set()
+        there = {worker.id for worker in self.runner.clients.all} - {
+            worker.id for worker in self.runner.clients.missing
+        }
+        return there <= self._told
+
+    def hear(self, worker: str, users: int) -> None:
+        """Of a report that came in: whose, and how many users it had."""
+        if self._told is not None and users == 0:
+            self._told.add(worker)
 
 
 def prepare(environment: Any, **_: Any) -> None:
@@ -106,6 +128,9 @@ def prepare(environment: Any, **_: Any) -> None:
         events.report_to_master.add_listener(lambda client_id, data: data.update({REPORT_KEY: trace.take().to_json()}))
         return
     events.worker_report.add_listener(lambda client_id, data: trace.merge(Trace.from_json(data[REPORT_KEY])))
+    events.worker_report.add_listener(
+        lambda client_id, data: environment.shape_class.hear(client_id, data["user_count"])
+    )
     keep_trace(environment, trace)
 
 
