@@ -29,7 +29,7 @@ from builders.judging import corpus
 from builders.pipeline import teaching
 from builders.pipeline.judged import at_fault, judge, missed
 from builders.pipeline.result import Build, Report, done
-from builders.spec import DeploymentSpec, PruneSlice, StepSlice
+from builders.spec import DeploymentSpec, StepSlice
 from builders.store.store import Store
 
 
@@ -83,7 +83,7 @@ def planned(spec: DeploymentSpec, config: dict[str, Any]) -> tuple[dict[str, int
         for what, multiple in plan.multiples(spec.parallel.tensor).items()
     )
     sizes = {"layers": len(widths.layers), "heads": heads, "kv_heads": heads, "head_dim": widths.head_size, "ffn": ffn}
-    thin = ["low_rank"] if any(layer.ranks for layer in (found.layers if found else ())) else []
+    thin = ["low_rank"] if any(layer.ranks for layer in whole.layers) else []
     return sizes, [*thin, *(step.name for step in spec.compress if step.prune is None and step.distil is None)]
 
 
@@ -91,11 +91,10 @@ def _one(
     built: Build, checkpoint: Checkpoint, number: int, step: StepSlice, store: Store, report: Report
 ) -> Checkpoint:  # fmt: skip
     spec = built.spec
-    labels = (step.prune or step.distil or PruneSlice(amount=0.5)).labels
     inputs = {
         "checkpoint": checkpoint.model_dump(mode="json", exclude={"source"}),
         "step": step.model_dump(mode="json", exclude={"prune": {"labels"}, "distil": {"labels"}}),
-        "labels": None if labels is None else corpus.corpus_key(labels),
+        "labels": None if step.labels is None else corpus.corpus_key(step.labels),
         "tensor": spec.parallel.tensor,
         "texts": corpus.corpus_key(spec.precision.calibration_texts),
         "left out": spec.precision.calibration_samples,

@@ -211,6 +211,12 @@ class StepSlice(Slice):
     def name(self) -> str:
         return self.given[0]
 
+    @property
+    def labels(self) -> Path | None:
+        """The file of labelled texts that the technique reads."""
+        technique = self.prune or self.distil
+        return None if technique is None else technique.labels
+
 
 class BudgetSlice(Slice):
     """What must remain when all steps of `compress` are done, in fp32, against the original checkpoint."""

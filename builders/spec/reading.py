@@ -92,10 +92,10 @@ def _anchor_paths(spec: DeploymentSpec, folder: Path) -> DeploymentSpec:
 
 
 def _anchor_labels(step: StepSlice, folder: Path) -> StepSlice:
-    prune = step.prune
-    if prune is None or prune.labels is None or prune.labels.is_absolute():
+    if step.labels is None:
         return step
-    return step.model_copy(update={"prune": prune.model_copy(update={"labels": folder / prune.labels})})
+    technique = getattr(step, step.name).model_copy(update={"labels": folder / step.labels})
+    return step.model_copy(update={step.name: technique})
 
 
 def _reason(error: Exception) -> str:

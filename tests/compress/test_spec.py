@@ -74,9 +74,12 @@ def test_what_goes_with_what(tmp_path: Path) -> None:
 
 def test_labels_start_at_the_spec(tmp_path: Path) -> None:
     step = {"prune": {"amount": 0.3, "importance": "taylor", "labels": "labels.tsv"}}
-    spec = _load(tmp_path, compress=[step], model={"source": "x", "task": "classification"})
+    taught = {"distil": {"tokens": 9, "losses": {"hard_labels": 1.0}, "labels": "labels.tsv"}}
+    spec = _load(tmp_path, compress=[step, taught], model={"source": "x", "task": "classification"})
     assert spec.compress[0].prune is not None
     assert spec.compress[0].prune.labels == tmp_path.resolve() / "labels.tsv"
+    assert spec.compress[1].distil is not None
+    assert spec.compress[1].distil.labels == tmp_path.resolve() / "labels.tsv"
 
 
 @pytest.mark.parametrize(
