@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +18,7 @@ from builders.judging import corpus
 from builders.pipeline.result import Build, Report
 from builders.spec import DistilSlice, PrecisionSlice
 from builders.store.closure import code_key
-from builders.store.store import Store
+from builders.store.store import Store, key_of
 from builders.training.arithmetic import arithmetic
 from builders.training.progress import losses_text
 from builders.training.recipe import TrainingProgress
@@ -46,12 +44,12 @@ def teaching(
     original = built.original
     assert original is not None
     model = load_encoder(original)
-    key = _digest({**made_from, "made by": code_key(distil)})
+    key = key_of({**made_from, "made by": code_key(distil)})
     text = {"text_tokens": asked.text_tokens, "batch_tokens": asked.batch_tokens, "match": asked.match_layers}
     shared = {name: value for name, value in made_from.items() if name not in ("checkpoint", "step", "tensor")}
     kept = {} if asked.losses is None else asked.losses.given
     layers = asked.student_layers if {"hidden", "attention"} & set(kept) else None
-    states = _digest({**shared, **text, "kept": sorted(kept), "layers": layers, "made by": code_key(_states_code)})
+    states = key_of({**shared, **text, "kept": sorted(kept), "layers": layers, "made by": code_key(_states_code)})
     scratch = store.root / "distil" / key
     lesson = Teaching(
         model,
@@ -74,10 +72,6 @@ def _states_code(folder: Path) -> Any:
     from builders.compress.teacher import TeacherStates
 
     return TeacherStates, load_encoder, graph_module, head_modules, folder
-
-
-def _digest(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _lines(report: Report, number: int) -> Any:

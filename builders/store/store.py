@@ -34,6 +34,11 @@ def link_or_copy(source: Path, target: Path) -> Path:
     return target
 
 
+def key_of(content: dict[str, Any]) -> str:
+    """Of what is JSON, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
 class Store:
     """Artifacts under one root."""
 
@@ -49,9 +54,7 @@ class Store:
         `inputs` are JSON: what has no order, or an address, would give another key in each process. A stored artifact
         whose files no longer have their digests is dropped and built again.
         """
-        content = json.dumps({**inputs, "made by": code_key(build)}, sort_keys=True)
-        key = hashlib.sha256(content.encode()).hexdigest()[:16]
-        target = self.root / stage / key
+        target = self.root / stage / key_of({**inputs, "made by": code_key(build)})
         damaged = target.is_dir()  # asked first: what appears while we look is another process's, and whole
         found = _load(target, kind)
         if found is not None:
