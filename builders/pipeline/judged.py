@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean, median
@@ -182,9 +182,14 @@ def figures(item: StepFigures, executor: str) -> dict[str, float | None]:
 
 def missed(item: StepFigures, budget: BudgetSlice, executor: str) -> dict[str, float]:
     """Keys of the budget that are missed, with the figure."""
+    return missed_of(figures(item, executor), budget)
+
+
+def missed_of(figures: Mapping[str, float | None], budget: BudgetSlice) -> dict[str, float]:
+    """The same, of figures by the key of the budget that bounds each from below."""
     return {
         key: value
-        for key, value in figures(item, executor).items()
+        for key, value in figures.items()
         if (limit := getattr(budget, key)) is not None and value is not None and not value >= limit
     }
 

@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
-import json
 import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from builders.artifacts import Quality
@@ -24,7 +21,7 @@ from builders.checkpoint import load_checkpoint
 from builders.compress import plan
 from builders.compress.judged import by_text, outputs
 from builders.compress.step import carry_out
-from builders.compress.texts import CalibrationText
+from builders.compress.texts import Batch, CalibrationText
 from builders.errors import InputError, MachineError, QualityError, SpecError
 from builders.export.encoder import graph_module, write_graph
 from builders.export.sentence import head_modules
@@ -32,20 +29,19 @@ from builders.export.weights import load_encoder
 from builders.graph import GRAPH_FILE, count_weights, record_graph
 from builders.judging import corpus
 from builders.pipeline import choice, compress
-from builders.pipeline.judged import StepFigures, by_executor, judge, missed, plain
+from builders.pipeline.judged import StepFigures, by_executor, judge, missed, missed_of, plain
 from builders.pipeline.result import Build, Report
 from builders.pipeline.space import Choices, Tried, front
 from builders.spec import DeploymentSpec, StepSlice
 from builders.store.closure import code_key
 from builders.store.processor import this_processor
-from builders.store.store import Store
+from builders.store.store import Store, key_of
 
 if TYPE_CHECKING:
     from optuna import Study
     from optuna.trial import FrozenTrial, Trial
 
 FINALISTS = 3
-_TRIED = ("min_mean_cosine", "min_worst_cosine", "min_speedup")  # keys of the budget that a trial measures
 
 
 @dataclass(frozen=True)
@@ -89,7 +85,7 @@ def searched(
         resumed = len(_complete(study))
         _run(study, bench, trials, minutes, report)
         done = [_measured(trial, bench.choices) for trial in _complete(study)]
-        own = None if not spec.compress else bench.measure(-1, spec.compress)
+        own = None if not spec.compress else bench.own(store, report)
         finalists = tuple(_judged(bench, trial, store, report) for trial in front(done)[:FINALISTS])
     within = [each for each in finalists if not each.missed]
     chosen = max(within, key=lambda each: each.judged.speeds[spec.cpu_executor], default=None)
@@ -117,6 +113,7 @@ class _Bench:
     plain: Build
     choices: Choices
     texts: CalibrationText
+    watched: list[Batch]
     wanted: Any
 
     @staticmethod
@@ -124,10 +121,11 @@ class _Bench:
         checkpoint = load_checkpoint(spec.model)
         built = Build(spec, "cpu", checkpoint, original=checkpoint)
         texts = CalibrationText(checkpoint, spec.precision)
-        model, head = load_encoder(checkpoint), head_modules(checkpoint)
-        wanted = outputs(graph_module(model, head, checkpoint), texts.watched())
+        watched = texts.watched()
+        wanted = outputs(graph_module(load_encoder(checkpoint), head_modules(checkpoint), checkpoint), watched)
         reference = by_executor(plain(built, checkpoint, store, report), spec.cpu_executor)
-        return _Bench(built, reference, Choices.of(compress.widths_of(checkpoint), spec.parallel.tensor), texts, wanted)
+        choices = Choices.of(compress.widths_of(checkpoint), spec.parallel.tensor)
+        return _Bench(built, reference, choices, texts, watched, wanted)
 
     @property
     def key(self) -> str:
@@ -145,11 +143,10 @@ class _Bench:
             "processor": this_processor().model_dump(mode="json"),
             "code": code_key(searched),
         }
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+        return key_of(content)
 
     def measure(self, number: int, steps: tuple[StepSlice, ...]) -> Tried:
-        """The steps carried out in memory, the graph exported and timed. Raises SpecError for steps that the model
-        cannot take."""
+        """The steps carried out in memory. Raises SpecError for steps that the model cannot take."""
         spec, checkpoint = self.built.spec, self.built.checkpoint
         plan.check(steps, compress.widths_of(checkpoint), spec.parallel.tensor)
         model, head = load_encoder(checkpoint), head_modules(checkpoint)
@@ -159,7 +156,18 @@ class _Bench:
 
         for step in steps:
             carry_out(step, model, as_forward, checkpoint, self.texts, spec.parallel.tensor)
-        near = by_text(self.wanted, outputs(as_forward(model), self.texts.watched()))
+        return self._figures(number, steps, model)
+
+    def own(self, store: Store, report: Report) -> Tried:
+        """The spec's own steps, which may train: of the checkpoint that a build makes by them."""
+        made = compress.carried_out(self.built, store, report).checkpoint
+        return self._figures(-1, self.built.spec.compress, load_encoder(made))
+
+    def _figures(self, number: int, steps: tuple[StepSlice, ...], model: Any) -> Tried:
+        """The graph exported and timed."""
+        checkpoint = self.built.checkpoint
+        head = head_modules(checkpoint)
+        near = by_text(self.wanted, outputs(graph_module(model, head, checkpoint), self.watched))
         with tempfile.TemporaryDirectory(prefix="trireme-search-") as folder:
             file = Path(folder) / GRAPH_FILE
             write_graph(model, head, checkpoint, "fp32", file)
@@ -168,20 +176,14 @@ class _Bench:
                 texts=len(near), executor="torch",
             )  # fmt: skip
             graph = record_graph(Path(folder), "fp32", quality, checkpoint.digest)
-            speed = median(choice.encoder_speeds(self.plain, replace(self.plain, graphs=(graph,))))
+            speed = choice.encoder_speed(self.plain, replace(self.plain, graphs=(graph,)))
             found = Tried(number, steps, float(near.mean()), float(near.min()), speed, count_weights(file))
-        return replace(found, missed=_missed(found, spec))
+        return replace(found, missed=tuple(missed_of(_bounded(found), self.built.spec.compress_budget)))
 
 
-def _missed(found: Tried, spec: DeploymentSpec) -> tuple[str, ...]:
-    return tuple(key for key, over in _over(found, spec).items() if over > 0)
-
-
-def _over(found: Tried, spec: DeploymentSpec) -> dict[str, float]:
-    """How far each key of the budget is missed; 0 or less is within it."""
-    values = dict(zip(_TRIED, (found.cosine, found.worst, found.speed), strict=True))
-    limits = {key: getattr(spec.compress_budget, key) for key in _TRIED}
-    return {key: limit - values[key] for key, limit in limits.items() if limit is not None}
+def _bounded(found: Tried) -> dict[str, float]:
+    """What a trial measures, by the key of the budget that bounds it from below."""
+    return {"min_mean_cosine": found.cosine, "min_worst_cosine": found.worst, "min_speedup": found.speed}
 
 
 def _study(file: Path, bench: _Bench, seed: int) -> Study:
@@ -226,8 +228,9 @@ def _run(study: Study, bench: _Bench, trials: int, minutes: float, report: Repor
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
             report("compress", f"trial {trial.number} cannot be: {error}")
             continue
-        for key, over in _over(found, bench.built.spec).items():
-            trial.set_constraint(key, over)
+        for key, value in _bounded(found).items():
+            if (limit := getattr(bench.built.spec.compress_budget, key)) is not None:
+                trial.set_constraint(key, limit - value)  # 0 or less is within it
         for key in ("cosine", "worst", "speed", "parameters"):
             trial.set_user_attr(key, getattr(found, key))
         trial.set_user_attr("missed", list(found.missed))

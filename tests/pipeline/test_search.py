@@ -28,8 +28,10 @@ OWN: list[dict[str, object]] = [{"prune": {"what": ["ffn"], "ffn": 32, "importan
 LOOSE = {"min_mean_cosine": 0.0}
 
 
-def _file(folder: Path, source: Path, budget: Mapping[str, float]) -> Path:
-    spec = compressing(source, OWN, budget=budget)
+def _file(
+    folder: Path, source: Path, budget: Mapping[str, float], steps: list[dict[str, object]] = OWN
+) -> Path:  # fmt: skip
+    spec = compressing(source, steps, budget=budget)
     file = folder / "spec.yaml"
     file.write_text(yaml.safe_dump(spec.model_dump(mode="json", exclude_defaults=True)))
     return file
@@ -55,6 +57,18 @@ def test_it_goes_on_where_it_was_and_writes_a_spec(
     assert [step.model_dump(mode="json", exclude_none=True) for step in load_spec(recipe).compress] == chosen["steps"]
     assert Path(found["page"]).read_text().count("<circle") >= 5
     assert {each["number"] for each in found["finalists"]} <= {each["number"] for each in found["trials"]}
+
+
+def test_own_steps_that_train_are_measured_too(
+    tiny_bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = {"tokens": 2_000, "text_tokens": 1_000, "batch_tokens": 512, "student_layers": [1]}
+    file = _file(tmp_path, tiny_bert, LOOSE, [*OWN, {"distil": short}])
+    search(str(file), trials=1, minutes=9, seed=0, build_dir=tmp_path, as_json=True)
+    found = json.loads(capsys.readouterr().out)
+    assert [list(step) for step in found["own"]["steps"]] == [["prune"], ["distil"]]
+    assert found["own"]["parameters"] < found["trials"][0]["parameters"]
+    assert found["own"]["cosine"] < 0.999
 
 
 def _leave_one_running(spec: DeploymentSpec, root: Path) -> None:
