@@ -5,7 +5,6 @@ A file a batch, which appears whole. What a run that was killed has computed, th
 
 from __future__ import annotations
 
-import errno
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from builders.compress.losses import Seen, Wanted, look
 from builders.compress.texts import Batch
-from builders.store.atomic import disk_full
+from builders.store.atomic import telling_disk_full
 from builders.training.arithmetic import Arithmetic
 
 if TYPE_CHECKING:
@@ -78,12 +77,11 @@ def _write(kept: Mapping[str, torch.Tensor], file: Path) -> None:
     from safetensors.torch import save_file
 
     part = file.with_name(f"{file.name}.{os.getpid()}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: value.contiguous() for name, value in kept.items()}, part)
-        part.replace(file)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise disk_full(file.parent) from error
-        raise
+    with telling_disk_full(file.parent):
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_file({name: value.contiguous() for name, value in kept.items()}, part)
+            part.replace(file)
+        except OSError:
+            part.unlink(missing_ok=True)
+            raise

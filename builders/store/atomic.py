@@ -21,7 +21,7 @@ def atomic_directory(target: Path) -> Iterator[Path]:
 
     If `target` has appeared meanwhile, the new one is dropped. Raises MachineError when the disk is full.
     """
-    try:
+    with telling_disk_full(target.parent):
         target.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{owner()}-", dir=target.parent))
         try:
@@ -35,20 +35,23 @@ def atomic_directory(target: Path) -> Iterator[Path]:
                 raise OSError(errno.EIO, f"cannot rename {work.name} to {target.name}")
         finally:
             shutil.rmtree(work, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def telling_disk_full(folder: Path) -> Iterator[None]:
+    """Raises MachineError for an OSError that says so."""
+    try:
+        yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise disk_full(target.parent) from error
-        raise
-
-
-def disk_full(folder: Path) -> MachineError:
-    free_mb = shutil.disk_usage(folder).free >> 20
-    return MachineError(
-        f"writing to {folder}",
-        got=f"no space left ({free_mb} MiB free)",
-        expected="room for the result",
-        fix="free space or choose another --build-dir; nothing half-written was left behind",
-    )
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        free_mb = shutil.disk_usage(folder).free >> 20
+        raise MachineError(
+            f"writing to {folder}",
+            got=f"no space left ({free_mb} MiB free)",
+            expected="room for the result",
+            fix="free space or choose another --build-dir; nothing half-written was left behind",
+        ) from error
 
 
 def _sweep_dead(parent: Path, now: float) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import time
 from pathlib import Path
 from typing import Any
 
 from builders.errors import InputError
-from builders.store.atomic import disk_full
+from builders.store.atomic import telling_disk_full
 
 EVERY_S = 60.0  # a state is three or four times the weights
 
@@ -29,18 +28,17 @@ class Resume:
         import torch
 
         part = self._file.with_name(f"{self._file.name}.part")
-        try:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            with part.open("wb") as stream:
-                torch.save({"key": self._key, "state": state}, stream)
-                stream.flush()
-                os.fsync(stream.fileno())
-            part.replace(self._file)
-        except OSError as error:
-            part.unlink(missing_ok=True)
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise disk_full(self._file.parent) from error
-            raise
+        with telling_disk_full(self._file.parent):
+            try:
+                self._file.parent.mkdir(parents=True, exist_ok=True)
+                with part.open("wb") as stream:
+                    torch.save({"key": self._key, "state": state}, stream)
+                    stream.flush()
+                    os.fsync(stream.fileno())
+                part.replace(self._file)
+            except OSError:
+                part.unlink(missing_ok=True)
+                raise
         self._saved_at = time.monotonic()
 
     def load(self) -> dict[str, Any] | None:
