@@ -52,12 +52,10 @@ class Codebooks(Record):
     matrices: dict[str, CodedMatrix]
 
 
-def read_codebooks(folder: Path) -> Codebooks | None:
-    """None where the folder's weights are plain. Raises CheckpointError for a manifest that is not that of the file
-    beside it."""
+def _read(folder: Path) -> tuple[Codebooks, dict[str, tuple[int, ...]]]:
+    """The manifest, and the shapes of what is stored. Raises CheckpointError for a manifest that is not that of the
+    file beside it."""
     path = folder / FILE
-    if not (folder / CODEBOOKS).is_file():
-        return None
     if not path.is_file():
         raise _refused(path, "no such file")
     try:
@@ -76,15 +74,26 @@ def read_codebooks(folder: Path) -> Codebooks | None:
     left = sorted(name for name in there if name.endswith(_INDICES) and _stem(name) not in found.matrices)
     if left:
         raise _refused(path, f"no word of {left[0]}")
-    return found
+    return found, there
 
 
-def plain_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Of every weight of such a folder, as it is when expanded."""
-    found = read_codebooks(folder)
-    assert found is not None
-    there = {name: shape for name, shape in shapes(folder / CODEBOOKS).items() if _stem(name) not in found.matrices}
-    return {**there, **{name: matrix.shape for name, matrix in found.matrices.items()}}
+def weight_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Of every tensor of a safetensors file, as it is when expanded. Raises CheckpointError for a file that is
+    truncated, and for codebooks whose manifest is another's."""
+    if file.name != CODEBOOKS:
+        return shapes(file)
+    found, there = _read(file.parent)
+    plain = {name: shape for name, shape in there.items() if _stem(name) not in found.matrices}
+    return {**plain, **{name: matrix.shape for name, matrix in found.matrices.items()}}
+
+
+def count_parameters(path: Path) -> int:
+    """Elements in a safetensors file, when expanded. A pickle is not opened for this: its size in fp32 has to do."""
+    if path.suffix == ".bin":
+        return path.stat().st_size // 4
+    if path.suffix != ".safetensors":
+        return 0
+    return sum(map(math.prod, weight_shapes(path).values()))
 
 
 def expanded(folder: Path) -> dict[str, torch.Tensor]:
@@ -92,8 +101,7 @@ def expanded(folder: Path) -> dict[str, torch.Tensor]:
     import torch
     from safetensors.torch import load_file
 
-    found, stored = read_codebooks(folder), load_file(folder / CODEBOOKS)
-    assert found is not None
+    (found, _), stored = _read(folder), load_file(folder / CODEBOOKS)
     state = {name: value for name, value in stored.items() if _stem(name) not in found.matrices}
     for name, matrix in found.matrices.items():
         indices = unpack(stored[f"{name}{_INDICES}"].numpy(), matrix.bits, matrix.size)
@@ -135,8 +143,3 @@ def _refused(path: Path, got: str) -> CheckpointError:
         f"manifest of codebooks {path}", got=got, expected=f"the one that `trireme compress` wrote with {CODEBOOKS}",
         fix="copy the whole folder again",
     )  # fmt: skip
-
-
-def parameters_of(folder: Path) -> int:
-    """Weights when expanded."""
-    return sum(math.prod(shape) for shape in plain_shapes(folder).values())

@@ -10,12 +10,12 @@ from builders.artifacts import Checkpoint, FileRecord
 from builders.checkpoint import tokenizer
 from builders.checkpoint.adapter import adapter_files, base_folder
 from builders.checkpoint.architecture import check_encoder, check_foreign, check_generator, check_length
-from builders.checkpoint.codebooks import parameters_of, read_codebooks
+from builders.checkpoint.codebooks import count_parameters
 from builders.checkpoint.generation import generation_facts
 from builders.checkpoint.reading import read_json, size
 from builders.checkpoint.sentence import Sentence, read_sentence
 from builders.checkpoint.source import locate
-from builders.checkpoint.weights import count_parameters, weight_files
+from builders.checkpoint.weights import weight_files
 from builders.checkpoint.widths import read_widths
 from builders.spec import ModelSlice
 
@@ -37,7 +37,7 @@ def load_checkpoint(model: ModelSlice) -> Checkpoint:
     generates = model.task in GENERATES
     model_type = (check_generator if generates else _check_encoder)(folder, config, model)
     weights = weight_files(folder, model.allow_pickle)
-    coded = read_codebooks(folder)  # this and the next raise for a manifest that does not belong here
+    parameters = sum(map(count_parameters, weights))  # this and the next raise for a manifest that does not belong here
     read_widths(folder, config, weights)
     adapter = adapter_files(given, folder, model)
     typed = model.task == "reranking" and config.get("type_vocab_size", 0) > 1
@@ -58,7 +58,7 @@ def load_checkpoint(model: ModelSlice) -> Checkpoint:
         pooling=sentence.pooling,
         hidden_size=hidden_size,
         labels=_labels(model, config),
-        parameters=parameters_of(folder) if coded else sum(count_parameters(path) for path in weights),
+        parameters=parameters,
         max_length=model.max_length,
         token_type_ids=typed,
         generation=generation,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 from builders.checkpoint.reading import read_json, require
@@ -70,12 +69,3 @@ def shapes(path: Path) -> dict[str, tuple[int, ...]]:
             f"weights {path}", got=f"{path.stat().st_size} bytes, {error}", expected="a whole safetensors file",
             fix="copy or download the file again; it is truncated or damaged",
         ) from error  # fmt: skip
-
-
-def count_parameters(path: Path) -> int:
-    """Elements in a safetensors file. A pickle is not opened for this: its size in fp32 has to do."""
-    if path.suffix == ".bin":
-        return path.stat().st_size // 4
-    if path.suffix != ".safetensors":
-        return 0
-    return sum(map(math.prod, shapes(path).values()))

@@ -14,9 +14,8 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from builders.checkpoint.codebooks import plain_shapes
+from builders.checkpoint.codebooks import weight_shapes
 from builders.checkpoint.reading import parse, size
-from builders.checkpoint.weights import CODEBOOKS, shapes
 from builders.errors import CheckpointError, UnsupportedError
 from runtime.record import Record
 
@@ -112,7 +111,7 @@ def _require_shapes(path: Path, widths: Widths, weights: Iterable[Path]) -> None
     there: dict[str, tuple[int, ...]] = {}
     for file in weights:
         if file.suffix == ".safetensors":
-            found = plain_shapes(file.parent) if file.name == CODEBOOKS else shapes(file)
+            found = weight_shapes(file)
             there |= {name.partition(_LAYER)[2]: shape for name, shape in found.items() if _LAYER in name}
     for number, part, (inputs, outputs) in widths.matrices():
         name, rank = f"{number}.{PARTS[part]}", widths.layers[number].ranks.get(part)
