@@ -80,11 +80,23 @@ def codebooks(groups: torch.Tensor, weights: torch.Tensor | None, count: int) ->
         total = torch.zeros_like(codes).scatter_add_(1, chosen, groups * counted)
         share = torch.zeros_like(codes).scatter_add_(1, chosen, counted)
         codes = torch.where(share > 0, total / share.clamp(min=1e-30), codes).sort(dim=1).values
-    ranks = torch.nn.functional.pad((ordered.diff(dim=1) != 0).long().cumsum(1), (1, 0))
+    ranks = _ranks(ordered)
     few = ranks[:, -1] < count
-    codes[few] = ordered[few, -1:].expand(-1, count).scatter(1, ranks[few], ordered[few])
+    codes[few] = _distinct(ordered[few], ranks[few], count)
     largest = torch.finfo(torch.float16).max
     return codes.half().float() if codes.abs().max() <= largest else codes
+
+
+def _ranks(ordered: torch.Tensor) -> torch.Tensor:
+    """Of each value among the distinct ones of its group, from 0. `ordered` [groups, size], rising."""
+    import torch
+
+    return torch.nn.functional.pad((ordered.diff(dim=1) != 0).long().cumsum(1), (1, 0))
+
+
+def _distinct(ordered: torch.Tensor, ranks: torch.Tensor, count: int) -> torch.Tensor:
+    """[groups, count]: the distinct values, rising; the largest fills what is left."""
+    return ordered[:, -1:].repeat(1, count).scatter(1, ranks, ordered)
 
 
 def _indices(codes: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
@@ -104,9 +116,9 @@ def encode(weight: torch.Tensor, matrix: CodedMatrix) -> tuple[NDArray[np.uint8]
 
     groups, count = weight.reshape(-1, matrix.group), 2**matrix.bits
     ordered = groups.sort(dim=1).values
-    ranks = torch.nn.functional.pad((ordered.diff(dim=1) != 0).long().cumsum(1), (1, 0))
+    ranks = _ranks(ordered)
     if int(ranks.max()) >= count:
         raise ValueError(f"{int(ranks.max()) + 1} values in a group, and {count} codes")
-    codes = ordered[:, -1:].repeat(1, count).scatter(1, ranks, ordered)
+    codes = _distinct(ordered, ranks, count)
     indices = torch.searchsorted(codes.contiguous(), groups.contiguous())
     return indices.reshape(-1).to(torch.uint8).numpy(), codes

@@ -73,6 +73,8 @@ def distil(
 
     Raises InputError for texts that do not suffice, DivergedError for a student that training made no better.
     """
+    import torch
+
     if asked.student_layers is not None:
         prune.keep_layers(model, asked.student_layers)
     if arithmetic() == "bfloat16":  # torch's fused attention takes half of a step in its backward pass there
@@ -88,9 +90,10 @@ def distil(
         return by_text(wanted, outputs(forward, [lesson.batch for lesson in watched]))
 
     def judged() -> float:
-        return float(np.mean([probe.loss(lesson).item() for lesson in shown]))
+        with torch.no_grad():
+            return float(np.mean([probe.loss(lesson).item() for lesson in shown]))
 
-    before, start = cosines(), _without_gradients(judged)
+    before, start = cosines(), judged()
     with _frozen(model, asked.words), reproducible(asked.seed):
         work = TrainingWork(model, measure.loss, _endless(lessons, asked.seed), lambda lesson: lesson.tokens, judged)
         settings = _settings(
@@ -98,7 +101,7 @@ def distil(
         )
         resume = Resume(teaching.scratch / "training.pt", teaching.key, teaching.save_every_s)
         found = train(work, settings, teaching.report, resume)
-    after, end = cosines(), _without_gradients(judged)
+    after, end = cosines(), judged()
     if not end < start:
         raise DivergedError(
             f"distil made the student no better: of texts that it was not trained on, the loss was {start:.4g} and is "
@@ -228,13 +231,6 @@ class _frozen:  # noqa: N801
     def __exit__(self, *_: object) -> None:
         for table in self._tables:
             table.requires_grad_(True)
-
-
-def _without_gradients(judged: Callable[[], float]) -> float:
-    import torch
-
-    with torch.no_grad():
-        return judged()
 
 
 def _notes(
