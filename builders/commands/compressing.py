@@ -12,8 +12,10 @@ from builders.commands.options import DEFAULT_BUILD, BuildDir, JsonFlag, SpecArg
 from builders.errors import InputError, QualityError
 
 if TYPE_CHECKING:
+    from builders.artifacts import Artifact
     from builders.judging.labels import Labelled
     from builders.pipeline.compare import Comparison
+    from builders.pipeline.judged import StepFigures
     from builders.pipeline.recipe import Recipe
     from builders.spec import DeploymentSpec, Pooling
 
@@ -34,21 +36,18 @@ def compress(spec: SpecArgument, build_dir: BuildDir = DEFAULT_BUILD, as_json: J
 def _recipe_json(recipe: Recipe) -> dict[str, Any]:
     from builders.commands import figures
 
-    rows = [
-        {
-            "name": row.name,
-            "checkpoint": str(row.made.directory),
-            "digest": row.made.digest,
-            "notes": row.notes,
-            **figures.as_json(row.judged),
-        }
-        for row in recipe.rows
-    ]
+    rows = [_row_json(row.name, row.made, row.judged, notes=row.notes) for row in recipe.rows]
     against = [
         {"name": name, "against": other, "figures": figures.difference_json(found)}
         for name, other, found in recipe.against()
     ]
     return {"rows": rows, "differences": against, "fault": recipe.fault}
+
+
+def _row_json(name: str, made: Artifact, judged: StepFigures, **more: Any) -> dict[str, Any]:
+    from builders.commands import figures
+
+    return {"name": name, "checkpoint": str(made.directory), "digest": made.digest, **more, **figures.as_json(judged)}
 
 
 def _print_recipe(recipe: Recipe) -> None:
@@ -142,16 +141,7 @@ def _sides(
 def _comparison_json(found: Comparison) -> dict[str, Any]:
     from builders.commands import figures
 
-    sides = [
-        {
-            "name": side.name,
-            "checkpoint": str(side.checkpoint.directory),
-            "digest": side.checkpoint.digest,
-            "served": side.served,
-            **figures.as_json(side.judged),
-        }
-        for side in found.sides
-    ]
+    sides = [_row_json(side.name, side.checkpoint, side.judged, served=side.served) for side in found.sides]
     labelled = None if found.labelled is None else found.labelled.model_dump(mode="json")
     return {"sides": sides, "differences": figures.difference_json(found.differences), "labelled": labelled}
 

@@ -71,7 +71,7 @@ def _served(spec: DeploymentSpec, store: Store, report: Report) -> Build:
     built = replace(built, spec=spec.model_copy(update={"parallel": ParallelSlice()}))
     for step in (choice.choose, encoder.export, encoder.quantize):
         built = step(built, store, report)
-    return replace(built, original=None)
+    return built
 
 
 def _labelled(first: Build, second: Build, file: Path) -> Labelled:

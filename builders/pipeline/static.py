@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from builders.artifacts import OnnxGraph
+from builders.compress.judged import outputs
 from builders.compress.static import TOKENS, as_encoder, token_vectors
 from builders.compress.texts import CalibrationText
 from builders.export.encoder import graph_module, write_graph
@@ -35,11 +34,9 @@ def export(built: Build, store: Store, report: Report) -> Build:
         require_standard(out / GRAPH_FILE)
         _, held_out = vectors.calibration_and_held_out(precision)
         requests = vectors.sample_requests(checkpoint, held_out)
-        with torch.no_grad():
-            forward = graph_module(module, head, checkpoint)
-            rows = [forward(**{key: torch.from_numpy(value) for key, value in each.items()}) for each in requests]
+        rows = [{key: torch.from_numpy(value) for key, value in each.items()} for each in requests]
+        wanted = outputs(graph_module(module, head, checkpoint), rows)
         found = vectors.graph_outputs(out / GRAPH_FILE, requests, checkpoint)
-        wanted = np.concatenate([row.numpy() for row in rows])
         quality = vectors.measure(wanted, found, checkpoint.task, "ONNX Runtime")
         return record_graph(out, "fp32", quality, checkpoint.digest)
 
