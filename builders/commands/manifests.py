@@ -56,7 +56,7 @@ def lint_manifests(
 
     A comment `# lint-manifests: ignore RULE` in a document leaves the rule out for its objects.
     """
-    from builders.manifests.lint.check import check_texts, opened, read_file
+    from builders.manifests.lint.check import check_texts, file_texts
     from builders.manifests.lint.definitions import definitions
     from builders.manifests.lint.objects import read_objects
     from builders.manifests.lint.sarif import sarif
@@ -64,9 +64,7 @@ def lint_manifests(
 
     skipped = _known_rules(ignore or [])
     texts = [found for path in files for found in _manifest_texts(path)]
-    given = [
-        item for path in crd or [] for file in opened(path) for item in read_objects(read_file(file), str(file))[0]
-    ]
+    given = [item for path in crd or [] for source, text in file_texts(path) for item in read_objects(text, source)[0]]
     given += _cluster_definitions() if from_cluster else []
     checked = check_texts(texts, given=definitions(given))
     count, findings = len(checked.objects), [item for item in checked.findings if item.rule not in skipped]
@@ -106,14 +104,14 @@ def _known_rules(chosen: list[str]) -> set[str]:
 
 def _manifest_texts(path: Path) -> list[tuple[str, str]]:
     """Sources and their text. What kustomize reads is rendered: its files are no objects by themselves."""
-    from builders.manifests.lint.check import opened, read_file
+    from builders.manifests.lint.check import file_texts
     from builders.manifests.render import KUSTOMIZATIONS, render
 
     if str(path) == "-":
         return [("standard input", sys.stdin.read())]
     if path.is_dir() and any((path / name).is_file() for name in KUSTOMIZATIONS):
         return [(str(path), render(path))]
-    return [(str(file), read_file(file)) for file in opened(path)]
+    return file_texts(path)
 
 
 def publish(

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from builders.__main__ import run
 from builders.commands.manifests import lint_manifests
-from builders.manifests.lint.check import check_files, check_text
+from builders.manifests.lint.check import check_text, check_texts, file_texts
 from builders.manifests.lint.custom_resources import CUSTOM_RESOURCES
 from builders.manifests.lint.objects import ManifestError, ObjectSet, matches, read_objects
 from builders.manifests.lint.quantity import parse_quantity
@@ -85,7 +85,7 @@ def test_what_is_no_manifest_is_the_users_input(tmp_path: Path, text: str, said:
     file = tmp_path / "x.yaml"
     file.write_text(text)
     with pytest.raises(ManifestError, match=said):
-        check_files([file])
+        check_texts(file_texts(file))
     with pytest.raises(SystemExit) as stopped:
         run(lambda: lint_manifests([file]))
     assert stopped.value.code == 2
@@ -94,7 +94,7 @@ def test_what_is_no_manifest_is_the_users_input(tmp_path: Path, text: str, said:
 @pytest.mark.parametrize("name", ["gone.yaml", "."])
 def test_what_cannot_be_read_is_named(tmp_path: Path, name: str) -> None:
     with pytest.raises(ManifestError, match=str(tmp_path)):
-        check_files([tmp_path / name])
+        check_texts(file_texts(tmp_path / name))
 
 
 def test_files_are_one_set(tmp_path: Path) -> None:
@@ -102,9 +102,10 @@ def test_files_are_one_set(tmp_path: Path) -> None:
     parts = rendered("single-gpu").split("\n---\n")
     for index, part in enumerate(parts):
         (tmp_path / f"{index:02}.yaml").write_text(part)
-    assert check_files([tmp_path]) == (len(parts), [])
+    checked = check_texts(file_texts(tmp_path))
+    assert (len(checked.objects), checked.findings) == (len(parts), ())
     (tmp_path / "00.yaml").write_text('{"apiVersion": "v1", "kind": "List", "items": []}')
-    assert check_files([tmp_path])[0] == len(parts) - 1
+    assert len(check_texts(file_texts(tmp_path)).objects) == len(parts) - 1
 
 
 def test_a_key_that_is_given_twice_is_named() -> None:

@@ -38,12 +38,6 @@ def check_text(text: str, source: str, versions: Sequence[str] = SUPPORTED) -> l
     return list(check_texts([(source, text)], versions).findings)
 
 
-def check_files(files: Sequence[Path], versions: Sequence[str] = SUPPORTED) -> tuple[int, list[Finding]]:
-    """Number of objects and the findings over files. Raises ManifestError for what cannot be read."""
-    checked = check_texts([(str(file), read_file(file)) for path in files for file in opened(path)], versions)
-    return len(checked.objects), list(checked.findings)
-
-
 def check_texts(
     texts: Sequence[tuple[str, str]], versions: Sequence[str] = SUPPORTED, given: Definitions | None = None
 ) -> Checked:
@@ -60,7 +54,13 @@ def check_texts(
     return Checked(tuple(objects), tuple(kept))
 
 
-def read_file(file: Path) -> str:
+def file_texts(path: Path) -> list[tuple[str, str]]:
+    """Sources and their text. A folder stands for the YAML files directly in it. Raises ManifestError for what cannot
+    be read."""
+    return [(str(file), _read(file)) for file in _opened(path)]
+
+
+def _read(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -68,8 +68,7 @@ def read_file(file: Path) -> str:
         raise ManifestError(str(file), got=got, expected="a readable YAML file", fix="check the path") from error
 
 
-def opened(path: Path) -> list[Path]:
-    """A folder stands for the YAML files directly in it."""
+def _opened(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
     found = sorted(file for file in path.iterdir() if file.suffix in (".yaml", ".yml", ".json"))

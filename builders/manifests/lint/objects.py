@@ -12,6 +12,8 @@ import yaml
 from builders.errors import InputError
 from builders.manifests.lint.severities import SEVERITIES, Severity
 
+PROBES = ("startupProbe", "readinessProbe", "livenessProbe")  # keys of a container
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -95,10 +97,6 @@ class Pod:
     @property
     def port_names(self) -> set[str]:
         return {str(port["name"]) for _, box in self.containers() for port in rows(box, "ports") if port.get("name")}
-
-    @property
-    def port_numbers(self) -> set[int]:
-        return {int(port["containerPort"]) for _, box in self.containers() for port in rows(box, "ports")}
 
 
 _POD_PATHS = {

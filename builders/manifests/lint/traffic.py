@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
-from builders.manifests.lint.objects import Finding, KubeObject, ObjectSet, Pod, at, mapping, matches, number, rows
+from builders.manifests.lint.objects import (
+    PROBES,
+    Finding,
+    KubeObject,
+    ObjectSet,
+    Pod,
+    at,
+    mapping,
+    matches,
+    number,
+    rows,
+)
 
 
 def workload_selectors(objects: ObjectSet) -> Iterator[Finding]:
@@ -70,7 +81,7 @@ def container_ports(objects: ObjectSet) -> Iterator[Finding]:
 def probes(objects: ObjectSet) -> Iterator[Finding]:
     for pod in objects.pods():
         for path, container in pod.containers():
-            for kind in ("startupProbe", "readinessProbe", "livenessProbe"):
+            for kind in PROBES:
                 probe, where = mapping(container, kind), f"{path}.{kind}"
                 port = at(probe, "httpGet.port") or at(probe, "tcpSocket.port")
                 names = {row.get("name") for row in rows(container, "ports")}

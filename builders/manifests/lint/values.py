@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from builders.manifests.lint.objects import Finding, KubeObject, ObjectSet, at, mapping, pods_of, rows, words
+from builders.manifests.lint.objects import PROBES, Finding, KubeObject, ObjectSet, at, mapping, pods_of, rows, words
 
 _LABEL = re.compile(r"(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])?")
 _DNS_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
@@ -34,10 +34,7 @@ _POD_WORDS: dict[str, tuple[str, ...]] = {
     "securityContext.seccompProfile.type": ("RuntimeDefault", "Unconfined", "Localhost"),
     "containers[].securityContext.seccompProfile.type": ("RuntimeDefault", "Unconfined", "Localhost"),
     "securityContext.fsGroupChangePolicy": ("OnRootMismatch", "Always"),
-    **{
-        f"containers[].{probe}.httpGet.scheme": ("HTTP", "HTTPS")
-        for probe in ("startupProbe", "readinessProbe", "livenessProbe")
-    },
+    **{f"containers[].{probe}.httpGet.scheme": ("HTTP", "HTTPS") for probe in PROBES},
     "affinity.nodeAffinity.requiredDuringSchedulingIgnoredDuringExecution.nodeSelectorTerms[]."
     "matchExpressions[].operator": _OPERATORS,
 }
@@ -76,7 +73,6 @@ _LEAST = {
     ("Job", "spec.ttlSecondsAfterFinished"): 0, ("Job", "spec.activeDeadlineSeconds"): 0,
     ("HorizontalPodAutoscaler", "spec.maxReplicas"): 1, ("HorizontalPodAutoscaler", "spec.minReplicas"): 0,
 }  # fmt: skip
-_PROBES = ("startupProbe", "readinessProbe", "livenessProbe")
 _PROBE_LEAST = {
     "initialDelaySeconds": 0, "timeoutSeconds": 1, "periodSeconds": 1, "successThreshold": 1, "failureThreshold": 1,
 }  # fmt: skip
@@ -167,7 +163,7 @@ def ranges(objects: ObjectSet) -> Iterator[Finding]:
             for path, box in pod.containers():
                 tables += [
                     (f"{path}.", box, f"{probe}.{key}", least)
-                    for probe in _PROBES
+                    for probe in PROBES
                     for key, least in _PROBE_LEAST.items()
                 ]
                 for probe in ("startupProbe", "livenessProbe"):
