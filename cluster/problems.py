@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from cluster.kinds import Object, conditions, name_of
 from cluster.observe import Observed, is_bound, is_ready
+from cluster.refusal import quota_fix
 from runtime.errors import UNPROVEN
 
 _UNPROVEN_FIX = "run the pod on another kind of node, or build for this one: the model gives other outputs there"
@@ -66,7 +67,7 @@ def _refused_pods(seen: Observed) -> Iterator[Problem]:
 
 def _refused(seen: Observed, message: str) -> Problem:
     if "exceeded quota" in message or "failed quota" in message:
-        fix = f"lower the replicas or requests, or raise it: kubectl describe quota -n {seen.name.namespace}"
+        fix = quota_fix(seen.name.namespace)
     else:
         fix = "change the pod template as the message says"
     return Problem(f"pods of {seen.name}", message, fix)

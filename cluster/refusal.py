@@ -81,10 +81,14 @@ _KNOWN = {
 }
 
 
+def quota_fix(namespace: str | None) -> str:
+    return f"lower the replicas or requests, or raise it: kubectl describe quota -n {namespace}"
+
+
 def _forbidden(action: Operation, message: str) -> ClusterError:
     if "exceeded quota" in message or "failed quota" in message or "must specify limits" in message:
         expected = "room in the namespace's ResourceQuota"
-        fix = f"lower the replicas or requests, or raise it: kubectl describe quota -n {action.namespace}"
+        fix = quota_fix(action.namespace)
     elif "no PriorityClass with name" in message:
         expected = "a PriorityClass that the cluster has"
         fix = "make it, or correct kubernetes.priority_class: kubectl get priorityclass"
