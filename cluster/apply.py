@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from cluster.api import Cluster, Query
-from cluster.errors import ClusterError
+from cluster.errors import ClusterError, Tolerated
 from cluster.kinds import NAMESPACES, Object, ObjectName, Resource, conditions, metadata
 from cluster.observe import has_run, observe
 from cluster.refusal import Operation
@@ -123,12 +123,9 @@ def names(cluster: Cluster, documents: Sequence[Object]) -> list[ObjectName]:
 
 def namespace_exists(cluster: Cluster, name: str) -> bool:
     """True also where these credentials may not look: then it is not theirs to make."""
-    try:
+    with Tolerated(403):
         return cluster.get(NAMESPACES, None, name) is not None
-    except ClusterError as error:
-        if error.code != 403:
-            raise
-        return True
+    return True
 
 
 def dry_run(
@@ -140,16 +137,17 @@ def dry_run(
     manager is no refusal, but stands with what taking the fields over would change.
     """
     planned = targets(cluster, documents)
-    coming = {item.name.name for item in planned if isinstance(item, Target) and item.name.kind == "Namespace"}
-    missing = {name for name in coming if not namespace_exists(cluster, name)}
-    found = []
+    found, missing = [], set()
     for item in planned:
         if isinstance(item, ObjectName):
             found.append(Applied(item, "unchecked", None, None))
         elif item.name.namespace in missing:
             found.append(Applied(item.name, "unchecked", None, item.body))
         else:
-            found.append(_try(cluster, item, force, show_conflicts))
+            done = _try(cluster, item, force, show_conflicts)
+            found.append(done)
+            if item.name.kind == "Namespace" and done.change == "created":
+                missing.add(item.name.name)
     return found
 
 
@@ -182,14 +180,11 @@ def delete(cluster: Cluster, name: ObjectName) -> bool:
     if resource is None:
         return False
     action = Operation("delete", resource, name.namespace, name.name)
-    try:
-        options = {"kind": "DeleteOptions", "apiVersion": "v1", "propagationPolicy": "Background"}
+    options = {"kind": "DeleteOptions", "apiVersion": "v1", "propagationPolicy": "Background"}
+    with Tolerated(404):
         cluster.send("DELETE", resource.path(name.namespace, name.name), action, body=options)
-    except ClusterError as error:
-        if error.code == 404:
-            return False
-        raise
-    return True
+        return True
+    return False
 
 
 def _send(cluster: Cluster, target: Target, force: bool, dry: bool) -> Applied:

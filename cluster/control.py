@@ -7,14 +7,13 @@ never changed by a deployment. To change it, delete it, deploy, and restart the 
 from __future__ import annotations
 
 import base64
-import contextlib
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from cluster.api import Cluster
 from cluster.apply import MANAGER
-from cluster.errors import ClusterError
+from cluster.errors import ClusterError, Tolerated
 from cluster.kinds import SECRETS, Object, metadata
 from cluster.refusal import Operation
 
@@ -34,7 +33,7 @@ def ensure_control_secret(cluster: Cluster, documents: Sequence[Object]) -> list
         value = base64.b64encode(secrets.token_hex(24).encode()).decode()
         about = {"name": name, "namespace": place, "labels": {"app.kubernetes.io/managed-by": MANAGER}}
         body = {"apiVersion": "v1", "kind": "Secret", "metadata": about, "data": {CONTROL_KEY: value}}
-        with _already_there():
+        with Tolerated(409):  # another deployment was quicker; its value is as good
             action = Operation("create", SECRETS, place, name)
             cluster.send("POST", SECRETS.path(place), action, {"fieldManager": MANAGER}, body)
             made.append(f"{place}/{name}")
@@ -70,12 +69,9 @@ def _is(name: str, known: str) -> bool:
 
 def _is_there(cluster: Cluster, place: str, name: str) -> bool:
     """Who may make Secrets may not always read them; then the server says whether there is one already."""
-    try:
+    with Tolerated(403):
         return cluster.get(SECRETS, place, name) is not None
-    except ClusterError as error:
-        if error.code != 403:
-            raise
-        return False
+    return False
 
 
 def control_secret(cluster: Cluster, name: str = CONTROL_SECRET, key: str = CONTROL_KEY) -> str:
@@ -100,13 +96,3 @@ def _volumes(part: Any) -> Iterator[Mapping[str, Any]]:
         yield from (item for item in volumes if isinstance(item, Mapping)) if isinstance(volumes, list) else ()
     for inner in part.values() if isinstance(part, Mapping) else part if isinstance(part, list) else ():
         yield from _volumes(inner)
-
-
-@contextlib.contextmanager
-def _already_there() -> Iterator[None]:
-    """Another deployment was quicker; its value is as good."""
-    try:
-        yield
-    except ClusterError as error:
-        if error.code != 409:
-            raise

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from cluster.api import Cluster
 from cluster.apply import Applied, apply, delete, dry_run, names
 from cluster.control import ensure_control_secret
-from cluster.errors import ClusterError, RolloutError
+from cluster.errors import ClusterError, RolloutError, Tolerated
 from cluster.kinds import Object, ObjectName
 from cluster.observe import WORKLOADS
-from cluster.preflight import look_up_storage, try_pods
+from cluster.preflight import rehearse
 from cluster.revision import History, Revision, documents_of, left_behind, read_history, write_history
 from cluster.rights import needed_to_apply, require_rights
 from cluster.rollout import Patience, RolloutProgress, wait
@@ -55,9 +55,7 @@ def deploy(
         history = read_history(cluster, name)
         doomed, _ = left_behind(names(cluster, history.live), names(cluster, documents))
         require_rights(cluster, needed_to_apply(cluster, documents, doomed))
-        planned = dry_run(cluster, documents, force)
-        look_up_storage(cluster, planned)
-        try_pods(cluster, planned)
+        rehearse(cluster, documents, force)
     try:
         with _interruption_told(cluster, name):
             return _carry_out(cluster, history, documents, patience, report, force)
@@ -109,14 +107,14 @@ def _carry_out(
     restores: int | None = None,
 ) -> Deployed:
     """Raises RolloutError whatever fails; the record says `failed` then, or `ready` still where it is the same set."""
-    before, again = history.live, restores is None and history.holds(documents)
-    steady = again and history.current is not None and history.current.outcome == "ready"
+    before = history.live
     with _nothing_changed(
         "State: nothing of the set was applied, but its Namespace perhaps: no need for `trireme undo`"
     ):
         namespaces = [item for item in documents if item["kind"] == "Namespace"]
         applied = list(apply(cluster, namespaces, force))  # the record lies in one of them
         history = history.begin(documents, restores)
+        steady = history.revisions[-1].outcome == "ready"  # the same set again
         history = history if steady else write_history(cluster, history)
     try:
         rest = [item for item in documents if item["kind"] != "Namespace"]
@@ -163,11 +161,8 @@ def _bring(
 
 def _keep_control_secret(cluster: Cluster, documents: Sequence[Object]) -> None:
     """The way back needs no right to Secrets: the deployment before it made this one."""
-    try:
+    with Tolerated(403):
         ensure_control_secret(cluster, documents)
-    except ClusterError as error:
-        if error.code != 403:
-            raise
 
 
 def _end_others(cluster: Cluster, jobs: Sequence[Object], force: bool) -> tuple[list[ObjectName], list[str]]:
@@ -186,12 +181,9 @@ def _end_others(cluster: Cluster, jobs: Sequence[Object], force: bool) -> tuple[
 
 
 def _differs(cluster: Cluster, item: Object, force: bool) -> bool:
-    try:
+    with Tolerated(422):
         return any(found.change == "replaced" for found in dry_run(cluster, [item], force))
-    except ClusterError as error:  # one that runs
-        if error.code != 422:
-            raise
-        return True
+    return True  # one that runs
 
 
 @contextlib.contextmanager

@@ -8,6 +8,9 @@ TriremeError
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from types import TracebackType
+
 from runtime.errors import InputError, TriremeError
 
 
@@ -20,6 +23,20 @@ class ClusterError(InputError):
     def __init__(self, what: str, *, got: object, expected: str, fix: str, code: int = 0) -> None:
         self.code = code
         super().__init__(what, got=got, expected=expected, fix=fix)
+
+
+@dataclass(frozen=True)
+class Tolerated:
+    """A block that ends early, without an error, where the API server answers with this status."""
+
+    code: int
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        return isinstance(error, ClusterError) and error.code == self.code
 
 
 class RolloutError(TriremeError):

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from cluster.api import Cluster
-from cluster.apply import Applied
-from cluster.errors import ClusterError
+from cluster.apply import Applied, dry_run
+from cluster.errors import ClusterError, Tolerated
 from cluster.kinds import PODS, STORAGE_CLASSES, VOLUMES, Object, ObjectName, metadata
 from cluster.refusal import Operation
 from cluster.rights import may
@@ -25,7 +25,15 @@ _TEMPLATES = {
 _DEFAULT_CLASS = "storageclass.kubernetes.io/is-default-class"
 
 
-def try_pods(cluster: Cluster, planned: Sequence[Applied]) -> None:
+def rehearse(cluster: Cluster, documents: Sequence[Object], force: bool) -> list[Applied]:
+    """The set's dry run, its storage classes and its pods. Raises ClusterError for what the server would refuse."""
+    planned = dry_run(cluster, documents, force)
+    _look_up_storage(cluster, planned)
+    _try_pods(cluster, planned)
+    return planned
+
+
+def _try_pods(cluster: Cluster, planned: Sequence[Applied]) -> None:
     """`planned` is the set's dry run. Raises ClusterError for the first pod that the server would refuse."""
     made = {item.name.name for item in planned if item.name.kind == "ServiceAccount" and item.change == "created"}
     for item in planned:
@@ -91,7 +99,7 @@ def _makes_room(item: Applied) -> bool:
     return str(surge) in ("0", "0%") or (spec.get("strategy") or {}).get("type") == "Recreate"
 
 
-def look_up_storage(cluster: Cluster, planned: Sequence[Applied]) -> None:
+def _look_up_storage(cluster: Cluster, planned: Sequence[Applied]) -> None:
     """Raises ClusterError for a new claim of a storage class that the cluster does not have."""
     for item in planned:
         if item.name.kind != "PersistentVolumeClaim" or item.change != "created" or item.after is None:
@@ -127,24 +135,18 @@ def _require_class(cluster: Cluster, claim: ObjectName, store: str) -> None:
 
 def _has_volume(cluster: Cluster, claim: ObjectName, store: str) -> bool:
     """Volumes made by hand may name a class that is no object."""
-    try:
+    with Tolerated(403):
         volumes = cluster.list_objects(VOLUMES, "").items
-    except ClusterError as error:
-        if error.code != 403:
-            raise
-        cluster.warn(
-            f"the cluster has no storage class {store} for {claim}; whether it has such a volume was not looked up"
-        )
-        return True
-    return any((item.get("spec") or {}).get("storageClassName") == store for item in volumes)
+        return any((item.get("spec") or {}).get("storageClassName") == store for item in volumes)
+    cluster.warn(
+        f"the cluster has no storage class {store} for {claim}; whether it has such a volume was not looked up"
+    )
+    return True
 
 
 def _has_default(cluster: Cluster) -> bool:
     """True also where these credentials may not look."""
-    try:
+    with Tolerated(403):
         classes = cluster.list_objects(STORAGE_CLASSES, "").items
-    except ClusterError as error:
-        if error.code != 403:
-            raise
-        return True
-    return any((metadata(item).get("annotations") or {}).get(_DEFAULT_CLASS) == "true" for item in classes)
+        return any((metadata(item).get("annotations") or {}).get(_DEFAULT_CLASS) == "true" for item in classes)
+    return True

@@ -8,9 +8,6 @@ apply merges wrongly (kubernetes/kubernetes#112911).
 
 from __future__ import annotations
 
-import base64
-import gzip
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -20,6 +17,7 @@ from cluster.api import Cluster
 from cluster.apply import MANAGER
 from cluster.errors import ClusterError
 from cluster.kinds import CONFIG_MAPS, Object, ObjectName, metadata
+from cluster.packing import canonical, pack, stub, unpack
 from cluster.refusal import Operation
 from cluster.sealed import read_sealed, seal, write_sealed
 
@@ -69,18 +67,13 @@ class History:
         tried = [item for item in self.revisions if not ready or item.number >= ready.number]
         return (*self.strays, *(item for revision in tried for item in revision.documents))
 
-    def holds(self, documents: Sequence[Object]) -> bool:
-        """Whether this very set is the current one."""
-        sealed, _ = seal(documents)
-        return self.current is not None and _text(self.current.documents) == _text(sealed)
-
     def begin(self, documents: Sequence[Object], restores: int | None = None) -> History:
         """With one more revision, at first of unknown outcome; the same set again is the same revision again.
 
         Old revisions go, but never the last that was ready; of the failed ones that go, the objects' names stay.
         """
         sealed, secrets = seal(documents)
-        if self.current is not None and restores is None and self.holds(documents):
+        if self.current is not None and restores is None and canonical(self.current.documents) == canonical(sealed):
             outcome: Outcome = "ready" if self.current.outcome == "ready" else "started"
             return replace(
                 self, revisions=(*self.revisions[:-1], replace(self.current, outcome=outcome)), secrets=secrets
@@ -92,9 +85,8 @@ class History:
         if ready is not None and ready not in kept:
             kept = (ready, *kept[1:])
         gone = [item for item in self.revisions if item not in kept and (ready is None or item.number > ready.number)]
-        strays = {
-            _text(stub): stub for stub in (*self.strays, *(_stub(item) for old in gone for item in old.documents))
-        }
+        names = (*self.strays, *(stub(item) for old in gone for item in old.documents))
+        strays = {canonical(name): name for name in names}
         revisions = (*kept, Revision(number, now, "started", tuple(sealed), restores))
         return replace(self, revisions=revisions, strays=tuple(strays.values()), secrets=secrets)
 
@@ -118,22 +110,13 @@ def left_behind(before: Sequence[ObjectName], after: Sequence[ObjectName]) -> tu
     return [name for name in gone if name.kind not in LASTING], [name for name in gone if name.kind in LASTING]
 
 
-def _stub(item: Object) -> Object:
-    about = {key: text for key, text in metadata(item).items() if key in ("name", "namespace")}
-    return {"apiVersion": item["apiVersion"], "kind": item["kind"], "metadata": about}
-
-
-def _text(part: Any) -> str:
-    return json.dumps(part, sort_keys=True, default=str)
-
-
 def read_history(cluster: Cluster, name: str) -> History:
     """Raises ClusterError when the record is none of ours."""
     record = cluster.get(CONFIG_MAPS, cluster.namespace, _record(name))
     if record is None:
         return History(name)
     try:
-        rows = json.loads(gzip.decompress(base64.b64decode(record["data"]["revisions"])))
+        rows = unpack(record["data"]["revisions"])
         revisions = tuple(Revision(**{**item, "documents": tuple(item["documents"])}) for item in rows["revisions"])
         strays = tuple(rows["strays"])
     except (KeyError, TypeError, ValueError, OSError) as error:
@@ -156,8 +139,7 @@ def write_history(cluster: Cluster, history: History) -> History:
     kept = [item for revision in history.revisions for item in revision.documents]
     write_sealed(cluster, about, history.secrets, kept)  # first: a record must not name what is not there
     rows = [{**vars(item), "documents": list(item.documents)} for item in history.revisions]
-    text = json.dumps({"revisions": rows, "strays": list(history.strays)})
-    packed = base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
+    packed = pack({"revisions": rows, "strays": list(history.strays)})
     if history.version is not None:
         about["resourceVersion"] = history.version
     body = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": about, "data": {"revisions": packed}}

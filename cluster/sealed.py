@@ -5,16 +5,14 @@ A set without Secrets needs no right to any.
 
 from __future__ import annotations
 
-import base64
-import gzip
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cluster.api import Cluster
 from cluster.errors import ClusterError
 from cluster.kinds import SECRETS, Object, metadata
+from cluster.packing import canonical, pack, stub, unpack
 from cluster.refusal import Operation
 
 _SEAL, _KEY = "sealed", "secrets"
@@ -28,10 +26,9 @@ def seal(documents: Sequence[Object]) -> tuple[list[Object], dict[str, Object]]:
         if item["kind"] != "Secret" or _SEAL in item:
             sealed.append(item)
             continue
-        digest = hashlib.sha256(json.dumps(item, sort_keys=True, default=str).encode()).hexdigest()
+        digest = hashlib.sha256(canonical(item).encode()).hexdigest()
         contents[digest] = item
-        about = {key: text for key, text in metadata(item).items() if key in ("name", "namespace")}
-        sealed.append({"apiVersion": item["apiVersion"], "kind": "Secret", "metadata": about, _SEAL: digest})
+        sealed.append({**stub(item), _SEAL: digest})
     return sealed, contents
 
 
@@ -60,8 +57,7 @@ def write_sealed(
         return
     name, old = about["name"], cluster.get(SECRETS, cluster.namespace, about["name"])
     contents = {digest: item for digest, item in {**_contents(old), **coming}.items() if digest in needed}
-    packed = base64.b64encode(gzip.compress(json.dumps(contents).encode(), mtime=0)).decode()
-    body = {"apiVersion": "v1", "kind": "Secret", "metadata": dict(about), "data": {_KEY: packed}}
+    body = {"apiVersion": "v1", "kind": "Secret", "metadata": dict(about), "data": {_KEY: pack(contents)}}
     action = Operation("update" if old else "create", SECRETS, cluster.namespace, name)
     path = SECRETS.path(cluster.namespace, name if old else None)
     cluster.send("PUT" if old else "POST", path, action, None, body)
@@ -70,5 +66,5 @@ def write_sealed(
 def _contents(secret: Object | None) -> dict[str, Any]:
     if secret is None or _KEY not in (secret.get("data") or {}):
         return {}
-    found: dict[str, Any] = json.loads(gzip.decompress(base64.b64decode(secret["data"][_KEY])))
+    found: dict[str, Any] = unpack(secret["data"][_KEY])
     return found

@@ -57,16 +57,15 @@ def deploy(
     as_json: JsonFlag = False,
 ) -> None:
     """Server-side apply of the whole set, then waits until it serves. Exit 1 with the pods' own reasons."""
-    from cluster import apply, deploy, preflight
+    from cluster import deploy
+    from cluster.preflight import rehearse
     from cluster.rollout import Patience
 
     found = _read(target, platform, name)
     with _connect(found, kubeconfig, context) as cluster:
         if dry_run == "server":
             with status("dry run", as_json):
-                planned = apply.dry_run(cluster, found.documents, force_conflicts)
-                preflight.look_up_storage(cluster, planned)
-                preflight.try_pods(cluster, planned)
+                planned = rehearse(cluster, found.documents, force_conflicts)
             rows = [{"object": str(item.name), "change": item.change} for item in planned]
             print(json.dumps(rows, indent=2) if as_json else "\n".join(f"{r['change']:<9} {r['object']}" for r in rows))
             return
