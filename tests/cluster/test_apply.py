@@ -30,21 +30,10 @@ from tests.cluster.deploy_objects import (
     job,
     silent,
 )
-from tests.cluster.fake_api import serving, write_kubeconfig
+from tests.cluster.fake_api import write_kubeconfig
 from tests.cluster.fake_cluster import FakeCluster
 
 NAMESPACE: dict[str, Any] = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "fresh"}}
-
-
-@pytest.fixture
-def fake() -> FakeCluster:
-    return FakeCluster()
-
-
-@pytest.fixture
-def cluster(fake: FakeCluster, tmp_path: Path) -> Iterator[Cluster]:
-    with serving(fake) as url, Cluster.connect(write_kubeconfig(tmp_path / "kubeconfig", url)) as found:
-        yield found
 
 
 def changes(found: Any) -> dict[str, str]:

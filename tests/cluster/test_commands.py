@@ -28,11 +28,6 @@ Run = Callable[..., Result]
 
 
 @pytest.fixture
-def fake() -> FakeCluster:
-    return FakeCluster()
-
-
-@pytest.fixture
 def app() -> typer.Typer:
     found = typer.Typer()
     for command in (commands.deploy, commands.diff, commands.undo, commands.load_version):

@@ -74,11 +74,6 @@ class Triton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mis
 
 
 @pytest.fixture
-def fake() -> FakeCluster:
-    return FakeCluster()
-
-
-@pytest.fixture
 def cluster(fake: FakeCluster, tmp_path: Path) -> Iterator[Cluster]:
     with connected(fake, tmp_path) as found:
         deploy(found, "demo", [deployment(replicas=3)], PATIENCE, silent)

@@ -19,7 +19,6 @@ from cluster.kinds import NAMESPACES
 from cluster.refusal import Operation
 from tests.cluster.deploy_objects import (
     CONFIG_MAPS,
-    DEPLOYMENTS,
     PATIENCE,
     claim,
     config_map,
@@ -38,11 +37,6 @@ SHARED: dict[str, Any] = {
     "metadata": {"name": "prod", "labels": {"pod-security.kubernetes.io/enforce": "restricted"}},
 }
 NAMESPACE_VERBS = ("get", "list", "watch", "create", "patch", "update", "delete")
-
-
-@pytest.fixture
-def fake() -> FakeCluster:
-    return FakeCluster()
 
 
 @pytest.fixture
@@ -192,6 +186,14 @@ def test_no_default_class_is_said(cluster: Cluster) -> None:
     assert any("the cluster has no default" in text for text in told)
 
 
+def apply_as_kubectl(cluster: Cluster, item: Any) -> None:
+    resource, about = cluster.resource(item["apiVersion"], item["kind"]), item["metadata"]
+    assert resource is not None
+    namespace, name = about.get("namespace") or cluster.namespace, about["name"]
+    action = Operation("patch", resource, namespace, name)
+    cluster.send("PATCH", resource.path(namespace, name), action, {"fieldManager": "kubectl"}, item)
+
+
 @needs_kubectl
 @pytest.mark.parametrize("name", SPECS)
 def test_two_managers_of_the_same_manifests_agree(name: str, cluster: Cluster, fake: FakeCluster) -> None:
@@ -207,12 +209,7 @@ def test_two_managers_of_the_same_manifests_agree(name: str, cluster: Cluster, f
     for place in ("minilm", "search"):
         fake.store(("v1", "namespaces", None, place), {**namespace, "metadata": {"name": place}})
     for item in documents:
-        resource = cluster.resource(item["apiVersion"], item["kind"])
-        assert resource is not None
-        about = item["metadata"]
-        path = resource.path(about.get("namespace"), about["name"])
-        action = Operation("patch", resource, about.get("namespace"), about["name"])
-        cluster.send("PATCH", path, action, {"fieldManager": "kubectl"}, item)
+        apply_as_kubectl(cluster, item)
     assert {found.change for found in apply(cluster, documents)} <= {"unchanged", "kept"}
     owners = fake.owners["apps/v1", "deployments", documents[-1]["metadata"].get("namespace"), "minilm-serving"]
     assert {MANAGER, "kubectl"} in owners.values()
@@ -234,11 +231,7 @@ def test_two_managers_on_a_real_cluster(name: str) -> None:
         cluster.send("POST", NAMESPACES.path(), Operation("create", NAMESPACES), body=body)
         try:
             for item in documents:
-                resource = cluster.resource(item["apiVersion"], item["kind"])
-                assert resource is not None
-                about = item["metadata"]["name"]
-                action, query = Operation("patch", resource, place, about), {"fieldManager": "kubectl"}
-                cluster.send("PATCH", resource.path(place, about), action, query, item)
+                apply_as_kubectl(cluster, item)
             assert {found.change for found in apply(cluster, documents)} == {"unchanged"}
         finally:
             cluster.send("DELETE", NAMESPACES.path(None, place), Operation("delete", NAMESPACES, None, place))
@@ -259,7 +252,6 @@ def test_other_values_would_conflict(cluster: Cluster, written: dict[str, Any], 
     """The test above would see it: as the server holds them, these differ from what is applied."""
     item = deployment()
     item["spec"]["template"]["spec"]["containers"][0].update(written)
-    path = DEPLOYMENTS.path("prod", "server")
-    cluster.send("PATCH", path, Operation("patch", DEPLOYMENTS, "prod", "server"), {"fieldManager": "kubectl"}, item)
+    apply_as_kubectl(cluster, item)
     with pytest.raises(ClusterError, match=rf"{field} set by kubectl"):
         list(apply(cluster, [item]))

@@ -63,12 +63,6 @@ def echo(fake: FakeCluster) -> Iterator[Echo]:
     found.listener.close()
 
 
-@pytest.fixture
-def cluster(fake: FakeCluster, tmp_path: Path) -> Iterator[Cluster]:
-    with serving(fake) as url, Cluster.connect(write_kubeconfig(tmp_path / "kubeconfig", url)) as found:
-        yield found
-
-
 def dial(forward: PortForward) -> socket.socket:
     host, _, port = forward.address.partition(":")
     return socket.create_connection((host, int(port)), timeout=PATIENCE_S)

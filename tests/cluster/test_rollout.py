@@ -32,11 +32,6 @@ from tests.cluster.fake_cluster import LWS, FakeCluster
 from tests.cluster.fake_controllers import event
 
 
-@pytest.fixture
-def fake() -> FakeCluster:
-    return FakeCluster()
-
-
 def test_a_rollout_that_works(fake: FakeCluster, tmp_path: Path) -> None:
     seen = Seen()
     with connected(fake, tmp_path) as cluster:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from tests.cluster.fake_cluster import FakeCluster
 from tests.cluster.fake_controllers import event
 
 JOBS = Resource("batch/v1", "Job", "jobs", True)
+SHORT = dataclasses.replace(PATIENCE, timeout_s=1.0)
 
 
 @pytest.fixture
@@ -70,7 +72,7 @@ def test_a_job_that_has_not_started_makes_room(fake: FakeCluster, tmp_path: Path
     fake.images["bad"] = behaviour
     with connected(fake, tmp_path) as cluster:
         with pytest.raises(RolloutError):
-            deploy(cluster, "demo", [job("bad")], _short(), silent)
+            deploy(cluster, "demo", [job("bad")], SHORT, silent)
         done = deploy(cluster, "demo", [job()], PATIENCE, silent)
     assert [item.change for item in done.applied] == ["replaced"]
 
@@ -80,7 +82,7 @@ def test_a_job_that_runs_is_deleted_by_undo_alone(fake: FakeCluster, tmp_path: P
     with connected(fake, tmp_path) as cluster:
         deploy(cluster, "demo", [deployment(), job()], PATIENCE, silent)
         with pytest.raises(RolloutError):
-            deploy(cluster, "demo", [deployment(), job("bad")], _short(), silent)
+            deploy(cluster, "demo", [deployment(), job("bad")], SHORT, silent)
         with pytest.raises(ClusterError, match="while it runs") as caught:
             deploy(cluster, "demo", [deployment(), job("other")], PATIENCE, silent)
         assert last_line(caught.value) == (
@@ -109,7 +111,7 @@ def test_never_undone_when_it_is_not(fake: FakeCluster, tmp_path: Path) -> None:
             fake.images["good"] = "no-gpus"
 
         with pytest.raises(RolloutError) as caught:
-            deploy(cluster, "demo", [deployment("bad")], _short(), nodes_gone, undo_on_failure=True)
+            deploy(cluster, "demo", [deployment("bad")], SHORT, nodes_gone, undo_on_failure=True)
     assert "not undone: " in str(caught.value)
     assert " undone: " not in str(caught.value).replace("not undone: ", "")
     assert last_line(caught.value) == (
@@ -275,9 +277,3 @@ def test_secrets_of_a_set_come_back_too(fake: FakeCluster, tmp_path: Path) -> No
         assert "b2xk" not in str(read_history(cluster, "demo")), "the record holds no secret"
         undo(cluster, "demo", PATIENCE, silent)
         assert fake.objects["v1", "secrets", "prod", "s"]["data"] == {"key": "b2xk"}
-
-
-def _short() -> Any:
-    import dataclasses
-
-    return dataclasses.replace(PATIENCE, timeout_s=1.0)
