@@ -206,7 +206,7 @@ class GrpcDoor:
         from tritonclient.grpc import service_pb2
 
         asked = read_message(await self._only(call), service_pb2.ModelReadyRequest, MODEL, self._limits)
-        await require_version(self._triton, asked.name, asked.version)
+        await self._served(asked.name, asked.version)
         told = service_pb2.ModelReadyResponse(ready=await self._triton.ready())
         await call.write(told.SerializeToString())
 
@@ -214,7 +214,7 @@ class GrpcDoor:
         from tritonclient.grpc import service_pb2
 
         asked = read_message(await self._only(call), service_pb2.ModelMetadataRequest, MODEL, self._limits)
-        facts = await require_version(self._triton, asked.name, asked.version)
+        facts = await self._served(asked.name, asked.version)
         kind = service_pb2.ModelMetadataResponse
         tensors = {
             side: [
@@ -238,14 +238,18 @@ class GrpcDoor:
         await call.write(message.SerializeToString())
 
     async def _facts_for(self, asked: InferCall) -> Facts:
-        """Of the version that the request goes to. Raises Refused for what that does not have."""
-        trip = TRIP.get()
-        if trip.pinned and asked.version and trip.pinned != asked.version:
-            raise Refused(400, f"{VERSION_HEADER.decode()} and model_version name different versions")
-        trip.pinned = trip.pinned or asked.version
-        facts = await require_version(self._triton, asked.model, asked.version)
+        """Raises Refused for what the version that it goes to does not have."""
+        facts = await self._served(asked.model, asked.version)
         require_outputs(asked.outputs, facts)
         return facts
+
+    async def _served(self, model: str, version: str) -> Facts:
+        """Of the version that the request goes to: the one that its message names, if it names one. Raises Refused."""
+        trip = TRIP.get()
+        if trip.pinned and version and trip.pinned != version:
+            raise Refused(400, f"{VERSION_HEADER.decode()} and model_version name different versions")
+        trip.pinned = trip.pinned or version
+        return await require_version(self._triton, model, version)
 
     async def _inferred(self, call: GrpcCall, asked: InferCall, facts: Facts) -> Any:
         found = await self._triton.infer(asked.inputs, asked.outputs, call.id, asked.parameters)

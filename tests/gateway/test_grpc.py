@@ -23,6 +23,7 @@ from runtime.gateway.grpc_kserve import read_infer
 from runtime.gateway.keys import Keys
 from runtime.gateway.limits import DoorLimits
 from runtime.gateway.refused import Refused
+from runtime.gateway.versions import Neighbour
 from tests.gateway.asking import FakeTriton, doors_of
 
 INFER = "/inference.GRPCInferenceService/ModelInfer"
@@ -183,6 +184,26 @@ def test_typed_contents_are_the_same_tensor_or_refused(datatype: str, contents: 
 def test_the_header_that_ends_a_triton_is_refused() -> None:
     status, said = _ask(doors_of(FakeTriton()), _request().SerializeToString(), (("triton_grpc_error", "true"),))
     assert (status, "triton_grpc_error" in said) == ("INVALID_ARGUMENT", True)
+
+
+def test_a_version_that_is_named_is_the_one_that_answers() -> None:
+    """Whatever the split says: all of it goes to another version here."""
+    doors = doors_of(FakeTriton(), beside={5: FakeTriton(version=4)})
+    asyncio.run(doors.versions.set([Neighbour(4, 5, 6, None)], {3: 1.0}, None))
+    for method, message in (
+        ("ModelReady", kserve.ModelReadyRequest(name="m", version="4")),
+        ("ModelMetadata", kserve.ModelMetadataRequest(name="m", version="4")),
+        ("ModelInfer", _request(model_version="4")),
+    ):
+        path = f"/inference.GRPCInferenceService/{method}"
+        status, answer = _ask(doors, message.SerializeToString(), (), path)
+        assert status == "OK", (method, answer)
+        other, said = _ask(doors, message.SerializeToString(), (("x-trireme-version", "3"),), path)
+        assert (other, "different versions" in said) == ("INVALID_ARGUMENT", True)
+        if method == "ModelMetadata":
+            assert kserve.ModelMetadataResponse.FromString(answer).versions == ["4"]
+    gone = kserve.ModelReadyRequest(name="m", version="5").SerializeToString()
+    assert _ask(doors, gone, (), "/inference.GRPCInferenceService/ModelReady")[0] == "NOT_FOUND"
 
 
 def test_requests_at_once_are_counted_with_those_of_http() -> None:
