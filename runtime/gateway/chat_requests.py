@@ -10,8 +10,8 @@ from msgspec import Meta
 
 from runtime.gateway.openai_requests import Count, Name, Sampled, TopCount
 from runtime.gateway.refused import Refused
+from runtime.generation.guides import SCHEMA_BYTES
 
-SCHEMA_BYTES = 64 << 10
 _ANY_OBJECT = '{"type": "object"}'
 
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from runtime.errors import BadRequest, Unavailable
 from runtime.generation.request import SamplingParams
 
-MOST_BYTES = 64 << 10
+SCHEMA_BYTES = 64 << 10
 _DEPTH = 64  # of nested JSON; llguidance recurses
 _KEPT = 32  # compiled schemas
 _KEPT_BYTES = 512 << 10  # of their texts
@@ -148,8 +148,8 @@ class GuideMaker:
 def _require_plain(schema: str) -> None:
     """Raises BadRequest for what is not a JSON object of a size and depth that are looked at."""
     size = len(schema.encode())
-    if size > MOST_BYTES:
-        raise BadRequest(f"guided_decoding_guide has {size} bytes; at most {MOST_BYTES} are taken")
+    if size > SCHEMA_BYTES:
+        raise BadRequest(f"guided_decoding_guide has {size} bytes; at most {SCHEMA_BYTES} are taken")
     try:
         value = json.loads(schema)
     except (ValueError, RecursionError) as error:
