@@ -16,7 +16,7 @@ from runtime.gateway.completions import Completions
 from runtime.gateway.control import VersionControl, version_lines
 from runtime.gateway.counters import DoorCounters
 from runtime.gateway.door import Door, Handler, route
-from runtime.gateway.embeddings import Embeddings, require_model
+from runtime.gateway.embeddings import Embeddings
 from runtime.gateway.exchange import Exchange
 from runtime.gateway.generate import Generate
 from runtime.gateway.grpc_door import GrpcDoor
@@ -27,7 +27,7 @@ from runtime.gateway.limits import DoorLimits
 from runtime.gateway.mirror import Mirror
 from runtime.gateway.ranking import Ranking
 from runtime.gateway.readiness import Readiness
-from runtime.gateway.refused import Refused
+from runtime.gateway.refused import Refused, require_model
 from runtime.gateway.tokenizing import Tokenizing
 from runtime.gateway.tokens import ServedTokenizers
 from runtime.gateway.triton import Triton

@@ -15,26 +15,30 @@ from runtime.gateway.triton import Blob, Facts, Triton, pack_texts
 
 _AT_ONCE = 4  # batches of one request
 Arrays = dict[str, NDArray[Any]]
+READ = ("token_count", "truncated")  # what an encoder tells of how it read each row
 
 
 async def encoded(
-    triton: Triton, facts: Facts, columns: Mapping[str, Sequence[str]], output: str, request_id: str
-) -> Arrays:
-    """`output`, `token_count` and `truncated` of all rows; `columns` are inputs of one length, by name."""
+    triton: Triton, facts: Facts, columns: Mapping[str, Sequence[str]], outputs: Sequence[str], request_id: str,
+    prompt: str | None = None,
+) -> Arrays:  # fmt: skip
+    """`outputs` of all rows; `columns` are inputs of one length, by name. `prompt`: the name of one of the model's."""
     count = len(next(iter(columns.values())))
     size = facts.max_batch_size or count
-    names = [output, "token_count", "truncated"]
+    parameters = {} if prompt is None else {"prompt_name": prompt}
     gate = asyncio.Semaphore(_AT_ONCE)
 
     async def batch(at: int) -> Arrays:
         rows = {name: [text.encode() for text in texts[at : at + size]] for name, texts in columns.items()}
         inputs = [Blob(name, "BYTES", (len(texts), 1), pack_texts(texts)) for name, texts in rows.items()]
         async with gate:
-            found = await triton.infer(inputs, names, request_id, {})
-        return {name: found[name].array() for name in names}
+            found = await triton.infer(inputs, outputs, request_id, parameters)
+        return {name: found[name].array() for name in outputs}
 
+    if count <= size:
+        return await batch(0)
     parts = await together([batch(at) for at in range(0, count, size)])
-    return {name: np.concatenate([part[name] for part in parts]) for name in names}
+    return {name: np.concatenate([part[name] for part in parts]) for name in outputs}
 
 
 def require_texts(texts: Sequence[str], name: str, most: int) -> None:

@@ -11,14 +11,13 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from runtime.gateway.batches import encoded, require_texts, require_whole
+from runtime.gateway.batches import READ, encoded, require_texts, require_whole
 from runtime.gateway.bodies import read_one_of
-from runtime.gateway.embeddings import require_model
 from runtime.gateway.exchange import Exchange
 from runtime.gateway.limits import DoorLimits
 from runtime.gateway.openai_requests import Name
 from runtime.gateway.ranking import Direction, sigmoid
-from runtime.gateway.refused import Refused
+from runtime.gateway.refused import Refused, require_model
 from runtime.gateway.tokens import ServedTokenizer, ServedTokenizers
 from runtime.gateway.triton import Triton
 
@@ -86,7 +85,7 @@ class Classifying:
         if "logits" not in facts.outputs or facts.inputs != {"text"}:
             raise Refused(400, f"{self._triton.model} does not classify texts", param="model")
         model = await self._tokenizers.of(facts)
-        work = encoded(self._triton, facts, {"text": texts}, "logits", exchange.id)
+        work = encoded(self._triton, facts, {"text": texts}, ("logits", *READ), exchange.id)
         found = await exchange.unless_gone(work)
         if not truncate:
             require_whole(found["truncated"].ravel(), name, model.max_length)

@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 
 import msgspec
 import orjson
 
-from runtime.errors import ServingError
 from runtime.gateway.bodies import read_json
 from runtime.gateway.chat import ChatTemplates
 from runtime.gateway.chat_requests import ChatRequest, Tool
 from runtime.gateway.choices import AnswerChoice, AskedPrompt, Fields, Shape
-from runtime.gateway.embeddings import require_model
+from runtime.gateway.events import EVENTS, event, telling_late, to_the_end
 from runtime.gateway.exchange import Exchange, together
 from runtime.gateway.limits import DoorLimits
 from runtime.gateway.openai_requests import CompletionRequest, Sampled
-from runtime.gateway.refused import Refused, as_refused
+from runtime.gateway.refused import Refused, require_model
 from runtime.gateway.tools import call_schema
 from runtime.gateway.triton import Triton
-from runtime.gateway.upstream import UpstreamGone
 
-_EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
 _DEFAULT_TOKENS = 16  # OpenAI's, of a completion; a chat gets the model's own default
-_BROKEN = "the model's server broke off; try again"
 _COMPLETION, _CHAT = msgspec.json.Decoder(CompletionRequest), msgspec.json.Decoder(ChatRequest)
 _GUIDE = "guided_decoding_guide"
 _SEED_STEP = 0x9E3779B97F4A7C15  # between the seeds of a prompt's choices: odd, so no two of them meet
@@ -131,23 +127,13 @@ class Completions:
     async def _one(self, fields: Fields, choice: AnswerChoice, take: Take, begun: asyncio.Event | None = None) -> None:
         """Streamed all the same: Triton 2.51 sees that a client has left when it sends, which would be at the end."""
         try:
-            async with aclosing(self._pieces(fields)) as pieces:
+            async with aclosing(to_the_end(self._triton.generate({**fields, "stream": True}))) as pieces:
                 async for piece in pieces:
                     await take(choice, piece)
                     if begun is not None and (piece["text_output"] or "finish_reason" in piece):
                         begun.set()
         except Refused as refused:
             raise _by_its_own_name(refused, choice.form) from None
-
-    async def _pieces(self, fields: Fields) -> AsyncGenerator[Fields, None]:
-        """Until the one with `finish_reason`. Raises UpstreamGone when it does not come."""
-        finished = False
-        async with aclosing(self._triton.generate({**fields, "stream": True})) as pieces:
-            async for piece in pieces:
-                finished = "finish_reason" in piece
-                yield piece
-        if not finished:
-            raise UpstreamGone("the answer has no end", nothing_came=False)
 
     async def _stream(
         self, exchange: Exchange, shape: Shape, inputs: list[Fields], choices: list[AnswerChoice], usage: bool
@@ -157,24 +143,19 @@ class Completions:
         one_by_one = asyncio.Lock()  # nothing may overtake the head
 
         async def take(choice: AnswerChoice, piece: Fields) -> None:
-            events = choice.deltas(piece)
+            deltas = choice.deltas(piece)
             async with one_by_one:
                 if not exchange.started:
-                    await exchange.start(200, _EVENTS)
-                for event in events:
-                    await exchange.piece(_sse(shape.envelope([event], True, **more)))
+                    await exchange.start(200, EVENTS)
+                for delta in deltas:
+                    await exchange.piece(event(orjson.dumps(shape.envelope([delta], True, **more))))
 
-        try:
+        async with telling_late(exchange):
             await self._run(inputs, choices, take)
             if usage:
                 counted = _usage(choices, len(choices) // len(inputs))
-                await exchange.piece(_sse(shape.envelope([], True, usage=counted)))
-        except (ServingError, UpstreamGone) as error:
-            if not exchange.started:
-                raise
-            told = as_refused(error) if isinstance(error, ServingError) else Refused(503, _BROKEN)
-            await exchange.piece(b"data: " + told.body(openai=True) + b"\n\n")
-        await exchange.piece(b"data: [DONE]\n\n", last=True)
+                await exchange.piece(event(orjson.dumps(shape.envelope([], True, usage=counted))))
+        await exchange.piece(event(b"[DONE]"), last=True)
 
 
 def _by_its_own_name(refused: Refused, form: str) -> Refused:
@@ -215,7 +196,3 @@ def _usage(choices: Sequence[AnswerChoice], count: int) -> Fields:
         "prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": sum(last.get("cached_tokens", 0) for last in firsts)},
     }  # fmt: skip
-
-
-def _sse(event: Fields) -> bytes:
-    return b"data: " + orjson.dumps(event) + b"\n\n"

@@ -16,7 +16,6 @@ T = TypeVar("T")
 Message = MutableMapping[str, Any]
 JSON = frozenset({b"application/json"})
 JSON_OR_BINARY = JSON | {b"application/octet-stream"}
-EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
 _MOMENTS_S = 0.03
 VERSION_HEADER = b"x-trireme-version"  # of a request: it goes there and nowhere else; of an answer: where it went
 GONE_STATUS = 499  # what proxies write of a client that did not wait

@@ -15,15 +15,14 @@ import msgspec
 import numpy as np
 import orjson
 
-from runtime.errors import ServingError
 from runtime.gateway.bodies import read_json
-from runtime.gateway.exchange import EVENTS, Exchange
+from runtime.gateway.events import EVENTS, event, telling_late, to_the_end
+from runtime.gateway.exchange import Exchange
 from runtime.gateway.kserve import require_served
 from runtime.gateway.limits import DoorLimits
-from runtime.gateway.refused import BROKEN, Refused, as_refused
+from runtime.gateway.refused import Refused, no_model
 from runtime.gateway.tokens import ServedTokenizers
 from runtime.gateway.triton import NUMPY, Facts, Triton
-from runtime.gateway.upstream import UpstreamGone
 
 Fields = dict[str, Any]
 _BODY = msgspec.json.Decoder(dict[str, Any])
@@ -67,7 +66,7 @@ class Generate:
         """The pieces as one answer."""
         found: Fields = {}
         last: Fields = {}
-        async with aclosing(self._upstream({**fields, "stream": True})) as pieces:
+        async with aclosing(to_the_end(self._triton.generate({**fields, "stream": True}))) as pieces:
             async for last in pieces:
                 for name in _JOINED:
                     if name in last:
@@ -82,20 +81,9 @@ class Generate:
         if not fields.get("stream", False):
             yield await self.joined(facts, fields)
             return
-        async with aclosing(self._upstream(fields)) as pieces:
+        async with aclosing(to_the_end(self._triton.generate(fields))) as pieces:
             async for piece in pieces:
                 yield piece
-
-    async def _upstream(self, fields: Fields) -> AsyncGenerator[Fields, None]:
-        """Until the piece with `finish_reason`. Raises UpstreamGone when it does not come."""
-        finished = False
-        async with aclosing(self._triton.generate(fields)) as pieces:
-            async for piece in pieces:
-                finished = "finish_reason" in piece
-                piece.pop("id", None)  # which is ours; a client's own is told beside
-                yield piece
-        if not finished:
-            raise UpstreamGone("the answer has no end", nothing_came=False)
 
     async def _echo(self, facts: Facts, fields: Fields) -> str:
         """The prompt's text, as the model itself would put it before an answer that is no stream."""
@@ -106,17 +94,11 @@ class Generate:
 
 async def _events(exchange: Exchange, pieces: AsyncGenerator[Fields, None], told: Fields) -> None:
     """The head goes out with the first piece, so that a request which is refused has its status."""
-    async with aclosing(pieces):
-        try:
-            async for piece in pieces:
-                if not exchange.started:
-                    await exchange.start(200, EVENTS)
-                await exchange.piece(b"data: " + orjson.dumps({**piece, **told}) + b"\n\n")
-        except (ServingError, UpstreamGone) as error:
+    async with aclosing(pieces), telling_late(exchange):
+        async for piece in pieces:
             if not exchange.started:
-                raise
-            refused = as_refused(error) if isinstance(error, ServingError) else Refused(503, BROKEN)
-            await exchange.piece(b"data: " + refused.body(openai=False) + b"\n\n")
+                await exchange.start(200, EVENTS)
+            await exchange.piece(event(orjson.dumps({**piece, **told})))
     await exchange.piece(b"", last=True)
 
 
@@ -143,7 +125,7 @@ def read_fields(fields: Mapping[str, Any], facts: Facts, model: str) -> Fields:
             found[name] = _value(name, value, "UINT64")
         elif name == "model":
             if value != model:
-                raise Refused(404, f"no model {str(value)[:64]!r} here; it is {model!r}", param="model")
+                raise no_model(str(value), model)
         elif name not in _SEQUENCES or value:  # clients send them where they mean nothing
             near = difflib.get_close_matches(name[:64], types, 1)
             said = f"unknown field {name[:64]}" + (f"; did you mean {near[0]}?" if near else "")

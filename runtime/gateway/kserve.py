@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from runtime.gateway.bodies import read_json
 from runtime.gateway.exchange import JSON_OR_BINARY, Exchange
 from runtime.gateway.limits import DoorLimits
-from runtime.gateway.refused import Refused
+from runtime.gateway.refused import Refused, require_model
 from runtime.gateway.triton import NUMPY, Blob, Facts, Triton, pack_texts, unpack_texts
 
 Parameters = dict[str, bool | int | float | str]
@@ -125,8 +125,7 @@ async def require_served(triton: Triton, exchange: Exchange) -> Facts:
 
 async def require_version(triton: Triton, name: str, version: str) -> Facts:
     """As `require_served`; no version is any."""
-    if name != triton.model:
-        raise Refused(404, f"no model {name[:64]!r} here; it is {triton.model!r}")
+    require_model(name, triton.model)
     facts = await triton.facts()
     if version not in ("", str(facts.version)):
         raise Refused(404, f"version {version[:16]!r} does not serve; {facts.version} does")

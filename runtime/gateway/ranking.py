@@ -12,13 +12,12 @@ import orjson
 from msgspec import Meta
 from numpy.typing import NDArray
 
-from runtime.gateway.batches import encoded, require_texts, require_whole
+from runtime.gateway.batches import READ, encoded, require_texts, require_whole
 from runtime.gateway.bodies import read_one_of
-from runtime.gateway.embeddings import require_model
 from runtime.gateway.exchange import Exchange
 from runtime.gateway.limits import DoorLimits
 from runtime.gateway.openai_requests import Name
-from runtime.gateway.refused import Refused
+from runtime.gateway.refused import Refused, require_model
 from runtime.gateway.triton import Facts, Triton
 
 Direction = Literal["Right", "right"]  # which end is cut; the models cut no other
@@ -153,7 +152,7 @@ class Ranking:
 
     async def _logits(self, facts: Facts, left: Sequence[str], right: Sequence[str], id: str, raw: bool) -> Scored:
         columns = {"text": left, "text_pair": right}
-        found = await encoded(self._triton, facts, columns, "logits", id)
+        found = await encoded(self._triton, facts, columns, ("logits", *READ), id)
         logits = found["logits"]
         if logits.shape[1] != 1:
             raise Refused(400, f"the model gives {logits.shape[1]} numbers for a pair; a score is one", param="model")
@@ -163,7 +162,7 @@ class Ranking:
     async def _cosines(self, facts: Facts, left: Sequence[str], right: Sequence[str], id: str) -> Scored:
         """Each text is embedded once, however often it stands there."""
         texts = list(dict.fromkeys((*left, *right)))
-        found = await encoded(self._triton, facts, {"text": texts}, "embedding", id)
+        found = await encoded(self._triton, facts, {"text": texts}, ("embedding", *READ), id)
         vectors = found["embedding"].astype(np.float64)
         vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
         place = {text: number for number, text in enumerate(texts)}

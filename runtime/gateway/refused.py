@@ -10,7 +10,6 @@ from runtime.errors import BadRequest, ServingError, TooLate, Unavailable
 from runtime.generation.interface import split_status
 
 RETRY_S = 1
-BROKEN = "the model's server broke off; try again"
 _OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 _REQUEST_ID = re.compile(r"\[request id: [^\]]*\] ")
 # What Triton's queue and the generator's say when they are full, and when a request has waited too long in them.
@@ -67,6 +66,16 @@ def as_refused(error: Exception) -> Refused:
     if isinstance(error, Unavailable):
         return Refused(503, str(error))
     return Refused(500, "the request failed; the server log has the cause")
+
+
+def no_model(asked: str, served: str) -> Refused:
+    return Refused(404, f"no model {asked[:64]!r} here; it is {served!r}", param="model", code="model_not_found")
+
+
+def require_model(asked: str, served: str) -> None:
+    """Raises Refused for another model than the one that is served."""
+    if asked != served:
+        raise no_model(asked, served)
 
 
 def upstream_refusal(status: int, said: str) -> Refused:

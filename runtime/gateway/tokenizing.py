@@ -9,12 +9,11 @@ import orjson
 
 from runtime.gateway.batches import require_unicode
 from runtime.gateway.bodies import read_one_of
-from runtime.gateway.embeddings import require_model
 from runtime.gateway.exchange import Exchange
 from runtime.gateway.limits import DoorLimits
 from runtime.gateway.openai_requests import Name
 from runtime.gateway.openai_requests import Token as TokenId
-from runtime.gateway.refused import Refused
+from runtime.gateway.refused import Refused, require_model
 from runtime.gateway.tokens import ServedTokenizer, ServedTokenizers, Token
 from runtime.gateway.triton import Triton
 
