@@ -14,6 +14,7 @@ from msgspec import Meta
 
 from runtime.errors import BadEnvironment
 from runtime.gateway.bodies import read_json
+from runtime.gateway.counters import heading, histogram_lines
 from runtime.gateway.exchange import Exchange
 from runtime.gateway.limits import DoorLimits
 from runtime.gateway.refused import Refused
@@ -118,7 +119,7 @@ def _told(tally: Tally) -> dict[str, Any]:
 def version_lines(versions: ServedVersions) -> list[str]:
     """The same as Prometheus text."""
     traffic, mirror, stem = versions.traffic, versions.mirror, "trireme_gateway_version"
-    lines = _head(f"{stem}_weight", "gauge", "How traffic is split between versions")
+    lines = heading(f"{stem}_weight", "gauge", "How traffic is split between versions")
     lines += [
         f'{stem}_weight{{version="{lane.version}"}} {weight:g}'
         for lane, weight in zip(traffic.lanes, traffic.weights, strict=True)
@@ -129,18 +130,11 @@ def version_lines(versions: ServedVersions) -> list[str]:
         for role, tally in (("served", lane.served), ("mirrored", lane.mirrored))
     ]
     for name, said in (("requests", "Requests by version; mirrored: copies"), ("errors", "Of these, 5xx")):
-        lines += _head(f"{stem}_{name}_total", "counter", said)
+        lines += heading(f"{stem}_{name}_total", "counter", said)
         lines += [f"{stem}_{name}_total{{{labels}}} {getattr(one, name)}" for labels, one in tallies]
-    lines += _head(f"{stem}_seconds", "histogram", "Whole requests by version")
+    lines += heading(f"{stem}_seconds", "histogram", "Whole requests by version")
     for labels, one in tallies:
-        bounds, counts = (*map(str, one.seconds.bounds), "+Inf"), one.seconds.cumulative
-        lines += [f'{stem}_seconds_bucket{{{labels},le="{le}"}} {at}' for le, at in zip(bounds, counts, strict=True)]
-        lines += [f"{stem}_seconds_sum{{{labels}}} {one.seconds.total:.6f}"]
-        lines += [f"{stem}_seconds_count{{{labels}}} {counts[-1]}"]
-    lines += _head("trireme_gateway_mirror_total", "counter", "Copies by what became of them")
+        lines += histogram_lines(f"{stem}_seconds", labels, one.seconds)
+    lines += heading("trireme_gateway_mirror_total", "counter", "Copies by what became of them")
     results = ("same", "different", "dropped")
     return lines + [f'trireme_gateway_mirror_total{{result="{one}"}} {getattr(mirror, one)}' for one in results]
-
-
-def _head(name: str, kind: str, said: str) -> list[str]:
-    return [f"# HELP {name} {said}", f"# TYPE {name} {kind}"]
