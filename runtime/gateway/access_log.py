@@ -12,6 +12,8 @@ from typing import Any, BinaryIO, Protocol
 
 import orjson
 
+from runtime.gateway.trip import Trip
+
 _TOGETHER_S = 0.2  # lines are written so often; a write for each would cost a tenth of the gateway's time
 _LARGEST = 64 << 20  # then the file becomes FILE.1, and the one that was there goes
 
@@ -25,6 +27,7 @@ class Logged(Protocol):
     status: int
     bytes_in: int
     bytes_out: int
+    trip: Trip
 
     @property
     def trace(self) -> str: ...

@@ -10,14 +10,15 @@ import secrets
 import sys
 import time
 import traceback
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from starlette.exceptions import HTTPException
 from starlette.routing import Route, Router
 
 from runtime.errors import ServingError
-from runtime.gateway.access_log import AccessLog
+from runtime.gateway.access_log import AccessLog, Logged
 from runtime.gateway.counters import DoorCounters
 from runtime.gateway.exchange import GONE_STATUS, VERSION_HEADER, ClientGone, Exchange, Message
 from runtime.gateway.guards import Guards
@@ -66,20 +67,13 @@ class Door:
         if scope["type"] != "http":
             raise RuntimeError(f"{scope['type']} is not served")
         exchange = Exchange(scope, receive, send, self._guards, secrets.token_hex(12))
-        TRIP.set(exchange.trip)
         # With an `app`, Starlette raises for a method that a route does not have, where it would else answer itself.
         scope.update(exchange=exchange, app=self)
-        started = time.monotonic()
-        self._counters.running += 1
-        try:
-            await self._answer(scope, exchange)
-        finally:
-            self._counters.running -= 1
-            exchange.release()
-            seconds = time.monotonic() - started
-            self._counters.ended(exchange.label, exchange.status, seconds, exchange.bytes_in, exchange.bytes_out)
-            exchange.trip.ended(exchange.status, seconds)
-            self.log.ended(exchange, seconds)
+        with counted(exchange, self._counters, self.log):
+            try:
+                await self._answer(scope, exchange)
+            finally:
+                exchange.release()
 
     async def _answer(self, scope: Message, exchange: Exchange) -> None:
         try:
@@ -102,6 +96,22 @@ def _pinned(exchange: Exchange) -> str:
     if header and path and header != path:
         raise Refused(400, f"{VERSION_HEADER.decode()} names version {header[:16]!r}, the path {path[:16]!r}")
     return header or path
+
+
+@contextmanager
+def counted(request: Logged, counters: DoorCounters, log: AccessLog) -> Iterator[None]:
+    """A request from here to its end: it is written down with the status that it has then."""
+    started = time.monotonic()
+    counters.running += 1
+    TRIP.set(request.trip)
+    try:
+        yield
+    finally:
+        counters.running -= 1
+        seconds = time.monotonic() - started
+        counters.ended(request.label, request.status, seconds, request.bytes_in, request.bytes_out)
+        request.trip.ended(request.status, seconds)
+        log.ended(request, seconds)
 
 
 def refusal(error: Exception, gone: Callable[[], None]) -> Refused:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from typing import Any
 from runtime.errors import BadEnvironment
 from runtime.gateway.access_log import AccessLog
 from runtime.gateway.counters import DoorCounters
-from runtime.gateway.door import refusal
+from runtime.gateway.door import counted, refusal
 from runtime.gateway.exchange import GONE_STATUS, VERSION_HEADER
 from runtime.gateway.generate import Generate, read_fields
 from runtime.gateway.grpc_kserve import (
@@ -125,32 +124,24 @@ class GrpcDoor:
         call = GrpcCall(context, f"{_SERVICE}{name}", _address(context.peer()))
         context.set_trailing_metadata((("x-request-id", call.id),))
         try:
-            async with self._counted(call):
+            async with self._answering(call):
                 await self._admitted(name, call)
         except Refused as refused:
             late = (("retry-after", str(RETRY_S)),) if refused.status in (429, 503) else ()
             await context.abort(_code(refused), refused.message, (("x-request-id", call.id), *late))
 
     @asynccontextmanager
-    async def _counted(self, call: GrpcCall) -> AsyncIterator[None]:
+    async def _answering(self, call: GrpcCall) -> AsyncIterator[None]:
         """Raises Refused for whatever went wrong in it, but for a client that has gone."""
-        started = time.monotonic()
-        self._counters.running += 1
         call.trip.id = call.id
-        TRIP.set(call.trip)
-        try:
-            yield
-            call.status = 200
-        except Exception as error:  # whatever it was, the client is told no more than a status
-            refused = refusal(error, self._triton.forget)
-            call.status = refused.status
-            raise refused from error
-        finally:
-            self._counters.running -= 1
-            seconds = time.monotonic() - started
-            self._counters.ended(call.label, call.status, seconds, call.bytes_in, call.bytes_out)
-            call.trip.ended(call.status, seconds)
-            self._log.ended(call, seconds)
+        with counted(call, self._counters, self._log):
+            try:
+                yield
+                call.status = 200
+            except Exception as error:  # whatever it was, the client is told no more than a status
+                refused = refusal(error, self._triton.forget)
+                call.status = refused.status
+                raise refused from error
 
     async def _admitted(self, name: str, call: GrpcCall) -> None:
         headers = _headers(call.context)
@@ -272,7 +263,7 @@ class GrpcDoor:
     ) -> None:
         asked: InferCall | None = None
         try:
-            async with self._counted(call), asyncio.timeout(self._limits.answer_s):
+            async with self._answering(call), asyncio.timeout(self._limits.answer_s):
                 with self._guards.admitted(call.caller), self._guards.holding(len(data)):
                     asked = read_infer(data, self._limits, streamed=True)
                     facts = await self._facts_for(asked)

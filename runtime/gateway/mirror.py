@@ -13,7 +13,7 @@ import numpy as np
 
 from runtime.errors import ServingError
 from runtime.gateway.access_log import LineFile
-from runtime.gateway.refused import as_refused
+from runtime.gateway.door import refusal
 from runtime.gateway.triton import Blob
 from runtime.gateway.upstream import UpstreamGone
 
@@ -84,9 +84,7 @@ class Mirror:
             async with asyncio.timeout(self._seconds):
                 told = await work
         except (ServingError, UpstreamGone, TimeoutError) as error:
-            status = 504 if isinstance(error, TimeoutError) else 503
-            if isinstance(error, ServingError):
-                status = as_refused(error).status
+            status = refusal(error, gone=lambda: None).status
         seconds = time.monotonic() - started
         ended(status, seconds)
         if status == 200:
