@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from runtime.gateway.grpc_wire import INFER, Schema, inflated, require_known
-from runtime.gateway.kserve import PARAMETERS, TensorIn, of_binary
+from runtime.gateway.kserve import PARAMETERS, TensorIn, in_range, of_binary, require_parameter
 from runtime.gateway.limits import DoorLimits
 from runtime.gateway.refused import Refused
 from runtime.gateway.triton import NUMPY, Blob, Facts, pack_texts, unpack_texts
@@ -19,6 +19,7 @@ _MOST_TEXTS = 1 << 16  # of one typed input; raw contents take any number
 _MOST_DIMS = 16
 _LONGEST_NAME, _LONGEST_ID = 128, 256
 _FINAL = "triton_enable_empty_final_response"  # the end of a stream of ours is always marked
+_PARAMETERS = {name: kind for name, kind in PARAMETERS.items() if name != "binary_data_output"}  # all is binary here
 # Where each datatype's typed contents stand.
 _CONTENTS = {
     "BOOL": "bool_contents", "INT8": "int_contents", "INT16": "int_contents", "INT32": "int_contents",
@@ -89,9 +90,8 @@ def _parameters(given: Mapping[str, Any], streamed: bool) -> dict[str, bool | in
         value: Any = None if kind is None else getattr(item, kind)
         if name == _FINAL and streamed and isinstance(value, bool):
             continue
-        if name not in PARAMETERS or name == "binary_data_output" or type(value) is not PARAMETERS[name]:
-            raise Refused(400, f"parameter {name[:64]!r} is not taken here, or not as {type(value).__name__}")
-        found[name] = value  # type: ignore[assignment]  # it is of the type that PARAMETERS says
+        require_parameter(name, value, _PARAMETERS)
+        found[name] = value
     return found
 
 
@@ -105,13 +105,15 @@ def _blobs(message: Any) -> list[Blob]:
             raise Refused(400, f"input {item.name[:64]}: the name or the shape is not one that a model has")
         if raw and item.HasField("contents"):
             raise Refused(400, f"input {item.name} has both contents and raw_input_contents")
-        tensor = TensorIn(item.name, list(item.shape), item.datatype)
-        found.append(of_binary(tensor, raw[place] if raw else _packed(item)))
+        if raw:
+            found.append(of_binary(TensorIn(item.name, list(item.shape), item.datatype), raw[place]))
+        else:
+            found.append(Blob(item.name, item.datatype, tuple(item.shape), _packed(item)))
     return found
 
 
 def _packed(item: Any) -> bytes:
-    """Typed contents as they travel."""
+    """Typed contents as they travel. Raises Refused where there are not as many as the shape says."""
     if item.datatype not in _CONTENTS:
         raise Refused(400, f"input {item.name}: {item.datatype[:16]!r} has no typed contents; send raw_input_contents")
     for name, value in item.contents.ListFields():
@@ -124,10 +126,8 @@ def _packed(item: Any) -> bytes:
         return pack_texts(values)
     kind: np.dtype[Any] = np.dtype(NUMPY[item.datatype])
     given = np.array(values, _WIDE[_CONTENTS[item.datatype]])
-    if kind.kind in "iu" and given.size:
-        limits = np.iinfo(kind)
-        if int(given.min()) < limits.min or int(given.max()) > limits.max:  # numpy would wrap what does not fit
-            raise Refused(400, f"input {item.name} holds numbers that {item.datatype} does not have")
+    if kind.kind in "iu" and given.size and not in_range(given, kind):
+        raise Refused(400, f"input {item.name} holds numbers that {item.datatype} does not have")
     return bytes(given.astype(kind).tobytes())
 
 

@@ -7,7 +7,7 @@ given in the form that was asked for.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
 import msgspec
@@ -134,14 +134,18 @@ async def require_version(triton: Triton, name: str, version: str) -> Facts:
 
 def _require_parameters(asked: InferRequest) -> None:
     for name, value in asked.parameters.items():
-        if name not in PARAMETERS or type(value) is not PARAMETERS[name]:
-            raise Refused(400, f"parameter {name[:64]!r} is not taken here, or not as {type(value).__name__}")
+        require_parameter(name, value, PARAMETERS)
     taken = [(f"input {item.name}", item.parameters, "binary_data_size") for item in asked.inputs]
     taken += [(f"output {item.name}", item.parameters, "binary_data") for item in asked.outputs]
     for what, parameters, name in taken:
         other = next((key for key in parameters if key != name), None)
         if other is not None:
             raise Refused(400, f"{what}: parameter {other[:64]!r} is not taken here")
+
+
+def require_parameter(name: str, value: Any, known: Mapping[str, type]) -> None:
+    if name not in known or type(value) is not known[name]:
+        raise Refused(400, f"parameter {name[:64]!r} is not taken here, or not as {type(value).__name__}")
 
 
 def _count(item: TensorIn) -> int:
@@ -189,12 +193,12 @@ def _of_json(item: TensorIn) -> Blob:
     fits = given.dtype.kind in takes or (given.dtype == np.object_ and all(type(one) is int for one in given.flat))
     if given.size != _count(item) or (given.size and not fits):
         raise wrong
-    if kind.kind in "iu" and given.size and not _in_range(given, kind):
+    if kind.kind in "iu" and given.size and not in_range(given, kind):
         raise wrong
     return Blob(item.name, item.datatype, tuple(item.shape), given.astype(kind).tobytes())
 
 
-def _in_range(given: NDArray[Any], kind: np.dtype[Any]) -> bool:
+def in_range(given: NDArray[Any], kind: np.dtype[Any]) -> bool:
     """numpy would wrap what does not fit."""
     limits = np.iinfo(kind)
     return bool(int(given.min()) >= limits.min and int(given.max()) <= limits.max)
