@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.errors import BadEnvironment, BadRequest
+from runtime.errors import BadRequest
 from runtime.prefix import Prefix
 from runtime.settings import TokenizerSettings
+from runtime.tokenizer_file import open_tokenizer
 
 
 @dataclass(frozen=True)
@@ -30,17 +29,8 @@ class Tokenizer:
     """A `tokenizer.json`, with truncation and padding set by us and not by what the file happens to hold."""
 
     def __init__(self, file: Path, settings: TokenizerSettings) -> None:
-        # A thread pool of its own would fight the executor for the cores.
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        from tokenizers import Tokenizer as FastTokenizer
-
-        try:
-            self._fast = FastTokenizer.from_file(str(file))
-        except Exception as error:  # the library raises bare Exception for an unreadable file
-            raise BadEnvironment(f"{file.name} is not a tokenizer file: {error}") from error
-        if settings.lower_case:
-            lower(self._fast)
-        self._fast.no_padding()
+        """Raises BadEnvironment."""
+        self._fast = open_tokenizer(file, settings.lower_case)
         self._fast.enable_truncation(settings.max_length)
         self._prefix = Prefix(self._fast, settings.max_length)
         self.settings = settings
@@ -89,17 +79,6 @@ class Tokenizer:
             if self.settings.token_type_ids:
                 feeds["token_type_ids"][row, :count] = item.type_ids
         return feeds
-
-
-def lower(fast: Any) -> None:
-    """In front of the other normalisers, as sentence-transformers does; once, where the file does it already."""
-    from tokenizers import normalizers
-
-    own = fast.normalizer
-    several = isinstance(own, normalizers.Sequence)
-    parts = list(own) if several else [] if own is None else [own]
-    if not any(isinstance(part, normalizers.Lowercase) for part in parts):
-        fast.normalizer = normalizers.Sequence([normalizers.Lowercase(), *parts])
 
 
 def read_prompt_name(parameters: str) -> str | None:

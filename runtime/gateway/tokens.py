@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runtime.encoding.tokenizer import lower
-from runtime.errors import BadEnvironment
 from runtime.gateway.refused import Refused
 from runtime.gateway.triton import Facts
 from runtime.settings import GeneratorModelSettings, TokenizerModelSettings, TokenizerSettings
+from runtime.tokenizer_file import open_tokenizer
 
-_FILE = "tokenizer.json"
 _KEPT = 4  # versions
 _AT_ONCE = 1  # a second text waits: tokenizers take all of a core
 
@@ -44,23 +41,13 @@ class ServedTokenizer:
     @staticmethod
     def load(folder: Path, generates: bool) -> ServedTokenizer:
         """Raises BadEnvironment for a folder that is no version of ours."""
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        from tokenizers import Tokenizer
-
+        file = folder / "tokenizer.json"
         if generates:
-            found = ServedTokenizer(None, GeneratorModelSettings.load(folder).max_length)
-        else:
-            own = TokenizerModelSettings.load(folder)
-            found = ServedTokenizer(None, own.tokenizer.max_length, own.tokenizer, own.labels, own.multi_label)
-        try:
-            fast = Tokenizer.from_file(str(folder / _FILE))
-        except Exception as error:  # the library raises bare Exception for an unreadable file
-            raise BadEnvironment(f"{folder / _FILE} is not a tokenizer file: {error}") from error
-        if found.settings is not None and found.settings.lower_case:
-            lower(fast)
-        fast.no_padding()
-        fast.no_truncation()
-        return ServedTokenizer(fast, found.max_length, found.settings, found.labels, found.multi_label)
+            longest = GeneratorModelSettings.load(folder).max_length
+            return ServedTokenizer(open_tokenizer(file), longest)
+        own = TokenizerModelSettings.load(folder)
+        fast = open_tokenizer(file, own.tokenizer.lower_case)
+        return ServedTokenizer(fast, own.tokenizer.max_length, own.tokenizer, own.labels, own.multi_label)
 
     def prompt(self, name: str | None) -> str:
         """What stands before each text. Raises Refused for a name that the model does not have."""

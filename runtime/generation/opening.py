@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from runtime.prefix import Prefix
 from runtime.rows import CacheShape
 from runtime.settings import GeneratorModelSettings
 from runtime.step import StepExecutor
+from runtime.tokenizer_file import open_tokenizer
 
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -28,15 +28,7 @@ class TextTokenizer:
 
     def __init__(self, file: Path, vocabulary: int, max_length: int = 1 << 30) -> None:
         """Raises BadEnvironment for a file that is none, or that knows tokens which the model does not."""
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        from tokenizers import Tokenizer
-
-        try:
-            self.fast = Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises bare Exception for an unreadable file
-            raise BadEnvironment(f"{file.name} is not a tokenizer file: {error}") from error
-        self.fast.no_padding()
-        self.fast.no_truncation()
+        self.fast = open_tokenizer(file)
         largest = max(self.fast.get_vocab(with_added_tokens=True).values(), default=0)
         if largest >= vocabulary:
             raise BadEnvironment(
