@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
@@ -98,9 +99,29 @@ def parse_sample(raw: bytes) -> Sample:
         raise FeedbackRefused(Refusal.MALFORMED, _faults(error)) from None
 
 
-def require_size(sample: Sample | ServedRequest) -> int:
-    """Bytes of the sample as it is kept. Raises FeedbackRefused for one that did not come through `parse_sample`."""
-    size = len(body_of(sample).encode())
+@dataclass(frozen=True)
+class SampleRow:
+    """A sample as the table has it. `digest` is of all that the caller said: the same sent twice has the same."""
+
+    request_id: str
+    kind: str
+    user: str | None
+    body: str
+    bytes: int
+    digest: str
+
+
+def row_of(sample: Sample) -> SampleRow:
+    """Raises FeedbackRefused for one that is too large, as it can be where it did not come through `parse_sample`."""
+    body = body_of(sample)
+    whole = json.dumps([sample.request_id, sample.kind, sample.user, body], ensure_ascii=False)
+    digest = hashlib.sha256(whole.encode()).hexdigest()
+    return SampleRow(sample.request_id, sample.kind, sample.user, body, require_size(body), digest)
+
+
+def require_size(body: str) -> int:
+    """Its bytes. Raises FeedbackRefused for too many."""
+    size = len(body.encode())
     if size > LARGEST_BYTES:
         raise FeedbackRefused(Refusal.TOO_LARGE, f"{size} bytes; at most {LARGEST_BYTES} are taken")
     return size
@@ -110,12 +131,6 @@ def body_of(sample: Sample | ServedRequest) -> str:
     """Canonical JSON of what is not a column of its own: equal samples give equal text."""
     fields: dict[str, Any] = sample.model_dump(exclude={"request_id", "user", "kind"})
     return json.dumps(fields, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-
-
-def digest_of(sample: Sample) -> str:
-    """Of all that the caller said: the same feedback sent twice has the same."""
-    whole = json.dumps([sample.request_id, sample.kind, sample.user, body_of(sample)], ensure_ascii=False)
-    return hashlib.sha256(whole.encode()).hexdigest()
 
 
 def _faults(error: ValidationError) -> str:

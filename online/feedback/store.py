@@ -16,7 +16,7 @@ from sqlalchemy import Connection, Table, delete, func, select, update
 from online.feedback.database import Database
 from online.feedback.errors import FeedbackFull, FeedbackRefused, FeedbackUnavailable, Refusal
 from online.feedback.group_commit import LARGEST_BATCH, GroupCommit
-from online.feedback.samples import Sample, ServedRequest, body_of, digest_of, require_size, storable
+from online.feedback.samples import Sample, SampleRow, ServedRequest, body_of, require_size, row_of, storable
 from online.feedback.tables import FEEDBACK, SERVED, TOTALS
 from runtime.errors import InputError
 
@@ -74,7 +74,7 @@ class FeedbackStore:
         self._wall, self._monotonic = wall, monotonic
         self._opened = wall() - monotonic()
         self._database = Database(url)
-        self._commits: GroupCommit[Sample | ServedRequest | _Deletion, int] = GroupCommit(
+        self._commits: GroupCommit[SampleRow | ServedRequest | _Deletion, int] = GroupCommit(
             self._commit, waiting=waiting, largest_batch=largest_batch
         )
 
@@ -92,8 +92,7 @@ class FeedbackStore:
 
     def submit(self, sample: Sample) -> Future[int]:
         """`add` for those who must not wait: the future has 1 or 0, or what `add` raises."""
-        require_size(sample)
-        return self._commits.submit(sample)
+        return self._commits.submit(row_of(sample))
 
     def note_served(self, served: ServedRequest) -> Future[int]:
         """Makes the request known; its texts are kept where `KeptTraffic` says so, redacted.
@@ -160,10 +159,10 @@ class FeedbackStore:
             raise FeedbackRefused(
                 Refusal.NOT_REDACTED, f"the redaction hook failed with {type(error).__name__}; the texts were not kept"
             ) from error
-        require_size(found)
+        require_size(body_of(found))
         return found
 
-    def _commit(self, batch: Sequence[Sample | ServedRequest | _Deletion]) -> list[Outcome]:
+    def _commit(self, batch: Sequence[SampleRow | ServedRequest | _Deletion]) -> list[Outcome]:
         outcomes: list[Outcome] = []
         with self._database.transaction() as connection:
             # The lock on this row comes first on PostgreSQL, as BEGIN IMMEDIATE does on SQLite: writers take turns.
@@ -198,7 +197,7 @@ class _Room:
         return None
 
 
-def _table_of(item: Sample | ServedRequest | _Deletion) -> Table | None:
+def _table_of(item: SampleRow | ServedRequest | _Deletion) -> Table | None:
     if isinstance(item, _Deletion):
         return None
     return SERVED if isinstance(item, ServedRequest) else FEEDBACK
@@ -211,7 +210,7 @@ def _note(connection: Connection, group: list[ServedRequest], now: float, room: 
     new: list[dict[str, Any]] = []
     outcomes: list[Outcome] = []
     for item in group:
-        full = None if item.request_id in known else room.take(size := require_size(item))
+        full = None if item.request_id in known else room.take(size := require_size(body_of(item)))
         outcomes.append(full or int(item.request_id not in known))
         if item.request_id not in known and full is None:
             known.add(item.request_id)
@@ -221,7 +220,7 @@ def _note(connection: Connection, group: list[ServedRequest], now: float, room: 
     return outcomes
 
 
-def _insert(connection: Connection, group: list[Sample], now: float, room: _Room) -> list[Outcome]:
+def _insert(connection: Connection, group: list[SampleRow], now: float, room: _Room) -> list[Outcome]:
     ids = {item.request_id for item in group}
     served = set(connection.execute(select(SERVED.c.request_id).where(SERVED.c.request_id.in_(ids))).scalars())
     columns = select(FEEDBACK.c.request_id, FEEDBACK.c.kind, FEEDBACK.c.digest)
@@ -231,24 +230,23 @@ def _insert(connection: Connection, group: list[Sample], now: float, room: _Room
     new: list[dict[str, Any]] = []
     outcomes: list[Outcome] = []
     for item in group:
-        key, digest = (item.request_id, item.kind), digest_of(item)
+        key = item.request_id, item.kind
         if key in digests:
-            outcomes.append(0 if digests[key] == digest else _conflict(item))
+            outcomes.append(0 if digests[key] == item.digest else _conflict(item))
         elif item.request_id not in served:
             outcomes.append(FeedbackRefused(Refusal.UNKNOWN_REQUEST, "no request of this id was served"))
-        elif full := room.take(size := require_size(item)):
+        elif full := room.take(item.bytes):
             outcomes.append(full)
         else:
-            digests[key] = digest
-            fields = {"request_id": item.request_id, "kind": item.kind, "user": item.user, "body": body_of(item)}
-            new.append({**fields, "at": now, "bytes": size, "digest": digest})
+            digests[key] = item.digest
+            new.append({**vars(item), "at": now})
             outcomes.append(1)
     if new:
         connection.execute(FEEDBACK.insert(), new)
     return outcomes
 
 
-def _conflict(item: Sample) -> FeedbackRefused:
+def _conflict(item: SampleRow) -> FeedbackRefused:
     return FeedbackRefused(Refusal.CONFLICT, f"this request has another {item.kind} already; the first one stays")
 
 

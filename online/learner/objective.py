@@ -19,7 +19,7 @@ def update_batches(new: TokenIds, replayed: TokenIds, recipe: UpdateRecipe) -> I
     """[rows, window + 1], the replayed rows last; the same for the same recipe. All rows are new where there is nothing
     to replay."""
     random = np.random.default_rng(recipe.seed)
-    old = recipe.replayed if len(replayed) else 0
+    old = recipe.replayed(len(replayed))
     sources = [batches_of(new, recipe.rows - old, random)]
     if old:
         sources.append(batches_of(replayed, old, np.random.default_rng([recipe.seed, 1])))

@@ -22,7 +22,6 @@ class UpdateRecipe(Record):
     optimiser: Optimiser = Optimiser()
     seed: int = Field(default=0, ge=0)
 
-    @property
-    def replayed(self) -> int:
-        """Rows of a batch, where there is something to replay; one new row at least."""
-        return min(round(self.rows * self.replay_share), self.rows - 1)
+    def replayed(self, kept: int) -> int:
+        """Rows of a batch, of so many that can be replayed; one new row at least."""
+        return min(round(self.rows * self.replay_share), self.rows - 1) if kept else 0

@@ -70,7 +70,9 @@ def update_version(
     model = load_model(version)
     _require_rows(model, memory, {"new": rows, "held out": held_out}, out)
     _require_past(memory, recipe)
-    resume = Resume(out.with_name(f".{out.name}.update"), _key(version, domain, rows, recipe), checkpoint_every_s)
+    digest = file_digest(version / "model.safetensors")
+    key = _key(digest, domain, rows, memory, recipe)
+    resume = Resume(out.with_name(f".{out.name}.update"), key, checkpoint_every_s)
     with reproducible(recipe.seed):
         previous = copy.deepcopy(model).eval()
         trained = _train(model, previous, rows, memory, recipe, report, resume)
@@ -81,8 +83,8 @@ def update_version(
         max_forgetting=max_forgetting,
         domain=domain,
         new_rows=len(rows),
-        replayed_rows=recipe.replayed if len(memory.reservoir.rows) else 0,
-        previous_sha256=file_digest(version / "model.safetensors"),
+        replayed_rows=recipe.replayed(len(memory.reservoir.rows)),
+        previous_sha256=digest,
         curve=trained.curve,
         step=step,
         cpu_s=round(trained.cpu_s, 1),
@@ -104,11 +106,10 @@ def _train(
     resume: Resume,
 ) -> loop.Trained:
     replay = memory.reservoir.rows
-    replayed = recipe.replayed if len(replay) else 0
     model.train()
     work = loop.TrainingWork(
         model,
-        update_loss(model, previous, replayed, recipe),
+        update_loss(model, previous, recipe.replayed(len(replay)), recipe),
         update_batches(rows, replay, recipe),
         lambda batch: batch.shape[0] * (batch.shape[1] - 1),
     )
@@ -158,11 +159,11 @@ def _save_weights(model: Any, like: Path, file: Path) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
 
 
-def _key(version: Path, domain: str, rows: TokenIds, recipe: UpdateRecipe) -> str:
-    """All that the training depends on. How far back it goes is decided after it."""
-    parts = [file_digest(version / "model.safetensors"), domain, recipe.model_dump_json(), arithmetic()]
-    memory = load_memory(version).reservoir.rows
-    return hashlib.sha256("|".join(parts).encode() + rows.tobytes() + memory.tobytes()).hexdigest()
+def _key(previous: str, domain: str, rows: TokenIds, memory: Memory, recipe: UpdateRecipe) -> str:
+    """All that the training depends on. How far back it goes is decided after it. `previous`: the weights' digest."""
+    parts = [previous, domain, recipe.model_dump_json(), arithmetic()]
+    kept = memory.reservoir.rows.tobytes()
+    return hashlib.sha256("|".join(parts).encode() + rows.tobytes() + kept).hexdigest()
 
 
 def _require_rows(model: Any, memory: Memory, given: Mapping[str, TokenIds], out: Path) -> None:

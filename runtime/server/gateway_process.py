@@ -58,9 +58,8 @@ class Doorway:
             raise BadEnvironment(f"--api-keys-file {self.keys_file} cannot be read; give a file of lines name:sha256")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise BadEnvironment("--tls-cert and --tls-key belong together; give both")
-        named = {"tls-cert": self.tls_cert, "tls-key": self.tls_key, "control-secret-file": self.control_secret_file}
-        for option, file in named.items():
-            if file is not None and not os.access(file, os.R_OK):
+        for option, file in self._files.items():
+            if not os.access(file, os.R_OK):
                 raise BadEnvironment(f"--{option} {file} cannot be read")
 
     def listen(self) -> socket.socket:
@@ -91,6 +90,15 @@ class Doorway:
         return held
 
     @property
+    def _files(self) -> dict[str, Path]:
+        """Those that are given, by option."""
+        named = {
+            "api-keys-file": self.keys_file, "tls-cert": self.tls_cert, "tls-key": self.tls_key,
+            "control-secret-file": self.control_secret_file,
+        }  # fmt: skip
+        return {option: file for option, file in named.items() if file is not None}
+
+    @property
     def _family(self) -> socket.AddressFamily:
         return socket.AF_INET6 if ":" in self.address else socket.AF_INET
 
@@ -102,11 +110,7 @@ class Doorway:
 
     def options(self) -> list[str]:
         """Of the process, but for its ports."""
-        files = {
-            "api-keys-file": self.keys_file, "tls-cert": self.tls_cert, "tls-key": self.tls_key,
-            "control-secret-file": self.control_secret_file,
-        }  # fmt: skip
-        given = [part for name, file in files.items() if file is not None for part in (f"--{name}", str(file))]
+        given = [part for name, file in self._files.items() for part in (f"--{name}", str(file))]
         flags = {"no-auth": self.no_auth, "vllm-metrics": self.vllm_metrics}
         given += [f"--{name}" for name, wanted in flags.items() if wanted]
         return ["--address", self.address, "--drain-s", str(self.drain_s), *given]
@@ -147,12 +151,9 @@ class GatewayProcess:
             if now < self._again:
                 return
             self._start(now)
-        elif now - self._began > self._doorway.start_s or self._pulse.felt:
-            if self._pulse.lost(now):
-                self._process.kill()  # the next turn sees that it died
-                return
-        else:
-            self._pulse.lost(now)
+        elif self._pulse.lost(now) and (self._pulse.felt or now - self._began > self._doorway.start_s):
+            self._process.kill()  # the next turn sees that it died
+            return
         self._tell("ready" if (reason := self._health.ready()) is None else reason.partition("\n")[0])
 
     def _start(self, now: float) -> None:

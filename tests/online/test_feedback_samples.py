@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from online.feedback.errors import FeedbackRefused, Refusal
-from online.feedback.samples import KINDS, LARGEST_BYTES, Correction, Label, Pair, Rating, digest_of, parse_sample
+from online.feedback.samples import KINDS, LARGEST_BYTES, Correction, Label, Pair, Rating, parse_sample, row_of
 
 GOOD = [
     Rating(request_id="a", score=1),
@@ -65,5 +65,5 @@ def test_no_bytes_do_worse_than_be_refused(raw: bytes) -> None:
 
 def test_equal_feedback_has_one_digest() -> None:
     first = parse_sample(b'{"kind": "rating", "request_id": "a", "score": 1}')
-    assert digest_of(first) == digest_of(parse_sample(b'{"score": 1.0, "request_id": "a", "kind": "rating"}'))
-    assert len({digest_of(item) for item in GOOD}) == len(GOOD)
+    assert row_of(first).digest == row_of(parse_sample(b'{"score": 1.0, "request_id": "a", "kind": "rating"}')).digest
+    assert len({row_of(item).digest for item in GOOD}) == len(GOOD)
