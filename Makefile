@@ -35,7 +35,7 @@ demo-generate: install ## train a small language model, build it, serve it and s
 
 # Two processes: most tests wait for a server, or for a build that has one thread. A file stays in one process.
 test: install ## every test but the slow ones; a real Triton and real TensorRT builds are in it
-	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 30
 
 test-slow: install ## the slow tests
 	$(BIN)/python -m pytest -m slow

@@ -148,7 +148,7 @@ def test_an_unknown_model_and_an_absent_server(serving: TritonServer) -> None:
 
 
 @pytest.mark.triton
-@pytest.mark.parametrize("parallel", [{"tensor": 2}, {"pipeline": 2}])
+@pytest.mark.parametrize("parallel", [{"tensor": 2}, pytest.param({"pipeline": 2}, marks=pytest.mark.slow)])
 def test_ranks_serve_the_same_text(llama: Path, tmp_path: Path, parallel: dict[str, int]) -> None:
     """Greedy, in fp32: sums in another order differ in the last digits only."""
     exact = {"cpu": "fp32", "calibration_samples": 32}

@@ -60,7 +60,7 @@ def _ranks(server: TritonServer) -> list[psutil.Process]:
     return [found[rank] for rank in sorted(found)]
 
 
-@pytest.mark.parametrize("preset", ["minilm-tp2", "minilm-pp2"])
+@pytest.mark.parametrize("preset", ["minilm-tp2", pytest.param("minilm-pp2", marks=pytest.mark.slow)])
 def test_ranks_serve_the_vectors_of_the_plain_model(preset: str, minilm: Build) -> None:
     assert minilm.entry is not None
     built = pipeline.build(load_spec(preset), "cpu", minilm.entry.repository.parents[2], "repository")
@@ -104,7 +104,7 @@ def two_by_two(tiny_bert: Path, tmp_path: Path) -> Build:
     return pipeline.build(spec, "cpu", tmp_path, "repository")
 
 
-@pytest.mark.parametrize("victim", [0, 3])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 3])
 def test_a_rank_that_dies_under_load_refuses_clearly_and_comes_back(two_by_two: Build, victim: int) -> None:
     with _serving(two_by_two) as server:
         load = _Load(server.grpc_address, "tiny")

@@ -208,7 +208,7 @@ def serving(tmp_path: Path, tiny_bert: Path, tiny_build: Path) -> Iterator[_Serv
         yield running
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_drains_what_is_in_flight(minilm: Build, tmp_path: Path, number: signal.Signals) -> None:
     assert minilm.entry is not None
     answers: list[object] = []
@@ -242,7 +242,7 @@ def _answers(serving: _Serving) -> bool:
         return False
 
 
-@pytest.mark.parametrize("victim", ["triton", "tokenizer", "encoder"])
+@pytest.mark.parametrize("victim", ["triton", "encoder", pytest.param("tokenizer", marks=pytest.mark.slow)])
 def test_what_is_killed_comes_back_on_the_same_ports(serving: _Serving, victim: str) -> None:
     dies = serving.triton
     if victim != "triton":
