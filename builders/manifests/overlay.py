@@ -207,7 +207,12 @@ def _generator(spec: DeploymentSpec, component: str) -> dict[str, Any] | None:
         return {"name": "spec", "behavior": "merge", "files": ["spec.yaml"]}
     if component == "surroundings" and spec.kubernetes.monitoring:
         # Grafana's sidecar keeps dashboards by file name.
-        options = {"labels": {"grafana_dashboard": "1"}, "disableNameSuffixHash": True}
+        annotations = {"kustomize.toolkit.fluxcd.io/substitute": "disabled"}  # ${source} is Grafana's
+        options = {
+            "labels": {"grafana_dashboard": "1"},
+            "annotations": annotations,
+            "disableNameSuffixHash": True,
+        }
         files = [f"{namespace_of(spec)}-{spec.name}.json={DASHBOARD}"]
         return {"name": "dashboard", "behavior": "replace", "files": files, "options": options}
     return None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cluster.api import Cluster
+from cluster.api import Cluster, Query
 from cluster.kinds import ObjectName, Resource
+from cluster.refusal import Operation
 from cluster.rollout import Patience, RolloutProgress
 from tests.cluster.fake_api import serving, write_kubeconfig
 from tests.cluster.fake_cluster import FakeCluster
@@ -49,6 +50,28 @@ def job(image: str = "good") -> dict[str, Any]:
     container = {"name": "build", "image": image}
     template = {"metadata": {}, "spec": {"restartPolicy": "Never", "containers": [container]}}
     return {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "engines"}, "spec": {"template": template}}
+
+
+def prepare(fake: FakeCluster, documents: Sequence[dict[str, Any]]) -> None:
+    """Kinds and namespaces of a rendered set."""
+    for item in documents:
+        kind = str(item["kind"])
+        plural = kind.lower() + ("es" if kind.endswith("s") else "s")
+        plural = plural.removesuffix("ys") + "ies" if plural.endswith("cys") else plural
+        if kind not in {known for known, _ in fake.kinds.values()}:
+            fake.kinds[item["apiVersion"], plural] = (kind, True)
+    for place in {item["metadata"].get("namespace") for item in documents} - {None}:
+        fake.store(("v1", "namespaces", None, place), {"metadata": {"name": place}})
+
+
+def apply_as(manager: str, cluster: Cluster, item: dict[str, Any], force: bool = False) -> dict[str, Any]:
+    """A server-side apply by somebody else."""
+    resource, about = cluster.resource(item["apiVersion"], item["kind"]), item["metadata"]
+    assert resource is not None
+    namespace, name = about.get("namespace") or cluster.namespace, about["name"]
+    action = Operation("patch", resource, namespace, name)
+    query: Query = {"fieldManager": manager, "force": force}
+    return cluster.send("PATCH", resource.path(namespace, name), action, query, item)
 
 
 @contextmanager

@@ -20,11 +20,13 @@ from cluster.refusal import Operation
 from tests.cluster.deploy_objects import (
     CONFIG_MAPS,
     PATIENCE,
+    apply_as,
     claim,
     config_map,
     connected,
     deployment,
     job,
+    prepare,
     silent,
 )
 from tests.cluster.fake_cluster import FakeCluster
@@ -186,30 +188,14 @@ def test_no_default_class_is_said(cluster: Cluster) -> None:
     assert any("the cluster has no default" in text for text in told)
 
 
-def apply_as_kubectl(cluster: Cluster, item: Any) -> None:
-    resource, about = cluster.resource(item["apiVersion"], item["kind"]), item["metadata"]
-    assert resource is not None
-    namespace, name = about.get("namespace") or cluster.namespace, about["name"]
-    action = Operation("patch", resource, namespace, name)
-    cluster.send("PATCH", resource.path(namespace, name), action, {"fieldManager": "kubectl"}, item)
-
-
 @needs_kubectl
 @pytest.mark.parametrize("name", SPECS)
 def test_two_managers_of_the_same_manifests_agree(name: str, cluster: Cluster, fake: FakeCluster) -> None:
     """`kubectl apply -k`, and then `trireme deploy`: what is written is what the server holds, so nothing conflicts."""
     documents = [dict(item.data) for item in made(name).objects]
+    prepare(fake, documents)
     for item in documents:
-        kind = str(item["kind"])
-        plural = kind.lower() + ("es" if kind.endswith("s") else "s")
-        plural = plural.removesuffix("ys") + "ies" if plural.endswith("cys") else plural
-        if kind not in {known for known, _ in fake.kinds.values()}:
-            fake.kinds[item["apiVersion"], plural] = (kind, True)
-    namespace = {"metadata": {"name": "minilm"}}
-    for place in ("minilm", "search"):
-        fake.store(("v1", "namespaces", None, place), {**namespace, "metadata": {"name": place}})
-    for item in documents:
-        apply_as_kubectl(cluster, item)
+        apply_as("kubectl", cluster, item)
     assert {found.change for found in apply(cluster, documents)} <= {"unchanged", "kept"}
     owners = fake.owners["apps/v1", "deployments", documents[-1]["metadata"].get("namespace"), "minilm-serving"]
     assert {MANAGER, "kubectl"} in owners.values()
@@ -231,7 +217,7 @@ def test_two_managers_on_a_real_cluster(name: str) -> None:
         cluster.send("POST", NAMESPACES.path(), Operation("create", NAMESPACES), body=body)
         try:
             for item in documents:
-                apply_as_kubectl(cluster, item)
+                apply_as("kubectl", cluster, item)
             assert {found.change for found in apply(cluster, documents)} == {"unchanged"}
         finally:
             cluster.send("DELETE", NAMESPACES.path(None, place), Operation("delete", NAMESPACES, None, place))
@@ -252,6 +238,6 @@ def test_other_values_would_conflict(cluster: Cluster, written: dict[str, Any], 
     """The test above would see it: as the server holds them, these differ from what is applied."""
     item = deployment()
     item["spec"]["template"]["spec"]["containers"][0].update(written)
-    apply_as_kubectl(cluster, item)
+    apply_as("kubectl", cluster, item)
     with pytest.raises(ClusterError, match=rf"{field} set by kubectl"):
         list(apply(cluster, [item]))
