@@ -7,7 +7,7 @@ observe       what the cluster says of a workload    problems  why its pods do n
 rollout       how far it is, and the wait            revision  applied sets, kept in the cluster
 sealed        the Secrets of such a set              preflight what its pods would be refused for
 packing       how a set is written down
-control       the secret that opens the pods' repository control
+control       the secrets that pods mount: repository control, keys of the gateway
 deploy        all of it from start to end, and undo
 port_forward  a local port to a pod                  load_version  a model version, loaded pod by pod
 """

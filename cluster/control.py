@@ -1,12 +1,14 @@
-"""The Secret that opens the pods' repository control: made once, read by who loads a model version.
+"""Secrets that pods mount and `trireme deploy` makes: what opens their repository control, and keys of their gateway.
 
-The pods' launcher reads it at its start, and Triton takes it as an argument, so it is there before the pods are and is
-never changed by a deployment. To change it, delete it, deploy, and restart the pods.
+They are there before the pods are, and a deployment never changes one. The pods' launcher reads the control secret at
+its start, and Triton takes it as an argument: to change it, delete it, deploy, and restart the pods. Keys are read
+again when they change.
 """
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -19,20 +21,23 @@ from cluster.refusal import Operation
 
 # As k8s/base/deployment.yaml mounts them; `trireme manifests` puts the spec's name and a dash before both.
 CONTROL_SECRET, CONTROL_KEY, VERSION_MAP = "triton-control", "secret", "model-version"
+KEYS_SECRET = "api-keys"
+_CALLERS = ("client", "monitor")  # Prometheus' own, so that the other may change
 
 
-def ensure_control_secret(cluster: Cluster, documents: Sequence[Object]) -> list[str]:
-    """Makes each with a random value, where pods mount it and it is not there; returns those made, as namespace/name.
+def ensure_secrets(cluster: Cluster, documents: Sequence[Object]) -> list[str]:
+    """Makes each with random values, where pods mount it and it is not there; returns those made, as namespace/name.
 
     A set that brings a Secret of this name is left to itself.
     """
     made = []
-    for place, name in control_places(cluster, documents):
+    for place, name in secret_places(cluster, documents):
         if _is_there(cluster, place, name):
             continue
-        value = base64.b64encode(secrets.token_hex(24).encode()).decode()
+        values = _control() if _is(name, CONTROL_SECRET) else _keys()
+        data = {key: base64.b64encode(value.encode()).decode() for key, value in values.items()}
         about = {"name": name, "namespace": place, "labels": {"app.kubernetes.io/managed-by": MANAGER}}
-        body = {"apiVersion": "v1", "kind": "Secret", "metadata": about, "data": {CONTROL_KEY: value}}
+        body = {"apiVersion": "v1", "kind": "Secret", "metadata": about, "data": data}
         with Tolerated(409):  # another deployment was quicker; its value is as good
             action = Operation("create", SECRETS, place, name)
             cluster.send("POST", SECRETS.path(place), action, {"fieldManager": MANAGER}, body)
@@ -40,21 +45,37 @@ def ensure_control_secret(cluster: Cluster, documents: Sequence[Object]) -> list
     return made
 
 
-def control_places(cluster: Cluster, documents: Sequence[Object]) -> list[tuple[str, str]]:
-    """Namespace and name of every control secret that pods of the set mount and the set does not bring."""
+def _control() -> dict[str, str]:
+    return {CONTROL_KEY: secrets.token_hex(24)}
+
+
+def _keys() -> dict[str, str]:
+    """The keys, and under `keys` their hashes, which alone the pods see: a line `name:sha256` each."""
+    made = {name: secrets.token_urlsafe(32) for name in _CALLERS}
+    lines = [f"{name}:{hashlib.sha256(key.encode()).hexdigest()}\n" for name, key in made.items()]
+    return {"keys": "".join(lines), **made}
+
+
+def secret_places(cluster: Cluster, documents: Sequence[Object]) -> list[tuple[str, str]]:
+    """Namespace and name of every secret of ours that pods of the set mount and the set does not bring."""
     brought = {str(metadata(item).get("name")) for item in documents if item["kind"] == "Secret"}
     found = {
         (str(metadata(item).get("namespace") or cluster.namespace), name)
         for item in documents
-        if (name := mounted_control(item)) is not None and name not in brought
+        for known in (CONTROL_SECRET, KEYS_SECRET)
+        if (name := _mounted(item, known)) is not None and name not in brought
     }
     return sorted(found)
 
 
 def mounted_control(item: Object) -> str | None:
     """The control secret that a workload's pods mount."""
+    return _mounted(item, CONTROL_SECRET)
+
+
+def _mounted(item: Object, known: str) -> str | None:
     names = (str((volume.get("secret") or {}).get("secretName")) for volume in _volumes(item))
-    return next((name for name in names if _is(name, CONTROL_SECRET)), None)
+    return next((name for name in names if _is(name, known)), None)
 
 
 def mounted_version_map(item: Object) -> str | None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from cluster.api import Cluster
 from cluster.apply import Applied, apply, delete, dry_run, names
-from cluster.control import ensure_control_secret
+from cluster.control import ensure_secrets
 from cluster.errors import ClusterError, RolloutError, Tolerated
 from cluster.kinds import Object, ObjectName
 from cluster.observe import WORKLOADS
@@ -148,9 +148,9 @@ def _bring(
     jobs = [item for item in documents if back and item["kind"] == "Job"]
     rest = [item for item in documents if item not in jobs]
     if back:
-        _keep_control_secret(cluster, rest)
+        _keep_secrets(cluster, rest)
     else:
-        ensure_control_secret(cluster, rest)  # before the pods, which read it once
+        ensure_secrets(cluster, rest)  # before the pods, which wait for them or read them once
     applied += apply(cluster, rest, force)
     ended, hanging = _end_others(cluster, jobs, force)
     found = wait(cluster, workloads(cluster, rest), patience, report)
@@ -159,10 +159,10 @@ def _bring(
     return found, ended
 
 
-def _keep_control_secret(cluster: Cluster, documents: Sequence[Object]) -> None:
-    """The way back needs no right to Secrets: the deployment before it made this one."""
+def _keep_secrets(cluster: Cluster, documents: Sequence[Object]) -> None:
+    """The way back needs no right to Secrets: the deployment before it made them."""
     with Tolerated(403):
-        ensure_control_secret(cluster, documents)
+        ensure_secrets(cluster, documents)
 
 
 def _end_others(cluster: Cluster, jobs: Sequence[Object], force: bool) -> tuple[list[ObjectName], list[str]]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from cluster.api import Cluster
 from cluster.apply import Target, namespace_exists, targets
-from cluster.control import control_places
+from cluster.control import secret_places
 from cluster.kinds import (
     ACCESS_REVIEWS,
     CLAIMS,
@@ -51,7 +51,7 @@ def needed_to_apply(
         actions += [Operation("list", resource, place) for resource in (PODS, EVENTS, REPLICA_SETS)]
         actions += [Operation("get", CLAIMS, place), Operation("get", PODS, place, subresource="log")]
     actions += [Operation(verb, CONFIG_MAPS, cluster.namespace) for verb in ("get", "create", "update")]
-    actions += [Operation("create", SECRETS, place) for place, _ in control_places(cluster, documents)]
+    actions += [Operation("create", SECRETS, place) for place, _ in secret_places(cluster, documents)]
     return list(dict.fromkeys(actions))
 
 

@@ -150,7 +150,7 @@ def undo(
 
 def port_forward(
     target: Target,
-    port: Annotated[int, typer.Option(min=1, max=65535, help="the pods' port; 8001 is gRPC")] = 8001,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="the pods' port; 8080: HTTP, 8081: gRPC")] = 8080,
     local_port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port")] = 0,
     name: NameOption = None,
     kubeconfig: Kubeconfig = None,

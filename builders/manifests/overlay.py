@@ -4,6 +4,7 @@
       kustomization.yaml   what it is made of, and the settings that all pods read
       replica/             the pod: devices, memory, probes, grace
       store/, scaling/     the model store, the autoscaler
+      access/              keys and certificate of the pods' gateway
       surroundings/        the way in from outside, alerts
       build/               what the engine-build Job builds, and where
       k8s/                 base and components, copied, so that the folder stands alone
@@ -23,6 +24,7 @@ from typing import Any
 import yaml
 
 from builders.errors import InputError, SpecError
+from builders.manifests.access import access
 from builders.manifests.jobs import jobs
 from builders.manifests.lint.check import ManifestFault, check_text
 from builders.manifests.patches import Patch, images, namespace_of, replica
@@ -114,6 +116,7 @@ def overlay_files(spec: DeploymentSpec, platform: Platform) -> Overlay:
         "replica": replica(spec, sizing),
         "store": store(spec),
         "scaling": scaler(spec, sizing),
+        "access": access(spec),
         "surroundings": [*gateway(spec), *monitors(spec)],
     }
     if spec.kubernetes.build_in_cluster:

@@ -52,4 +52,4 @@ def _parts(file: str) -> PodParts:
 
 # Where the programs look: the arguments in k8s/base/deployment.yaml and components/engine-build/job.yaml say the same.
 STORE, REPOSITORY, SHM = "/models", "/repository", "/dev/shm"
-VERSION, CONTROL = "/etc/trireme/version", "/etc/trireme/control"
+VERSION, CONTROL, KEYS = "/etc/trireme/version", "/etc/trireme/control", "/etc/trireme/keys"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from builders.manifests.lint.quantity import canonical
-from builders.manifests.parts import CONTROL, SHM, VERSION, serving_pod
+from builders.manifests.parts import CONTROL, KEYS, SHM, VERSION, serving_pod
 from builders.manifests.sizing import Sizing
 from builders.spec import DeploymentSpec, Platform
 
@@ -36,6 +36,10 @@ def replace(path: str, value: object) -> dict[str, object]:
 
 def namespace_of(spec: DeploymentSpec) -> str:
     return spec.kubernetes.namespace or spec.name
+
+
+def api_keys_secret(spec: DeploymentSpec) -> str:
+    return spec.kubernetes.access.api_keys_secret or f"{spec.name}-api-keys"
 
 
 def replica(spec: DeploymentSpec, sizing: Sizing) -> list[Patch]:
@@ -79,10 +83,13 @@ def _volumes(spec: DeploymentSpec, sizing: Sizing) -> list[dict[str, Any]]:
     names = serving_pod()
     version = {"configMap": {"name": f"{spec.name}-model-version", "optional": True}}
     control = {"secret": {"secretName": f"{spec.name}-triton-control", "optional": True}}
+    # A merge: which keys of it are mounted stays as the base says.
+    keys = {"secret": {"secretName": api_keys_secret(spec)}}
     return [
         {"name": names.volume(SHM), "emptyDir": {"medium": "Memory", "sizeLimit": canonical(f"{sizing.shm_mib}Mi")}},
         {"name": names.volume(VERSION), **version},
         {"name": names.volume(CONTROL), **control},
+        *([] if spec.kubernetes.access.no_auth else [{"name": names.volume(KEYS), **keys}]),
     ]
 
 

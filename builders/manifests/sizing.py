@@ -10,6 +10,7 @@ from builders.manifests.lint.lifecycle import MARGIN_S
 from builders.spec import DeploymentSpec, Platform
 
 STARTUP_PERIOD_S = 5
+_GATEWAY_MIB = 512  # bodies that it holds, 256 MiB at most, and itself
 _SPARE_S = 20  # of the grace period, and of a rollout's deadline for the image
 _IMAGE_S = 600
 _DEFAULT_P95_MS = 500.0  # where the spec promises none
@@ -19,8 +20,8 @@ _DEFAULT_P95_MS = 500.0  # where the spec promises none
 class Sizing:
     """One pod, and when there should be more of them.
 
-    `memory_mib` is the limit and holds /dev/shm. `pending_requests` and `queue_us` are what a pod may show before
-    another one comes: requests in its queues, and mean microseconds that a request waited.
+    `memory_mib` is the limit and holds /dev/shm and the gateway. `pending_requests` and `queue_us` are what a pod may
+    show before another one comes: requests in its queues, and mean microseconds that a request waited.
     """
 
     gpus: int
@@ -47,7 +48,7 @@ def size(spec: DeploymentSpec, platform: Platform) -> Sizing:
         gpus=gpus,
         cpus=cpus,
         threads=spec.serving.threads or max(1, cpus // spec.instances_on(platform)),
-        memory_mib=1024 * memory_gib + shm_mib,
+        memory_mib=1024 * memory_gib + shm_mib + _GATEWAY_MIB,
         shm_mib=shm_mib,
         startup_failures=math.ceil(cluster.load_s / STARTUP_PERIOD_S),
         progress_deadline_s=cluster.fetch_s + cluster.load_s + _IMAGE_S,

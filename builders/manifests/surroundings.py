@@ -12,6 +12,7 @@ from builders.manifests.patches import Patch, namespace_of, replace
 from builders.manifests.render import K8S
 from builders.manifests.scaling import pods_of
 from builders.spec import DeploymentSpec
+from builders.spec.kubernetes import GatewaySlice
 
 DASHBOARD = "dashboard.json"
 # As the rules in components/monitoring select: pods of the overlays that are written by hand.
@@ -26,7 +27,7 @@ def creates_namespace(spec: DeploymentSpec) -> bool:
 
 
 def gateway(spec: DeploymentSpec) -> list[Patch]:
-    """Class, host name and certificate of the Gateway and its route."""
+    """Class, host names and certificate of the Gateway and its routes."""
     chosen = spec.kubernetes.gateway
     if chosen is None:
         return []
@@ -36,10 +37,37 @@ def gateway(spec: DeploymentSpec) -> list[Patch]:
         replace("/spec/listeners/0/tls/certificateRefs/0/name", chosen.tls_secret),
     ]
     hosts = [replace("/spec/hostnames", [chosen.hostname])]
-    return [
-        Patch("gateway.yaml", {"kind": "Gateway", "name": "serving"}, reach),
-        Patch("route.yaml", {"kind": "GRPCRoute", "name": "serving"}, hosts),
-    ]
+    routes = [Patch("route.yaml", {"kind": "GRPCRoute", "name": "serving"}, hosts)]
+    if chosen.http_hostname is not None:
+        reach.append({"op": "add", "path": "/spec/listeners/-", "value": _listener(chosen)})
+        routes.append(Patch("http-route.yaml", None, _http_route(chosen.http_hostname)))
+    return [Patch("gateway.yaml", {"kind": "Gateway", "name": "serving"}, reach), *routes]
+
+
+def _listener(chosen: GatewaySlice) -> dict[str, Any]:
+    """Of HTTP. Written out as the component's is, so that a second manager's apply would not differ."""
+    certificate = {"group": "", "kind": "Secret", "name": chosen.tls_secret}
+    return {
+        "name": "http",
+        "protocol": "HTTPS",
+        "port": 443,
+        "hostname": chosen.http_hostname,
+        "tls": {"mode": "Terminate", "certificateRefs": [certificate]},
+        "allowedRoutes": {"namespaces": {"from": "Same"}},
+    }
+
+
+def _http_route(hostname: str) -> dict[str, Any]:
+    """Everything: the pods' gateway has the one route table."""
+    parent = {"group": "gateway.networking.k8s.io", "kind": "Gateway", "name": "serving", "sectionName": "http"}
+    backend = {"group": "", "kind": "Service", "name": "serving", "port": 8080, "weight": 1}
+    rule = {"matches": [{"path": {"type": "PathPrefix", "value": "/"}}], "backendRefs": [backend]}
+    return {
+        "apiVersion": "gateway.networking.k8s.io/v1",
+        "kind": "HTTPRoute",
+        "metadata": {"name": "serving"},
+        "spec": {"parentRefs": [parent], "hostnames": [hostname], "rules": [rule]},
+    }
 
 
 def monitors(spec: DeploymentSpec) -> list[Patch]:

@@ -81,11 +81,44 @@ class ScalingSlice(Slice):
 
 
 class GatewaySlice(Slice):
-    """gRPC from outside, through Gateway API."""
+    """The way in from outside, through Gateway API, to the pods' own gateway."""
 
     class_name: str = Field(description="GatewayClass of the cluster's implementation")
-    hostname: str = Field(description="name under which clients ask")
-    tls_secret: Name = Field("serving-tls", description="Secret with the certificate of that name")
+    hostname: str = Field(description="name under which clients of gRPC ask")
+    http_hostname: str | None = Field(
+        None, description="another name, under which clients of HTTP ask (OpenAI's API, KServe's); default: gRPC alone"
+    )
+    tls_secret: Name = Field("serving-tls", description="Secret with the certificate of these names")
+
+    @model_validator(mode="after")
+    def _apart(self) -> GatewaySlice:
+        if self.http_hostname == self.hostname:
+            raise ValueError(
+                f"gateway.http_hostname={self.hostname} is hostname too: Gateway API takes one kind of route a name; "
+                "give them two names"
+            )
+        return self
+
+
+class AccessSlice(Slice):
+    """Who may ask the pods. Their gateway is all that the Service shows."""
+
+    api_keys_secret: Name | None = Field(
+        None,
+        description="Secret whose key `keys` holds `name:sha256` a line, and `monitor` the key that Prometheus sends; "
+        "default: `<name>-api-keys`, which `trireme deploy` makes, with the clients' key as `client`",
+    )
+    no_auth: bool = Field(False, description="whoever reaches the Service is answered; nobody is asked for a key")
+    tls_secret: Name | None = Field(
+        None, description="Secret of type kubernetes.io/tls: both ports of the pods speak TLS; default: plain"
+    )
+    vllm_metrics: bool = Field(False, description="a generator's figures under vLLM's names as well")
+
+    @model_validator(mode="after")
+    def _one_way(self) -> AccessSlice:
+        if self.no_auth and self.api_keys_secret is not None:
+            raise ValueError("access.no_auth asks nobody for the keys of access.api_keys_secret; leave one of them out")
+        return self
 
 
 class TolerationSlice(Slice):
@@ -115,6 +148,7 @@ class KubernetesSlice(Slice):
     gateway: GatewaySlice | None = Field(
         None, description="a way in from outside; default: reachable inside the cluster only"
     )
+    access: AccessSlice = AccessSlice()
     build_in_cluster: bool = Field(True, description="a Job builds the model on the kind of node that will serve it")
     huggingface_token: Name | None = Field(
         None, description="Secret whose key `token` the engine-build Job downloads with; for gated and private models"
@@ -162,3 +196,12 @@ class KubernetesSlice(Slice):
     graph_digest: Annotated[str, Field(pattern=r"^([0-9a-f]{64}|any)$")] = Field(
         "any", description="digest of the graph that engines must come from, as `trireme build --json` gives it"
     )
+
+    @model_validator(mode="after")
+    def _tls_ends_once(self) -> KubernetesSlice:
+        if self.gateway is not None and self.access.tls_secret is not None:
+            raise ValueError(
+                "kubernetes.gateway ends TLS and asks the pods in the clear, which access.tls_secret forbids; leave "
+                "one of them out"
+            )
+        return self

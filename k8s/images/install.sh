@@ -2,7 +2,7 @@
 # install.sh ROLE PREFIX [EXTRAS]: one image's virtual environment, from this source tree and its constraints.
 # The Dockerfiles run it, and so does rehearse.sh on a machine without Docker.
 #
-#   serving   runtime alone. EXTRAS: embedded (brings a Triton for CPUs), rtx (TensorRT for RTX), or nothing
+#   serving   runtime with its gateway. EXTRAS: embedded (brings a Triton for CPUs), rtx (TensorRT for RTX), or nothing
 #   builder   everything that `trireme` needs to build
 #   loadtest  Locust and our users
 set -eu
@@ -10,7 +10,7 @@ set -eu
 role=$1 prefix=$2 extras=${3:-}
 source=$(cd "$(dirname "$0")/../.." && pwd)
 case $role in
-    serving) packages="runtime" ;;
+    serving) packages="runtime" extras="gateway $extras" ;;
     builder) packages="runtime builders cluster loadtest model_repository k8s" extras="build" ;;
     loadtest) packages="loadtest runtime" extras="loadtest" ;;
     *) echo "install.sh: no role $role; use serving, builder or loadtest" >&2; exit 2 ;;

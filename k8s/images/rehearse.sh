@@ -13,9 +13,10 @@ serving/bin/python -m runtime.pod serve --help >/dev/null
 serving/bin/python - <<'PYTHON'
 import importlib.util
 
+from runtime.gateway import process  # with all that it is made of
 from runtime.server.launch import Installation
 
 assert importlib.util.find_spec("builders") is None, "the serving image must not hold builders"
 assert importlib.util.find_spec("pip") is None, "the serving image must not hold pip"
-print(Installation.find().server)
+print(Installation.find().server, process.__name__)
 PYTHON

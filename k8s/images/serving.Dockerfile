@@ -26,7 +26,7 @@ ENV HOME=/tmp \
 # The root file system may be read-only: the server writes to /tmp, /repository and /dev/shm alone.
 USER 10001:10001
 WORKDIR /tmp
-EXPOSE 8001 8002 8003
+EXPOSE 8080 8081 8003
 HEALTHCHECK --interval=10s --timeout=5s --start-period=300s --retries=3 \
     CMD ["/opt/trireme/bin/python", "-m", "runtime.pod", "probe"]
 STOPSIGNAL SIGTERM

@@ -42,6 +42,7 @@ def add_options(parser: Any) -> None:
     parser.add_argument("--protocol", choices=["grpc", "http", "both"], default="grpc")
     parser.add_argument("--grpc-address", default="127.0.0.1:8001")
     parser.add_argument("--http-address", default="127.0.0.1:8000")
+    parser.add_argument("--api-key-file", default="", help="Holds the key of a gateway that asks for one")
     parser.add_argument("--texts-per-request", type=int, default=1)
     parser.add_argument("--load-shape", choices=["constant", "steps"], default="constant")
     parser.add_argument("--load-steps", type=int, default=5, help="Plateaux of the shape `steps`, up to --users")
@@ -175,6 +176,7 @@ def orders(options: Any) -> Orders:
         rate_per_user=options.rate_per_user or None,
         seed=options.seed,
         request_timeout_s=options.request_timeout_s,
+        key=Path(options.api_key_file).read_text().strip() if options.api_key_file else None,
     )
 
 

@@ -25,6 +25,7 @@ class Orders:
     rate_per_user: float | None  # requests a second that a user starts; None: it waits for each answer
     seed: int
     request_timeout_s: float
+    key: str | None = None  # of a gateway that asks for one
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def open_client(orders: Orders, transport: Transport, parallel: int) -> LoadClie
     Raises RequestError, and LoadInputError for a model of neither kind.
     """
     address = orders.addresses[transport]
-    connection = Connection(transport, address, orders.request_timeout_s, parallel)
+    connection = Connection(transport, address, orders.request_timeout_s, parallel, orders.key)
     try:
         metadata = connection.metadata(orders.model)
         if not streams_text(metadata):
@@ -95,4 +96,4 @@ def open_client(orders: Orders, transport: Transport, parallel: int) -> LoadClie
         connection.close()
         raise
     connection.close()
-    return GeneratorClient(StreamConnection(address, orders.request_timeout_s), orders)
+    return GeneratorClient(StreamConnection(address, orders.request_timeout_s, orders.key), orders)

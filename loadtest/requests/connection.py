@@ -18,10 +18,13 @@ _KIND_OF_HTTP = {
 
 
 class Connection:
-    """A connection of its own, not shared between users. `parallel`: greenlets that may ask at once."""
+    """A connection of its own, not shared between users. `parallel`: greenlets that may ask at once; `key`: for a
+    gateway that asks for one."""
 
-    def __init__(self, protocol: Protocol, address: str, timeout_s: float, parallel: int = 1) -> None:
-        self._protocol, self._timeout_s = protocol, timeout_s
+    def __init__(
+        self, protocol: Protocol, address: str, timeout_s: float, parallel: int = 1, key: str | None = None
+    ) -> None:
+        self._protocol, self._timeout_s, self._headers = protocol, timeout_s, bearer(key)
         if protocol == "grpc":
             import tritonclient.grpc as library
 
@@ -44,10 +47,10 @@ class Connection:
     def metadata(self, model: str) -> dict[str, Any]:
         """KServe v2, as JSON. Raises RequestError."""
         if self._protocol == "grpc":
-            options = {"as_json": True, "client_timeout": self._timeout_s}
+            options = {"as_json": True, "client_timeout": self._timeout_s, "headers": self._headers}
             found = self._call(self._client.get_model_metadata, model, **options)
         else:
-            found = self._call(self._client.get_model_metadata, model)
+            found = self._call(self._client.get_model_metadata, model, headers=self._headers)
         return dict(found)
 
     def ask(self, model: str, interface: Interface, rows: Sequence[Sequence[str]]) -> Answer:
@@ -61,10 +64,10 @@ class Connection:
             inputs.append(tensor)
         outputs = [self._library.InferRequestedOutput(name) for name in interface.outputs]
         if self._protocol == "grpc":
-            limits: dict[str, Any] = {"client_timeout": self._timeout_s}
+            limits: dict[str, Any] = {"client_timeout": self._timeout_s, "headers": self._headers}
         else:
             # The client library would send no content type, and a form's is what brings Triton's HTTP port down.
-            limits = {"headers": {"Content-Type": "application/octet-stream"}}
+            limits = {"headers": {"Content-Type": "application/octet-stream", **self._headers}}
 
         def infer() -> dict[str, Any]:
             result = self._client.infer(model, inputs, outputs=outputs, **limits)
@@ -88,6 +91,11 @@ class Connection:
             raise RequestError("UNAVAILABLE", f"{type(error).__name__}: {error}") from error
         except (ValueError, KeyError) as error:  # JSON or tensors that do not parse
             raise RequestError("BAD_OUTPUT", f"a response that does not parse: {error!r}") from error
+
+
+def bearer(key: str | None) -> dict[str, str]:
+    """Headers, or metadata, with which a gateway is asked."""
+    return {} if key is None else {"authorization": f"Bearer {key}"}
 
 
 def kind_of_status(status: str | None) -> str:

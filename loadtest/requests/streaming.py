@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from loadtest.errors import LoadInputError
-from loadtest.requests.connection import kind_of_status
+from loadtest.requests.connection import bearer, kind_of_status
 from loadtest.requests.interface import RequestError
 from loadtest.requests.prompts import Prompt
 
@@ -81,7 +81,8 @@ def _checked(last: Piece | None, tokens: int, asked: int) -> int:
 class StreamConnection:
     """A connection of its own that carries any number of streams. Safe for many greenlets."""
 
-    def __init__(self, address: str, timeout_s: float) -> None:
+    def __init__(self, address: str, timeout_s: float, key: str | None = None) -> None:
+        """`key`: of a gateway that asks for one."""
         import grpc
         from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
@@ -89,6 +90,7 @@ class StreamConnection:
         self._channel = grpc.insecure_channel(address, options=options)
         self._stub: Any = GRPCInferenceServiceStub(self._channel)
         self._timeout_s = timeout_s
+        self._metadata = tuple(bearer(key).items())
 
     def close(self) -> None:
         self._channel.close()
@@ -106,7 +108,7 @@ class StreamConnection:
 
         from runtime.generation.interface import split_status  # which needs numpy
 
-        call = self._stub.ModelStreamInfer(iter([request]), timeout=self._timeout_s)
+        call = self._stub.ModelStreamInfer(iter([request]), timeout=self._timeout_s, metadata=self._metadata)
         try:
             for response in call:
                 if response.error_message:

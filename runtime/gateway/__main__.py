@@ -32,11 +32,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--no-auth", action="store_true", help="an address of the network, and nobody is asked for a key"
     )
-    parser.add_argument("--access-log", type=Path)
+    parser.add_argument("--access-log", type=Path, help="a line of JSON a request; -: standard error")
     parser.add_argument("--control-secret-file", type=Path, help="opens /control/versions to who sends what is in it")
     parser.add_argument("--mirror-log", type=Path, help="what a mirrored version answered")
     parser.add_argument("--vllm-metrics", action="store_true", help="a generator's figures under vLLM's names as well")
     parser.add_argument("--drain-s", type=float, default=30.0, help="what is running may take so long after SIGTERM")
+    parser.add_argument("--connection-age-s", type=int, help="close gRPC connections gently after this long")
     parser.add_argument("--supervised", action="store_true", help="standard input says what is ready, and ends with us")
     for name in _LIMITS:
         kind = float if name.endswith("_s") or name == "rate_per_key" else int

@@ -15,6 +15,7 @@ import orjson
 from runtime.gateway.trip import Trip
 
 _TOGETHER_S = 0.2  # lines are written so often; a write for each would cost a tenth of the gateway's time
+STANDARD_ERROR = Path("-")
 _LARGEST = 64 << 20  # then the file becomes FILE.1, and the one that was there goes
 
 
@@ -40,8 +41,8 @@ class Logged(Protocol):
 
 
 class LineFile:
-    """Lines of JSON. `file` None: nothing is written; `mode`: of one that is made. A disk that is full costs lines, not
-    answers."""
+    """Lines of JSON. `file` None: nothing is written; `-`: standard error, which somebody else rotates; `mode`: of one
+    that is made. A disk that is full costs lines, not answers."""
 
     def __init__(self, file: Path | None, largest: int = _LARGEST, mode: int = 0o666) -> None:
         self._file, self._largest, self._mode = file, largest, mode
@@ -52,6 +53,9 @@ class LineFile:
             self._open(file)
 
     def _open(self, file: Path) -> None:
+        if file == STANDARD_ERROR:
+            self._stream = open(2, "ab", buffering=0, closefd=False)  # noqa: SIM115 - as long as this lives
+            return
         opener = partial(os.open, mode=self._mode)
         self._stream = open(file, "ab", buffering=0, opener=opener)  # noqa: SIM115 - as long as this lives
         self._size = self._stream.tell()
@@ -74,7 +78,7 @@ class LineFile:
         self._lines.clear()
         with contextlib.suppress(OSError):
             self._size += self._stream.write(text) or 0
-            if self._size > self._largest:
+            if self._size > self._largest and self._file != STANDARD_ERROR:
                 self._stream.close()
                 self._file.replace(self._file.with_name(f"{self._file.name}.1"))
                 self._open(self._file)

@@ -89,11 +89,18 @@ class GrpcDoor:
     def _limits(self) -> DoorLimits:
         return self._guards.limits
 
-    async def open(self, address: str, certificate: Certificate | None = None) -> tuple[Any, int]:
-        """A server that listens, and its port. Raises BadEnvironment for an address that cannot be used."""
+    async def open(
+        self, address: str, certificate: Certificate | None = None, connection_age_s: int | None = None
+    ) -> tuple[Any, int]:
+        """A server that listens, and its port. Connections older than `connection_age_s` are closed when their calls
+        have ended. Raises BadEnvironment for an address that cannot be used."""
         import grpc
 
         limits = self._limits
+        ages = [] if connection_age_s is None else [
+            ("grpc.max_connection_age_ms", 1000 * connection_age_s),
+            ("grpc.max_connection_age_grace_ms", 1000 * int(limits.answer_s)),
+        ]  # fmt: skip
         server = grpc.aio.server(
             maximum_concurrent_rpcs=limits.requests,
             options=[
@@ -107,6 +114,7 @@ class GrpcDoor:
                 ("grpc.server_handshake_timeout_ms", int(1000 * limits.head_s)),
                 ("grpc.max_connection_idle_ms", 1000 * int(limits.answer_s)),
                 ("grpc.so_reuseport", 1),  # the port is held by whoever starts us again
+                *ages,
             ],
         )
         server.add_generic_rpc_handlers((_handlers(self._serve, self._methods),))

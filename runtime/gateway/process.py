@@ -56,7 +56,9 @@ async def serve(arguments: argparse.Namespace, limits: DoorLimits) -> None:
     server = _http_server(doors, limits, certificate, arguments.drain_s)
     grpc = None
     if arguments.grpc_port is not None:
-        grpc, port = await doors.grpc.open(_host_port(arguments.address, arguments.grpc_port), certificate)
+        grpc, port = await doors.grpc.open(
+            _host_port(arguments.address, arguments.grpc_port), certificate, arguments.connection_age_s
+        )
         if arguments.listener is None:
             print(f"grpc {port}", flush=True)
 

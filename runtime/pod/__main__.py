@@ -1,10 +1,11 @@
 """What runs in a pod: `python -m runtime.pod fetch | serve | ranks | probe`. The serving image holds no `builders`.
 
     fetch   init container: waits for a model that fits this node, and lays it out for Triton
-    serve   Triton under its supervisor, with health over HTTP; SIGTERM drains. With the store and a control secret it
-            lays out further versions on request, for a load over gRPC (`trireme load-version`)
+    serve   Triton on loopback and the gateway before it under one supervisor, with health over HTTP; SIGTERM drains.
+            With the store and a control secret it lays out further versions on request, for a load over gRPC
+            (`trireme load-version`)
     ranks   a further pod of a replica that spans several: runs its ranks for the pod that serves
-    probe   asks `serve` whether it is ready, for container engines that run a command
+    probe   asks `serve` whether it is ready, gateway and all, for container engines that run a command
 
 Exit codes as everywhere: 0 done, 1 a fault while serving, 2 an environment that cannot serve.
 """
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 HEALTH_PORT = 8003
 RANKS_PORT = 29400
 _PROBE_S = 3.0
+_AFTER_DRAIN_S = 5
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -54,12 +56,14 @@ def _parser() -> argparse.ArgumentParser:
     serve.set_defaults(run=_serve)
     serve.add_argument("repository", type=Path)
     _store_arguments(serve, required=False)
-    for name, port in (("http", 8000), ("grpc", 8001), ("metrics", 8002), ("health", HEALTH_PORT)):
-        serve.add_argument(f"--{name}-port", type=int, default=port)
-        serve.add_argument(f"--{name}-address", default="127.0.0.1")
+    for name, port in (("http", 8000), ("grpc", 8001), ("metrics", 8002)):
+        serve.add_argument(f"--{name}-port", type=int, default=port, help="Triton's own, on loopback")
+    serve.add_argument("--health-port", type=int, default=HEALTH_PORT)
+    serve.add_argument("--health-address", default="127.0.0.1")
     serve.add_argument("--ready-timeout-s", type=float, default=300)
     serve.add_argument("--exit-timeout-s", type=int, default=30, help="what is in flight gets this long after SIGTERM")
-    serve.add_argument("--connection-age-s", type=int, help="close gRPC connections gently after this long")
+    serve.add_argument("--withdraw-s", type=float, default=0, help="not ready, and still answering, before that")
+    _gateway_arguments(serve)
     serve.add_argument("--control-secret-file", type=Path, help="opens repository control; where absent, nobody may")
 
     ranks = commands.add_parser("ranks", help="run this host's ranks of a replica of several pods")
@@ -78,6 +82,18 @@ def _parser() -> argparse.ArgumentParser:
     probe.set_defaults(run=_probe)
     probe.add_argument("--health-port", type=int, default=HEALTH_PORT)
     return parser
+
+
+def _gateway_arguments(serve: argparse.ArgumentParser) -> None:
+    serve.add_argument("--gateway-port", type=int, default=8080, help="OpenAI's API, KServe's and the metrics")
+    serve.add_argument("--gateway-grpc-port", type=int, default=8081, help="KServe over gRPC")
+    serve.add_argument("--gateway-address", default="127.0.0.1", help="others than loopback ask for keys")
+    serve.add_argument("--api-keys-file", type=Path, help="name:sha256 a line; read again when it is replaced")
+    serve.add_argument("--no-auth", action="store_true", help="the gateway answers anybody on any address")
+    serve.add_argument("--tls-cert", type=Path, help="of the gateway, both ports: certificate chain in PEM")
+    serve.add_argument("--tls-key", type=Path, help="its key, in PEM")
+    serve.add_argument("--vllm-metrics", action="store_true", help="a generator's figures under vLLM's names as well")
+    serve.add_argument("--connection-age-s", type=int, help="close gRPC connections gently after this long")
 
 
 def _store_arguments(parser: argparse.ArgumentParser, required: bool) -> None:
@@ -112,27 +128,27 @@ def _rolled_out(path: Path | None) -> int:
 
 def _serve(options: argparse.Namespace) -> None:
     from runtime.pod.control import Control, HealthServer
+    from runtime.server.gateway_process import Doorway
     from runtime.server.health import Health
     from runtime.server.launch import Exposure, Ports
     from runtime.server.serve import serve_repository
 
+    doorway = Doorway(
+        options.gateway_port, options.gateway_address, options.api_keys_file, options.no_auth, options.exit_timeout_s,
+        options.gateway_grpc_port, options.tls_cert, options.tls_key, vllm_metrics=options.vllm_metrics,
+        withdraw_s=options.withdraw_s, connection_age_s=options.connection_age_s, follow_files=True,
+    )  # fmt: skip
+    doorway.require_closed()
     secret, versions = _secret(options.control_secret_file), _versions(options)
     if versions is not None:
         versions.restore()
     control = Control(secret, versions) if secret is not None and versions is not None else None
-    exposure = Exposure(
-        http=options.http_address,
-        grpc=options.grpc_address,
-        metrics=options.metrics_address,
-        exit_timeout_s=options.exit_timeout_s,
-        connection_age_s=options.connection_age_s,
-        log_to_stderr=True,
-        control_secret=secret,
-    )
+    # What is in flight ends in the gateway, before Triton is asked to leave.
+    exposure = Exposure(exit_timeout_s=_AFTER_DRAIN_S, log_to_stderr=True, control_secret=secret)
     ports = Ports(options.http_port, options.grpc_port, options.metrics_port)
     health = Health()
     with HealthServer(health, options.health_address, options.health_port, control):
-        serve_repository(options.repository, ports, options.ready_timeout_s, True, exposure, health, versions)
+        serve_repository(options.repository, ports, options.ready_timeout_s, True, exposure, health, versions, doorway)
 
 
 def _versions(options: argparse.Namespace) -> Versions | None:

@@ -1,7 +1,8 @@
 """Health over HTTP for a kubelet: asking costs no process and no inference.
 
 /ready   200 while a real inference of a proven version succeeded lately, or the server was seen to work on others'
-         requests, and nobody asked it to stop; 503 with the reason otherwise, for example while it starts again
+         requests, the gateway before it answers, and nobody asked it to stop; 503 with the reason otherwise, for
+         example while it starts again
 /live    200 while the launcher's own loop turns: it restarts the server itself, and exits when that does not help
 
 Whoever holds the control secret may also ask for a model version to be laid out beside the one that serves
@@ -67,7 +68,7 @@ class HealthServer:
                 if self.path.startswith(_VERSIONS):
                     self._control()
                     return
-                checks = {"/ready": health.ready, "/live": health.live}
+                checks = {"/ready": health.reachable, "/live": health.live}
                 check = checks.get(self.path)
                 reason = "no such path" if check is None else check()
                 self._send(404 if check is None else 503 if reason else 200, reason or "ok")

@@ -26,6 +26,8 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 10.0
 _SETTLED_S = 60.0  # one that has run so long did not fail at its start
 _MOST_FAILURES = 10  # in a row
 DRAIN_S = 30.0
+_LOOK_AT_FILES_S = 5.0
+_STARTING = "the gateway starts"
 _LEAVE_S = 10.0  # beyond the drain, to end
 
 
@@ -33,8 +35,11 @@ _LEAVE_S = 10.0  # beyond the drain, to end
 class Doorway:
     """Where the gateway listens, and who may come in. Port 0: any free one; `grpc_port` None: no gRPC.
 
-    `control_secret_file` opens the split of traffic between versions. `hang_s`: a gateway that does not say that it
-    lives within this time, twice in a row, is ended; `start_s`: so long may it take until it first does.
+    `control_secret_file` opens the split of traffic between versions. `withdraw_s`: so long is it not ready, and still
+    takes connections, before it drains. `connection_age_s` closes gRPC connections gently after a while, so that
+    clients find new replicas. `follow_files`: keys and certificate are read again when somebody puts others in their
+    place, as a kubelet does, which swaps files whole. `hang_s`: a gateway that does not say that it lives within this
+    time, twice in a row, is ended; `start_s`: so long may it take until it first does.
     """
 
     port: int
@@ -47,6 +52,9 @@ class Doorway:
     tls_key: Path | None = None
     control_secret_file: Path | None = None
     vllm_metrics: bool = False
+    withdraw_s: float = 0.0
+    connection_age_s: int | None = None
+    follow_files: bool = False
     hang_s: float = 15.0
     start_s: float = 60.0
 
@@ -89,6 +97,15 @@ class Doorway:
             raise self._busy("grpc-", self.grpc_port, error) from error
         return held
 
+    def files_stamp(self) -> tuple[tuple[int, int], ...]:
+        """Other whenever one of the files is another than before."""
+        found = []
+        for file in self._files.values():
+            with contextlib.suppress(OSError):  # one that is away for a moment
+                about = file.stat()
+                found.append((about.st_ino, about.st_mtime_ns))
+        return tuple(found)
+
     @property
     def _files(self) -> dict[str, Path]:
         """Those that are given, by option."""
@@ -113,6 +130,8 @@ class Doorway:
         given = [part for name, file in self._files.items() for part in (f"--{name}", str(file))]
         flags = {"no-auth": self.no_auth, "vllm-metrics": self.vllm_metrics}
         given += [f"--{name}" for name, wanted in flags.items() if wanted]
+        if self.connection_age_s is not None:
+            given += ["--connection-age-s", str(self.connection_age_s)]
         return ["--address", self.address, "--drain-s", str(self.drain_s), *given]
 
 
@@ -130,7 +149,9 @@ class GatewayProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._told: str | None = None
         self._failures = 0
-        self._began = self._again = 0.0
+        self._began = self._again = self._looked = 0.0
+        self._files_seen = doorway.files_stamp()
+        health.door(_STARTING)
 
     @property
     def pid(self) -> int | None:
@@ -147,6 +168,7 @@ class GatewayProcess:
                 raise ServerFault(f"the gateway died {self._failures} times in a row; its log is {self.log}")
             self._again = now + pause_s(self._failures, _FIRST_PAUSE_S, _LONGEST_PAUSE_S)
             self._process = None
+            self._health.door(_STARTING)
         if self._process is None:
             if now < self._again:
                 return
@@ -154,16 +176,21 @@ class GatewayProcess:
         elif self._pulse.lost(now) and (self._pulse.felt or now - self._began > self._doorway.start_s):
             self._process.kill()  # the next turn sees that it died
             return
+        elif self._pulse.felt:
+            self._health.door(None)
+            self._follow_files(now)
         self._tell("ready" if (reason := self._health.ready()) is None else reason.partition("\n")[0])
 
     def _start(self, now: float) -> None:
         ports = self._server.ports
         grpc = [] if self._grpc is None else ["--grpc-port", str(self._grpc.getsockname()[1])]
+        # In a container standard error is the log that people read; what is mirrored never goes there: it has texts.
+        access_log = "-" if self._server.exposure.log_to_stderr else str(self.log)
         command = [
             sys.executable, "-m", "runtime.gateway", "--supervised", "--model", self._server.settings.ensemble,
             "--triton-http-port", str(ports.http), "--triton-metrics-port", str(ports.metrics),
             "--repository", str(self._server.repository), "--listener", str(self._listener.fileno()),
-            "--access-log", str(self.log), "--mirror-log", str(self.log.with_name("mirror.log")),
+            "--access-log", access_log, "--mirror-log", str(self.log.with_name("mirror.log")),
             *self._doorway.options(), *grpc,
         ]  # fmt: skip
         self._process = subprocess.Popen(
@@ -186,13 +213,24 @@ class GatewayProcess:
             with contextlib.suppress(OSError):
                 self._process.stdin.close()
 
+    def _follow_files(self, now: float) -> None:
+        if not self._doorway.follow_files or now - self._looked < _LOOK_AT_FILES_S:
+            return
+        self._looked, seen = now, self._doorway.files_stamp()
+        if seen != self._files_seen:
+            self._files_seen = seen
+            self.read_again()
+
     def read_again(self) -> None:
         """Keys and certificate."""
         if self._process is not None and self._process.poll() is None:
             self._process.send_signal(signal.SIGHUP)
 
     def stop(self) -> None:
-        """No new connections; what is running may end; then it is gone."""
+        """Not ready, until nobody sends it more; no new connections; what is running may end; then it is gone."""
+        if self._process is not None and self._process.poll() is None:
+            self._tell("draining")
+            time.sleep(self._doorway.withdraw_s)
         self._listener.close()
         if self._grpc is not None:
             self._grpc.close()

@@ -22,6 +22,7 @@ class Health:
         self._turned = self._clock()
         self._failure: Failure | None = Failure("starting")
         self._draining = False
+        self._door: str | None = None
 
     def observed(self, failure: Failure | None) -> None:
         """The result of a probe; None is a success. That there is one shows that the loop turns.
@@ -61,6 +62,17 @@ class Health:
             if self._clock() - self._served <= READY_WITHIN_S:
                 return None
             return self._failure.reason if self._failure else "no inference has succeeded lately"
+
+    def door(self, reason: str | None) -> None:
+        """Why the gateway before the server does not answer; None when it does."""
+        with self._lock:
+            self._door = reason
+
+    def reachable(self) -> str | None:
+        """None when the server is ready and its gateway answers, else the reason."""
+        reason = self.ready()
+        with self._lock:
+            return self._door if reason is None else reason
 
     def live(self) -> str | None:
         """None when alive, else the reason."""

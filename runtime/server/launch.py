@@ -61,7 +61,7 @@ class Ports:
         """Three ports that were free a moment ago."""
         return Ports(*free_ports(3, LOOPBACK))
 
-    def hold(self, exposure: Exposure) -> list[socket.socket]:
+    def hold(self) -> list[socket.socket]:
         """Keeps the ports from everybody but a server that reuses addresses, as Triton does, until they are closed:
         while it starts again, no other program gets one by chance.
 
@@ -73,12 +73,12 @@ class Ports:
             held.append(item)
             item.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                item.bind((getattr(exposure, name), port))
+                item.bind((LOOPBACK, port))
             except OSError as error:
                 for one in held:
                     one.close()
                 raise BadEnvironment(
-                    f"{name} port {port} on {getattr(exposure, name)} cannot be used ({error.strerror}); "
+                    f"{name} port {port} on {LOOPBACK} cannot be used ({error.strerror}); "
                     f"stop what listens there, or choose another with --{name}-port"
                 ) from error
         return held
@@ -86,20 +86,15 @@ class Ports:
 
 @dataclass(frozen=True)
 class Exposure:
-    """Addresses that Triton binds, and how connections end. Everything on loopback unless said otherwise.
+    """What differs between a server on somebody's machine and one in a container. No port of it is ever on another
+    address than loopback: one malformed request ends the server, so a network asks the gateway.
 
-    HTTP has no business on another address: one malformed request ends the server. `connection_age_s` closes
-    connections gently after a while, so that clients spread over new replicas. `log_to_stderr`: Triton's log joins
-    ours, where a container's log is read, instead of a file that grows. `control_secret` opens repository control to
-    whoever sends it; it stands on the server's command line, so it is for a container, whose processes nobody else
-    sees. Without one, repository control is off.
+    `log_to_stderr`: Triton's log joins ours, where a container's log is read, instead of a file that grows.
+    `control_secret` opens repository control to whoever sends it; it stands on the server's command line, so it is for
+    a container, whose processes nobody else sees. Without one, repository control is off.
     """
 
-    http: str = LOOPBACK
-    grpc: str = LOOPBACK
-    metrics: str = LOOPBACK
     exit_timeout_s: int = EXIT_TIMEOUT_S
-    connection_age_s: int | None = None
     log_to_stderr: bool = False
     control_secret: str | None = None
 
@@ -119,7 +114,7 @@ class TritonServer:
         self.settings = load_server_settings(self.repository)
         self.proven: Proven | None = None  # what the supervisor found of the version that it serves
         self._installation = Installation.find()
-        self._held = ports.hold(self.exposure)
+        self._held = ports.hold()
         self._work = Path(tempfile.mkdtemp(prefix="trireme-triton-"))
         self.log = log or self._work / "triton.log"
         self.shm_prefix = f"trireme_{os.getpid()}_{secrets.token_hex(4)}_"
@@ -185,7 +180,7 @@ class TritonServer:
             "--disable-auto-complete-config",  # else every Python model is imported twice
             f"--backend-directory={self._backends}",
             f"--cache-directory={self._installation.caches}",
-            *(f"--{kind}-address={getattr(self.exposure, kind)}" for kind in ("http", "grpc", "metrics")),
+            *(f"--{kind}-address={LOOPBACK}" for kind in ("http", "grpc", "metrics")),
             f"--http-port={self.ports.http}",
             f"--grpc-port={self.ports.grpc}",
             f"--metrics-port={self.ports.metrics}",
@@ -198,8 +193,6 @@ class TritonServer:
             f"--backend-config=python,shm-growth-byte-size={_SHM_BYTES}",
             f"--backend-config=python,stub-timeout-seconds={_STUB_TIMEOUT_S}",
         ]
-        if self.exposure.connection_age_s is not None:
-            command.append(f"--grpc-max-connection-age={1000 * self.exposure.connection_age_s}")
         if self.settings.response_cache_bytes:
             command.append(f"--cache-config=local,size={self.settings.response_cache_bytes}")
         if self.settings.rate_limited:

@@ -140,13 +140,13 @@ def test_port_forward_until_a_signal(
     with socket.create_server(("127.0.0.1", 0)) as pod:
         pod.settimeout(20)
         for _, item in fake.find("v1", "pods"):
-            fake.addresses[item["metadata"]["name"], 8001] = pod.getsockname()
+            fake.addresses[item["metadata"]["name"], 8080] = pod.getsockname()
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
             try:
                 assert process.stdout is not None
                 told = process.stdout.readline()
                 address, _, rest = told.partition(" -> ")
-                assert rest.startswith("port 8001 of Deployment prod/server"), told
+                assert rest.startswith("port 8080 of Deployment prod/server"), told
                 host, _, port = address.partition(":")
                 with socket.create_connection((host, int(port)), timeout=20) as client:
                     client.sendall(b"hello")

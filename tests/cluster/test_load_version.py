@@ -16,7 +16,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from cluster.api import Cluster
 from cluster.apply import apply
-from cluster.control import control_secret, ensure_control_secret
+from cluster.control import control_secret, ensure_secrets
 from cluster.deploy import deploy
 from cluster.errors import ClusterError, RolloutError
 from cluster.load_version import (
@@ -269,10 +269,10 @@ def test_the_secret_of_the_pods(cluster: Cluster, fake: FakeCluster) -> None:
     with pytest.raises(ClusterError, match=r"Secret prod/triton-control: got no such Secret.*--control-secret"):
         control_secret(cluster)
     pods = deployment()
-    assert ensure_control_secret(cluster, [pods]) == [], "nothing in this set mounts it"
+    assert ensure_secrets(cluster, [pods]) == [], "nothing in this set mounts it"
     pods["spec"]["template"]["spec"]["volumes"] = [{"name": "control", "secret": {"secretName": "triton-control"}}]
     own = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "triton-control"}}
-    assert ensure_control_secret(cluster, [pods, own]) == [], "the set brings its own"
+    assert ensure_secrets(cluster, [pods, own]) == [], "the set brings its own"
     deploy(cluster, "demo", [pods], PATIENCE, silent)
     made = control_secret(cluster)
     assert len(made) == 48

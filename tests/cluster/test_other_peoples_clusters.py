@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import os
 import secrets
 from collections.abc import Iterator
@@ -12,7 +14,7 @@ import pytest
 
 from cluster.api import Cluster
 from cluster.apply import MANAGER, apply, dry_run
-from cluster.control import ensure_control_secret, mounted_version_map
+from cluster.control import ensure_secrets, mounted_version_map
 from cluster.deploy import deploy, undo
 from cluster.errors import ClusterError
 from cluster.kinds import NAMESPACES
@@ -105,8 +107,8 @@ def test_warnings_go_to_standard_error(cluster: Cluster, fake: FakeCluster, caps
 
 def test_each_spec_has_a_control_secret_of_its_own(cluster: Cluster, fake: FakeCluster) -> None:
     first, second = with_control("first-triton-control"), with_control("second-triton-control")
-    assert ensure_control_secret(cluster, [first]) == ["prod/first-triton-control"]
-    assert ensure_control_secret(cluster, [first, second]) == ["prod/second-triton-control"]
+    assert ensure_secrets(cluster, [first]) == ["prod/first-triton-control"]
+    assert ensure_secrets(cluster, [first, second]) == ["prod/second-triton-control"]
     held = {key[3]: item["data"]["secret"] for key, item in fake.find("v1", "secrets")}
     assert held["first-triton-control"] != held["second-triton-control"]
     version = {"name": "version", "configMap": {"name": "first-model-version", "optional": True}}
@@ -114,11 +116,23 @@ def test_each_spec_has_a_control_secret_of_its_own(cluster: Cluster, fake: FakeC
     assert mounted_version_map(first) == "first-model-version"
 
 
+def test_keys_of_the_gateway_are_made_where_pods_mount_them(cluster: Cluster, fake: FakeCluster) -> None:
+    """What the pods mount are hashes that fit the keys beside them, as the gateway reads them."""
+    assert ensure_secrets(cluster, [with_control("demo-api-keys")]) == ["prod/demo-api-keys"]
+    assert ensure_secrets(cluster, [with_control("demo-api-keys")]) == []
+    ((_, made),) = fake.find("v1", "secrets")
+    data = {key: base64.b64decode(value) for key, value in made["data"].items()}
+    lines = dict(line.split(":") for line in data["keys"].decode().splitlines())
+    assert lines == {name: hashlib.sha256(data[name]).hexdigest() for name in ("client", "monitor")}
+    assert data["client"] != data["monitor"]
+    assert ensure_secrets(cluster, [with_control("their-own-keys")]) == []
+
+
 def test_a_control_secret_that_may_not_be_read_is_not_made_twice(cluster: Cluster, fake: FakeCluster) -> None:
-    ensure_control_secret(cluster, [with_control()])
+    ensure_secrets(cluster, [with_control()])
     before = fake.objects["v1", "secrets", "prod", "demo-triton-control"]
     fake.denied.add(("get", "secrets"))
-    assert ensure_control_secret(cluster, [with_control()]) == []
+    assert ensure_secrets(cluster, [with_control()]) == []
     assert fake.objects["v1", "secrets", "prod", "demo-triton-control"] == before
 
 

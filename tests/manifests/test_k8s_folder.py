@@ -34,6 +34,8 @@ TRITON_METRICS = {
 }  # fmt: skip
 # Of a language model: the fields of `Gauges`, as `runtime.generation.metrics` exports them.
 OURS = {"trireme_model_info", *(f"trireme_generation_{field.name}" for field in fields(Gauges))}
+# Of the gateway, on whose page the others stand too.
+OURS |= {"trireme_gateway_requests_total", "trireme_gateway_request_seconds_bucket"}
 
 
 def _used(folder: Path, key: str) -> list[str]:

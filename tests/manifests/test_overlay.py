@@ -87,6 +87,17 @@ SPECS: dict[str, tuple[Platform, dict[str, Any]]] = {
         {"kubernetes": {"gpus_by": "dra"}, "parallel": {"tensor": 2}, "serving": {"executor": "onnxruntime"},
          "engine": {"flavour": "tensorrt", "targets": ["sm90"]}, "precision": {"cpu": "fp32"}},
     ),
+    "keys and a certificate of others, vLLM's names": (
+        "cpu",
+        {"kubernetes": {"access": {"api_keys_secret": "team", "tls_secret": "models-tls", "vllm_metrics": True}}},
+    ),
+    "open to whoever reaches it": ("cpu", {"kubernetes": {"access": {"no_auth": True}}}),
+    "HTTP from outside too": (
+        "cpu",
+        {"kubernetes": {"gateway": {
+            "class_name": "external", "hostname": "grpc.example.com", "http_hostname": "models.example.com",
+        }}},
+    ),
     "a MIG slice": ("gpu", {"kubernetes": {"gpu_resource": "nvidia.com/mig-1g.10gb"}}),
     "a bucket of GCS": ("gpu", {"kubernetes": {"model_store": {"kind": "gcs", "bucket": "b", "identity": "a@b.iam"}}}),
     "a bucket of S3": ("cpu", {"kubernetes": {"model_store": {"kind": "s3", "bucket": "b", "identity": "arn:aws:x"}}}),
@@ -132,7 +143,7 @@ def test_what_the_spec_says_stands_in_the_pod(tmp_path: Path) -> None:
     pod = pod_of(tmp_path / "overlay")
     (triton,) = pod["containers"]
     assert triton["image"] == "registry.example.com/team/trireme/serving:1.2.3"
-    assert triton["resources"]["limits"] == {"cpu": "6", "memory": f"{10 * 1024 + 512}Mi"}
+    assert triton["resources"]["limits"] == {"cpu": "6", "memory": f"{10 * 1024 + 512 + 512}Mi"}  # the gateway's
     assert triton["startupProbe"]["failureThreshold"] * STARTUP_PERIOD_S >= 42
     assert pod["terminationGracePeriodSeconds"] >= 20 + 60
     assert pod["priorityClassName"] == "serving"
@@ -140,6 +151,79 @@ def test_what_the_spec_says_stands_in_the_pod(tmp_path: Path) -> None:
     assert {item.namespace for item in objects_of(tmp_path / "overlay").objects} == {"search"}, (
         "and no Namespace itself"
     )
+
+
+def _pod_of(objects: ObjectSet) -> dict[str, Any]:
+    (deployment,) = objects.of("Deployment")
+    pod: dict[str, Any] = deployment.data["spec"]["template"]["spec"]
+    return pod
+
+
+def test_pods_ask_for_keys_by_default() -> None:
+    """Of a Secret that `trireme deploy` makes; hashes alone are mounted, and Prometheus has a key of its own."""
+    objects = made("a bucket of S3")
+    pod, (monitor,) = _pod_of(objects), objects.of("PodMonitor")
+    (box,) = pod["containers"]
+    assert "--api-keys-file=/etc/trireme/keys/keys" in box["args"]
+    (keys,) = (volume["secret"] for volume in pod["volumes"] if volume["name"] == "keys")
+    assert keys == {"secretName": "minilm-api-keys", "items": [{"key": "keys", "path": "keys"}]}
+    (endpoint,) = monitor.data["spec"]["podMetricsEndpoints"]
+    assert endpoint["authorization"] == {"credentials": {"name": "minilm-api-keys", "key": "monitor"}}
+    assert (endpoint["port"], endpoint["path"]) == ("http", "/metrics")
+
+
+def test_the_gateway_is_all_that_a_pod_shows() -> None:
+    objects = made("a bucket of S3")
+    (box,) = _pod_of(objects)["containers"]
+    assert not [word for word in box["args"] if word.startswith(("--http-address", "--grpc-address", "--metrics-add"))]
+    assert {row["containerPort"] for row in box["ports"]} == {8080, 8081, 8003}
+    for service in objects.of("Service"):
+        assert {row["port"] for row in service.data["spec"]["ports"]} == {8080, 8081}
+    opened = [
+        row["port"] for policy in objects.of("NetworkPolicy") for rule in policy.data["spec"].get("ingress", ())
+        for row in rule.get("ports", ())
+    ]  # fmt: skip
+    assert sorted(opened) == ["grpc", "http"]
+    assert box["readinessProbe"]["httpGet"] == {"path": "/readyz", "port": "http"}
+
+
+def test_keys_and_a_certificate_are_secrets_by_name() -> None:
+    objects = made("keys and a certificate of others, vLLM's names")
+    pod, (monitor,) = _pod_of(objects), objects.of("PodMonitor")
+    (box,) = pod["containers"]
+    assert {"--tls-cert=/etc/trireme/tls/tls.crt", "--tls-key=/etc/trireme/tls/tls.key"} < set(box["args"])
+    assert "--vllm-metrics" in box["args"]
+    named = {volume["name"]: volume["secret"]["secretName"] for volume in pod["volumes"] if "secret" in volume}
+    assert named == {"keys": "team", "tls": "models-tls", "control": "minilm-triton-control"}
+    assert {row["name"] for row in box["volumeMounts"]} >= {"keys", "tls"}
+    for probe in ("startupProbe", "readinessProbe"):
+        assert box[probe]["httpGet"]["scheme"] == "HTTPS"
+    (endpoint,) = monitor.data["spec"]["podMetricsEndpoints"]
+    assert endpoint["scheme"] == "https"
+    assert endpoint["authorization"]["credentials"]["name"] == "team"
+    for service in objects.of("Service"):
+        assert [row.get("appProtocol") for row in service.data["spec"]["ports"]] == ["https", None]
+
+
+def test_without_keys_nothing_of_them_is_left() -> None:
+    objects = made("open to whoever reaches it")
+    pod, (monitor,) = _pod_of(objects), objects.of("PodMonitor")
+    (box,) = pod["containers"]
+    assert "--no-auth" in box["args"]
+    assert not [word for word in box["args"] if "keys" in word]
+    assert "keys" not in {row["name"] for row in (*box["volumeMounts"], *pod["volumes"])}
+    assert "authorization" not in monitor.data["spec"]["podMetricsEndpoints"][0]
+
+
+def test_routes_from_outside_lead_to_the_gateway() -> None:
+    objects = made("HTTP from outside too")
+    routes = {item.kind: item.data["spec"] for item in objects.of("GRPCRoute", "HTTPRoute")}
+    hosts = {kind: (spec["hostnames"], spec["parentRefs"][0]["sectionName"]) for kind, spec in routes.items()}
+    assert hosts == {"GRPCRoute": (["grpc.example.com"], "grpc"), "HTTPRoute": (["models.example.com"], "http")}
+    backends = {kind: spec["rules"][0]["backendRefs"][0] for kind, spec in routes.items()}
+    assert {kind: (one["name"], one["port"]) for kind, one in backends.items()} == {
+        "GRPCRoute": ("minilm-serving", 8081), "HTTPRoute": ("minilm-serving", 8080),
+    }  # fmt: skip
 
 
 def test_an_overlay_stands_alone_and_is_written_again(tmp_path: Path) -> None:
@@ -214,6 +298,10 @@ def test_a_replica_beyond_one_node_is_refused() -> None:
         ({"model_store": {"bucket": "b"}}, "takes no bucket"),
         ({"model_store": {"identity": "b"}}, "is for gcs and s3"),
         ({"graph_digest": "abc"}, "pattern"),
+        ({"access": {"keys": "team"}}, "access.keys"),
+        ({"access": {"no_auth": True, "api_keys_secret": "team"}}, "leave one of them out"),
+        ({"access": {"tls_secret": "t"}, "gateway": {"class_name": "c", "hostname": "h"}}, "ends TLS"),
+        ({"gateway": {"class_name": "c", "hostname": "h", "http_hostname": "h"}}, "two names"),
     ],
 )
 def test_bad_keys_of_the_slice_are_named(keys: dict[str, Any], said: str) -> None:

@@ -90,6 +90,7 @@ def test_two_specs_in_one_namespace_share_no_name(kind: str, tmp_path: Path) -> 
         used[-1] |= set(_dashboards(objects))
     assert not used[0] & used[1]
     assert ("Secret", "first-triton-control") in used[0]
+    assert ("Secret", "first-api-keys") in used[0]
     assert ("ConfigMap", "second-model-version") in used[1]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import http.client
 import json
 import shutil
@@ -9,10 +10,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import yaml
 from tritonclient import grpc as triton_grpc
@@ -27,15 +30,20 @@ from runtime.pod.control import HealthServer
 from runtime.pod.layout import Layout, lay_out
 from runtime.pod.model_store import EngineKey, Publication, misfit, publications, publish, wait_for
 from runtime.pod.node import Node, same_release
+from runtime.ports import free_ports
 from runtime.server.health import LIVE_WITHIN_S, READY_WITHIN_S, Health
 from runtime.server.installation import Installation
 from runtime.server.launch import Ports
 from runtime.server.probing import Failure
 from runtime.settings import EncoderModelSettings
 from tests.conftest import tiny_spec, wait_until
+from tests.manifests.test_k8s_folder import OURS, TRITON_METRICS
 
 L4 = Node({"tensorrt": "11.1.0.106", "tensorrt-rtx": "1.7.1.116"}, "sm89")
 NO_GPU = Node({}, None)
+KEY = "a-key-of-the-test"
+OF_GPUS = {name for name in TRITON_METRICS if name.startswith("nv_gpu_")}
+OF_GENERATORS = {name for name in OURS if name.startswith("trireme_generation_")}
 
 
 @pytest.fixture(scope="module")
@@ -208,10 +216,10 @@ def test_health_follows_the_probes() -> None:
     assert health.ready() == "draining"
 
 
-def _get(port: int, path: str) -> tuple[int, str]:
+def _get(port: int, path: str, key: str = "") -> tuple[int, str]:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
     try:
-        connection.request("GET", path)
+        connection.request("GET", path, headers={"authorization": f"Bearer {key}"} if key else {})
         answer = connection.getresponse()
         return answer.status, answer.read().decode().strip()
     finally:
@@ -239,27 +247,53 @@ def test_the_init_step_fails_with_a_reason(tmp_path: Path) -> None:
     assert "holds no model yet" in done.stderr.splitlines()[-1]
 
 
+@dataclass
+class Pod:
+    """A pod's serving container. `log`: its standard error, which a cluster keeps."""
+
+    process: subprocess.Popen[str]
+    ports: Ports
+    health: int
+    keys: Path
+    log: Path
+
+    def give_keys(self, *keys: str) -> None:
+        """As a kubelet does: another file in the place of the one before."""
+        lines = [f"{place}:{hashlib.sha256(key.encode()).hexdigest()}\n" for place, key in enumerate(keys)]
+        fresh = self.keys.with_name("fresh")
+        fresh.write_text("".join(lines))
+        fresh.replace(self.keys)
+
+
 @pytest.fixture
-def pod(store: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Ports, int]]:
+def pod(store: Path, tmp_path: Path) -> Iterator[Pod]:
     """The two containers of a pod, one after the other. The store is read-only, as it is mounted."""
     for path in store.rglob("*"):
         path.chmod(0o555 if path.is_dir() else 0o444)
     fetch = ("--store", store, "--model", "tiny", "--platform", "cpu", "--into", tmp_path / "repository", "--wait-s", 5)
     subprocess.run(_command("fetch", *fetch), timeout=60, check=True)
-    ports = Ports.free()
-    health = Ports.free().http
+    ports, (health, door, door_grpc) = Ports.free(), free_ports(3, "127.0.0.1")
     serve = [f"--{name}-port={port}" for name, port in vars(ports).items()]
     (tmp_path / "secret").write_text("a-secret-of-the-test\n")
     serve += [
         f"--control-secret-file={tmp_path / 'secret'}",
         f"--health-port={health}",
+        f"--gateway-port={door}",
+        f"--gateway-grpc-port={door_grpc}",
+        f"--api-keys-file={tmp_path / 'keys'}",
         "--exit-timeout-s=5",
+        "--withdraw-s=2",
         "--connection-age-s=300",
         "--ready-timeout-s=120",
     ]
-    process = subprocess.Popen(_command("serve", tmp_path / "repository", *serve), stdout=subprocess.PIPE, text=True)
+    log = tmp_path / "log"
+    with log.open("w") as stream:
+        command = _command("serve", tmp_path / "repository", *serve)
+        found = Pod(subprocess.Popen("false"), ports, health, tmp_path / "keys", log)
+        found.give_keys(KEY)
+        process = found.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stream, text=True)
     try:
-        yield process, ports, health
+        yield found
     finally:
         process.kill()
         process.wait(10)
@@ -268,11 +302,12 @@ def pod(store: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Po
 
 
 @pytest.mark.triton
-def test_a_pod_serves_refuses_and_drains(pod: tuple[subprocess.Popen[str], Ports, int]) -> None:
-    process, ports, health = pod
+def test_a_pod_serves_refuses_and_drains(pod: Pod) -> None:
+    process, ports, health = pod.process, pod.ports, pod.health
     assert process.stdout is not None
+    assert wait_until(lambda: _ready(health), 120)  # its gateway included
     facts = json.loads(process.stdout.readline())
-    assert _get(health, "/ready") == (200, "ok")
+    _require_the_gateway(pod, facts)
     probe = subprocess.run(_command("probe", "--health-port", health), timeout=30, check=False)
     assert probe.returncode == 0
     with triton_grpc.InferenceServerClient(facts["grpc"]) as client:
@@ -292,10 +327,50 @@ def test_a_pod_serves_refuses_and_drains(pod: tuple[subprocess.Popen[str], Ports
         client.load_model("tiny", headers=secret)
         with pytest.raises(InferenceServerException, match="restricted"):
             client.get_system_shared_memory_status(headers=secret)  # for nobody
+    door = int(facts["gateway"].rpartition(":")[2])
     process.send_signal(signal.SIGTERM)
+    assert wait_until(lambda: _get(door, "/readyz")[0] == 503, 10)
+    assert _embedded(door, "another") == 200  # nobody sends more, and who has sent is answered
     assert process.wait(60) == 0
+    with pytest.raises(ConnectionRefusedError):
+        _get(door, "/readyz")
+    lines = [json.loads(line) for line in pod.log.read_text().splitlines() if line.startswith("{")]
+    assert {("/v1/embeddings", 200), ("/v1/embeddings", 401)} <= {(line["route"], line["status"]) for line in lines}
     assert subprocess.run(_command("probe", "--health-port", health), timeout=30, check=False).returncode == 1
     assert ports.grpc == int(facts["grpc"].rpartition(":")[2])
+
+
+def _embedded(port: int, key: str) -> int:
+    body = json.dumps({"model": "tiny", "input": "hello"})
+    headers = {"authorization": f"Bearer {key}", "content-type": "application/json"}
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    try:
+        connection.request("POST", "/v1/embeddings", body, headers)
+        return connection.getresponse().status
+    finally:
+        connection.close()
+
+
+def _require_the_gateway(pod: Pod, facts: dict[str, Any]) -> None:
+    """What clients of a pod find: both ports ask for keys, keys follow their file, one page has all metrics; Triton is
+    on loopback alone."""
+    door = int(facts["gateway"].rpartition(":")[2])
+    assert _get(door, "/readyz")[0] == 200
+    assert (_embedded(door, KEY), _embedded(door, "another")) == (200, 401)
+    with triton_grpc.InferenceServerClient(f"127.0.0.1:{facts['gateway_grpc'].rpartition(':')[2]}") as client:
+        assert client.is_model_ready("tiny", headers={"authorization": f"Bearer {KEY}"})
+        with pytest.raises(InferenceServerException, match="UNAUTHENTICATED"):
+            client.is_model_ready("tiny")
+        with pytest.raises(InferenceServerException, match="UNIMPLEMENTED"):
+            client.load_model("tiny", headers={"triton-grpc-protocol-trireme-admin": "a-secret-of-the-test"})
+    page = _get(door, "/metrics", KEY)[1]
+    for name in (TRITON_METRICS | OURS) - OF_GPUS - OF_GENERATORS:
+        assert f"\n{name}{{" in page, name
+    listening = [one for one in psutil.net_connections("tcp") if one.status == psutil.CONN_LISTEN]
+    triton = {one.laddr.ip for one in listening if one.laddr.port in vars(pod.ports).values()}
+    assert triton == {"127.0.0.1"}
+    pod.give_keys(KEY, "another")
+    assert wait_until(lambda: _embedded(door, "another") == 200, 30)
 
 
 def test_the_images_triton_is_found_by_its_folder(tmp_path: Path) -> None:

@@ -168,6 +168,8 @@ class RunningPod:
     version_file: Path
     ports: Ports = field(default_factory=Ports.free)
     health: int = field(default_factory=lambda: Ports.free().http)
+    door: int = field(default_factory=lambda: Ports.free().http)
+    door_grpc: int = field(default_factory=lambda: Ports.free().grpc)
     process: subprocess.Popen[str] | None = None
 
     def start(self, fetch: bool = True) -> dict[str, Any]:
@@ -181,6 +183,7 @@ class RunningPod:
         self.folder.mkdir(exist_ok=True)
         (self.folder / "secret").write_text(SECRET)
         ports = [f"--{name}-port={port}" for name, port in vars(self.ports).items()]
+        ports += [f"--gateway-port={self.door}", f"--gateway-grpc-port={self.door_grpc}"]
         more = (f"--health-port={self.health}", f"--control-secret-file={self.folder / 'secret'}", "--exit-timeout-s=5")
         self.process = subprocess.Popen(
             _command("serve", into, *what, *ports, *more), stdout=subprocess.PIPE, text=True

@@ -135,6 +135,8 @@ _POD_MONITOR = _object(
             interval=_SECONDS,
             scrapeTimeout=_SECONDS,
             honorLabels=_BOOL,
+            authorization=_object("credentials", type=_TEXT, credentials=_object("name key", name=_TEXT, key=_TEXT)),
+            tlsConfig=_object("", insecureSkipVerify=_BOOL, serverName=_TEXT),
         ),
         least=1,
     ),

@@ -1,0 +1,93 @@
+"""Who may ask the pods: keys and certificate of their gateway, and what follows for probes, Services and monitors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from builders.manifests.parts import KEYS, serving_pod
+from builders.manifests.patches import Patch, api_keys_secret, merge, replace
+from builders.manifests.render import K8S
+from builders.spec import DeploymentSpec
+
+_TLS = "/etc/trireme/tls"
+_ARGS = "/spec/template/spec/containers/0/args"
+_MONITORED = "/spec/podMetricsEndpoints/0"
+
+
+def access(spec: DeploymentSpec) -> list[Patch]:
+    """What differs from the base, whose pods ask for keys and speak in the clear."""
+    chosen = spec.kubernetes.access
+    patches = [*_without_keys(), *_without_monitors_key(spec)] if chosen.no_auth else _monitors_key(spec)
+    if chosen.tls_secret is not None:
+        patches += _over_tls(spec, chosen.tls_secret)
+    if chosen.vllm_metrics:
+        patches.append(_more_arguments("vllm-metrics.yaml", "--vllm-metrics"))
+    return patches
+
+
+def _pod(file: str, *, container: dict[str, Any], volumes: list[dict[str, Any]]) -> Patch:
+    pod = {"containers": [{"name": serving_pod().container, **container}], "volumes": volumes}
+    return merge(file, "apps/v1", "Deployment", "serving", spec={"template": {"spec": pod}})
+
+
+def _more_arguments(file: str, *words: str) -> Patch:
+    added = [{"op": "add", "path": f"{_ARGS}/-", "value": word} for word in words]
+    return Patch(file, {"kind": "Deployment", "name": "serving"}, added)
+
+
+def _without_keys() -> list[Patch]:
+    """Deletes the mount and its volume, and says in place of the argument that this is meant."""
+    base = yaml.safe_load((K8S / "base" / "deployment.yaml").read_text())
+    words = base["spec"]["template"]["spec"]["containers"][0]["args"]
+    place = next(at for at, word in enumerate(words) if word.startswith("--api-keys-file="))
+    argument = [replace(f"{_ARGS}/{place}", "--no-auth")]
+    gone = {"$patch": "delete"}
+    volume = {"name": serving_pod().volume(KEYS), **gone}
+    return [
+        Patch("no-auth.yaml", {"kind": "Deployment", "name": "serving"}, argument),
+        _pod("no-keys.yaml", container={"volumeMounts": [{"mountPath": KEYS, **gone}]}, volumes=[volume]),
+    ]
+
+
+def _monitor(file: str, *operations: dict[str, Any]) -> list[Patch]:
+    return [Patch(file, {"kind": "PodMonitor", "name": "serving"}, list(operations))]
+
+
+def _monitors_key(spec: DeploymentSpec) -> list[Patch]:
+    """kustomize does not know that a PodMonitor names a Secret."""
+    if not spec.kubernetes.monitoring:
+        return []
+    return _monitor("monitor-key.yaml", replace(f"{_MONITORED}/authorization/credentials/name", api_keys_secret(spec)))
+
+
+def _without_monitors_key(spec: DeploymentSpec) -> list[Patch]:
+    if not spec.kubernetes.monitoring:
+        return []
+    return _monitor("monitor-key.yaml", {"op": "remove", "path": f"{_MONITORED}/authorization"})
+
+
+def _over_tls(spec: DeploymentSpec, secret: str) -> list[Patch]:
+    scheme = {"httpGet": {"scheme": "HTTPS"}}
+    container = {
+        "startupProbe": scheme,
+        "readinessProbe": scheme,
+        "volumeMounts": [{"name": "tls", "mountPath": _TLS, "readOnly": True}],
+    }
+    patches = [
+        _pod("tls.yaml", container=container, volumes=[{"name": "tls", "secret": {"secretName": secret}}]),
+        _more_arguments("tls-files.yaml", f"--tls-cert={_TLS}/tls.crt", f"--tls-key={_TLS}/tls.key"),
+    ]
+    ports = [replace("/spec/ports/0/appProtocol", "https"), {"op": "remove", "path": "/spec/ports/1/appProtocol"}]
+    services = ("serving", "serving-pods")
+    patches += [Patch(f"tls-{name}.yaml", {"kind": "Service", "name": f"^{name}$"}, ports) for name in services]
+    if spec.kubernetes.monitoring:
+        # Prometheus finds pods by address, and no certificate names those.
+        unnamed = {"insecureSkipVerify": True}
+        patches += _monitor(
+            "tls-monitor.yaml",
+            {"op": "add", "path": f"{_MONITORED}/scheme", "value": "https"},
+            {"op": "add", "path": f"{_MONITORED}/tlsConfig", "value": unnamed},
+        )
+    return patches
