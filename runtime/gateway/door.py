@@ -43,6 +43,7 @@ class Endpoint:
             return
         exchange.trip.pinned = _pinned(exchange)
         exchange.caller = self._guards.caller(exchange.headers.get(b"authorization", b""), exchange.address)
+        exchange.trip.salt = self._guards.salt(exchange.caller)
         with self._guards.admitted(exchange.caller):
             async with asyncio.timeout(self._guards.limits.answer_s):
                 await self._handler(exchange)

@@ -159,6 +159,7 @@ class GrpcDoor:
             await self._methods[name](call)
             return
         call.caller = self._guards.caller(headers.get("authorization", "").encode(), call.address)
+        call.trip.salt = self._guards.salt(call.caller)
         with self._guards.admitted(call.caller):
             if name == "ModelStreamInfer":
                 await self._methods[name](call)
@@ -262,7 +263,11 @@ class GrpcDoor:
             while (data := await self._read(call, self._limits.answer_s)) is not None:
                 await gate.acquire()
                 own = GrpcCall(_Writer(call.context, writing), f"{call.label}/request", call.address, call.caller)
-                own.bytes_in, own.trip, ended = len(data), Trip("", call.trace, call.trip.pinned), asyncio.Event()
+                own.bytes_in, own.trip, ended = (
+                    len(data),
+                    Trip("", call.trace, call.trip.pinned, salt=call.trip.salt),
+                    asyncio.Event(),
+                )
                 group.create_task(self._request(own, data, before, ended, gate))
                 before = ended
 

@@ -37,6 +37,10 @@ class Guards:
             raise Refused(401, said, close=True, code="invalid_api_key")
         return name
 
+    def salt(self, caller: str) -> str:
+        """Of the caller's prompts in the model's cache. Addresses without keys are nobody's in particular."""
+        return "" if self._keys is None else caller
+
     @contextmanager
     def admitted(self, caller: str) -> Iterator[None]:
         """One request of the caller. Raises Refused when it, or everybody together, has too many."""

@@ -21,13 +21,15 @@ class Taken(Protocol):
 @dataclass
 class Trip:
     """`id`: the request's. `pinned`: the version that was asked for, empty for any; `lane`: the one that was taken,
-    once there is one; `inferred`: it was asked for more than what it is."""
+    once there is one; `inferred`: it was asked for more than what it is. `salt`: whose prompts these are, empty where
+    nobody is told from others."""
 
     id: str = ""
     trace: str = ""
     pinned: str = ""
     lane: Taken | None = None
     inferred: bool = False
+    salt: str = ""
 
     def ended(self, status: int, seconds: float) -> None:
         if self.lane is not None and self.inferred:

@@ -18,6 +18,7 @@ from runtime.errors import ServingError
 from runtime.gateway.refused import Refused, upstream_refusal
 from runtime.gateway.trip import TRIP
 from runtime.gateway.upstream import Upstream, UpstreamAnswer
+from runtime.generation.interface import CACHE_SALT
 
 NUMPY = {
     "BOOL": np.bool_, "UINT8": np.uint8, "UINT16": np.uint16, "UINT32": np.uint32, "UINT64": np.uint64,
@@ -176,9 +177,10 @@ class TritonHttp:
     async def generate(self, fields: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         """The pieces of a generator's answer, as they are made. Leaving the iterator cancels the request. Raises
         Refused with what the model said against it, in the beginning or on the way."""
-        body = orjson.dumps(fields)
+        trip = TRIP.get()
+        body = orjson.dumps({**fields, CACHE_SALT: trip.salt} if trip.salt else fields)
         path = f"/v2/models/{self.model}/generate_stream"
-        head = b"Content-Type: application/json\r\n" + TRIP.get().trace_line
+        head = b"Content-Type: application/json\r\n" + trip.trace_line
         async with self._upstream.ask(b"POST", path, head, (body,), stream=True) as answer:
             if answer.status != 200:
                 raise upstream_refusal(answer.status, _error_text(await answer.read()))

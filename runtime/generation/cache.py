@@ -37,7 +37,7 @@ from runtime.step import Copy, Row
 class Slot:
     """A row and its tenant. The row holds keys and values of `tokens[:filled]`, and zeros behind them.
 
-    Whoever computed tokens raises `filled`; `row` and `state` are the cache's alone, and any call to it may change the
+    Rows of different salts share nothing. Whoever computed tokens raises `filled`; `row` and `state` are the cache's alone, and any call to it may change the
     `row` of any slot: look it up when the plan is complete, do not keep it.
     """
 
@@ -47,6 +47,7 @@ class Slot:
     row: Row
     state: Literal["prefilling", "decoding", "kept"]
     used: int
+    salt: str = ""
 
 
 class SlotCache:
@@ -89,14 +90,14 @@ class SlotCache:
         copies, self._copies = self._copies, []
         return copies
 
-    def open(self, owner: int, tokens: Tokens, length: int, *, need: int, share: bool = True) -> Slot:
-        """A row for `tokens[:length]`, holding `need` positions; what other rows share of it is there already.
+    def open(self, owner: int, tokens: Tokens, length: int, *, need: int, share: bool = True, salt: str = "") -> Slot:
+        """A row for `tokens[:length]`, holding `need` positions; what other rows of its salt share of it is there already.
 
         Call it only while `running < slots`. At least the last token is left to compute: its logits are wanted.
         Copies what is shared, or zeros where nothing is; moves and forgets kept rows, and no running one. Where rows
         have sources, `share` must be off: equal tokens after another source have other keys and values.
         """
-        source, shared = self._longest_shared(tokens[: length - 1]) if share else (None, 0)
+        source, shared = self._longest_shared(tokens[: length - 1], salt) if share else (None, 0)
         pool = pool_for(max(need, shared), self.capacities)
         if source is not None and self._continues(source, shared, pool):
             row = source.row
@@ -107,7 +108,7 @@ class SlotCache:
             self._copies.append(Copy(None if source is None else source.row, row, shared))
             if source is not None:
                 source.used = next(self._clock)
-        slot = Slot(owner, tokens, shared, row, "prefilling", next(self._clock))
+        slot = Slot(owner, tokens, shared, row, "prefilling", next(self._clock), salt)
         self._pools[row.pool][row.place] = slot
         return slot
 
@@ -172,12 +173,12 @@ class SlotCache:
         whole = shared == source.filled or None not in self._pools[pool][self._active[pool] :]
         return source.state == "kept" and source.row.pool == pool and whole
 
-    def _longest_shared(self, tokens: Tokens) -> tuple[Slot | None, int]:
+    def _longest_shared(self, tokens: Tokens, salt: str) -> tuple[Slot | None, int]:
         """The row that holds most of the beginning of `tokens`, and how much. A scan: a row costs a microsecond."""
         best: tuple[Slot | None, int] = (None, 0)
         for slot in self._tenants():
             length = min(slot.filled, len(tokens))
-            if length <= best[1] or slot.tokens[0] != tokens[0]:
+            if length <= best[1] or slot.salt != salt or slot.tokens[0] != tokens[0]:
                 continue
             differs = slot.tokens[:length] != tokens[:length]
             shared = int(differs.argmax()) if differs.any() else length

@@ -104,9 +104,11 @@ PROBE_ID_VARIABLE = "TRIREME_PROBE_ID"
 # `triton_grpc_error`, but Triton 2.51 crashes on it once in some dozens of errors.)
 STATUSES = frozenset({"INVALID_ARGUMENT", "UNAVAILABLE", "DEADLINE_EXCEEDED", "INTERNAL", "CANCELLED"})
 # Triton's own fields and, as some clients have it, the model's name: over HTTP they arrive as parameters. Of these only
-# `timeout` is left to do.
+# `timeout` is left to do. The last is the gateway's, which takes it from nobody.
 _GUIDES = ("json", "json_schema")
 _TRITONS = frozenset({"id", "priority", "timeout", "sequence_id", "sequence_start", "sequence_end", "model"})
+CACHE_SALT = "cache_salt"
+_SALT_CHARACTERS = 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,7 +139,7 @@ def read_request(tensors: Mapping[str, NDArray[Any]], parameters: Mapping[str, A
     Raises BadRequest that says what is wrong with which of them.
     """
     for name in parameters:
-        if name not in _TRITONS:
+        if name not in _TRITONS and name != CACHE_SALT:
             near = difflib.get_close_matches(name, [tensor.name for tensor in INPUTS], 1)
             raise BadRequest(f"unknown parameter {name}" + (f"; did you mean {near[0]}?" if near else ""))
     given = {
@@ -151,7 +153,7 @@ def read_request(tensors: Mapping[str, NDArray[Any]], parameters: Mapping[str, A
         raise BadRequest("text_input is empty; send at least one character")
     ids = None if text is not None else given["input_ids"].astype(np.int64)
     stream = bool(_number(given, "stream", False))
-    params = _sampling(given)
+    params = _sampling(given, _salt(parameters.get(CACHE_SALT, "")))
     return Asked(
         text,
         ids,
@@ -166,7 +168,13 @@ def read_request(tensors: Mapping[str, NDArray[Any]], parameters: Mapping[str, A
     )
 
 
-def _sampling(given: Mapping[str, NDArray[Any]]) -> SamplingParams:
+def _salt(value: Any) -> str:
+    if not isinstance(value, str) or len(value) > _SALT_CHARACTERS:
+        raise BadRequest(f"{CACHE_SALT} is no text of at most {_SALT_CHARACTERS} characters")
+    return value
+
+
+def _sampling(given: Mapping[str, NDArray[Any]], salt: str) -> SamplingParams:
     top_k, top_p, min_p = (_number(given, name, off) for name, off in (("top_k", 0), ("top_p", 1.0), ("min_p", 0.0)))
     ends = [given[name].tolist() for name in ("stop_token_ids", "end_id") if name in given]
     if _number(given, "end_id", 0) < 0:
@@ -191,6 +199,7 @@ def _sampling(given: Mapping[str, NDArray[Any]]) -> SamplingParams:
         logprobs=bool(_number(given, "return_log_probs", False)),
         top_logprobs=_number(given, "top_log_probs", 0),
         prompt_logprobs=bool(_number(given, "return_prompt_log_probs", False)),
+        cache_salt=salt,
     )
 
 

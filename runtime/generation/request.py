@@ -49,6 +49,8 @@ class SamplingParams:
                         are, before biases, penalties, temperature, filters and grammars
     top_logprobs        the same of so many of the likeliest tokens beside it
     prompt_logprobs     both for the prompt's tokens too
+    cache_salt          whose the prompt is: keys and values are shared among prompts of one salt alone, so that nobody
+                        learns from the time of an answer what another has asked
     """
 
     max_tokens: int | None = None  # none: the model's default or `min_tokens`, or what fits
@@ -68,6 +70,7 @@ class SamplingParams:
     logprobs: bool = False
     top_logprobs: int = 0
     prompt_logprobs: bool = False
+    cache_salt: str = ""
 
     def __post_init__(self) -> None:
         least = 0 if self.prompt_logprobs else 1  # a prompt may be scored and not continued

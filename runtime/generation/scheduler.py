@@ -168,6 +168,7 @@ class Scheduler:
                 sequence.length,
                 need=max(first, self._source_length(sequence)),
                 share=not self._encoder and not sequence.scored,
+                salt=sequence.request.params.cache_salt,
             )
             sequence.begin(slot)
             self.running[sequence.request.id] = self.waiting.popleft()

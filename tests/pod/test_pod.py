@@ -367,7 +367,7 @@ def _require_the_gateway(pod: Pod, facts: dict[str, Any]) -> None:
     for name in (TRITON_METRICS | OURS) - OF_GPUS - OF_GENERATORS:
         assert f"\n{name}{{" in page, name
     listening = [one for one in psutil.net_connections("tcp") if one.status == psutil.CONN_LISTEN]
-    triton = {one.laddr.ip for one in listening if one.laddr.port in vars(pod.ports).values()}
+    triton = {one.laddr.ip.removeprefix("::ffff:") for one in listening if one.laddr.port in vars(pod.ports).values()}
     assert triton == {"127.0.0.1"}
     pod.give_keys(KEY, "another")
     assert wait_until(lambda: _embedded(door, "another") == 200, 30)
