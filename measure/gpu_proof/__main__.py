@@ -17,15 +17,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from builders.errors import CheckError, InputError, MachineError, TriremeError
-from builders.store.atomic import atomic_directory
 from measure.gpu_proof import page, setting
 from measure.gpu_proof.machine import gpu_facts, processor_name
 from measure.gpu_proof.record import Proof, Section
-from measure.gpu_proof.sections import Part, run_parts
+from measure.gpu_proof.sections import ENDED, Part, run_parts
 from measure.gpu_proof.setting import FLAVOURS, Setting
 from runtime.gpu import visible_targets
 
 BUDGET_S = 450.0  # of the eight minutes that a proof may take: the rest is for starting, the last case and writing
+DRY_BUDGET_S = 1800.0  # of a CPU, which may be a busy one
 # By worth: what is told with the least time comes first, then what only this machine can tell. The limits are what all
 # else is held against. The first number is the most seconds, so that there is time for the sections behind; the second
 # the least. Once for each flavour of TensorRT: {}.
@@ -34,24 +34,22 @@ _PARTS = (
     ("limits", "machine.limits", 30, 5),
     ("TensorRT, {}", "machine.one_layer", 30, 10),
     ("decoders", "decoders.measure", 140, 20),
-    ("step split", "decoders.step_split", 60, 15),
     ("decoder engines, {}", "decoder_engines.measure", 150, 40),
     ("encoders", "encoders.measure", 90, 15),
     ("engines, {}", "encoders.measure_engines", 90, 30),
-    ("serving loop", "decoders.serving_loop", 40, 15),
     ("served, {}", "served.measure", 120, 40),
     ("several GPUs", "machine.all_reduces", 40, 15),
     ("ranks", "served.ranks", 120, 40),
-    ("encoders, ONNX Runtime", "encoders.measure_onnxruntime", 60, 20),
 )
 
 
-def parts() -> list[Part]:
+def parts(*, dry: bool = False) -> list[Part]:
+    """A busy CPU takes what time it takes: the dry run has a budget alone."""
     each: list[tuple[str, ...]] = [(flavour,) for flavour in FLAVOURS]
     return [
-        Part(name.format(*arguments), f"measure.gpu_proof.{function}", most_s, least_s, arguments)
+        Part(name.format(*given), f"measure.gpu_proof.{function}", DRY_BUDGET_S if dry else most_s, least_s, given)
         for name, function, most_s, least_s in _PARTS
-        for arguments in (each if "{}" in name else [()])
+        for given in (each if "{}" in name else [()])
     ]
 
 
@@ -59,29 +57,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="gpu-proof", description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--dry", action="store_true", help="on this CPU, with tiny shapes: proves the script")
     parser.add_argument("--out", type=Path, help="the result is a new folder in it (docs/gpu; dry: a temporary one)")
-    parser.add_argument("--budget-s", type=float, default=BUDGET_S, help="seconds for all sections together")
+    parser.add_argument(
+        "--budget-s", type=float, help=f"seconds for all sections ({BUDGET_S:g}; dry: {DRY_BUDGET_S:g})"
+    )
     parser.add_argument("--json", action="store_true", help="print proof.json instead of the page")
     options = parser.parse_args(arguments)
+    dry, budget_s = options.dry, options.budget_s or (DRY_BUDGET_S if options.dry else BUDGET_S)
     with tempfile.TemporaryDirectory(prefix="gpu-proof-") as scratch:
-        chosen = setting.dry(Path(scratch)) if options.dry else Setting(Path(scratch), require_gpu())
-        device = processor_name() if chosen.dry else gpu_facts()[0]["name"]
-        out = options.out or Path(tempfile.mkdtemp(prefix="gpu-proof-dry-") if chosen.dry else "docs/gpu")
-        folder = new_folder(out, "dry-run" if chosen.dry else device)
-        sections: list[Section] = []
-
-        def report(section: Section) -> None:
-            sections.append(section)
-            told = f"{section.seconds:6.1f} s  {section.name}: {section.status} {section.reason}"
-            print(told.rstrip(), file=sys.stderr)
-
+        chosen = setting.dry(Path(scratch)) if dry else Setting(Path(scratch), require_gpu())
+        device = processor_name() if dry else gpu_facts()[0]["name"]
+        out = options.out or Path(tempfile.mkdtemp(prefix="gpu-proof-dry-") if dry else "docs/gpu")
+        folder = new_folder(out, "dry-run" if dry else device)
+        wanted, done = parts(dry=dry), list[Section]()
         try:
-            run_parts(parts(), chosen, options.budget_s, report)
+            for section in run_parts(wanted, chosen, budget_s):
+                done.append(section)
+                told = f"{section.seconds:6.1f} s  {section.name}: {section.status} {section.reason}"
+                print(told.rstrip(), file=sys.stderr)
         finally:  # what was measured until a signal came is written, too
-            proof = Proof(_today(), device, chosen.dry, options.budget_s, tuple(sections))
-            if sections:
-                write(proof, folder)
-    illustrate(proof, folder)
-    print(proof.to_json() if options.json else page.render(proof), end="")
+            done += [Section(part.name, "not run", ENDED) for part in wanted[len(done) :]]
+            proof = Proof(_today(), device, dry, budget_s, tuple(done))
+            text = write(proof, folder)
+    print(proof.to_json() if options.json else text, end="")
     if proof.failed:
         raise CheckError("; ".join(f"section {each.name} failed: {each.reason}" for each in proof.failed))
 
@@ -110,27 +107,21 @@ def new_folder(out: Path, device: str) -> Path:
     return folder
 
 
-def write(proof: Proof, folder: Path) -> None:
-    """JSON and page, all or nothing."""
-    with atomic_directory(folder) as work:
-        (work / "proof.json").write_text(proof.to_json())
-        (work / "README.md").write_text(page.render(proof))
-    print(f"written to {folder}", file=sys.stderr)
-
-
-def illustrate(proof: Proof, folder: Path) -> None:
-    """Plots for a page that is written. Where they cannot be drawn, the page says why, and nothing else is lost."""
+def write(proof: Proof, folder: Path) -> str:
+    """The figures first, which took minutes of a GPU; a drawing that fails costs the drawing. Returns the page."""
+    folder.mkdir(parents=True)
+    (folder / "proof.json").write_text(proof.to_json())
     plots, note = {}, ""
     try:
         plots = page.draw(proof)
         for name, svg in plots.items():
             (folder / f"{name}.svg").write_text(svg)
-    except Exception as error:  # noqa: BLE001 - the figures took minutes of a GPU, a drawing is made again from them
+    except Exception as error:  # noqa: BLE001 - the page says why, and can be drawn again from the figures
         plots, note = {}, f"No plots: {type(error).__name__}: {error}"
-        print(note, file=sys.stderr)
-    page_file = folder / ".README.md"
-    page_file.write_text(page.render(proof, tuple(plots), note))
-    page_file.rename(folder / "README.md")
+    text = page.render(proof, tuple(plots), note)
+    (folder / "README.md").write_text(text)
+    print(f"written to {folder}", file=sys.stderr)
+    return text
 
 
 def _today() -> str:

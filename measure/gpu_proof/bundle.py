@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from builders.errors import InputError
@@ -47,23 +47,22 @@ _RUN = """\
 #     bash run.sh FOLDER [arguments of the proof, such as --out RESULTS or --dry]
 set -euo pipefail
 [ $# -ge 1 ] || { echo "error: no folder named; expected: bash run.sh FOLDER [arguments of the proof]" >&2; exit 2; }
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 mkdir -p "$1"
 target=$(cd "$1" && pwd)
 shift
-caller=$PWD
-cd "$(dirname "${BASH_SOURCE[0]}")"
-sha256sum --check --quiet --ignore-missing SHA256SUMS
-ls sources.tar.gz.part* >/dev/null || { echo "error: no sources.tar.gz.part00 beside run.sh; carry it" >&2; exit 2; }
-mkdir -p "$target/source" "$target/site" "$target/wheels"
-cat sources.tar.gz.part* | tar -xz -C "$target/source"
-if [ "$(ls wheels.tar.part* 2>/dev/null | wc -l)" -eq "$(grep -c wheels.tar.part SHA256SUMS)" ] \\
-    && ls wheels.tar.part* >/dev/null 2>&1; then
-  cat wheels.tar.part* | tar -x -C "$target/wheels"
-  python3 -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target "$target/site" "$target"/wheels/*
-else
-  echo "wheels: not all parts are here; the machine's own packages have to do" >&2
-fi
-cd "$caller"
+(
+  cd "$here"
+  sha256sum --check --quiet --ignore-missing SHA256SUMS
+  mkdir -p "$target/source" "$target/site" "$target/wheels"
+  cat sources.tar.gz.part* | tar -xz -C "$target/source"
+  if [ "$(ls | grep -c wheels.tar.part)" -eq "$(grep -c wheels.tar.part SHA256SUMS)" ] && [ -e wheels.tar.part00 ]; then
+    cat wheels.tar.part* | tar -x -C "$target/wheels"
+    python3 -m pip install --quiet --no-index --no-deps --upgrade --target "$target/site" "$target"/wheels/*
+  else
+    echo "wheels: not all parts are here; the machine's own packages have to do" >&2
+  fi
+)
 PYTHONPATH="$target/source:$target/site${PYTHONPATH:+:$PYTHONPATH}" exec python3 -m measure.gpu_proof "$@"
 """
 
@@ -74,14 +73,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--python", default="3.12", help="version of the other machine's python3")
     parser.add_argument("--wheels", nargs="*", default=WHEELS, help="packages to carry; none: the sources alone")
     options = parser.parse_args(arguments)
-    missing = make_bundle(options.out, options.python, options.wheels)
+    for name, reason in make_bundle(options.out, options.python, options.wheels).items():
+        print(f"missing: {name}: {reason}", file=sys.stderr)
     for part in sorted(options.out.glob("*.part*")):
         print(f"{part.stat().st_size / 2**20:6.1f} MiB  {part}")
-    for name, reason in missing.items():
-        print(f"missing: {name}: {reason}", file=sys.stderr)
 
 
-def make_bundle(out: Path, python: str, wheels: Sequence[str]) -> dict[str, str]:
+def make_bundle(out: Path, python: str, wheels: Iterable[str]) -> dict[str, str]:
     """Writes the folder `out`; returns the wheels that could not be fetched, and why. Raises InputError where something
     is there already.
     """
@@ -91,31 +89,33 @@ def make_bundle(out: Path, python: str, wheels: Sequence[str]) -> dict[str, str]
             fix="remove it, or give another --out",
         )  # fmt: skip
     with atomic_directory(out) as work, tempfile.TemporaryDirectory(prefix="gpu-bundle-") as scratch:
-        fetched, missing = fetch_wheels(wheels, python, Path(scratch))
-        names = [wheel.name for wheel in fetched]
-        sums = _part(work, "sources.tar.gz", sources())
-        if fetched:
-            sums += _part(work, "wheels.tar", _tar((wheel.name, wheel) for wheel in fetched))
-        manifest = {"python": python, "wheels": names, "missing": missing}
+        missing = fetch_wheels(wheels, python, Path(scratch))
+        fetched = {wheel.name: wheel for wheel in Path(scratch).glob("*.whl")}
+        parts = _parts("sources.tar.gz", sources()) | (_parts("wheels.tar", _tar(fetched)) if fetched else {})
+        for name, content in parts.items():
+            (work / name).write_bytes(content)
+        sums = (f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in parts.items())
+        (work / "SHA256SUMS").write_text("".join(sums))
+        manifest = {"python": python, "wheels": sorted(fetched), "missing": missing}
         (work / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-        (work / "SHA256SUMS").write_text(sums)
         (work / "run.sh").write_text(_RUN)
     return missing
 
 
 def sources() -> bytes:
     """A compressed archive of the sources; the same bytes for the same files."""
-    found = [ROOT / name for name in _FILES if (ROOT / name).is_file()]
+    found = [ROOT / name for name in _FILES]
     for folder in _FOLDERS:
-        found += (path for path in (ROOT / folder).rglob("*") if path.suffix in _ENDINGS and path.is_file())
-    return gzip.compress(_tar((path.relative_to(ROOT).as_posix(), path) for path in sorted(found)), mtime=0)
+        found += (path for path in (ROOT / folder).rglob("*") if path.suffix in _ENDINGS)
+    files = {path.relative_to(ROOT).as_posix(): path for path in found if path.is_file()}
+    return gzip.compress(_tar(files), mtime=0)
 
 
-def _tar(files: Iterable[tuple[str, Path]]) -> bytes:
-    """Without what differs between two copies of a file: its times and its owner."""
+def _tar(files: Mapping[str, Path]) -> bytes:
+    """By name, without what differs between two copies of a file: its times and its owner."""
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w") as tar:
-        for name, path in files:
+        for name, path in sorted(files.items()):
             info = tarfile.TarInfo(name)
             info.size = path.stat().st_size
             with path.open("rb") as content:
@@ -123,18 +123,15 @@ def _tar(files: Iterable[tuple[str, Path]]) -> bytes:
     return archive.getvalue()
 
 
-def _part(folder: Path, name: str, content: bytes) -> str:
-    """Writes `content` in parts; returns their lines of SHA256SUMS."""
-    lines = ""
-    for number, start in enumerate(range(0, len(content), PART_BYTES)):
-        piece, file = content[start : start + PART_BYTES], folder / f"{name}.part{number:02}"
-        file.write_bytes(piece)
-        lines += f"{hashlib.sha256(piece).hexdigest()}  {file.name}\n"
-    return lines
+def _parts(name: str, content: bytes) -> dict[str, bytes]:
+    starts = range(0, len(content), PART_BYTES)
+    return {f"{name}.part{number:02}": content[at : at + PART_BYTES] for number, at in enumerate(starts)}
 
 
-def fetch_wheels(names: Iterable[str], python: str, folder: Path) -> tuple[list[Path], dict[str, str]]:
-    """Wheels for that Python on 64-bit Linux, one by one: what cannot be had does not keep the others away."""
+def fetch_wheels(names: Iterable[str], python: str, folder: Path) -> dict[str, str]:
+    """Wheels for that Python on 64-bit Linux, one by one: what cannot be had does not keep the others away. Returns
+    those, and why.
+    """
     common = ["--quiet", "--disable-pip-version-check", "--no-deps", "--retries", "1"]
     common += ["--constraint", str(ROOT / "constraints.txt")]
     tags = ["--only-binary=:all:", "--implementation", "cp", "--python-version", python]
@@ -150,7 +147,7 @@ def fetch_wheels(names: Iterable[str], python: str, folder: Path) -> tuple[list[
                     reason = ""
         if reason:
             missing[name] = reason
-    return sorted(folder.glob("*.whl")), missing
+    return missing
 
 
 def _pip(*arguments: str) -> str:

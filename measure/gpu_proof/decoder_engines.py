@@ -11,7 +11,7 @@ Without a GPU the engines are built all the same, ahead of time, and ONNX Runtim
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -28,16 +28,22 @@ from builders.spec import Flavour
 from builders.store.atomic import atomic_directory
 from measure.bench.bare_loop import bare_loop
 from measure.bench.decoder_graph import DecoderShape
-from measure.gpu_proof.decoders import KEPT, decode_row, engine_over, open_executor, split
+from measure.gpu_proof.decoders import decode_row, new_llama
 from measure.gpu_proof.folders import built_row, stand_in
-from measure.gpu_proof.llama import new_llama
 from measure.gpu_proof.machine import try_flavour
 from measure.gpu_proof.record import Measured
 from measure.gpu_proof.roofline import against, decode_work
-from measure.gpu_proof.setting import Setting, host_seconds
+from measure.gpu_proof.setting import Setting
+from measure.gpu_proof.timing import seconds_of
+from runtime.generation.cache import SlotCache
+from runtime.generation.engine import GenerationEngine
+from runtime.generation.request import Limits, SamplingParams
+from runtime.generation.scheduler import Scheduler
 from runtime.step import Batch, StepExecutor
 
 MOST_DIFFERENCE = {"float16": 0.02, "float32": 1e-4}  # of the logits, over the largest of them
+HOST_AIM = 0.10  # of a step at batch 1
+KEPT = 1
 _PROMPT = 8
 _LEAST_S = 30.0  # of the budget, to build an engine
 
@@ -57,13 +63,13 @@ def measure(setting: Setting, flavour: Flavour) -> Iterator[Measured]:
             made[layers] = decoder_graph(replace(setting.decoder, layers=layers), setting)
         graph, model = made[layers]
         folder = setting.scratch / f"{flavour}-{layers}-{context}"
-        folder.mkdir(exist_ok=True)
+        folder.mkdir()
         profiles = decoder_profiles(rows, shortest)
         engine = build_decoder_engine(graph, context, flavour, setting.target, profiles, folder)
         yield built_row(setting, engine, case, f"{flavour} engine")
-        executor = open_engines(setting, engine.file_path, graph, context, rows, flavour)
+        executor = open_executor(setting, engine.file_path, graph, context, rows, flavour)
         try:
-            yield _compared(setting, executor, model, context, case, how)
+            yield _compared(setting, executor, model, case, how)
             for count in setting.decode_rows:
                 seconds[layers, context, count] = _decode_seconds(setting, executor, context, count)
             if layers == max(setting.depths) and context == shortest:
@@ -100,30 +106,30 @@ def _facts(shape: DecoderShape, positions: int) -> Checkpoint:
     )  # fmt: skip
 
 
-def open_engines(
+def open_executor(
     setting: Setting, plan: Path, graph: OnnxGraph, capacity: int, rows: int, flavour: Flavour
 ) -> StepExecutor:
     if setting.dry:
         from runtime.generation.executor.onnxruntime import OnnxRuntimeStepExecutor
 
-        return OnnxRuntimeStepExecutor(graph.file_path, (capacity,), rows, threads=2)
+        return OnnxRuntimeStepExecutor(graph.file_path, (capacity,), rows, threads=1)
     from runtime.tensorrt.executor import TensorRtStepExecutor
 
     engines = {f"{setting.target}.{capacity}": plan}
     return TensorRtStepExecutor(engines, (capacity,), rows, flavour=flavour, device=0)
 
 
-def _compared(setting: Setting, executor: StepExecutor, model: Any, context: int, case: str, how: str) -> Measured:
+def _compared(setting: Setting, executor: StepExecutor, model: Any, case: str, how: str) -> Measured:
     """A prompt and a token after it, against the same weights in torch. Raises ParityError where they differ."""
-    reference = open_executor(setting, model, context, 1, compiled=False)
-    random, worst = np.random.default_rng(0), 0.0
-    place = np.zeros(1, np.int64)
-    for length in (_PROMPT, 1):
-        batch = Batch(0, 0, random.integers(0, executor.vocabulary, (1, length)), place)
-        expected, got = (np.array(each.run([batch])[0]) for each in (reference, executor))
-        worst = max(worst, float(np.abs(got - expected).max() / np.abs(expected).max()))
-        place = place + length
-    reference.close()
+    import torch
+
+    ids = np.random.default_rng(0).integers(0, executor.vocabulary, (1, _PROMPT + 1))
+    with torch.no_grad():
+        expected = model(input_ids=torch.from_numpy(ids).to(setting.device)).logits[0].float().cpu().numpy()
+    worst = 0.0
+    for start, end in ((0, _PROMPT), (_PROMPT, _PROMPT + 1)):
+        [got] = np.array(executor.run([Batch(0, 0, ids[:, start:end], np.array([start]))])[0])
+        worst = max(worst, float(np.abs(got - expected[end - 1]).max() / np.abs(expected[end - 1]).max()))
     if not worst <= MOST_DIFFERENCE[setting.dtype]:
         raise ParityError(f"{case}, {how}: logits differ by {worst:.1e} of the largest from the same weights in torch")
     return Measured(f"{case}, against torch", how, figures={"relative_difference": worst})
@@ -132,18 +138,7 @@ def _compared(setting: Setting, executor: StepExecutor, model: Any, context: int
 def _decode_seconds(setting: Setting, executor: StepExecutor, context: int, rows: int) -> float:
     """A greedy step at the end of a full cache, so that all of it is read."""
     batch = Batch(0, 0, np.ones((rows, 1), np.int64), np.full(rows, context - 1, np.int64))
-    return host_seconds(lambda: executor.run([batch])[0].argmax(axis=1), setting)
-
-
-def _looped(setting: Setting, executor: StepExecutor, context: int, case: str, how: str) -> Iterator[Measured]:
-    """In the bare loop, and a step of the serving loop split into its parts."""
-    rows, new = min(8, max(setting.decode_rows)), min(setting.steps, context // 2)
-    loop = bare_loop(executor, 0, rows, context - new, new)
-    figures = {"tokens_per_s": loop.decode_tokens_per_second, "prompt_s": loop.prefill_seconds / rows}
-    yield Measured(f"{case}, bare loop, batch {rows}", how, figures=figures)
-    executor.reset()  # the loop has left its own keys and values
-    row = Measured(f"{case}, a step of the serving loop, batch 1", how, {"batch": 1})
-    yield split(setting, engine_over(executor, context, 1, chunk=context), row)
+    return seconds_of(lambda: executor.run([batch])[0].argmax(axis=1), setting)
 
 
 def _derived(setting: Setting, seconds: dict[tuple[int, int, int], float], how: str) -> Iterator[Measured]:
@@ -161,3 +156,74 @@ def _derived(setting: Setting, seconds: dict[tuple[int, int, int], float], how: 
 def whole_seconds(few: float, more: float, depths: tuple[int, int], layers: int) -> float:
     """Time of `layers` equal blocks and what they share, from the times at two depths."""
     return few + (layers - depths[0]) * (more - few) / (depths[1] - depths[0])
+
+
+def _looped(setting: Setting, executor: StepExecutor, context: int, case: str, how: str) -> Iterator[Measured]:
+    """In the bare loop, and a step of the serving loop split into its parts."""
+    rows, new = min(8, max(setting.decode_rows)), min(setting.steps, context // 2)
+    loop = bare_loop(executor, 0, rows, context - new, new)
+    figures = {"tokens_per_s": loop.decode_tokens_per_second, "prompt_s": loop.prefill_seconds / rows}
+    yield Measured(f"{case}, bare loop, batch {rows}", how, figures=figures)
+    executor.reset()  # the loop has left its own keys and values
+    row = Measured(f"{case}, a step of the serving loop, batch 1", how, {"batch": 1})
+    yield split(setting, engine_over(executor, context, 1, chunk=context), row)
+
+
+def engine_over(executor: StepExecutor, capacity: int, slots: int, chunk: int) -> GenerationEngine:
+    """The serving loop with one pool; the executor has `slots + KEPT` rows."""
+    cache = SlotCache((capacity,), slots, KEPT)
+    scheduler = Scheduler(cache, chunk_tokens=chunk, queue_size=64, call_cost=executor.call_cost)
+    return GenerationEngine(executor, scheduler, Limits(executor.vocabulary, capacity, capacity, ()))
+
+
+def split(setting: Setting, engine: GenerationEngine, row: Measured) -> Measured:
+    """Milliseconds of one step of a stream by what they were spent on: the loop's own counters, taken without a
+    profiler, and what torch's profiler (CUPTI) sees of the device over further steps.
+    """
+    tokens = min(2 * setting.steps + 8, engine.limits.max_length - 1)
+    prompt = np.ones(engine.limits.max_length - tokens, np.int64)
+    engine.submit(prompt, SamplingParams(max_tokens=tokens, min_tokens=tokens))
+    _steps(engine, 3)  # the prompt, and steps that capture
+    before = replace(engine.counters)
+    _steps(engine, setting.steps)
+    after, count = replace(engine.counters), engine.counters.steps - before.steps
+    step, executor, sampling = (
+        (getattr(after, name) - getattr(before, name)) / count
+        for name in ("step_seconds", "executor_seconds", "sample_seconds")
+    )
+    seen = _device_seconds(engine, setting.steps // 2)
+    while engine.step():
+        engine.take_updates()
+    device = min(seen, executor) if seen else executor  # no CUPTI, or no GPU: the wait for the executor has to do
+    parts = {"step": step, "device": device, "gaps": executor - device, "sampling": sampling}
+    parts["scheduling"] = step - executor - sampling
+    share = (step - device) / step
+    figures = {f"{name}_ms": seconds * 1e3 for name, seconds in parts.items()} | {"host_share": share}
+    note = f"the aim is a host share of at most {HOST_AIM:.0%}: {'met' if share <= HOST_AIM else 'missed'}"
+    by = "torch.profiler" if seen else "the loop's clock: gaps are in device_ms"
+    return replace(row, figures=figures | {"tokens_per_s": 1 / step}, facts={"device time by": by}, note=note)
+
+
+def _steps(engine: GenerationEngine, count: int) -> None:
+    for _ in range(count):
+        if engine.step():
+            engine.take_updates()
+
+
+def _device_seconds(engine: GenerationEngine, steps: int) -> float:
+    """Of one step: kernels and copies, as the profiler sees them. 0 where it sees none."""
+    from torch.profiler import profile
+
+    with profile() as profiler:
+        _steps(engine, steps)
+    spans = [each.time_range for each in profiler.events() or () if "cuda" in str(each.device_type).lower()]
+    return union_length((span.start, span.end) for span in spans) / steps / 1e6  # from microseconds
+
+
+def union_length(intervals: Iterable[tuple[float, float]]) -> float:
+    """Length of what the intervals cover together: kernels that overlap count once."""
+    covered, reached = 0.0, float("-inf")
+    for start, end in sorted(intervals):
+        covered += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return covered

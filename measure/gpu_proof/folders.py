@@ -8,13 +8,10 @@ from typing import Any
 
 from builders import pipeline
 from builders.artifacts import Engine
-from builders.checkpoint import load_checkpoint
 from builders.judging import corpus
 from builders.judging.vectors import HELD_OUT_TEXTS
-from builders.pipeline import Build, encoder
-from builders.spec import DeploymentSpec, Flavour, ModelSlice
+from builders.spec import DeploymentSpec, Flavour
 from builders.store.atomic import atomic_directory
-from builders.store.store import Store
 from builders.training.recipe import TrainingRecipe
 from builders.training.text import train_tokenizer
 from measure.bench.random_llama import LLAMA_100M, random_llama
@@ -29,10 +26,11 @@ _TINY_LLAMA = TrainingRecipe(
 )
 
 
-def llama(setting: Setting) -> tuple[str, TrainingRecipe, str]:
-    """What `model.source` of a spec names, its sizes, and what to call it."""
+def llama(setting: Setting) -> tuple[dict[str, Any], TrainingRecipe, str]:
+    """`model` of a spec, its sizes, and what to call it."""
     sizes, name = (_TINY_LLAMA, "tiny Llama") if setting.dry else (LLAMA_100M, "Llama of 100 M weights")
-    return str(random_llama(setting.scratch / "llama", sizes)), sizes, name
+    source = str(random_llama(setting.scratch / "llama", sizes))
+    return {"source": source, "task": "generation", "max_length": sizes.context}, sizes, name
 
 
 def weights_note(shape: EncoderShape) -> str:
@@ -49,29 +47,28 @@ def encoder_model(shape: EncoderShape, setting: Setting) -> dict[str, Any]:
     return {"source": source, "task": "embedding", "max_length": longest, "pooling": "mean"}
 
 
-def encoder_folder(shape: EncoderShape, setting: Setting) -> Path:
-    return load_checkpoint(ModelSlice(**encoder_model(shape, setting))).directory
-
-
 def _slug(shape: EncoderShape) -> str:
     return shape.name.replace(" ", "-").lower()
+
+
+def bert_config(shape: EncoderShape) -> Any:
+    from transformers import BertConfig
+
+    return BertConfig(
+        vocab_size=shape.vocabulary, hidden_size=shape.hidden, num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads, intermediate_size=shape.ffn, max_position_embeddings=512,
+    )  # fmt: skip
 
 
 def _write_bert(shape: EncoderShape, folder: Path) -> None:
     """Its tokenizer knows few texts and tokens: what a token stands for does not matter here."""
     import torch
-    from transformers import BertConfig, BertModel
-    from transformers.utils import logging
+    from transformers import BertModel
 
-    config = BertConfig(
-        vocab_size=shape.vocabulary, hidden_size=shape.hidden, num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads, intermediate_size=shape.ffn, max_position_embeddings=512,
-    )  # fmt: skip
     texts = [corpus.Document("texts", tuple(corpus.texts(None, HELD_OUT_TEXTS)))]
-    logging.disable_progress_bar()  # of a file that takes a moment
     torch.manual_seed(0)
     with atomic_directory(folder) as work:
-        BertModel(config, add_pooling_layer=False).save_pretrained(work)
+        BertModel(bert_config(shape), add_pooling_layer=False).save_pretrained(work)
         train_tokenizer(texts, min(shape.vocabulary, 4096)).save(str(work / "tokenizer.json"))
 
 
@@ -85,23 +82,13 @@ def spec(setting: Setting, flavour: Flavour, name: str, model: dict[str, Any], *
 
 
 def encoder_spec(shape: EncoderShape, setting: Setting, flavour: Flavour, precision: str = "fp16") -> DeploymentSpec:
-    longest, batch = max(setting.lengths), max(setting.batches)
-    profile = {
-        "batch": {"min": 1, "opt": min(32, batch), "max": batch},
-        "length": {"min": 1, "opt": min(128, longest), "max": longest},
-    }
+    batch, length = max(setting.batches), max(setting.lengths)
+    profile = {name: {"min": 1, "opt": min(usual, most), "max": most} for name, usual, most in
+               (("batch", 32, batch), ("length", 128, length))}  # fmt: skip
     return spec(
         setting, flavour, f"proof-{_slug(shape)}", encoder_model(shape, setting), precision={"gpu": precision},
         engine={"profiles": [profile]}, serving={"max_batch_size": batch, "length_buckets": list(setting.lengths)},
     )  # fmt: skip
-
-
-def encoder_graph(shape: EncoderShape, setting: Setting) -> Path:
-    """The exported graph, in fp16 on a GPU: that of the engines, where they were built before."""
-    asked = encoder_spec(shape, setting, "tensorrt-rtx")
-    built = Build(asked, "gpu", load_checkpoint(asked.model))
-    exported = encoder.export(built, Store(setting.scratch / "store"), lambda stage, message: None)
-    return exported.graph(setting.precision).file_path
 
 
 def repository(setting: Setting, asked: DeploymentSpec) -> tuple[Path, Path]:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from measure.gpu_proof.record import Measured, Proof, Section, largest_gap
+from measure.gpu_proof.record import Measured, Proof, Section
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 DRY_NOTICE = "dry run: proves the script, not a speed"
 _PERCENT = ("fraction", "host_share")
+_SECTIONS = {"section": "---", "status": "---", "seconds": "--:", "": "---"}
 _PLOTS = {"fraction": "Achieved fraction of the limit", "tokens": "Decode: tokens/s against batch"}
 
 
@@ -25,10 +26,7 @@ def render(proof: Proof, plots: Sequence[str] = (), note: str = "") -> str:
         f"{ran} of {len(proof.sections)} sections ran, in {sum(s.seconds for s in proof.sections):.0f} s of "
         f"{proof.budget_s:.0f} s. `floor_ms` is the least time that the bytes and operations of a case can take at the "
         "limits measured here; `fraction` is that over the time measured. Everything is in `proof.json`.\n",
-        "| section | status | seconds | |",
-        "|---|---|--:|---|",
-        *(f"| {s.name} | {s.status} | {s.seconds:.1f} | {_cell(s.reason)} |" for s in proof.sections),
-        "",
+        *_table(_SECTIONS, ([s.name, s.status, f"{s.seconds:.1f}", s.reason] for s in proof.sections)),
         *_gap_lines(proof),
         *(f"![{_PLOTS[name]}]({name}.svg)\n" for name in plots),
         *([" ".join(note.split()) + "\n"] if note else []),
@@ -38,7 +36,7 @@ def render(proof: Proof, plots: Sequence[str] = (), note: str = "") -> str:
 
 
 def _gap_lines(proof: Proof) -> list[str]:
-    gap, lines = largest_gap(proof), ["No case was held against a limit, so no gap is named.\n"]
+    gap, lines = proof.largest_gap, ["No case was held against a limit, so no gap is named.\n"]
     if gap is not None:
         lines = [
             f"**Largest gap to the limit:** {gap.case}: {gap.how}, the fastest way that the limit holds for, takes "
@@ -58,7 +56,7 @@ def _section_lines(section: Section) -> list[str]:
         lines.append(f"{section.status}: {section.reason}\n")
     measured = [row for row in section.rows if row.figures]
     for names in dict.fromkeys(tuple(row.figures) for row in measured):  # a table for each set of figures
-        lines += [*_table([row for row in measured if tuple(row.figures) == names], names), ""]
+        lines += _figures([row for row in measured if tuple(row.figures) == names], names)
     for row in section.rows:
         if row.facts and not row.figures:
             lines.append(f"- {row.case}: {', '.join(f'{name} {value}' for name, value in row.facts.items())}")
@@ -67,29 +65,30 @@ def _section_lines(section: Section) -> list[str]:
     return [*lines, ""]
 
 
-def _table(rows: Sequence[Measured], names: tuple[str, ...]) -> list[str]:
+def _figures(rows: Sequence[Measured], names: tuple[str, ...]) -> list[str]:
     facts = list(dict.fromkeys(name for row in rows for name in row.facts))
     noted = ["note"] if any(row.note for row in rows) else []
-    heads = ["case", "how", *names, *facts, *noted]
-    lines = [f"| {' | '.join(heads)} |", f"|---|---|{'--:|' * len(names)}{'---|' * len([*facts, *noted])}"]
-    for row in rows:
-        figures = [f"{row.figures[n]:.1%}" if n in _PERCENT else _number(row.figures[n]) for n in names]
-        cells = [row.case, row.how, *figures, *(row.facts.get(name, "") for name in facts), *(row.note for _ in noted)]
-        lines.append(f"| {' | '.join(map(_cell, cells))} |")
-    return lines
+    heads = dict.fromkeys(["case", "how"], "---") | dict.fromkeys(names, "--:") | dict.fromkeys([*facts, *noted], "---")
+    rest = ([row.facts.get(name, "") for name in facts] + [row.note for _ in noted] for row in rows)
+    numbers = ([_number(row.figures[name], name) for name in names] for row in rows)
+    cells = ([row.case, row.how, *some, *more] for row, some, more in zip(rows, numbers, rest, strict=True))
+    return _table(heads, cells)
 
 
-def _number(value: float) -> str:
+def _table(heads: dict[str, str], rows: Iterable[Sequence[str]]) -> list[str]:
+    cells = (" | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in row) for row in rows)
+    return [f"| {' | '.join(heads)} |", f"|{'|'.join(heads.values())}|", *(f"| {row} |" for row in cells), ""]
+
+
+def _number(value: float, name: str = "") -> str:
+    if name in _PERCENT:
+        return f"{value:.1%}"
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").split())
 
 
 def draw(proof: Proof) -> dict[str, str]:
     """SVG by name, for what there are figures of."""
-    decode = [row for row in proof.held if "tokens_per_s" in row.figures and {"batch", "context"} <= set(row.axes)]
+    decode = [row for row in proof.held if {"batch", "context"} <= set(row.axes)]
     found = {}
     if proof.held:
         cases = list(dict.fromkeys(row.case for row in proof.held))
@@ -117,10 +116,10 @@ def _tokens(axes: Axes, rows: list[Measured]) -> None:
         mine = [row for row in rows if (row.how, row.axes["context"]) == (how, context)]
         points = sorted((row.axes["batch"], row.figures["tokens_per_s"]) for row in mine)
         axes.plot(*zip(*points, strict=True), "o-", label=f"{how}, context {context}")
-    axes.set_xscale("log", base=2)
-    axes.set(yscale="log", xlabel="batch", ylabel="tokens/s")
     batches = sorted({row.axes["batch"] for row in rows})
+    axes.set_xscale("log", base=2)
     axes.set_xticks(batches, [str(batch) for batch in batches])
+    axes.set(yscale="log", xlabel="batch", ylabel="tokens/s")
     axes.yaxis.set_major_formatter("{x:g}")
 
 

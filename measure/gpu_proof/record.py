@@ -6,7 +6,6 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
-SCHEMA = 1
 Status = Literal["ran", "not run", "failed"]
 
 
@@ -33,8 +32,8 @@ class Section:
 
     name: str
     status: Status
-    reason: str
-    seconds: float
+    reason: str = ""
+    seconds: float = 0.0
     rows: tuple[Measured, ...] = ()
 
 
@@ -47,7 +46,7 @@ class Proof:
     dry: bool
     budget_s: float
     sections: tuple[Section, ...]
-    schema: int = SCHEMA
+    schema: int = 1
 
     @property
     def failed(self) -> list[Section]:
@@ -58,17 +57,17 @@ class Proof:
         """Rows that were held against a limit."""
         return [row for section in self.sections for row in section.rows if "fraction" in row.figures]
 
+    @property
+    def largest_gap(self) -> Measured | None:
+        """Of the fastest way of each case that the limit holds for, the one furthest from it.
+
+        A row that took less than its floor tells nothing: the floor was not its own, as `roofline` says.
+        """
+        best: dict[str, Measured] = {}
+        for row in sorted(self.held, key=lambda each: each.figures["fraction"]):
+            if row.figures["fraction"] <= 1:
+                best[row.case] = row
+        return min(best.values(), key=lambda row: row.figures["fraction"], default=None)
+
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2) + "\n"
-
-
-def largest_gap(proof: Proof) -> Measured | None:
-    """Of the fastest way of each case that the limit holds for, the one furthest from it.
-
-    A row that took less than its floor tells nothing: the floor was not its own, as `roofline` says.
-    """
-    best: dict[str, Measured] = {}
-    for row in sorted(proof.held, key=lambda each: each.figures["fraction"]):
-        if row.figures["fraction"] <= 1:
-            best[row.case] = row
-    return min(best.values(), key=lambda row: row.figures["fraction"], default=None)

@@ -1,31 +1,20 @@
-"""What is measured, where, and for how long. The dry run is the same script with a CPU, tiny shapes and stand-ins."""
+"""What is measured, and on which device. The dry run is the same script with a CPU, tiny shapes and stand-ins."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
-from typing import Any, Literal
+from typing import Literal
 
 from measure.bench.decoder_graph import DecoderShape
-from measure.gpu_proof.record import Measured
 from measure.gpu_proof.roofline import DeviceLimits, EncoderShape
 
 FLAVOURS: tuple[Literal["tensorrt", "tensorrt-rtx"], ...] = ("tensorrt", "tensorrt-rtx")
 LLAMA_8B = DecoderShape(layers=32, hidden=4096, heads=32, kv_heads=8, ffn=14336, vocabulary=128256)
 MINILM = EncoderShape("MiniLM", layers=6, hidden=384, heads=12, ffn=1536)
 BERT_BASE = EncoderShape("BERT-base", layers=12, hidden=768, heads=12, ffn=3072)
-
-MOST_CALLS = 200
-_WARM_CALLS = 2  # the first ones load modules, choose kernels and fill allocators
-Case = tuple[Measured, Callable[[Measured], Measured]]
-
-
-class NotRun(Exception):
-    """A section or a case that this machine cannot run. The message is the reason that the result shows."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +37,7 @@ class Setting:
     copy_bytes: int = 4 << 30
     product_size: int = 8192
     steps: int = 64  # of a loop that is timed
-    least_calls: int = 5
-    most_seconds: float = 0.5  # of one timing
+    timing_s: float = 0.5  # the least that a call is timed for
     limits: DeviceLimits | None = None  # of the device, once they are measured
     deadline: float = math.inf  # of a section, on the monotonic clock, which all processes of a machine share
 
@@ -74,83 +62,9 @@ class Setting:
 def dry(scratch: Path) -> Setting:
     """`sm89`: TensorRT for RTX builds an engine for it here, which nothing here can run."""
     return Setting(
-        scratch,
-        "sm89",
-        device="cpu",
-        dtype="float32",
+        scratch, "sm89", device="cpu", dtype="float32", decoder_name="tiny Llama", decode_rows=(1, 2), contexts=(32,),
         compiler="eager",  # Dynamo traces as it does for Inductor, whose C++ would take a minute to compile
-        decoder_name="tiny Llama",
-        decoder=DecoderShape(layers=3, hidden=64, heads=4, kv_heads=2, ffn=96, vocabulary=320),
-        decode_rows=(1, 4),
-        contexts=(32, 64),
-        depths=(1, 2),
+        decoder=DecoderShape(layers=3, hidden=64, heads=4, kv_heads=2, ffn=96, vocabulary=320), depths=(1, 2),
         encoders=(EncoderShape("tiny BERT", layers=2, hidden=32, heads=4, ffn=64, vocabulary=400),),
-        batches=(1, 4),
-        lengths=(16, 32),
-        copy_bytes=16 << 20,
-        product_size=256,
-        steps=6,
-        least_calls=3,
-        most_seconds=0.05,
-    )
-
-
-def in_time(setting: Setting, cases: Iterable[Case], least_s: float = 0.0) -> Iterator[Measured]:
-    """Each row as its function measures it. It says so where that raises NotRun, and "time" where the section has not
-    twice the longest case's time left, or less than `least_s` (the dry run's cases are short).
-    """
-    longest = 0.0 if setting.dry else least_s / 2
-    for row, measure in cases:
-        began = time.monotonic()
-        if setting.left_s < 2 * longest:
-            found = replace(row, reason="time")
-        else:
-            try:
-                found = measure(row)
-            except NotRun as refused:
-                found = replace(row, reason=str(refused))
-        longest = max(longest, time.monotonic() - began)
-        yield found
-
-
-def device_seconds(call: Callable[[], object], setting: Setting) -> float:
-    """Median time of a call that leaves its work on the device's stream."""
-    if setting.device == "cpu":
-        return host_seconds(call, setting)
-    import torch
-
-    event: Any = torch.cuda.Event
-
-    def once() -> float:
-        start, end = event(enable_timing=True), event(enable_timing=True)
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        return float(start.elapsed_time(end)) / 1e3
-
-    return _median(once, setting)
-
-
-def host_seconds(call: Callable[[], object], setting: Setting) -> float:
-    """Median time of a call that returns when its work is done."""
-
-    def once() -> float:
-        started = time.perf_counter()
-        call()
-        return time.perf_counter() - started
-
-    return _median(once, setting)
-
-
-def _median(once: Callable[[], float], setting: Setting) -> float:
-    """At least `least_calls`, then until `most_seconds` are over or `MOST_CALLS` are done."""
-    for _ in range(_WARM_CALLS):
-        once()
-    times: list[float] = []
-    began = time.monotonic()
-    while len(times) < MOST_CALLS:
-        times.append(once())
-        if len(times) >= setting.least_calls and time.monotonic() - began > setting.most_seconds:
-            break
-    return median(times)
+        batches=(1, 4), lengths=(16,), copy_bytes=16 << 20, product_size=256, steps=6, timing_s=0.01,
+    )  # fmt: skip

@@ -10,7 +10,8 @@ import pytest
 from builders.spec import Flavour
 from measure.gpu_proof import setting
 from measure.gpu_proof.machine import try_flavour
-from measure.gpu_proof.setting import FLAVOURS, NotRun, Setting
+from measure.gpu_proof.setting import FLAVOURS, Setting
+from measure.gpu_proof.timing import NotRun
 from runtime.gpu import visible_targets
 
 _FOLDER = Path(__file__).parent

@@ -11,9 +11,8 @@ from builders import pipeline
 from builders.engine.tensorrt import build_decoder_engine, decoder_profiles
 from builders.judging import vectors
 from builders.spec import Flavour
-from measure.gpu_proof.decoder_engines import decoder_graph
-from measure.gpu_proof.decoders import KEPT, engine_over
-from measure.gpu_proof.encoders import EngineRunner
+from measure.gpu_proof.decoder_engines import KEPT, decoder_graph, engine_over
+from measure.gpu_proof.encoders import engine_runner, output_of
 from measure.gpu_proof.folders import encoder_spec
 from measure.gpu_proof.setting import Setting
 from runtime.generation.engine import generate
@@ -73,13 +72,13 @@ def test_an_encoder_engine_gives_the_vectors_of_onnx_runtime(tiny: Setting, flav
     """With padding of several lengths, at the edges of the profile and inside it."""
     spec = encoder_spec(tiny.encoders[0], tiny, flavour)
     built = pipeline.build(spec, "gpu", tiny.scratch, "engine")
-    runner = EngineRunner(built.engines[0], [tensor.name for tensor in built.served_graph.inputs])
+    bind = engine_runner(built.engines[0])
     random = np.random.default_rng(0)
     for batch, length in ((1, 1), (max(tiny.batches), max(tiny.lengths)), (3, 17)):
         lengths = random.integers(1, length + 1, batch)
         mask = (np.arange(length) < lengths[:, None]).astype(np.int64)
         feeds = {"input_ids": random.integers(0, tiny.encoders[0].vocabulary, (batch, length)), "attention_mask": mask}
         expected = vectors.graph_outputs(built.graph("fp32").file_path, [feeds], built.checkpoint)
-        found = runner.outputs(feeds)
+        found = output_of(bind(feeds))
         cosines = (found * expected).sum(1) / np.linalg.norm(found, axis=1) / np.linalg.norm(expected, axis=1)
         assert cosines.min() > 0.999

@@ -8,7 +8,8 @@ import threading
 from collections.abc import Iterator
 
 from measure.gpu_proof.record import Measured
-from measure.gpu_proof.setting import NotRun, Setting
+from measure.gpu_proof.setting import Setting
+from measure.gpu_proof.timing import NotRun
 
 ROW = Measured("case", "way", figures={"copy_gb_per_s": 100.0, "product_tflop_per_s": 10.0})
 
@@ -46,4 +47,12 @@ def dying(setting: Setting) -> Iterator[Measured]:
 def hanging(setting: Setting) -> Iterator[Measured]:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     yield Measured("process", "hanging", figures={"pid": float(os.getpid())})
+    threading.Event().wait()
+
+
+def interrupting(setting: Setting, pid: str) -> Iterator[Measured]:
+    """Interrupts the process `pid`, which has the first row by then: the second is more than a pipe holds."""
+    yield ROW
+    yield Measured("case", "way", note="x" * (1 << 20))
+    os.kill(int(pid), signal.SIGINT)
     threading.Event().wait()

@@ -17,9 +17,8 @@ from hypothesis import strategies as st
 from builders.errors import CheckError, InputError, MachineError
 from measure.gpu_proof import __main__ as proof_command
 from measure.gpu_proof import page, sections, setting
-from measure.gpu_proof.decoder_engines import whole_seconds
-from measure.gpu_proof.decoders import union_length
-from measure.gpu_proof.record import Measured, Proof, Section, largest_gap
+from measure.gpu_proof.decoder_engines import union_length, whole_seconds
+from measure.gpu_proof.record import Measured, Proof, Section
 from measure.gpu_proof.roofline import (
     DeviceLimits,
     LeastWork,
@@ -28,20 +27,20 @@ from measure.gpu_proof.roofline import (
     encoder_work,
     floor_seconds,
     prefill_work,
-    weight_bytes,
 )
 from measure.gpu_proof.sections import Part, run_parts
-from measure.gpu_proof.setting import BERT_BASE, LLAMA_8B, NotRun, in_time
+from measure.gpu_proof.setting import BERT_BASE, LLAMA_8B
+from measure.gpu_proof.timing import NotRun, in_time
 from runtime.gpu import visible_targets
 from tests.conftest import wait_until
+from tests.measure import gpu_proof_parts
 
 LIMITS = DeviceLimits(bytes_per_s=4e12, flops_per_s=8e14)
 no_gpu = pytest.mark.skipif(bool(visible_targets()), reason="this machine has a GPU")
 
 
 def test_a_large_decoder_is_counted_as_by_hand() -> None:
-    """Llama-3-8B: 8.03e9 parameters, of them 0.53e9 in the table of words; 128 KiB of cache a token in fp16."""
-    assert weight_bytes(LLAMA_8B, 2) == pytest.approx(2 * 8.03e9, rel=1e-3)
+    """Llama-3-8B: 7.504e9 parameters without the table of words; 128 KiB of cache a token in fp16."""
     one, more = (decode_work(LLAMA_8B, 1, context, 2) for context in (512, 4096))
     assert one.bytes - 512 * 131072 == pytest.approx(2 * 7.504e9, rel=1e-3)
     assert more.bytes - one.bytes == (4096 - 512) * 131072
@@ -90,9 +89,8 @@ def test_sections_end_each_in_its_way_and_the_next_goes_on(
     tiny: setting.Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sections, "GRACE_S", 0.0)
-    monkeypatch.setattr(sections, "_END_S", 0.5)
     parts = [replace(_part("sound"), name="limits"), *map(_part, ("raising", "lacking", "without_package", "dying")),
-             _part("hanging", most_s=2.0, least_s=1.0), _part("sound")]  # fmt: skip
+             _part("hanging", most_s=5.0), _part("sound")]  # fmt: skip
     found = {section.name: section for section in run_parts(parts, tiny, 300)}
     assert list(found) == ["limits", "raising", "lacking", "without_package", "dying", "hanging", "sound"]
     assert {name: section.status for name, section in found.items()} == {
@@ -110,41 +108,20 @@ def test_sections_end_each_in_its_way_and_the_next_goes_on(
 
 
 def test_a_section_that_does_not_fit_the_budget_is_not_begun(tiny: setting.Setting) -> None:
-    section = run_parts([_part("sound", least_s=20.0)], tiny, 10)[0]
+    [section] = run_parts([_part("sound", least_s=20.0)], tiny, 10)
     assert section.status == "not run"
     assert section.reason.startswith("time: ")
     assert not section.rows
 
 
-def test_a_signal_that_comes_while_a_section_is_reported_hides_no_other(tiny: setting.Setting) -> None:
-    reported = []
-
-    def report(section: Section) -> None:
-        reported.append(section.name)
-        if section.name == "first":
-            raise SystemExit(143)
-
-    parts = [replace(_part("sound", least_s=20.0), name=name) for name in ("first", "second", "third")]
-    with pytest.raises(SystemExit):
-        run_parts(parts, tiny, 10, report)
-    assert reported == ["first", "second", "third"]
-
-
-@pytest.mark.parametrize("module", ["import threading; threading.Event().wait(5)", "import os; os._exit(3)"])
-def test_a_server_of_sections_that_does_not_start_is_no_failed_section(tmp_path: Path, module: str) -> None:
-    """Importing torch from a cold disk is not the first section's time; and it is bounded."""
-    (tmp_path / "hard_to_import.py").write_text(module)
-    code = (
-        "from pathlib import Path; from measure.gpu_proof import sections, setting; "
-        "sections.START_S, sections._PRELOADED = 1.0, ['hard_to_import']; "
-        "sections.run_parts([sections.Part('x', 'tests.measure.gpu_proof_parts.sound', 5)], setting.dry(Path()), 5)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-    )  # fmt: skip
-    assert "MachineError" in done.stderr
-    assert "it died, or has not imported hard_to_import within 1 s" in done.stderr
+def test_a_signal_keeps_what_the_section_under_way_has_measured(tiny: setting.Setting) -> None:
+    part = replace(_part("interrupting"), arguments=(str(os.getpid()),))
+    found = run_parts([part, _part("sound")], tiny, 300)
+    ended = next(found)
+    with pytest.raises(KeyboardInterrupt):
+        next(found)
+    assert (ended.name, ended.status, ended.reason) == ("interrupting", "not run", sections.ENDED)
+    assert ended.rows[0] == gpu_proof_parts.ROW
 
 
 def _proof(*sections: Section) -> Proof:
@@ -166,21 +143,21 @@ def _case(how: str, fraction: float, case: str = "decode") -> Measured:
 
 def test_the_largest_gap_is_that_of_the_fastest_way() -> None:
     rows = (_case("eager", 0.1), _case("graph", 0.8), _case("eager", 0.5, "prompt"))
-    gap = largest_gap(_proof(Section("decoders", "ran", "", 1.0, rows)))
+    gap = _proof(Section("decoders", "ran", "", 1.0, rows)).largest_gap
     assert gap is not None
     assert (gap.case, gap.how, gap.figures["fraction"]) == ("prompt", "eager", 0.5)
-    assert largest_gap(_proof(Section("machine", "ran", "", 1.0))) is None
+    assert _proof(Section("machine", "ran")).largest_gap is None
 
 
 def test_a_way_that_beats_its_floor_hides_no_gap_and_is_named() -> None:
     rows = (_case("INT8 engine", 1.25), _case("graph", 0.3), _case("eager", 0.5, "prompt"), _case("L2", 2.0, "tiny"))
     proof = _proof(Section("engines", "ran", "", 1.0, rows))
-    gap = largest_gap(proof)
+    gap = proof.largest_gap
     assert gap is not None
     assert (gap.case, gap.how) == ("decode", "graph")
     text = page.render(proof)
     assert "decode, INT8 engine: 125.0%; tiny, L2: 200.0%." in text
-    assert largest_gap(_proof(Section("engines", "ran", "", 1.0, rows[:1]))) is None
+    assert _proof(Section("engines", "ran", "", 1.0, rows[:1])).largest_gap is None
 
 
 def test_the_page_says_what_ran_what_did_not_and_why() -> None:
@@ -242,9 +219,8 @@ def test_a_result_is_never_written_over(tmp_path: Path) -> None:
 def test_a_drawing_that_fails_costs_the_drawing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     proof = _proof(Section("decoders", "ran", "", 1.0, (_case("graph", 0.5),)))
     folder = tmp_path / "result"
-    proof_command.write(proof, folder)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    proof_command.illustrate(proof, folder)
+    proof_command.write(proof, folder)
     assert _saved(folder) == proof
     assert "No plots: ModuleNotFoundError" in (folder / "README.md").read_text()
     assert {file.name for file in folder.iterdir()} == {"proof.json", "README.md"}
@@ -253,7 +229,7 @@ def test_a_drawing_that_fails_costs_the_drawing(tmp_path: Path, monkeypatch: pyt
 def test_a_failed_section_fails_the_command_and_the_result_is_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(proof_command, "parts", lambda: (_part("raising"), _part("sound")))
+    monkeypatch.setattr(proof_command, "parts", lambda **_: (_part("raising"), _part("sound")))
     with pytest.raises(CheckError, match=r"section raising failed: RuntimeError") as raised:
         proof_command.main(["--dry", "--out", str(tmp_path)])
     assert raised.value.exit_code == 1
@@ -294,7 +270,7 @@ def _group_lives(group: int) -> bool:
 @pytest.mark.slow
 def test_the_dry_run_goes_through_every_section(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "measure.gpu_proof", "--dry", "--json", "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     (folder,) = tmp_path.iterdir()
     assert {file.name for file in folder.iterdir()} == {"proof.json", "README.md", "fraction.svg", "tokens.svg"}
@@ -312,7 +288,7 @@ def test_the_dry_run_goes_through_every_section(tmp_path: Path) -> None:
     assert all("not run: no GPU here" in row.note for row in built)
     ways = {row.how for row in found["decoders"].rows}
     assert ways == {"torch eager", "torch.compile"}
-    gap = largest_gap(proof)
+    gap = proof.largest_gap
     assert gap is not None
     assert gap.figures["fraction"] > 0
 
@@ -322,12 +298,26 @@ def test_every_part_is_there() -> None:
     assert all(callable(part.resolve()) for part in proof_command.parts())
 
 
+class OutOfMemoryError(RuntimeError):
+    """As torch names its own."""
+
+
 def test_a_case_that_is_not_measured_says_why_and_the_next_goes_on(tiny: setting.Setting) -> None:
     def refused(row: Measured) -> Measured:
         raise NotRun("its cache does not fit")
 
+    def too_large(row: Measured) -> Measured:
+        raise OutOfMemoryError("CUDA out of memory. Tried to allocate 69.00 GiB. GPU 0 has")
+
+    def broken(row: Measured) -> Measured:
+        raise RuntimeError("the third kernel is broken")
+
     row, done = Measured("case", "way"), Measured("case", "way", figures={"ms": 1.0})
     cases = [(row, refused), (row, lambda _: done)]
     assert list(in_time(tiny, cases)) == [replace(row, reason="its cache does not fit"), done]
+    [large] = in_time(tiny, [(row, too_large)])
+    assert large.reason == "does not fit the memory: CUDA out of memory"
+    with pytest.raises(RuntimeError, match="third kernel"):
+        list(in_time(tiny, [(row, broken)]))
     no_time = replace(tiny, device="cuda", deadline=0.0)
     assert list(in_time(no_time, cases[1:], least_s=10.0)) == [replace(row, reason="time")]
