@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 Batch = Mapping[str, "torch.Tensor"]  # names of the graph's inputs; [texts, length]
 TOKENS_PER_BATCH = 2048
+_CHARACTERS_PER_TOKEN = 6  # four and a half or so, and some more, since long texts are cut
 WATCHED = 256  # texts that no fit sees, by which it is kept or undone
 
 
@@ -44,7 +45,8 @@ class CalibrationText:
         texts = list(self._texts)
         if self._file is None:
             known = {text for pair in retrieval.pairs() for text in pair}
-            texts = corpus.mixed({*texts, *(text for text in corpus.library_texts() if text not in known)})
+            more = corpus.library_texts(tokens * _CHARACTERS_PER_TOKEN)
+            texts = corpus.mixed({*texts, *(text for text in more if text not in known)})
         count, taken = 0, list[Tensors]()
         for start in range(0, len(texts), WATCHED):
             for request in vectors.sample_requests(self._checkpoint, texts[start : start + WATCHED]):

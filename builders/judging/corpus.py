@@ -21,8 +21,11 @@ from builders.artifacts import file_digest
 from builders.errors import InputError, MachineError
 
 MIN_CHARACTERS = 20
-# Written by many hands, on mathematics, graphs, data and the web; each comes with what Trireme builds by.
-LIBRARIES = ("numpy", "networkx", "huggingface_hub", "pydantic", "jinja2")
+# Written by many hands, on mathematics, graphs, data, language and the web; each comes with what Trireme builds by. The
+# last two hold the most, and take a minute to read.
+LIBRARIES = (
+    "numpy", "networkx", "huggingface_hub", "pydantic", "jinja2", "sqlalchemy", "sympy", "transformers", "torch",
+)  # fmt: skip
 # Tests hold little prose, and some distributions leave them out; what others installed is not Python's text.
 _NOT_READ = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
 
@@ -47,24 +50,40 @@ def library_key() -> dict[str, Any]:
     return {name: metadata.version(name) for name in LIBRARIES}
 
 
-@functools.cache
-def library_texts() -> tuple[str, ...]:
-    """Docstrings of `LIBRARIES`, whole and their first lines alone, which are as long as a question is."""
-    found: set[str] = set()
+def library_texts(characters: int) -> list[str]:
+    """Paragraphs of docstrings, and first lines alone, which are as long as a question is: of as many of `LIBRARIES` as
+    hold so many characters, or of all. As many tokens of whole docstrings, half of which are cut, teach less."""
+    found, count = set[str](), 0
     for name in LIBRARIES:
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.origin is None:
-            raise MachineError(
-                f"package {name}", got="not installed", expected="its sources, to learn from their docstrings",
-                fix="install Trireme with the extra `build`, or give precision.calibration_texts",
-            )  # fmt: skip
-        for path in sorted(Path(spec.origin).parent.rglob("*.py")):
-            if _NOT_READ & set(path.relative_to(Path(spec.origin).parent).parts):
-                continue
-            for docstring in _docstrings_of(path):
-                line, _, body = docstring.partition("\n")
-                found |= {" ".join(part.split()) for part in (docstring, line if body.strip() else "")}
-    return tuple(mixed(text for text in found if len(text) >= MIN_CHARACTERS))
+        if count >= characters:
+            break
+        more = set(_library_texts(name)) - found
+        count += sum(map(len, more))
+        found |= more
+    return mixed(found)
+
+
+@functools.cache
+def _library_texts(name: str) -> tuple[str, ...]:
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        raise MachineError(
+            f"package {name}", got="not installed", expected="its sources, to learn from their docstrings",
+            fix="install Trireme with the extra `build`, or give precision.calibration_texts",
+        )  # fmt: skip
+    root, found = Path(spec.origin).parent, set[str]()
+    for path in sorted(root.rglob("*.py")):
+        if _NOT_READ & set(path.relative_to(root).parts):
+            continue
+        try:
+            docstrings = list(_docstrings_of(path))
+        except SyntaxError:  # written for a newer Python than this one
+            continue
+        for docstring in docstrings:
+            line, _, body = docstring.partition("\n")
+            parts = (*docstring.split("\n\n"), line if body.strip() else "")
+            found |= {" ".join(part.split()) for part in parts}
+    return tuple(text for text in found if len(text) >= MIN_CHARACTERS)
 
 
 def mixed(found: Iterable[str]) -> list[str]:

@@ -124,7 +124,7 @@ class _Run:
         self._started, self._spent = time.process_time(), 0.0
         self._parameters = trained(model)
         self._masters = [parameter.detach().clone().requires_grad_() for parameter in self._parameters]
-        self._optimisers = optimisers(model, self._masters, settings.optimiser)
+        self._optimisers = optimisers(model, self._masters, settings.optimiser, settings.arithmetic)
         self._average = None if settings.ema is None else [master.detach().clone() for master in self._masters]
         self._good: tuple[int, Weights] | None = None  # weights that gave a number
         self._good_due = True

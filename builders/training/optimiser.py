@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from builders.training.arithmetic import Arithmetic
 from runtime.record import Record
 
 if TYPE_CHECKING:
@@ -36,7 +37,9 @@ def rise_and_fall(peak: float, rise: float = 0.05, end: float = 0.0) -> Rate:
     return rate
 
 
-def optimisers(model: Any, weights: Sequence[torch.Tensor], asked: Optimiser) -> list[torch.optim.Optimizer]:
+def optimisers(
+    model: Any, weights: Sequence[torch.Tensor], asked: Optimiser, arithmetic: Arithmetic = "float32"
+) -> list[torch.optim.Optimizer]:
     """`weights` belong to the model's parameters that require gradients, in their order. The learning rate is set
     before each step."""
     import torch
@@ -50,7 +53,8 @@ def optimisers(model: Any, weights: Sequence[torch.Tensor], asked: Optimiser) ->
         (matrices if weight.ndim == 2 and id(parameter) not in tables else others).append(weight)
     if asked.kind == "muon":
         adam = torch.optim.AdamW(others, betas=asked.betas, weight_decay=0.0) if others else None
-        return [Muon(matrices, weight_decay=asked.weight_decay), *([adam] if adam else [])]
+        muon = Muon(matrices, weight_decay=asked.weight_decay, dtype=getattr(torch, arithmetic))
+        return [muon, *([adam] if adam else [])]
     groups = [{"params": matrices, "weight_decay": asked.weight_decay}, {"params": others, "weight_decay": 0.0}]
     if asked.kind == "sgd":
         return [torch.optim.SGD(groups, momentum=asked.momentum)]
