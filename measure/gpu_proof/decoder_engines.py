@@ -11,7 +11,7 @@ Without a GPU the engines are built all the same, ahead of time, and ONNX Runtim
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -177,53 +177,23 @@ def engine_over(executor: StepExecutor, capacity: int, slots: int, chunk: int) -
 
 
 def split(setting: Setting, engine: GenerationEngine, row: Measured) -> Measured:
-    """Milliseconds of one step of a stream by what they were spent on: the loop's own counters, taken without a
-    profiler, and what torch's profiler (CUPTI) sees of the device over further steps.
-    """
-    tokens = min(2 * setting.steps + 8, engine.limits.max_length - 1)
+    """Milliseconds of one step of a stream by what they were spent on: the loop's own counters."""
+    tokens = min(setting.steps + 8, engine.limits.max_length - 1)
     prompt = np.ones(engine.limits.max_length - tokens, np.int64)
     engine.submit(prompt, SamplingParams(max_tokens=tokens, min_tokens=tokens))
-    _steps(engine, 3)  # the prompt, and steps that capture
+    for _ in range(3):  # the prompt, and the steps that capture
+        engine.step()
     before = replace(engine.counters)
-    _steps(engine, setting.steps)
-    after, count = replace(engine.counters), engine.counters.steps - before.steps
-    step, executor, sampling = (
-        (getattr(after, name) - getattr(before, name)) / count
-        for name in ("step_seconds", "executor_seconds", "sample_seconds")
-    )
-    seen = _device_seconds(engine, setting.steps // 2)
     while engine.step():
         engine.take_updates()
-    device = min(seen, executor) if seen else executor  # no CUPTI, or no GPU: the wait for the executor has to do
-    parts = {"step": step, "device": device, "gaps": executor - device, "sampling": sampling}
-    parts["scheduling"] = step - executor - sampling
-    share = (step - device) / step
-    figures = {f"{name}_ms": seconds * 1e3 for name, seconds in parts.items()} | {"host_share": share}
+    count = engine.counters.steps - before.steps
+    step_s, executor_s, sampling_s = (
+        (getattr(engine.counters, name) - getattr(before, name)) / count
+        for name in ("step_seconds", "executor_seconds", "sample_seconds")
+    )
+    share = (step_s - executor_s) / step_s
+    parts = {"step": step_s, "executor": executor_s, "sampling": sampling_s}
+    parts["scheduling"] = step_s - executor_s - sampling_s
+    figures = {f"{name}_ms": seconds * 1e3 for name, seconds in parts.items()}
     note = f"the aim is a host share of at most {HOST_AIM:.0%}: {'met' if share <= HOST_AIM else 'missed'}"
-    by = "torch.profiler" if seen else "the loop's clock: gaps are in device_ms"
-    return replace(row, figures=figures | {"tokens_per_s": 1 / step}, facts={"device time by": by}, note=note)
-
-
-def _steps(engine: GenerationEngine, count: int) -> None:
-    for _ in range(count):
-        if engine.step():
-            engine.take_updates()
-
-
-def _device_seconds(engine: GenerationEngine, steps: int) -> float:
-    """Of one step: kernels and copies, as the profiler sees them. 0 where it sees none."""
-    from torch.profiler import profile
-
-    with profile() as profiler:
-        _steps(engine, steps)
-    spans = [each.time_range for each in profiler.events() or () if "cuda" in str(each.device_type).lower()]
-    return union_length((span.start, span.end) for span in spans) / steps / 1e6  # from microseconds
-
-
-def union_length(intervals: Iterable[tuple[float, float]]) -> float:
-    """Length of what the intervals cover together: kernels that overlap count once."""
-    covered, reached = 0.0, float("-inf")
-    for start, end in sorted(intervals):
-        covered += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    return covered
+    return replace(row, figures=figures | {"host_share": share, "tokens_per_s": 1 / step_s}, note=note)

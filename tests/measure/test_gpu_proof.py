@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from builders.errors import CheckError, InputError, MachineError
 from measure.gpu_proof import __main__ as proof_command
 from measure.gpu_proof import page, sections, setting
-from measure.gpu_proof.decoder_engines import union_length, whole_seconds
+from measure.gpu_proof.decoder_engines import whole_seconds
 from measure.gpu_proof.record import Measured, Proof, Section
 from measure.gpu_proof.roofline import (
     DeviceLimits,
@@ -67,13 +67,6 @@ def test_a_whole_model_follows_from_two_depths(shared: float, block: float, few:
     depths = (few, few + more)
     first, second = (shared + depth * block for depth in depths)
     assert whole_seconds(first, second, depths, layers) == pytest.approx(shared + layers * block)
-
-
-@given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 8)), max_size=12))
-def test_overlapping_kernels_count_once(spans: list[tuple[int, int]]) -> None:
-    intervals = [(float(start), float(start + length)) for start, length in spans]
-    covered = {tick for start, length in spans for tick in range(start, start + length)}
-    assert union_length(intervals) == len(covered)
 
 
 @pytest.fixture
