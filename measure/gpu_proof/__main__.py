@@ -75,9 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 told = f"{section.seconds:6.1f} s  {section.name}: {section.status} {section.reason}"
                 print(told.rstrip(), file=sys.stderr)
         finally:  # what was measured until a signal came is written, too
-            done += [Section(part.name, "not run", ENDED) for part in wanted[len(done) :]]
-            proof = Proof(_today(), device, dry, budget_s, tuple(done))
-            text = write(proof, folder)
+            ended = (Section(part.name, "not run", ENDED) for part in wanted[len(done) :])
+            proof = Proof(_today(), device, dry, budget_s, (*done, *ended))
+            text = write(proof, folder) if done else ""
     print(proof.to_json() if options.json else text, end="")
     if proof.failed:
         raise CheckError("; ".join(f"section {each.name} failed: {each.reason}" for each in proof.failed))

@@ -138,7 +138,7 @@ def graph_runner(file: Path) -> Bind:
 
 
 def engine_runner(engine: Engine) -> Bind:
-    """An engine over torch's memory and stream, so that torch's events time it: what is bound last is what runs."""
+    """An engine over torch's memory and stream, so that torch's timer waits for it: what is bound last is what runs."""
     import torch
 
     cuda: Any = torch.cuda

@@ -76,5 +76,6 @@ def seconds_of(call: Callable[[], object], setting: Setting, *, calls: int = 0) 
     """
     from torch.utils.benchmark import Timer
 
+    call()  # loads modules and chooses kernels: the timer would take it for the length of a call
     timer = Timer("call()", globals={"call": call})
     return timer.timeit(calls).median if calls else timer.blocked_autorange(min_run_time=setting.timing_s).median
