@@ -23,10 +23,12 @@ from measure.gpu_proof.roofline import DeviceLimits
 from measure.gpu_proof.setting import Setting
 from measure.gpu_proof.timing import lacking
 
+BEGIN_S = 120.0  # of a section's process, until its first word: not the section's time
 GRACE_S = 10.0  # for the case under way when a section's time is over
 _END_S = 5.0  # from the end of a process's pipe to its own
 # Imported once by the server that sections are forked from: none of them wakes CUDA by being imported.
 _PRELOADED = ["torch", "transformers.models.bert.modeling_bert", "transformers.models.llama.modeling_llama", "onnx"]
+BEGUN = "begun"
 ENDED = "the proof was ended before it was done"
 
 
@@ -66,10 +68,9 @@ def run_parts(parts: Sequence[Part], setting: Setting, seconds: float) -> Iterat
         if left < part.least_s:
             yield Section(part.name, "not run", f"time: {max(left, 0):.0f} s of the budget were left")
             continue
-        deadline = time.monotonic() + min(left, part.most_s)
         rows: list[Measured] = []
         try:
-            section = _run(context, part, replace(setting, deadline=deadline), rows)
+            section = _run(context, part, setting, min(left, part.most_s), rows)
         except (KeyboardInterrupt, SystemExit):
             yield Section(part.name, "not run", ENDED, rows=tuple(rows))
             raise
@@ -85,15 +86,15 @@ def _limits(section: Section) -> DeviceLimits | None:
     return DeviceLimits(figures["copy_gb_per_s"] * 1e9, figures["product_tflop_per_s"] * 1e12)
 
 
-def _run(context: Any, part: Part, setting: Setting, rows: list[Measured]) -> Section:
+def _run(context: Any, part: Part, setting: Setting, seconds: float, rows: list[Measured]) -> Section:
     """Appends to `rows` as they come."""
     began = time.monotonic()
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=measure_here, args=(part, setting, sender))
+    process = context.Process(target=measure_here, args=(part, setting, seconds, sender))
     try:
         process.start()
         sender.close()  # this end; the process holds the other, and its death is the end of the pipe
-        end = _collect(receiver, rows, setting.deadline + GRACE_S)
+        end = _collect(receiver, rows, seconds)
         if end is None:
             process.join(_END_S)  # to its exit code
     finally:
@@ -105,22 +106,28 @@ def _run(context: Any, part: Part, setting: Setting, rows: list[Measured]) -> Se
     return Section(part.name, status, reason, time.monotonic() - began, tuple(rows))
 
 
-def _collect(receiver: Connection, rows: list[Measured], deadline: float) -> tuple[Status, str] | None:
-    """Rows until the section says how it ended; None where it died."""
+def _collect(receiver: Connection, rows: list[Measured], seconds: float) -> tuple[Status, str] | None:
+    """Rows until the section says how it ended; None where it died. `seconds` count from its first word."""
+    deadline = time.monotonic() + BEGIN_S
     while receiver.poll(max(0.0, deadline - time.monotonic())):
         try:
             word = receiver.recv()
         except (EOFError, OSError):  # OSError: in the middle of a row
             return None
-        if not isinstance(word, Measured):
+        if word == BEGUN:
+            deadline = time.monotonic() + seconds + GRACE_S
+        elif isinstance(word, Measured):
+            rows.append(word)
+        else:
             status, reason = word
             return status, reason
-        rows.append(word)
     return "failed", "it did not end in its time, and was ended"
 
 
-def measure_here(part: Part, setting: Setting, sender: Connection) -> None:
+def measure_here(part: Part, setting: Setting, seconds: float, sender: Connection) -> None:
     """What a section's process does. What it lacks is "not run"; anything else that is raised has failed."""
+    sender.send(BEGUN)
+    setting = replace(setting, deadline=time.monotonic() + seconds)
     end: tuple[Status, str] = ("ran", "")
     try:
         for row in part.resolve()(setting, *part.arguments):
