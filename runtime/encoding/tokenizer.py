@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from runtime.errors import BadRequest
 from runtime.prefix import Prefix
 from runtime.settings import TokenizerSettings
+from runtime.token_rows import unpack_ids
 from runtime.tokenizer_file import open_tokenizer
 
 
@@ -34,6 +36,7 @@ class Tokenizer:
         self._fast.enable_truncation(settings.max_length)
         self._prefix = Prefix(self._fast, settings.max_length)
         self.settings = settings
+        self._before, self._behind = _frame(self._fast)
 
     def encode(
         self, texts: Sequence[str], pairs: Sequence[str] | None = None, prompts: Sequence[str] | None = None
@@ -50,6 +53,46 @@ class Tokenizer:
             Encoded(item.ids, item.type_ids, truncated=bool(item.overflowing) or any(went_on for _, went_on in row))
             for item, row in zip(self._fast.encode_batch(inputs), rows, strict=True)
         ]
+
+    def encode_rows(self, rows: Sequence[tuple[str | Encoded, ...]], prompts: Sequence[str]) -> list[Encoded]:
+        """Rows of texts, and rows that came as token ids, which are as they came."""
+        places = [place for place, row in enumerate(rows) if not isinstance(row[0], Encoded)]
+        columns = list(zip(*(rows[place] for place in places), strict=True)) if places else []
+        made = self.encode(*columns, prompts=[prompts[place] for place in places]) if columns else []  # type: ignore[arg-type]
+        by_place = dict(zip(places, made, strict=True))
+        return [row[0] if isinstance(row[0], Encoded) else by_place[place] for place, row in enumerate(rows)]
+
+    def read(self, raw: Sequence[bytes], name: str) -> list[str | Encoded]:
+        """An input of one request. Raises BadRequest that names the item at fault."""
+        if not any(item.startswith(b"\xff") for item in raw):
+            return list(decode_texts(raw, name))
+        found: list[str | Encoded] = []
+        for index, item in enumerate(raw):
+            try:
+                ids = unpack_ids(item)
+            except ValueError as error:
+                raise BadRequest(f"{name}[{index}]: {error}") from error
+            if ids is None:
+                raise BadRequest(f"{name} mixes texts and token ids")
+            found.append(self._given(ids, f"{name}[{index}]"))
+        return found
+
+    def _given(self, ids: list[int], what: str) -> Encoded:
+        """Ids as somebody else made them. Those of another model's tokenizer would be read without a sign of it; but
+        they lack the special tokens around them, which therefore must be there. Raises BadRequest."""
+        before, behind, most = self._before, self._behind, self.settings.max_length
+        if self.settings.pair:
+            raise BadRequest(f"{what} holds token ids; this model reads pairs of texts")
+        if len(ids) > most:
+            raise BadRequest(f"{what} has {len(ids)} tokens; this model takes at most {most}")
+        unknown = next((one for one in set(ids) if one < 0 or self._fast.id_to_token(one) is None), None)
+        if unknown is not None:
+            raise BadRequest(f"{what} holds {unknown}, which is no token of this model")
+        framed = ids[: len(before)] == before and ids[len(ids) - len(behind) :] == behind
+        if not framed or len(ids) <= len(before) + len(behind):
+            said = f"begin with {before} and end with {behind}" if before or behind else "are at least one"
+            raise BadRequest(f"{what}: token ids of this model's own tokenizer {said}; these do not")
+        return Encoded(ids, [0] * len(ids), truncated=False)
 
     def prompt(self, name: str | None) -> str:
         """What stands before each text of a request that names this prompt; None: it names none. Raises BadRequest."""
@@ -79,6 +122,15 @@ class Tokenizer:
             if self.settings.token_type_ids:
                 feeds["token_type_ids"][row, :count] = item.type_ids
         return feeds
+
+
+def _frame(fast: Any) -> tuple[list[int], list[int]]:
+    """The special tokens before and behind a text."""
+    made = fast.encode("a")
+    marks = made.special_tokens_mask
+    first = next((place for place, mark in enumerate(marks) if not mark), len(marks))
+    last = next((place for place in range(len(marks), first, -1) if not marks[place - 1]), first)
+    return made.ids[:first], made.ids[last:]
 
 
 def read_prompt_name(parameters: str) -> str | None:

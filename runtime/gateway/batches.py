@@ -19,17 +19,18 @@ READ = ("token_count", "truncated")  # what an encoder tells of how it read each
 
 
 async def encoded(
-    triton: Triton, facts: Facts, columns: Mapping[str, Sequence[str]], outputs: Sequence[str], request_id: str,
-    prompt: str | None = None,
+    triton: Triton, facts: Facts, columns: Mapping[str, Sequence[str] | Sequence[bytes]], outputs: Sequence[str],
+    request_id: str, prompt: str | None = None,
 ) -> Arrays:  # fmt: skip
-    """`outputs` of all rows; `columns` are inputs of one length, by name. `prompt`: the name of one of the model's."""
+    """`outputs` of all rows; `columns` are inputs of one length, by name, of texts or of token ids as `pack_ids` makes
+    them. `prompt`: the name of one of the model's."""
     count = len(next(iter(columns.values())))
     size = facts.max_batch_size or count
     parameters = {} if prompt is None else {"prompt_name": prompt}
     gate = asyncio.Semaphore(_AT_ONCE)
 
     async def batch(at: int) -> Arrays:
-        rows = {name: [text.encode() for text in texts[at : at + size]] for name, texts in columns.items()}
+        rows = {name: [_bytes(text) for text in texts[at : at + size]] for name, texts in columns.items()}
         inputs = [Blob(name, "BYTES", (len(texts), 1), pack_texts(texts)) for name, texts in rows.items()]
         async with gate:
             found = await triton.infer(inputs, outputs, request_id, parameters)
@@ -39,6 +40,10 @@ async def encoded(
         return await batch(0)
     parts = await together([batch(at) for at in range(0, count, size)])
     return {name: np.concatenate([part[name] for part in parts]) for name in outputs}
+
+
+def _bytes(item: str | bytes) -> bytes:
+    return item if isinstance(item, bytes) else item.encode()
 
 
 def require_texts(texts: Sequence[str], name: str, most: int) -> None:

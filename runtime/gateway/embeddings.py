@@ -16,6 +16,7 @@ from runtime.gateway.limits import DoorLimits
 from runtime.gateway.openai_requests import EmbeddingRequest
 from runtime.gateway.refused import Refused, require_model
 from runtime.gateway.triton import Triton
+from runtime.token_rows import pack_ids
 
 _REQUEST = msgspec.json.Decoder(EmbeddingRequest)
 
@@ -28,7 +29,7 @@ class Embeddings:
         asked = read_json(await exchange.body(), _REQUEST, self._limits.depth)
         require_model(asked.model, self._triton.model)
         asked.require_built()
-        texts = _texts(asked, self._limits.items)
+        rows = _rows(asked, self._limits.items)
         facts = await self._triton.facts()
         if not facts.embeds or "text" not in facts.inputs:
             raise Refused(400, f"{self._triton.model} does not embed texts", param="model")
@@ -36,22 +37,42 @@ class Embeddings:
             said = f"dimensions: vectors of this model have {facts.width} and are not cut here; leave it out"
             raise Refused(400, said, param="dimensions", code="unsupported_parameter")
         outputs = ("embedding", "token_count")
-        work = encoded(self._triton, facts, {"text": texts}, outputs, exchange.id, asked.prompt_name)
-        found = await exchange.unless_gone(work)
+        work = encoded(self._triton, facts, {"text": rows}, outputs, exchange.id, asked.prompt_name)
+        try:
+            found = await exchange.unless_gone(work)
+        except Refused as refused:
+            raise _about_ids(refused) if isinstance(rows[0], bytes) and refused.status == 400 else refused from None
         vectors, tokens = found["embedding"], int(found["token_count"].sum())
         await exchange.answer(_reply(self._triton.model, vectors, tokens, asked.encoding_format == "base64"))
 
 
-def _texts(asked: EmbeddingRequest, most: int) -> list[str]:
-    given = [asked.input] if isinstance(asked.input, str) else asked.input
+def _rows(asked: EmbeddingRequest, most: int) -> list[str] | list[bytes]:
+    """Texts, or lists of token ids, packed. Raises Refused."""
+    given: list[Any] = [asked.input] if isinstance(asked.input, str) else asked.input
+    if given and all(isinstance(item, int) for item in given):
+        given = [given]
     if not 1 <= len(given) <= most:
         raise Refused(400, f"input holds {len(given)} texts; send 1 to {most}", param="input")
-    texts = []
-    for item in given:
-        if not isinstance(item, str):
-            raise Refused(400, "input: token ids are not built here; send text", param="input")
-        texts.append(item)
-    return texts
+    if all(isinstance(item, str) for item in given):
+        return given
+    if not all(isinstance(item, list) for item in given):
+        raise Refused(400, "input mixes texts and token ids", param="input")
+    if asked.prompt_name is not None:
+        raise Refused(
+            400, "prompt_name goes before texts, and input holds token ids; leave it out", param="prompt_name"
+        )
+    return [pack_ids(ids) for ids in given]
+
+
+def _about_ids(refused: Refused) -> Refused:
+    """Most who send ids do not know it: their client counts with the tokenizer of another model."""
+    said = refused.message
+    if "not valid UTF-8" in said:
+        said = "this version of the model was built before it took token ids; build it again, or send text"
+    return Refused(
+        400, f"{said}. Token ids are those of /tokenize, special tokens included; LangChain sends another model's "
+        "unless it is told check_embedding_ctx_length=False", param="input",
+    )  # fmt: skip
 
 
 def _reply(model: str, vectors: NDArray[Any], tokens: int, as_base64: bool) -> bytes:

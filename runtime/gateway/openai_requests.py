@@ -47,7 +47,7 @@ class EmbeddingRequest(Closed, kw_only=True):
     """`prompt_name` chooses one of the model's own prompts; it is not of OpenAI."""
 
     model: Name
-    input: str | list[str | int | list[int]]
+    input: str | list[str | Token | list[Token]]
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Count | None = None
     user: str | None = None

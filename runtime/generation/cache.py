@@ -37,7 +37,9 @@ from runtime.step import Copy, Row
 class Slot:
     """A row and its tenant. The row holds keys and values of `tokens[:filled]`, and zeros behind them.
 
-    Rows of different salts share nothing. Whoever computed tokens raises `filled`; `row` and `state` are the cache's alone, and any call to it may change the
+    Rows of different salts share nothing.
+
+    Whoever computed tokens raises `filled`; `row` and `state` are the cache's alone, and any call to it may change the
     `row` of any slot: look it up when the plan is complete, do not keep it.
     """
 
@@ -91,7 +93,7 @@ class SlotCache:
         return copies
 
     def open(self, owner: int, tokens: Tokens, length: int, *, need: int, share: bool = True, salt: str = "") -> Slot:
-        """A row for `tokens[:length]`, holding `need` positions; what other rows of its salt share of it is there already.
+        """A row for `tokens[:length]`, holding `need` positions; what rows of its salt share of it is there.
 
         Call it only while `running < slots`. At least the last token is left to compute: its logits are wanted.
         Copies what is shared, or zeros where nothing is; moves and forgets kept rows, and no running one. Where rows

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.encoding.tokenizer import Tokenizer, decode_texts
+from runtime.encoding.tokenizer import Encoded, Tokenizer, decode_texts
 from runtime.errors import BadEnvironment, BadRequest
 from runtime.prefix import Prefix
 from runtime.settings import TokenizerSettings
+from runtime.token_rows import pack_ids
 
 
 def _tokenizer(folder: Path, **changes: object) -> Tokenizer:
@@ -131,3 +132,32 @@ def test_the_tokenizer_sees_little_of_a_large_text(size: int, piece: str) -> Non
     assert encoded.truncated or not piece.strip()  # a million blanks are one, and nothing is lost
     assert len(encoded.ids) <= 256
     assert counting.characters < 20_000
+
+
+def test_ids_are_read_as_they_come_beside_texts_of_others(tiny_bert: Path) -> None:
+    """One call for the requests of many: what is a text is encoded, what is not is left."""
+    tokenizer = _tokenizer(tiny_bert)
+    text, other = tokenizer.encode(["return the value", "a b"])
+    rows: list[tuple[str | Encoded, ...]] = [("a b",), (tokenizer.read([pack_ids(text.ids)], "text")[0],), ("a b",)]
+    found = tokenizer.encode_rows(rows, ["", "", ""])
+    assert [item.ids for item in found] == [other.ids, text.ids, other.ids]
+    assert tokenizer.encode_rows(rows[1:2], [""])[0].ids == text.ids
+    assert tokenizer.read([b"a", b"b"], "text") == ["a", "b"]
+
+
+def test_ids_of_another_tokenizer_are_told_apart(tiny_bert: Path) -> None:
+    tokenizer = _tokenizer(tiny_bert)
+    ids = tokenizer.encode(["return the value"])[0].ids
+    wrong = {
+        "begin with": ids[1:], "end with": ids[:-1], "these do not": [ids[0], ids[-1]], "is no token": [*ids, 1 << 30],
+        "at most 16": [ids[0], *[5] * 20, ids[-1]],
+    }  # fmt: skip
+    for said, row in wrong.items():
+        with pytest.raises(BadRequest, match=said):
+            tokenizer.read([pack_ids(row)], "text")
+    with pytest.raises(BadRequest, match="mixes"):
+        tokenizer.read([pack_ids(ids), b"text"], "text")
+    with pytest.raises(BadRequest, match="no whole number"):
+        tokenizer.read([pack_ids(ids)[:-1]], "text")
+    with pytest.raises(BadRequest, match="pairs"):
+        _tokenizer(tiny_bert, pair=True).read([pack_ids(ids)], "text")

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import hashlib
 import json
+from collections.abc import AsyncGenerator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,11 @@ from runtime.gateway.guards import Guards
 from runtime.gateway.keys import Keys
 from runtime.gateway.limits import DoorLimits
 from runtime.gateway.refused import Refused, upstream_refusal
+from runtime.gateway.trip import TRIP
+from runtime.gateway.triton import Blob
 from runtime.gateway.upstream import UpstreamGone
 from runtime.settings import ChatSettings, GeneratorModelSettings, ServedModel
+from runtime.token_rows import unpack_ids
 from tests.gateway.asking import FakeTriton, Got, ask, door_of, get, post
 
 TEXT = {"model": "m", "input": "a"}
@@ -44,13 +48,52 @@ def test_embeddings_as_numbers_and_as_base64() -> None:
     assert np.frombuffer(base64.b64decode(coded), "<f4").tolist() == [0.0, 1.0]
 
 
+@pytest.mark.parametrize(("given", "rows"), [([7, 300], [[7, 300]]), ([[7], [8, 9]], [[7], [8, 9]])])
+def test_token_ids_reach_the_model_as_such(given: list[Any], rows: list[list[int]]) -> None:
+    triton = FakeTriton(longest=1000)
+    assert post(door_of(triton), "/v1/embeddings", {**TEXT, "input": given}).status == 200
+    (((item,), *_),) = triton.asked
+    assert [unpack_ids(row) for row in _rows_of(item, len(rows))] == rows
+
+
+def _rows_of(blob: Blob, count: int) -> list[bytes]:
+    found, data = [], blob.data
+    for _ in range(count):
+        end = 4 + int.from_bytes(data[:4], "little")
+        found.append(bytes(data[4:end]))
+        data = data[end:]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("text[0] holds 70000, which is no token of this model", "70000"),
+        ("text[0]: byte 0 is not valid UTF-8", "built"),
+    ],
+)
+def test_who_sends_ids_of_another_model_learns_which_setting_does_it(said: str, shown: str) -> None:
+    got = post(door_of(FakeTriton(error=Refused(400, said))), "/v1/embeddings", {**TEXT, "input": [[70000]]})
+    assert got.status == 400
+    assert shown in _error(got)["message"]
+    assert "check_embedding_ctx_length=False" in _error(got)["message"]
+    about_text = post(door_of(FakeTriton(error=Refused(400, said))), "/v1/embeddings", TEXT)
+    assert "check_embedding_ctx_length" not in _error(about_text)["message"]
+
+
 @pytest.mark.parametrize(
     ("body", "status", "param"),
     [
         ({**TEXT, "dimensions": 3}, 400, "dimensions"),
         ({**TEXT, "dimension": 3}, 400, "dimension"),
-        ({**TEXT, "input": [1, 2]}, 400, "input"),
-        ({**TEXT, "input": [[1]]}, 400, "input"),
+        ({**TEXT, "input": [1, "a"]}, 400, "input"),
+        ({**TEXT, "input": [[1], "a"]}, 400, "input"),
+        ({**TEXT, "input": [[1], 2]}, 400, "input"),
+        ({**TEXT, "input": [-1]}, 400, "input"),
+        ({**TEXT, "input": [1 << 31]}, 400, "input"),
+        ({**TEXT, "input": [1.0]}, 400, "input"),
+        ({**TEXT, "input": [True]}, 400, "input"),
+        ({**TEXT, "input": [1, 2], "prompt_name": "query"}, 400, "prompt_name"),
         ({**TEXT, "input": []}, 400, "input"),
         ({**TEXT, "input": 5}, 400, "input"),
         ({**TEXT, "model": "other"}, 404, "model"),
@@ -396,3 +439,22 @@ def test_whatever_python_writes_is_shallow_enough_by_its_true_depth(value: Any) 
     if depth(value):
         with pytest.raises(Refused):
             require_shallow(body, depth(value) - 1)
+
+
+class _Salted(FakeTriton):
+    async def generate(self, fields: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+        self.asked.append(TRIP.get().salt)
+        yield {"text_output": "", "finish_reason": "stop", "prompt_tokens": 1, "completion_tokens": 1}
+
+
+def test_prompts_are_salted_by_whose_key_it_is() -> None:
+    """And without keys not at all: a proxy's clients have one address or many, and are nobody in particular."""
+    hashes = {hashlib.sha256(name.encode()).digest(): name for name in ("ann", "bob")}
+    triton = _Salted(generates=True)
+    door = door_of(triton, keys=Keys(hashes))
+    for name in ("ann", "bob", "ann"):
+        assert post(door, "/v1/completions", PROMPT, {"authorization": f"Bearer {name}"}).status == 200
+    assert post(door_of(triton), "/v1/completions", PROMPT).status == 200
+    assert triton.asked == ["ann", "bob", "ann", ""]
+    salted = {"text_input": "a", "cache_salt": "ann"}
+    assert post(door_of(triton), "/v2/models/m/generate", salted).status == 400, "nobody salts but the gateway"

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 from collections.abc import Awaitable, Callable
 
 import pytest
 
+from runtime.gateway.trip import TRIP, Trip
+from runtime.gateway.triton import TritonHttp
 from runtime.gateway.upstream import Upstream, UpstreamGone
 
 Serve = Callable[[int, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -125,3 +128,20 @@ def test_nobody_there() -> None:
             await _ask(Upstream("127.0.0.1", 9, 1, 100))
 
     asyncio.run(run())
+
+
+def test_a_salt_goes_to_the_model_with_the_prompt() -> None:
+    bodies: list[bytes] = []
+
+    async def serve(number: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        bodies.append((await _request(reader)).partition(b"\r\n\r\n")[2])
+        writer.write(b'HTTP/1.1 200 OK\r\nContent-Length: 28\r\n\r\ndata: {"text_output": "ab"}\n\n')
+
+    async def test(upstream: Upstream) -> None:
+        triton = TritonHttp(upstream, upstream, "m")
+        for salt in ("ann", ""):
+            TRIP.set(Trip(salt=salt))
+            assert [piece async for piece in triton.generate({"text_input": "a"})]
+
+    _with_server(serve, test)
+    assert [json.loads(body).get("cache_salt") for body in bodies] == ["ann", None]

@@ -129,6 +129,9 @@ def test_tritons_own_parameters_are_no_ones_mistake() -> None:
     asked = read_request({"text_input": TEXT}, {"id": "7", "priority": 1, "timeout": 5_000, "model": "tiny"})
     assert (asked.text, asked.timeout_s) == ("a text", 0.005)
     assert read_request({"text_input": TEXT}, {"timeout": 0}).timeout_s is None
+    assert read_request({"text_input": TEXT}, {"cache_salt": "ann"}).params.cache_salt == "ann"
+    with pytest.raises(BadRequest, match="cache_salt is no text"):
+        read_request({"text_input": TEXT}, {"cache_salt": 3})
     with pytest.raises(BadRequest, match="timeout is 'soon'; expected a whole number of microseconds"):
         read_request({"text_input": TEXT}, {"timeout": "soon"})
 

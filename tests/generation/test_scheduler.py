@@ -202,6 +202,21 @@ def test_a_finished_prompt_is_not_computed_again() -> None:
     assert engine.counters.reused_tokens == 24 + 15
 
 
+def test_prompts_of_another_salt_are_computed_anew() -> None:
+    """Kept rows and running ones: else the time to a first token tells who else has asked the same."""
+    ledger = Ledger((64,), 6)
+    engine = engine_over(ledger, (64,), 3, kept=3)
+    for salt, computed in (("ann", 20), ("bob", 20), ("", 20), ("ann", 1), ("bob", 1), ("", 1)):
+        ledger.steps.clear()
+        generate(engine, [np.arange(20)], SamplingParams(max_tokens=1, cache_salt=salt))
+        assert sum(ledger.steps) == computed, salt
+    reused = engine.counters.reused_tokens
+    engine.submit(np.arange(30, 45), SamplingParams(max_tokens=10, cache_salt="ann"))
+    engine.step()
+    generate(engine, [np.arange(30, 45)], SamplingParams(max_tokens=1, cache_salt="bob"))
+    assert engine.counters.reused_tokens == reused
+
+
 def test_a_full_queue_refuses_and_a_late_request_is_told_so() -> None:
     now = [0.0]
     base = engine_over(Ledger((32,), 2), (32,), 1, kept=1, queue=2)

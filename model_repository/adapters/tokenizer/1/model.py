@@ -10,7 +10,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from runtime.encoding.encoder import require_numpy_1
-from runtime.encoding.tokenizer import Encoded, Tokenizer, decode_texts, read_prompt_name
+from runtime.encoding.tokenizer import Encoded, Tokenizer, read_prompt_name
 from runtime.errors import BadRequest
 from runtime.proof.proven import ProvenExporter
 from runtime.settings import TokenizerModelSettings
@@ -45,13 +45,16 @@ class TritonPythonModel:
         """All texts of all requests are encoded in one call; a bad request fails alone."""
         self.proven.look()
         responses: list[Any] = [None] * len(requests)
-        texts: list[tuple[str, ...]] = []
+        texts: list[tuple[str | Encoded, ...]] = []
         prompts: list[str] = []
         spans: dict[int, slice] = {}
         for index, request in enumerate(requests):
             try:
-                prompt = self.tokenizer.prompt(read_prompt_name(request.parameters()))
+                named = read_prompt_name(request.parameters())
+                prompt = self.tokenizer.prompt(named)
                 rows = list(zip(*(self._read(request, name) for name in self.inputs), strict=True))
+                if named is not None and any(isinstance(row[0], Encoded) for row in rows):
+                    raise BadRequest("prompt_name goes before texts, and these are token ids; leave it out")
             except BadRequest as error:
                 responses[index] = _error(str(error))
                 continue
@@ -59,15 +62,13 @@ class TritonPythonModel:
             texts += rows
             prompts += [prompt] * len(rows)
         if texts:
-            columns = list(zip(*texts, strict=True))
-            encoded = self.tokenizer.encode(*columns, prompts=prompts)
+            encoded = self.tokenizer.encode_rows(texts, prompts)
             for index, span in spans.items():
                 responses[index] = self._respond(encoded[span])
         return responses
 
-    @staticmethod
-    def _read(request: Any, name: str) -> list[str]:
-        return decode_texts(pb_utils.get_input_tensor_by_name(request, name).as_numpy().ravel(), name)
+    def _read(self, request: Any, name: str) -> list[str | Encoded]:
+        return self.tokenizer.read(pb_utils.get_input_tensor_by_name(request, name).as_numpy().ravel(), name)
 
     def _respond(self, encoded: list[Encoded]) -> Any:
         tensors = [pb_utils.Tensor(name, array) for name, array in self.tokenizer.pad(encoded).items()]
