@@ -6,6 +6,7 @@
       store/, scaling/     the model store, the autoscaler
       access/              keys and certificate of the pods' gateway
       surroundings/        the way in from outside, alerts
+      group/               the nodes of a replica, where it has several
       build/               what the engine-build Job builds, and where
       k8s/                 base and components, copied, so that the folder stands alone
       rendered.yaml        what `kubectl kustomize` makes of it, checked
@@ -27,7 +28,7 @@ from builders.errors import InputError, SpecError
 from builders.manifests.access import access
 from builders.manifests.jobs import jobs
 from builders.manifests.lint.check import ManifestFault, check_text
-from builders.manifests.patches import Patch, images, namespace_of, replica
+from builders.manifests.patches import Patch, group, images, namespace_of, replica
 from builders.manifests.render import K8S, render
 from builders.manifests.scaling import scaler
 from builders.manifests.sizing import Sizing, size
@@ -42,13 +43,15 @@ _HEADER = "# Written by `trireme manifests`; change the spec and write it again.
 
 
 class Manifests(Record):
-    """What was written. `namespace` holds everything; `workload` is the Deployment."""
+    """What was written. `namespace` holds everything; `workload` is the Deployment, or the LeaderWorkerSet of a replica
+    over several nodes."""
 
     directory: Path
     namespace: str
     workload: str
     objects: int
     gpus_per_pod: int
+    nodes: int
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ def write_manifests(spec: DeploymentSpec, platform: Platform, folder: Path) -> M
     Raises SpecError, UnsupportedError: no such deployment. MachineError: no kubectl. ManifestFault: our own checks
     refuse the result. InputError: the folder holds something else. On failure an earlier overlay stays as it was.
     """
-    plan, folder = overlay_files(spec, platform), folder.resolve()
+    plan, folder, sizing = overlay_files(spec, platform), folder.resolve(), size(spec, platform)
     _require_ours(folder)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -90,7 +93,8 @@ def write_manifests(spec: DeploymentSpec, platform: Platform, folder: Path) -> M
         namespace=namespace_of(spec),
         workload=f"{spec.name}-serving",
         objects=rendered.count("\nkind: "),
-        gpus_per_pod=size(spec, platform).gpus,
+        gpus_per_pod=sizing.gpus,
+        nodes=sizing.nodes,
     )
 
 
@@ -122,6 +126,9 @@ def overlay_files(spec: DeploymentSpec, platform: Platform) -> Overlay:
     if spec.kubernetes.build_in_cluster:
         local["build"] = jobs(spec, platform)
     local = {name: patches for name, patches in local.items() if patches}
+    # The group takes the pod as the patches above leave it.
+    gang = group(spec, sizing)
+    last = ["k8s/components/multi-node", "group"] if gang else []
     kustomization = {
         "apiVersion": "kustomize.config.k8s.io/v1beta1",
         "kind": "Kustomization",
@@ -129,18 +136,18 @@ def overlay_files(spec: DeploymentSpec, platform: Platform) -> Overlay:
         "namePrefix": f"{spec.name}-",
         "labels": [_labels(spec)],
         "resources": ["k8s/base"],
-        "components": [*(f"k8s/components/{name}" for name in names), *local, "k8s/components/images"],
+        "components": [*(f"k8s/components/{name}" for name in names), *local, *last, "k8s/components/images"],
         "images": images(spec, platform),
         "configMapGenerator": [_settings(spec, platform, sizing)],
     }
     files = {"kustomization.yaml": _yaml(kustomization)}
-    for name, patches in local.items():
+    for name, patches in (local | ({"group": gang} if gang else {})).items():
         files |= _component(name, patches, _generator(spec, name))
     if spec.kubernetes.build_in_cluster:
         files["build/spec.yaml"] = _yaml(spec.model_dump(mode="json", exclude={"kubernetes"}, exclude_defaults=True))
     if spec.kubernetes.monitoring:
         files[f"surroundings/{DASHBOARD}"] = dashboard(spec)
-    return Overlay(files, (*names, "images"))
+    return Overlay(files, (*names, *(["multi-node"] if gang else []), "images"))
 
 
 def _components(spec: DeploymentSpec, platform: Platform, sizing: Sizing) -> list[str]:
@@ -166,9 +173,13 @@ def _components(spec: DeploymentSpec, platform: Platform, sizing: Sizing) -> lis
 
 def _labels(spec: DeploymentSpec) -> dict[str, Any]:
     """This deployment's own label, in every selector too. kustomize knows where built-in kinds have theirs."""
-    monitors = {"path": "spec/selector/matchLabels", "kind": "PodMonitor", "create": True}
-    pairs = {"app.kubernetes.io/instance": spec.name}
-    return {"includeSelectors": True, "pairs": pairs, "fields": [monitors]}
+    paths = {
+        "spec/selector/matchLabels": "PodMonitor",
+        "spec/leaderWorkerTemplate/leaderTemplate/metadata/labels": "LeaderWorkerSet",
+        "spec/leaderWorkerTemplate/workerTemplate/metadata/labels": "LeaderWorkerSet",
+    }
+    fields = [{"path": path, "kind": kind, "create": True} for path, kind in paths.items()]
+    return {"includeSelectors": True, "pairs": {"app.kubernetes.io/instance": spec.name}, "fields": fields}
 
 
 def _settings(spec: DeploymentSpec, platform: Platform, sizing: Sizing) -> dict[str, Any]:
@@ -182,6 +193,8 @@ def _settings(spec: DeploymentSpec, platform: Platform, sizing: Sizing) -> dict[
         "THREADS": sizing.threads,
         "GRAPH_DIGEST": cluster.graph_digest,
     }
+    if sizing.nodes > 1:
+        values["RANKS_EACH"] = sizing.ranks
     return {"name": "settings", "behavior": "merge", "literals": [f"{key}={value}" for key, value in values.items()]}
 
 

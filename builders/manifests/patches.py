@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from builders.errors import UnsupportedError
 from builders.manifests.lint.quantity import canonical
 from builders.manifests.parts import CONTROL, KEYS, SHM, VERSION, serving_pod
 from builders.manifests.sizing import Sizing
@@ -78,11 +79,37 @@ def replica(spec: DeploymentSpec, sizing: Sizing) -> list[Patch]:
     return patches
 
 
+def group(spec: DeploymentSpec, sizing: Sizing) -> list[Patch]:
+    """The LeaderWorkerSet that the Deployment's pod becomes where a replica spans nodes. Raises UnsupportedError."""
+    if sizing.nodes == 1:
+        return []
+    if sizing.gpus and len(spec.engine.targets) > 1:
+        raise UnsupportedError(
+            "engine.targets",
+            got=", ".join(spec.engine.targets),
+            expected=f"one type of GPU: the {sizing.nodes} nodes of a replica must be alike",
+            fix="name the one that the replica runs on",
+        )
+    changes = [replace("/spec/leaderWorkerTemplate/size", sizing.nodes)]
+    if spec.kubernetes.scaling.by == "none":
+        changes.append(replace("/spec/replicas", spec.kubernetes.scaling.min_replicas))
+    else:
+        changes.append({"op": "remove", "path": "/spec/replicas"})  # the autoscaler's
+    patches = [Patch("group.yaml", {"kind": "LeaderWorkerSet", "name": "serving"}, changes)]
+    scaled = {"apiVersion": "leaderworkerset.x-k8s.io/v1", "kind": "LeaderWorkerSet", "name": "serving"}
+    scalers = {"hpa": "HorizontalPodAutoscaler", "keda": "ScaledObject"}
+    if kind := scalers.get(spec.kubernetes.scaling.by):
+        patches.append(
+            Patch("scaled.yaml", {"kind": kind, "name": "serving"}, [replace("/spec/scaleTargetRef", scaled)])
+        )
+    return patches
+
+
 def _volumes(spec: DeploymentSpec, sizing: Sizing) -> list[dict[str, Any]]:
     """What the pod mounts that the set does not hold gets the spec's name here: kustomize prefixes its own only."""
     names = serving_pod()
     version = {"configMap": {"name": f"{spec.name}-model-version", "optional": True}}
-    control = {"secret": {"secretName": f"{spec.name}-triton-control", "optional": True}}
+    control = {"secret": {"secretName": f"{spec.name}-triton-control", "optional": sizing.nodes == 1}}
     # A merge: which keys of it are mounted stays as the base says.
     keys = {"secret": {"secretName": api_keys_secret(spec)}}
     return [

@@ -6,7 +6,7 @@ from typing import Any
 
 from builders.manifests.lint.quantity import canonical
 from builders.manifests.patches import Patch, namespace_of, replace
-from builders.manifests.sizing import Sizing
+from builders.manifests.sizing import Sizing, nodes_of
 from builders.spec import DeploymentSpec
 
 
@@ -37,7 +37,8 @@ def scaler(spec: DeploymentSpec, sizing: Sizing) -> list[Patch]:
 
 def pods_of(spec: DeploymentSpec) -> str:
     """PromQL's selector of this deployment's pods. Not `.*`: a spec may be named as the beginning of another's pods."""
-    return f'namespace="{namespace_of(spec)}",pod=~"{spec.name}-serving-[a-z0-9]+-[a-z0-9]+"'
+    ending = "[a-z0-9]+-[a-z0-9]+" if nodes_of(spec) == 1 else "[0-9]+"  # the leaders of groups
+    return f'namespace="{namespace_of(spec)}",pod=~"{spec.name}-serving-{ending}"'
 
 
 def signals(spec: DeploymentSpec, sizing: Sizing) -> dict[str, str]:

@@ -18,12 +18,14 @@ _DEFAULT_P95_MS = 500.0  # where the spec promises none
 
 @dataclass(frozen=True)
 class Sizing:
-    """One pod, and when there should be more of them.
+    """One pod, and when there should be more of them. `nodes`: pods of a replica, with `ranks` in each.
 
     `memory_mib` is the limit and holds /dev/shm and the gateway. `pending_requests` and `queue_us` are what a pod may
     show before another one comes: requests in its queues, and mean microseconds that a request waited.
     """
 
+    nodes: int
+    ranks: int
     gpus: int
     cpus: int
     threads: int
@@ -37,14 +39,18 @@ class Sizing:
 
 
 def size(spec: DeploymentSpec, platform: Platform) -> Sizing:
-    """Raises SpecError for an SLO that the queue alone breaks; UnsupportedError for a replica beyond one node."""
+    """Raises SpecError for an SLO that the queue alone breaks; UnsupportedError for ranks that nodes cannot share."""
     cluster = spec.kubernetes
-    gpus = gpus_per_pod(spec) if platform == "gpu" else 0
+    nodes = nodes_of(spec)
+    ranks = spec.parallel.ranks // nodes
+    gpus = ranks if platform == "gpu" else 0
     cpus = cluster.cpus or 8 * gpus or 4
     shm_mib = cluster.shm_mib or (2048 * gpus if gpus > 1 else 256)
     memory_gib = cluster.memory_gib or 16 * gpus or 4
     queue_us = allowed_queue_us(spec)
     return Sizing(
+        nodes=nodes,
+        ranks=ranks,
         gpus=gpus,
         cpus=cpus,
         threads=spec.serving.threads or max(1, cpus // spec.instances_on(platform)),
@@ -58,17 +64,30 @@ def size(spec: DeploymentSpec, platform: Platform) -> Sizing:
     )
 
 
-def gpus_per_pod(spec: DeploymentSpec) -> int:
-    """One for each rank: tensor x pipeline."""
-    ranks, most = spec.parallel.tensor * spec.parallel.pipeline, spec.kubernetes.gpus_per_node
-    if ranks > most:
+def nodes_of(spec: DeploymentSpec) -> int:
+    """The fewest that hold all ranks. Tensor ranks meet in every layer, so they share a node; whole pipeline stages go
+    to the nodes, as many to each.
+    """
+    parallel, most = spec.parallel, spec.kubernetes.gpus_per_node
+    if parallel.ranks <= most:
+        return 1
+    said = f"{parallel.ranks} ranks (tensor {parallel.tensor} x pipeline {parallel.pipeline})"
+    if not spec.generates:
         raise UnsupportedError(
             "parallel",
-            got=f"{ranks} ranks (tensor {spec.parallel.tensor} x pipeline {spec.parallel.pipeline})",
-            expected=f"at most kubernetes.gpus_per_node={most}: the ranks of a replica are processes of one pod so far",
+            got=f"{said} for model.task={spec.model.task}",
+            expected=f"at most kubernetes.gpus_per_node={most}: only language models span nodes",
             fix="share the model among fewer ranks, or name a larger node",
         )
-    return ranks
+    for nodes in range(2, parallel.pipeline + 1):
+        if parallel.pipeline % nodes == 0 and parallel.ranks // nodes <= most:
+            return nodes
+    raise UnsupportedError(
+        "parallel",
+        got=said,
+        expected=f"stages of at most kubernetes.gpus_per_node={most} tensor ranks, which share a node",
+        fix="lower parallel.tensor and raise parallel.pipeline, or name a larger node",
+    )
 
 
 def allowed_queue_us(spec: DeploymentSpec) -> int:

@@ -11,6 +11,7 @@ import yaml
 from builders.manifests.patches import Patch, namespace_of, replace
 from builders.manifests.render import K8S
 from builders.manifests.scaling import pods_of
+from builders.manifests.sizing import nodes_of
 from builders.spec import DeploymentSpec
 from builders.spec.kubernetes import GatewaySlice
 
@@ -76,8 +77,12 @@ def monitors(spec: DeploymentSpec) -> list[Patch]:
         return []
     rules = yaml.safe_load((K8S / "components" / "monitoring" / "rules.yaml").read_text())["spec"]["groups"][0]["rules"]
     deployment = f'namespace="{namespace_of(spec)}",deployment="{spec.name}-serving"'
+    absent = _no_leader(spec) if nodes_of(spec) > 1 else None
     changed = [
-        replace(f"/spec/groups/0/rules/{index}/expr", _of(rule["expr"], pods_of(spec), deployment))
+        replace(
+            f"/spec/groups/0/rules/{index}/expr",
+            absent if absent and _DEPLOYMENT in rule["expr"] else _of(rule["expr"], pods_of(spec), deployment),
+        )
         for index, rule in enumerate(rules)
     ]
     patches = [Patch("rules.yaml", {"kind": "PrometheusRule", "name": "serving"}, changed)]
@@ -85,6 +90,12 @@ def monitors(spec: DeploymentSpec) -> list[Patch]:
         labels = {"op": "add", "path": "/metadata/labels", "value": dict(spec.kubernetes.monitoring_labels)}
         patches.append(Patch(f"{kind.lower()}-labels.yaml", {"kind": kind, "name": "serving"}, [labels]))
     return patches
+
+
+def _no_leader(spec: DeploymentSpec) -> str:
+    """What says of groups that no pod is ready: there is no metric of a LeaderWorkerSet."""
+    ready = f'sum by (namespace) (kube_pod_status_ready{{{pods_of(spec)},condition="true"}}) == 0'
+    return f'label_replace({ready}, "deployment", "{spec.name}-serving", "", "")'
 
 
 def dashboard(spec: DeploymentSpec) -> str:

@@ -164,7 +164,11 @@ class KubernetesSlice(Slice):
     gpus_by: Literal["device-plugin", "dra"] = Field(
         "device-plugin", description="how a pod gets its GPUs; dra: a ResourceClaimTemplate"
     )
-    gpus_per_node: Positive = Field(8, description="a spec with more ranks than this is refused")
+    gpus_per_node: Positive = Field(
+        8,
+        description="ranks that one node takes, each with a GPU where there are any; a language model with more gets "
+        "several nodes, with whole pipeline stages on each, and needs LeaderWorkerSet",
+    )
     node_selector: dict[str, str] = Field({}, description="labels of the nodes; GPU nodes are found by engine.targets")
     gpu_node_labels: dict[str, dict[str, str]] = Field(
         {},

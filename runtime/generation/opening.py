@@ -15,6 +15,7 @@ from runtime.generation.interface import Asked
 from runtime.generation.request import Limits, Tokens
 from runtime.generation.scheduler import Scheduler
 from runtime.prefix import Prefix
+from runtime.ranks.hosts import Hosts
 from runtime.rows import CacheShape
 from runtime.settings import GeneratorModelSettings
 from runtime.step import StepExecutor
@@ -61,10 +62,12 @@ class TextTokenizer:
 
 
 def open_engine(
-    settings: GeneratorModelSettings, directory: Path, device: int = 0
+    settings: GeneratorModelSettings, directory: Path, device: int = 0, hosts: Hosts | None = None
 ) -> tuple[GenerationEngine, TextTokenizer]:
-    """Raises BadEnvironment where the files do not fit each other or this machine, ServerFault for ranks that fail."""
-    executor = open_executor(settings, settings.paths(directory), device)
+    """`hosts`: those that the model's ranks run on; None is this one. Raises BadEnvironment where the files do not fit
+    each other or this machine, ServerFault for ranks that fail.
+    """
+    executor = open_executor(settings, settings.paths(directory), device, hosts)
     try:
         limits = _limits(settings, executor.vocabulary)
         tokenizer = TextTokenizer(directory / TOKENIZER_FILE, executor.vocabulary, limits.max_length)
@@ -104,8 +107,12 @@ def _limits(settings: GeneratorModelSettings, vocabulary: int) -> Limits:
     return limits
 
 
-def open_executor(settings: GeneratorModelSettings, files: Mapping[str, Path], device: int = 0) -> StepExecutor:
+def open_executor(
+    settings: GeneratorModelSettings, files: Mapping[str, Path], device: int = 0, hosts: Hosts | None = None
+) -> StepExecutor:
     """`files` by the keys of `settings.files`. Raises as `open_engine`."""
+    if hosts is not None and not {"ranks", "engines"} & files.keys():
+        hosts.require(ranks=1)
     threads = settings.cores
     rows = settings.slots + settings.kept
     if settings.executor == "onnxruntime":
@@ -129,12 +136,18 @@ def open_executor(settings: GeneratorModelSettings, files: Mapping[str, Path], d
             raise BadEnvironment("settings.json has no rank_cache; run `trireme build` again")
         shape = CacheShape(cache.heads, cache.head_dim, cache.dtype)
         return RankStepExecutor(
-            files["ranks"], settings.capacities, rows, shape=shape, vocabulary=cache.vocabulary, threads=threads
+            files["ranks"],
+            settings.capacities,
+            rows,
+            shape=shape,
+            vocabulary=cache.vocabulary,
+            threads=threads,
+            hosts=hosts,
         )
     if "engines" in files:
         from runtime.tensorrt.rank_executor import TensorRtRankExecutor
 
-        return TensorRtRankExecutor(files["engines"], settings.capacities, rows, device=device)
+        return TensorRtRankExecutor(files["engines"], settings.capacities, rows, device=device, hosts=hosts)
     from runtime.tensorrt.executor import TensorRtStepExecutor
 
     return TensorRtStepExecutor(files, settings.capacities, rows, flavour=settings.executor, device=device)

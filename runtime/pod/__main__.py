@@ -22,6 +22,7 @@ from runtime.errors import BadEnvironment, ServerFault, ServingError
 
 if TYPE_CHECKING:
     from runtime.pod.versions import Versions
+    from runtime.ranks.hosts import Hosts
 
 HEALTH_PORT = 8003
 RANKS_PORT = 29400
@@ -65,16 +66,14 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--withdraw-s", type=float, default=0, help="not ready, and still answering, before that")
     _gateway_arguments(serve)
     serve.add_argument("--control-secret-file", type=Path, help="opens repository control; where absent, nobody may")
+    _hosts_arguments(serve, required=False)
 
     ranks = commands.add_parser("ranks", help="run this host's ranks of a replica of several pods")
     ranks.set_defaults(run=_ranks)
-    ranks.add_argument("--leader", required=True, help="host name of the pod that serves")
+    ranks.add_argument("repository", type=Path, help="the same as the leader's, at the same place")
+    ranks.add_argument("--platform", choices=["cpu", "gpu"], required=True)
     ranks.add_argument("--host", type=int, required=True, help="1 for the first pod after the leader")
-    ranks.add_argument("--hosts", type=int, required=True, help="pods of the replica, the leader among them")
-    ranks.add_argument("--ranks-each", type=int, required=True, help="ranks, and GPUs, of one pod")
-    ranks.add_argument("--secret-file", type=Path, required=True, help="the same on all hosts")
-    ranks.add_argument("--port", type=int, default=RANKS_PORT)
-    ranks.add_argument("--interface", default="eth0", help="network interface between the hosts")
+    _hosts_arguments(ranks, required=True)
     ranks.add_argument("--health-address", default="127.0.0.1")
     ranks.add_argument("--health-port", type=int, default=HEALTH_PORT)
 
@@ -94,6 +93,16 @@ def _gateway_arguments(serve: argparse.ArgumentParser) -> None:
     serve.add_argument("--tls-key", type=Path, help="its key, in PEM")
     serve.add_argument("--vllm-metrics", action="store_true", help="a generator's figures under vLLM's names as well")
     serve.add_argument("--connection-age-s", type=int, help="close gRPC connections gently after this long")
+
+
+def _hosts_arguments(parser: argparse.ArgumentParser, required: bool) -> None:
+    """Of a replica that spans several pods."""
+    parser.add_argument("--hosts", type=int, required=required, default=1, help="pods of a replica, the leader as well")
+    parser.add_argument("--leader", required=required, help="host name of the pod that serves, as all know it")
+    parser.add_argument("--ranks-each", type=int, required=required, help="ranks, and GPUs, of one pod")
+    parser.add_argument("--hosts-secret-file", type=Path, required=required, help="the same on all hosts")
+    parser.add_argument("--hosts-port", type=int, default=RANKS_PORT)
+    parser.add_argument("--interface", default="eth0", help="network interface between the hosts")
 
 
 def _store_arguments(parser: argparse.ArgumentParser, required: bool) -> None:
@@ -139,7 +148,10 @@ def _serve(options: argparse.Namespace) -> None:
         withdraw_s=options.withdraw_s, connection_age_s=options.connection_age_s, follow_files=True,
     )  # fmt: skip
     doorway.require_closed()
+    hosts = _hosts(options)
     secret, versions = _secret(options.control_secret_file), _versions(options)
+    if hosts is not None:
+        secret = versions = None  # the other hosts hold the version that they started with
     if versions is not None:
         versions.restore()
     control = Control(secret, versions) if secret is not None and versions is not None else None
@@ -148,7 +160,9 @@ def _serve(options: argparse.Namespace) -> None:
     ports = Ports(options.http_port, options.grpc_port, options.metrics_port)
     health = Health()
     with HealthServer(health, options.health_address, options.health_port, control):
-        serve_repository(options.repository, ports, options.ready_timeout_s, True, exposure, health, versions, doorway)
+        serve_repository(
+            options.repository, ports, options.ready_timeout_s, True, exposure, health, versions, doorway, hosts=hosts
+        )
 
 
 def _versions(options: argparse.Namespace) -> Versions | None:
@@ -177,14 +191,15 @@ def _secret(path: Path | None) -> str | None:
 
 def _ranks(options: argparse.Namespace) -> None:
     from runtime.pod.control import HealthServer
-    from runtime.ranks.hosts import Hosts, serve_host
+    from runtime.ranks.hosts import serve_host
+    from runtime.ranks.process import CPU_WORKER, GPU_WORKER
     from runtime.server.health import Health
     from runtime.server.stopping import stop_requests
 
-    secret = _secret(options.secret_file)
-    if secret is None:
-        raise BadEnvironment(f"{options.secret_file}: no such file; hosts prove a shared secret to each other")
-    hosts = Hosts(options.leader, options.port, options.hosts, options.ranks_each, options.interface, secret.encode())
+    hosts = _hosts(options)
+    if hosts is None:
+        raise BadEnvironment(f"--hosts={options.hosts}: an agent is for a replica of several hosts")
+    worker = GPU_WORKER if options.platform == "gpu" else CPU_WORKER
     health = Health()
     with stop_requests() as asked_to_stop, HealthServer(health, options.health_address, options.health_port):
 
@@ -192,7 +207,26 @@ def _ranks(options: argparse.Namespace) -> None:
             health.observed(None)
             return asked_to_stop.is_set()
 
-        serve_host(hosts, options.host, stopped)
+        serve_host(hosts, options.host, stopped, worker)
+
+
+def _hosts(options: argparse.Namespace) -> Hosts | None:
+    """None for a replica of one host."""
+    if options.hosts == 1:
+        return None
+    from runtime.ranks.hosts import Hosts
+    from runtime.settings import ServerSettings
+
+    missing = [name for name in ("leader", "ranks_each", "hosts_secret_file") if getattr(options, name) is None]
+    if missing:
+        raise BadEnvironment(f"--hosts={options.hosts} needs {', '.join('--' + n.replace('_', '-') for n in missing)}")
+    secret = _secret(options.hosts_secret_file)
+    if secret is None:
+        raise BadEnvironment(f"{options.hosts_secret_file}: no such file; hosts prove a shared secret to each other")
+    content = ServerSettings.load(options.repository).content_digest
+    return Hosts(
+        options.leader, options.hosts_port, options.hosts, options.ranks_each, options.interface, secret, content
+    )
 
 
 def _probe(options: argparse.Namespace) -> None:

@@ -75,7 +75,7 @@ class HealthServer:
 
             def _control(self) -> None:
                 if control is None:
-                    self._send(403, "versions cannot be changed: the pod was started without a control secret")
+                    self._send(403, "versions cannot be changed: no control secret, or a replica of several hosts")
                 else:
                     secret = self.headers.get(ADMIN_HEADER, "")
                     self._send(*control.answer(self.command, self.path, secret))

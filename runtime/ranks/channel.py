@@ -8,7 +8,6 @@ reads no more, would hold its owner for ever. The limits are of whole messages, 
 from __future__ import annotations
 
 import contextlib
-import pickle
 import select
 import socket
 import struct
@@ -40,9 +39,13 @@ class Channel:
     def unsent(self) -> bool:
         return bool(self._outgoing)
 
-    def put(self, message: object) -> None:
+    def put(self, message: bytes) -> None:
         """Sends as much as the other end takes at once; `write` sends the rest."""
-        self._put_bytes(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))
+        size = len(message)
+        head = _SHORT.pack(size) if size <= _LONGEST_SHORT else _SHORT.pack(_FOLLOWS) + _LONG.pack(size)
+        parts = [head + message] if size <= 1 << 14 else [head, message]
+        self._outgoing += [memoryview(part) for part in parts]
+        self.write()
 
     def write(self) -> None:
         """Raises OSError when the other end is gone."""
@@ -73,7 +76,7 @@ class Channel:
 
     def send_bytes(self, message: bytes, *, until: float) -> None:
         """`until` is a moment of the monotonic clock. Raises TimeoutError, or another OSError."""
-        self._put_bytes(message)
+        self.put(message)
         while self.unsent:
             self._await(select.POLLOUT, until)
             self.write()
@@ -84,19 +87,15 @@ class Channel:
             self._await(select.POLLIN, until)
         return bytes(message)
 
-    def send(self, message: object, *, until: float) -> None:
-        self.send_bytes(pickle.dumps(message, pickle.HIGHEST_PROTOCOL), until=until)
-
-    def recv(self, *, until: float) -> object:
-        """Runs code, if the other end wills it."""
-        found: object = pickle.loads(self.recv_bytes(until=until))
-        return found
-
     def poll(self, seconds: float) -> bool:
         """Whether there is something to read, or the end, within `seconds`."""
         ready = select.poll()
         ready.register(self._end, select.POLLIN)
         return bool(ready.poll(seconds * 1e3))
+
+    def end_after(self, silent_ms: int) -> None:
+        """Ends the connection, which is TCP, when something sent has not been acknowledged for so long."""
+        self._end.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, silent_ms)
 
     def detach(self) -> socket.socket:
         """The socket, blocking again, for another owner: the channel is of no more use."""
@@ -107,13 +106,6 @@ class Channel:
         """May be called twice."""
         with contextlib.suppress(OSError):
             self._end.close()
-
-    def _put_bytes(self, message: bytes) -> None:
-        size = len(message)
-        head = _SHORT.pack(size) if size <= _LONGEST_SHORT else _SHORT.pack(_FOLLOWS) + _LONG.pack(size)
-        parts = [head + message] if size <= 1 << 14 else [head, message]
-        self._outgoing += [memoryview(part) for part in parts]
-        self.write()
 
     def _await(self, event: int, until: float) -> None:
         ready = select.poll()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 import select
 import shutil
 import socket
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from runtime.errors import ServerFault
 from runtime.leases import abandoned, owner
 from runtime.ports import free_ports
+from runtime.ranks import wire
 from runtime.ranks.channel import Channel
 from runtime.ranks.hosts import Gathering
 from runtime.ranks.process import CPU_WORKER, end_processes, start_rank
@@ -64,6 +64,7 @@ class RankGroup:
             if gathering is None:
                 self._start(range(count), f"file://{self._folder / 'store'}", "lo")
             else:
+                gathering.await_hosts()
                 meeting = f"tcp://{gathering.hosts.leader}:{free_ports(1, '')[0]}"
                 self._start(gathering.hosts.local(0), meeting, gathering.hosts.interface)
                 self._channels += gathering.begin(meeting, start_seconds)
@@ -132,11 +133,17 @@ class RankGroup:
         return self._exchange(list(zip(*commands, strict=True)), ranks, len(commands), seconds)
 
     def wait_for_death(self, seconds: float) -> bool:
-        """Whether a rank has ended within `seconds`, or the group before. Reaps nothing and may run beside `run`."""
+        """Whether a rank has ended within `seconds`, another host is lost, or the group has ended before. Reaps nothing
+        and may run beside `run`.
+        """
         if not self._processes:
             return True
         with contextlib.ExitStack() as stack:
             ended = select.poll()  # `select.select` takes no descriptor above 1023
+            for descriptor in {} if self._gathering is None else self._gathering.watched():
+                ended.register(descriptor, select.POLLIN)
+            for channel in self._channels[len(self._processes) :]:  # of other hosts
+                ended.register(channel.fileno(), select.POLLRDHUP)  # not their answers
             for process in list(self._processes):
                 try:
                     descriptor = os.pidfd_open(process.pid)
@@ -188,7 +195,7 @@ class RankGroup:
         try:
             for rank, given in zip(ranks, commands, strict=True):
                 for command in given:
-                    self._move(rank, answers[rank], command)
+                    self._move(rank, answers[rank], wire.encode(command))
             done, deadline = 0, time.monotonic() + seconds
             while done < count:
                 late = [rank for rank in ranks if len(answers[rank]) <= done]
@@ -206,14 +213,22 @@ class RankGroup:
         return [[answers[rank][at] for rank in ranks] for at in range(count)]
 
     def _ready(self, ranks: Sequence[int], deadline: float) -> list[int]:
-        """Those that have something to say, or can take what is left to send them; none when the time is up."""
+        """Those that have something to say, or can take what is left to send them; none when the time is up. Raises
+        ServerFault when another host is lost.
+        """
         polled = select.poll()
+        hosts = {} if self._gathering is None else self._gathering.watched()
+        for descriptor in hosts:
+            polled.register(descriptor, select.POLLIN)
         at = {self._channels[rank].fileno(): rank for rank in ranks}
         for descriptor, rank in at.items():
             polled.register(descriptor, select.POLLIN | (select.POLLOUT if self._channels[rank].unsent else 0))
-        return [at[descriptor] for descriptor, _ in polled.poll(max(0.0, deadline - time.monotonic()) * 1e3)]
+        found = [descriptor for descriptor, _ in polled.poll(max(0.0, deadline - time.monotonic()) * 1e3)]
+        if lost := [hosts[descriptor] for descriptor in found if descriptor in hosts]:
+            raise self._end(f"host {lost[0]}, or the link to it, is lost")
+        return [at[descriptor] for descriptor in found]
 
-    def _move(self, rank: int, answers: list[Any], command: Command | None = None) -> None:
+    def _move(self, rank: int, answers: list[Any], command: bytes | None = None) -> None:
         """Sends and receives what goes without waiting."""
         channel = self._channels[rank]
         try:
@@ -222,13 +237,13 @@ class RankGroup:
                 return
             channel.write()
             while (message := channel.take()) is not None:
-                status, answer = pickle.loads(message)
+                status, answer = wire.decode(message)
                 if status == "failed":
                     raise self._end(f"rank {rank} failed: {answer}")
                 answers.append(answer)
         except (EOFError, OSError) as error:
             raise self._end(self._obituary(rank)) from error
-        except pickle.UnpicklingError as error:
+        except (wire.NoMessage, TypeError, ValueError) as error:
             raise self._end(f"rank {rank} sent what is no answer ({error})") from error
 
     def _log(self, rank: int) -> Path:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 CPU_WORKER = "runtime.ranks.worker"
+GPU_WORKER = "runtime.tensorrt.rank_worker"
 _END_SECONDS = 10.0
 _ROOT = Path(__file__).resolve().parents[2]
 
@@ -21,7 +22,12 @@ def start_rank(
 
     `worker` is the module that runs. The kernel ends the process with the thread that called this.
     """
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": interface, "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "GLOO_SOCKET_IFNAME": interface,
+        "NCCL_SOCKET_IFNAME": interface,
+        "OMP_NUM_THREADS": "1",
+    }
     arguments = [str(rank), str(ranks), meeting, str(descriptor), str(os.getpid())]
     with log.open("wb") as words:
         return subprocess.Popen(

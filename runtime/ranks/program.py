@@ -1,8 +1,10 @@
-"""What one rank runs. Plain data: it travels through a pipe."""
+"""What one rank runs. Plain data: it travels to the rank (`wire`)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -63,3 +65,32 @@ class RankGrid:
 
     def stage(self, index: int) -> range:
         return range(index * self.tensor, (index + 1) * self.tensor)
+
+
+@dataclass(frozen=True)
+class PassedValue:
+    """A value from or to the rank of the same number in another stage of engines. A string among `dims` is batch or
+    length.
+    """
+
+    name: str
+    stage: int
+    dims: tuple[int | str, ...]
+    itemsize: int
+
+
+@dataclass(frozen=True)
+class EngineProgram:
+    """What one rank on a GPU runs: an engine for each capacity. `world` and `group` name the communicators of all ranks
+    and of the stage.
+    """
+
+    layout: RankGrid
+    flavour: Literal["tensorrt", "tensorrt-rtx"]
+    files: tuple[Path, ...]
+    capacities: tuple[int, ...]
+    rows: int
+    received: tuple[PassedValue, ...]
+    sent: tuple[PassedValue, ...]
+    world: bytes
+    group: bytes

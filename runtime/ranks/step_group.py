@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from runtime.errors import ServerFault
 from runtime.ranks.group import RankGroup
+from runtime.ranks.hosts import Gathering, Hosts
 from runtime.ranks.stored import StoredPrograms
 from runtime.step import Row, Tokens
 
@@ -15,9 +16,15 @@ STEP_SECONDS = 30.0  # of a rank that hangs; one that dies is noticed at once
 START_SECONDS = 120.0  # of a group on CPU, with its weights loaded
 
 
-def start_group(stored: StoredPrograms, prepare: Callable[[RankGroup], None] = lambda group: None) -> RankGroup:
-    """A group on this machine that has loaded its programs. What raises leaves no process behind."""
-    group = RankGroup(stored.layout.ranks, start_seconds=START_SECONDS)
+def start_group(
+    stored: StoredPrograms,
+    prepare: Callable[[RankGroup], None] = lambda group: None,
+    gathering: Gathering | None = None,
+) -> RankGroup:
+    """A group that has loaded its programs, on this machine or over a gathering's hosts. What raises leaves no process
+    behind.
+    """
+    group = RankGroup(stored.layout.ranks, start_seconds=START_SECONDS, gathering=gathering)
     try:
         group.load(stored.programs, stored.layout, seconds=START_SECONDS)
         prepare(group)
@@ -32,8 +39,10 @@ class RankGroupHolder:
     threads that live as long as the holder does.
     """
 
-    def __init__(self, step_seconds: float) -> None:
+    def __init__(self, step_seconds: float, hosts: Hosts | None = None) -> None:
+        """`hosts`: those that the group spans; None is this machine. Raises BadEnvironment when their port is taken."""
         self.step_seconds = step_seconds
+        self._gathering = None if hosts is None else Gathering(hosts)
         self._group: RankGroup | None = None
 
     @property
@@ -55,6 +64,11 @@ class RankGroupHolder:
         raise ServerFault("encoder-decoders do not run on ranks")
 
     def close(self) -> None:
+        self.end_group()
+        if self._gathering is not None:
+            self._gathering.close()
+
+    def end_group(self) -> None:
         if self._group is not None:
             self._group.close()
         self._group = None

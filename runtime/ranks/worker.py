@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.ranks import wire
 from runtime.ranks.program import Communicate, RankGrid, RankProgram, RunGraph
 from runtime.rows import CacheShape, Pools
 from runtime.session import open_session
@@ -176,17 +177,19 @@ def _run(session: onnxruntime.InferenceSession, step: RunGraph, values: Arrays, 
 
 def serve(worker: object, connection: Connection) -> None:
     """Answers commands, which are the worker's methods, until the other end closes."""
-    connection.send(("done", None))
+    connection.send_bytes(wire.encode(("done", None)))
     while True:
         try:
-            name, arguments = connection.recv()
+            name, arguments = wire.decode(bytearray(connection.recv_bytes()))
         except EOFError:
             return
         try:
-            answer = ("done", getattr(worker, name)(*arguments))
+            if name.startswith("_"):
+                raise ValueError(f"no such command: {name}")
+            answer = wire.encode(("done", getattr(worker, name)(*arguments)))
         except Exception as error:  # noqa: BLE001 - whatever went wrong, the group must hear of it and end
-            answer = ("failed", f"{type(error).__name__}: {error}")
-        connection.send(answer)
+            answer = wire.encode(("failed", f"{type(error).__name__}: {error}"))
+        connection.send_bytes(answer)
 
 
 def main() -> None:

@@ -25,6 +25,7 @@ from runtime.errors import BadEnvironment, ServerFault
 from runtime.generation.interface import PROBE_ID_VARIABLE
 from runtime.ports import free_ports
 from runtime.proof.proven import Proven
+from runtime.ranks.hosts import RANK_HOSTS_VARIABLE, Hosts
 from runtime.server.guardian import sweep
 from runtime.server.installation import Installation
 from runtime.server.stubs import SETTLED_S, Stubs
@@ -103,15 +104,22 @@ class TritonServer:
     """One server over one repository. Use as a context manager, or call `stop`.
 
     It may be started again in place: ports, log and scratch folder stay, and so does the guardian. `probe_id` is the
-    request id that its generator counts as no request; nobody else can know it.
+    request id that its generator counts as no request; nobody else can know it. `hosts`: those that its model's ranks
+    run on besides this one.
     """
 
     def __init__(
-        self, repository: Path, ports: Ports, log: Path | None = None, exposure: Exposure | None = None
+        self,
+        repository: Path,
+        ports: Ports,
+        log: Path | None = None,
+        exposure: Exposure | None = None,
+        hosts: Hosts | None = None,
     ) -> None:
         require_numpy_1()
         self.repository, self.ports, self.exposure = repository.resolve(), ports, exposure or Exposure()
         self.settings = load_server_settings(self.repository)
+        self._hosts = {} if hosts is None else {RANK_HOSTS_VARIABLE: hosts.to_text()}
         self.proven: Proven | None = None  # what the supervisor found of the version that it serves
         self._installation = Installation.find()
         self._held = ports.hold()
@@ -133,7 +141,7 @@ class TritonServer:
         with open(2, "wb", closefd=False) if self.exposure.log_to_stderr else self.log.open("ab") as stream:
             process = subprocess.Popen(
                 ["/bin/sh", "-c", _GATE, "sh", *self._command()],
-                env=self._installation.environment() | {PROBE_ID_VARIABLE: self.probe_id},
+                env=self._installation.environment() | {PROBE_ID_VARIABLE: self.probe_id} | self._hosts,
                 stdin=subprocess.PIPE,
                 stdout=stream,
                 stderr=subprocess.STDOUT,

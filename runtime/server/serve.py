@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from runtime.errors import NotProven
+from runtime.ranks.hosts import Hosts
 from runtime.server.gateway_process import Doorway, GatewayProcess
 from runtime.server.health import Health
 from runtime.server.launch import Exposure, Ports, TritonServer
@@ -28,11 +29,12 @@ def serve_repository(
     health: Health | None = None,
     versions: StagedVersions | None = None,
     doorway: Doorway | None = None,
+    hosts: Hosts | None = None,
 ) -> None:
     """Returns after SIGTERM or SIGINT, with everything drained and swept. `health` is told what the probes find.
 
     `versions`: those that may be loaded while it runs, with what the last run left behind put in order.
-    `doorway`: a gateway listens there, beside the server.
+    `doorway`: a gateway listens there, beside the server. `hosts`: those that the model's ranks run on.
 
     Raises BadEnvironment before the start, ServerFault when the server does not come up, or breaks so often that
     starting it again is no help.
@@ -40,7 +42,7 @@ def serve_repository(
     health = health or Health()
     started = time.monotonic()
     with stop_requests() as asked_to_stop:
-        with TritonServer(repository, ports, exposure=exposure) as server:
+        with TritonServer(repository, ports, exposure=exposure, hosts=hosts) as server:
             gateway = None if doorway is None else GatewayProcess(doorway, server, health)
             if gateway is not None:
                 _pass_on_hangups(gateway)

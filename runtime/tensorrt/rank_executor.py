@@ -16,13 +16,14 @@ from typing import Any, cast
 from runtime.errors import BadEnvironment
 from runtime.gpu import visible_targets
 from runtime.ranks.group import RankGroup
+from runtime.ranks.hosts import Hosts
+from runtime.ranks.process import GPU_WORKER
+from runtime.ranks.program import EngineProgram, PassedValue
 from runtime.ranks.step_group import STEP_SECONDS, RankGroupHolder
 from runtime.step import Batch, Copy, Logits
 from runtime.tensorrt.logits import DeviceLogits
-from runtime.tensorrt.rank_manifest import EngineManifest, load_manifest
-from runtime.tensorrt.rank_worker import EngineProgram
+from runtime.tensorrt.rank_manifest import EngineManifest, Passed, load_manifest
 
-_WORKER = "runtime.tensorrt.rank_worker"
 _START_SECONDS = 600.0  # engines of many gigabytes
 
 
@@ -41,19 +42,27 @@ class TensorRtRankExecutor(RankGroupHolder):
         rows: int,
         *,
         device: int = 0,
-        worker: str = _WORKER,
+        worker: str = GPU_WORKER,
         step_seconds: float = STEP_SECONDS,
+        hosts: Hosts | None = None,
     ) -> None:
-        super().__init__(step_seconds)
         stored = load_manifest(manifest)
         _require_multi_device(stored)
-        self._targets = _require_engines(stored, capacities, device)
+        if hosts is not None:
+            hosts.require(stored.layout.ranks)
+        self._here = stored.layout.ranks if hosts is None else hosts.ranks_each
+        self._targets = _require_engines(stored, capacities, device, self._here)
+        super().__init__(step_seconds, hosts)
         self._stored, self._folder, self._device = stored, manifest.parent, device
         self._capacities, self._rows, self._worker = tuple(capacities), rows, worker
         self.vocabulary, self.stages = stored.vocabulary, stored.pipeline
         self._maker = stored.layout.stage(stored.pipeline - 1).start
         self._calls = 0
-        position_bytes = self._start()
+        try:
+            position_bytes = self._start()
+        except BaseException:
+            self.close()
+            raise
         weights = sum(self._file(rank, self._capacities[0]).stat().st_size for rank in range(stored.layout.ranks))
         self.call_cost = weights // max(position_bytes, 1)
 
@@ -75,12 +84,12 @@ class TensorRtRankExecutor(RankGroupHolder):
 
     def _start(self) -> int:
         """A new group with its engines loaded. Bytes of one position in the caches of all ranks."""
-        self.close()
+        self.end_group()
         self._calls += 1
         layout = self._stored.layout
-        group = RankGroup(layout.ranks, start_seconds=_START_SECONDS, worker=self._worker)
+        group = RankGroup(layout.ranks, start_seconds=_START_SECONDS, gathering=self._gathering, worker=self._worker)
         try:
-            asked = [("identify", (layout, self._device + rank)) for rank in range(layout.ranks)]
+            asked = [("identify", (layout, self._device + rank % self._here)) for rank in range(layout.ranks)]
             [ids] = group.call([asked], seconds=_START_SECONDS)
             programs = [self._program(rank, ids) for rank in range(layout.ranks)]
             [sizes] = group.call([[("load", (program,)) for program in programs]], seconds=_START_SECONDS)
@@ -98,8 +107,8 @@ class TensorRtRankExecutor(RankGroupHolder):
             files=tuple(self._file(rank, capacity) for capacity in self._capacities),
             capacities=self._capacities,
             rows=self._rows,
-            received=own.received,
-            sent=own.sent,
+            received=_passed(own.received),
+            sent=_passed(own.sent),
             world=ids[0][0],
             group=ids[layout.stage(rank // layout.tensor).start][1],
         )
@@ -120,6 +129,10 @@ class TensorRtRankExecutor(RankGroupHolder):
         return DeviceLogits(top, self.vocabulary, fetch)
 
 
+def _passed(stored: Sequence[Passed]) -> tuple[PassedValue, ...]:
+    return tuple(PassedValue(item.name, item.stage, item.dims, item.itemsize) for item in stored)
+
+
 def _require_multi_device(stored: EngineManifest) -> None:
     if stored.flavour == "tensorrt-rtx" and stored.tensor > 1:
         raise BadEnvironment(
@@ -128,14 +141,17 @@ def _require_multi_device(stored: EngineManifest) -> None:
         )
 
 
-def _require_engines(stored: EngineManifest, capacities: Sequence[int], device: int) -> list[str]:
-    """The targets of the ranks' GPUs."""
-    targets = visible_targets()[device : device + stored.layout.ranks]
-    if len(targets) < stored.layout.ranks:
+def _require_engines(stored: EngineManifest, capacities: Sequence[int], device: int, here: int) -> list[str]:
+    """The targets of the ranks' GPUs, `here` of them on this host. Those of other hosts are taken for the same: an
+    engine does not load on another.
+    """
+    targets = visible_targets()[device : device + here]
+    if len(targets) < here:
         raise BadEnvironment(
-            f"{stored.tensor} x {stored.pipeline} ranks need as many GPUs; this machine shows {len(targets)} from "
+            f"{stored.tensor} x {stored.pipeline} ranks need {here} GPUs on this host; it shows {len(targets)} from "
             f"number {device} on; give the pod more, or use fewer ranks"
         )
+    targets = targets * (stored.layout.ranks // here)
     for rank, target in enumerate(targets):
         files = stored.ranks[rank].files
         missing = [f"{target}.{capacity}" for capacity in capacities if f"{target}.{capacity}" not in files]

@@ -17,32 +17,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.ranks.program import RankGrid
+from runtime.ranks.program import EngineProgram, PassedValue, RankGrid
 from runtime.ranks.worker import die_with_parent, serve
 from runtime.step import Batch, Copy, Logits
 from runtime.tensorrt.cuda import Cuda, load_runtime, pin_device
 from runtime.tensorrt.engine import Port
 from runtime.tensorrt.executor import Flavour, load_engines
 from runtime.tensorrt.nccl import Communicator, Move, load_nccl, unique_id
-from runtime.tensorrt.rank_manifest import Passed
 from runtime.tensorrt.steps import DeviceSteps, at
-
-
-@dataclass(frozen=True)
-class EngineProgram:
-    """What one rank runs: an engine for each capacity. `world` and `group` name the communicators of all ranks and of
-    the stage.
-    """
-
-    layout: RankGrid
-    flavour: Flavour
-    files: tuple[Path, ...]
-    capacities: tuple[int, ...]
-    rows: int
-    received: tuple[Passed, ...]
-    sent: tuple[Passed, ...]
-    world: bytes
-    group: bytes
 
 
 @dataclass(frozen=True)
@@ -123,7 +105,7 @@ class EngineWorker:
     def copy_rows(self, copies: Sequence[Copy]) -> None:
         self._steps.copy(copies)
 
-    def _moves(self, passed: Sequence[Passed], batch: Batch) -> list[Move]:
+    def _moves(self, passed: Sequence[PassedValue], batch: Batch) -> list[Move]:
         tensor, capacity = self._program.layout.tensor, self._program.capacities[batch.pool]
         return [
             Move(
@@ -135,7 +117,7 @@ class EngineWorker:
         ]
 
 
-def _port(item: Passed) -> Port:
+def _port(item: PassedValue) -> Port:
     return Port(item.name, item.dims, item.itemsize)
 
 

@@ -82,7 +82,7 @@ def test_arguments_of_pods_are_those_of_the_program(overlay: str) -> None:
 
 
 def _value(found: re.Match[str]) -> str:
-    return {"MODEL": "m", "PLATFORM": "cpu", "GRAPH_DIGEST": "any"}.get(found.group(1), "1")
+    return {"MODEL": "m", "PLATFORM": "cpu", "GRAPH_DIGEST": "any", "LWS_GROUP_SIZE": "2"}.get(found.group(1), "1")
 
 
 def test_tags_have_one_owner() -> None:

@@ -21,7 +21,7 @@ STEP_SECONDS = 100.0
 
 def main() -> None:
     leader, port, interface, secret = sys.argv[1:]
-    hosts = Hosts(leader, int(port), 2, 1, interface, secret.encode())
+    hosts = Hosts(leader, int(port), 2, 1, interface, secret)
     group = None
     with Gathering(hosts) as gathering:
         for request in sys.stdin:

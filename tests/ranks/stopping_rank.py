@@ -12,6 +12,7 @@ import struct
 import sys
 from multiprocessing.connection import Connection
 
+from runtime.ranks import wire
 from runtime.ranks.worker import die_with_parent
 
 
@@ -19,17 +20,17 @@ def main() -> None:
     _, _, _, descriptor, parent = sys.argv[1:6]
     die_with_parent(int(parent))
     connection = Connection(int(descriptor))
-    connection.send(("done", None))
+    connection.send_bytes(wire.encode(("done", None)))
     while True:
-        name, arguments = connection.recv()
+        name, arguments = wire.decode(connection.recv_bytes())
         if name == "half":
             os.write(connection.fileno(), struct.pack("!i", 1000) + b"half")
         if name in ("half", "deaf"):
             signal.pause()
         if name == "no answer":
-            connection.send_bytes(b"no pickle")
+            connection.send_bytes(b"no message of ours")
         else:
-            connection.send(("done", arguments))
+            connection.send_bytes(wire.encode(("done", arguments)))
 
 
 if __name__ == "__main__":

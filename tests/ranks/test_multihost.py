@@ -24,7 +24,7 @@ import pytest
 from runtime.errors import BadEnvironment, ServerFault
 from runtime.ports import free_ports
 from runtime.ranks.channel import Channel
-from runtime.ranks.hosts import Gathering, Hosts, _greet, _Greeting, serve_host
+from runtime.ranks.hosts import Gathering, Hosts, _greet, _Greeting, _Hello, serve_host
 from tests import ROOT
 from tests.partition.test_ranks import gone
 
@@ -33,7 +33,7 @@ LEADER, WORKER = "10.213.7.1", "10.213.7.2"
 PATIENCE_S = 90.0
 AGENT = (
     "import sys; from runtime.ranks.hosts import *; "
-    f"serve_host(Hosts('{LEADER}', {PORT}, 2, 1, '{CABLE}', sys.argv[1].encode()), 1, lambda: False)"
+    f"serve_host(Hosts('{LEADER}', {PORT}, 2, 1, '{CABLE}', sys.argv[1]), 1, lambda: False)"
 )
 
 
@@ -48,11 +48,11 @@ class Process:
     popen: subprocess.Popen[str]
 
     @staticmethod
-    def start(namespace: str, *arguments: str) -> Process:
+    def start(namespace: str, *arguments: str, stderr: IO[str] | int = subprocess.PIPE) -> Process:
         command = ["ip", "netns", "exec", namespace, sys.executable, *arguments]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         pipe = subprocess.PIPE
-        popen = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment, cwd=ROOT)
+        popen = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=stderr, text=True, env=environment, cwd=ROOT)
         return Process(popen)
 
     def ask(self, request: str) -> str:
@@ -117,7 +117,7 @@ def test_a_link_cut_in_the_middle_of_a_step(namespaces: tuple[str, str]) -> None
         owner.begin("step")
         ip("-n", second, "link", "set", CABLE, "down")
         reason = "the group fails by the silence of the link, long before its limit on the step"
-        assert owner.line().startswith("failed: rank 1 has died, or the link to its host"), reason
+        assert owner.line().startswith("failed: host 1, or the link to it, is lost"), reason
         assert gone(ranks), "on both hosts: the agent too has noticed"
         ip("-n", second, "link", "set", CABLE, "up")
         assert owner.ask("group") == "[[6.0], [6.0]]"
@@ -146,7 +146,7 @@ def test_a_rank_that_dies_on_the_other_host(namespaces: tuple[str, str]) -> None
         agent.end()
 
 
-def hosts(port: int, secret: bytes = b"right") -> Hosts:
+def hosts(port: int, secret: str = "right") -> Hosts:
     return Hosts("127.0.0.1", port, 2, 1, "lo", secret)
 
 
@@ -158,11 +158,12 @@ def gathering() -> Iterator[Gathering]:
 
 def test_a_host_that_does_not_come(gathering: Gathering) -> None:
     with pytest.raises(ServerFault, match="host 1 did not come in time"):
-        gathering.begin("tcp://127.0.0.1:1", 0.3)
+        gathering.await_hosts(0.3)
 
 
 def test_a_group_of_one_host_waits_for_nobody() -> None:
-    with Gathering(Hosts("127.0.0.1", 0, 1, 2, "lo", b"right")) as alone:
+    with Gathering(Hosts("127.0.0.1", 0, 1, 2, "lo", "right")) as alone:
+        alone.await_hosts(0.3)
         assert alone.begin("tcp://127.0.0.1:1", 0.3) == []
 
 
@@ -171,9 +172,9 @@ def test_a_stranger_is_not_listened_to(gathering: Gathering) -> None:
     port = gathering.hosts.port
     with ThreadPoolExecutor(1) as pool, socket.create_connection(("127.0.0.1", port)) as scanner:
         scanner.sendall(b"GET / HTTP/1.1\r\n\r\n")
-        waiting = pool.submit(gathering.begin, "tcp://127.0.0.1:1", 3.0)
+        waiting = pool.submit(gathering.await_hosts, 3.0)
         with pytest.raises(BadEnvironment, match="different secrets"):
-            serve_host(hosts(port, b"wrong"), 1, lambda: False)
+            serve_host(hosts(port, "wrong"), 1, lambda: False)
         with pytest.raises(ServerFault, match="host 1 did not come"):
             waiting.result(timeout=PATIENCE_S)
 
@@ -189,7 +190,7 @@ def test_a_stranger_that_sends_slowly_is_not_waited_for(gathering: Gathering) ->
     with ThreadPoolExecutor(1) as pool, socket.create_connection(("127.0.0.1", gathering.hosts.port)) as scanner:
         dripping = pool.submit(drip, scanner)
         with pytest.raises(ServerFault, match="host 1 did not come"):
-            gathering.begin("tcp://127.0.0.1:1", 0.5)
+            gathering.await_hosts(0.5)
         served.set()
         with suppress(OSError):  # it was hung up on
             assert not dripping.result(timeout=PATIENCE_S), "it was listened to until its end"
@@ -199,13 +200,13 @@ def test_a_message_of_a_stranger_takes_no_memory(gathering: Gathering) -> None:
     with socket.create_connection(("127.0.0.1", gathering.hosts.port)) as scanner:
         scanner.sendall(struct.pack("!iQ", -1, 1 << 62))
         with pytest.raises(ServerFault, match="host 1 did not come"):
-            gathering.begin("tcp://127.0.0.1:1", 0.5)
+            gathering.await_hosts(0.5)
 
 
 def test_a_host_that_stops_in_the_middle_of_its_name(gathering: Gathering) -> None:
     end = time.monotonic() + PATIENCE_S
     with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(gathering.begin, "tcp://127.0.0.1:1", 1.0)
+        waiting = pool.submit(gathering.await_hosts, 1.0)
         with closing(Channel(socket.create_connection(("127.0.0.1", gathering.hosts.port)))) as half:
             answer_challenge(_Greeting(half, end), b"right")  # type: ignore[arg-type]
             deliver_challenge(_Greeting(half, end), b"right")  # type: ignore[arg-type]
@@ -219,13 +220,13 @@ def test_an_agent_whose_leader_stops_in_the_middle_of_a_message_can_be_stopped()
     with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
         agent = pool.submit(serve_host, hosts(listener.getsockname()[1]), 1, stopped.is_set)
         arrived, _ = listener.accept()
-        leader, hello = _greet(arrived, b"right", None, time.monotonic() + PATIENCE_S)
+        leader, hello = _greet(arrived, "right", None, time.monotonic() + PATIENCE_S)
         asked.append(hello)
         os.write(leader.fileno(), struct.pack("!i", 100) + b"half")
         stopped.set()
         agent.result(timeout=PATIENCE_S)
         leader.close()
-    assert asked == [("host", 1)]
+    assert asked == [_Hello("host", 1, "")]
 
 
 def test_an_agent_without_a_leader_can_be_stopped() -> None:
@@ -243,7 +244,7 @@ def test_a_port_that_is_taken(gathering: Gathering) -> None:
 
 
 def test_which_ranks_a_host_runs() -> None:
-    found = Hosts("ranks-0.ranks", 29400, 3, 4, "eth0", b"s")
+    found = Hosts("ranks-0.ranks", 29400, 3, 4, "eth0", "s")
     assert found.ranks == 12
     assert [rank for host in range(3) for rank in found.local(host)] == list(range(12))
 

@@ -161,7 +161,7 @@ def test_a_group_that_ended_itself_is_lost_until_the_reset(graph: Path, tmp_path
 @pytest.mark.parametrize(
     ("device", "flavour", "capacities", "said"),
     [
-        (3, "tensorrt", CAPACITIES, r"2 x 1 ranks need as many GPUs; this machine shows 1 from number 3 on"),
+        (3, "tensorrt", CAPACITIES, r"2 x 1 ranks need 2 GPUs on this host; it shows 1 from number 3 on"),
         (0, "tensorrt-rtx", CAPACITIES, r"2 tensor ranks on TensorRT for RTX.*set engine\.flavour: tensorrt"),
         (0, "tensorrt", (48,), r"rank 0 is on sm90; no engine for sm90\.48, only for sm90\.16"),
     ],

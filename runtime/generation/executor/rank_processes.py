@@ -1,4 +1,4 @@
-"""Ranks on CPU: tensor x pipeline processes, each with its part of the graph and of the cache.
+"""Ranks on CPU: tensor x pipeline processes, on one host or several, each with its part of the graph and of the cache.
 
 The driver sends a step's tokens to every rank, stages pass activations on among themselves, and the last stage returns
 logits. The batches of a step share no row, so all of them are sent at once and the stages work on different ones at
@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from runtime.ranks.group import RankStep
+from runtime.ranks.hosts import Hosts
 from runtime.ranks.step_group import STEP_SECONDS, RankGroupHolder, start_group
 from runtime.ranks.stored import load_programs
 from runtime.rows import CacheShape
@@ -34,10 +35,14 @@ class RankStepExecutor(RankGroupHolder):
         vocabulary: int,
         threads: int,
         step_seconds: float = STEP_SECONDS,
+        hosts: Hosts | None = None,
     ) -> None:
-        super().__init__(step_seconds)
         stored = load_programs(manifest)
-        self._stored = stored.with_threads(max(1, threads // stored.layout.ranks))
+        if hosts is not None:
+            hosts.require(stored.layout.ranks)
+        here = stored.layout.ranks if hosts is None else hosts.ranks_each
+        super().__init__(step_seconds, hosts)
+        self._stored = stored.with_threads(max(1, threads // here))
         self._capacities, self._rows, self._shape = tuple(capacities), rows, shape
         self._maker = stored.maker("logits")
         self.vocabulary, self.stages = vocabulary, stored.layout.pipeline
@@ -45,11 +50,19 @@ class RankStepExecutor(RankGroupHolder):
         caches = sum(len(program.states) for program in stored.programs)
         position_bytes = caches * shape.heads * shape.head_dim * np.dtype(shape.dtype).itemsize
         self.call_cost = weights // max(position_bytes, 1) // 2  # as of one process: all of it is shared out alike
-        self.reset()
+        try:
+            self.reset()
+        except BaseException:
+            self.close()
+            raise
 
     def reset(self) -> None:
-        self.close()
-        self._group = start_group(self._stored, lambda group: group.reserve(self._shape, self._capacities, self._rows))
+        self.end_group()
+        self._group = start_group(
+            self._stored,
+            lambda group: group.reserve(self._shape, self._capacities, self._rows),
+            self._gathering,
+        )
 
     def run(self, batches: Sequence[Batch]) -> list[Logits]:
         steps = [self._step(batch) for batch in batches]

@@ -32,6 +32,7 @@ from runtime.generation.opening import TOKENIZER_FILE, open_engine
 from runtime.generation.request import Update, coalesce, join
 from runtime.generation.token_texts import TokenTexts
 from runtime.proof.proven import ProvenExporter
+from runtime.ranks.hosts import RANK_HOSTS_VARIABLE, Hosts
 from runtime.settings import GeneratorModelSettings
 
 NICENESS = 10
@@ -77,7 +78,9 @@ class TritonPythonModel:
             os.nice(NICENESS)  # requests and responses pass through the server on the same cores
         directory = Path(args["model_repository"]) / args["model_version"]
         self.settings = GeneratorModelSettings.load(directory)
-        self.engine, self.tokenizer = open_engine(self.settings, directory, int(args["model_instance_device_id"]))
+        hosts = Hosts.from_text(os.environ.get(RANK_HOSTS_VARIABLE))
+        device = int(args["model_instance_device_id"])
+        self.engine, self.tokenizer = open_engine(self.settings, directory, device, hosts)
         limits = self.engine.limits
         self.guides = GuideMaker(directory / TOKENIZER_FILE, limits.vocabulary, limits.possible_end_ids)
         self.texts = TokenTexts(self.tokenizer.fast)
