@@ -31,7 +31,7 @@ from builders.manifests.lint.check import ManifestFault, check_text
 from builders.manifests.patches import Patch, group, images, namespace_of, replica
 from builders.manifests.render import K8S, render
 from builders.manifests.scaling import scaler
-from builders.manifests.sizing import Sizing, size
+from builders.manifests.sizing import Sizing, nodes_of, size
 from builders.manifests.storage import store
 from builders.manifests.surroundings import DASHBOARD, creates_namespace, dashboard, gateway, monitors
 from builders.spec import DeploymentSpec, Platform
@@ -173,11 +173,10 @@ def _components(spec: DeploymentSpec, platform: Platform, sizing: Sizing) -> lis
 
 def _labels(spec: DeploymentSpec) -> dict[str, Any]:
     """This deployment's own label, in every selector too. kustomize knows where built-in kinds have theirs."""
-    paths = {
-        "spec/selector/matchLabels": "PodMonitor",
-        "spec/leaderWorkerTemplate/leaderTemplate/metadata/labels": "LeaderWorkerSet",
-        "spec/leaderWorkerTemplate/workerTemplate/metadata/labels": "LeaderWorkerSet",
-    }
+    paths = {"spec/selector/matchLabels": "PodMonitor"}
+    if nodes_of(spec) > 1:
+        for role in ("leader", "worker"):
+            paths[f"spec/leaderWorkerTemplate/{role}Template/metadata/labels"] = "LeaderWorkerSet"
     fields = [{"path": path, "kind": kind, "create": True} for path, kind in paths.items()]
     return {"includeSelectors": True, "pairs": {"app.kubernetes.io/instance": spec.name}, "fields": fields}
 

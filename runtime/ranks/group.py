@@ -140,10 +140,11 @@ class RankGroup:
             return True
         with contextlib.ExitStack() as stack:
             ended = select.poll()  # `select.select` takes no descriptor above 1023
-            for descriptor in {} if self._gathering is None else self._gathering.watched():
-                ended.register(descriptor, select.POLLIN)
-            for channel in self._channels[len(self._processes) :]:  # of other hosts
-                ended.register(channel.fileno(), select.POLLRDHUP)  # not their answers
+            if self._gathering is not None:
+                for descriptor in self._gathering.watched():
+                    ended.register(descriptor, select.POLLIN)
+                for channel in self._channels[len(self._processes) :]:  # of ranks on other hosts
+                    ended.register(channel.fileno(), select.POLLRDHUP)  # their end, not their answers
             for process in list(self._processes):
                 try:
                     descriptor = os.pidfd_open(process.pid)

@@ -17,9 +17,10 @@ import contextlib
 import json
 import socket
 import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing import AuthenticationError
@@ -261,7 +262,18 @@ def _ranks(hosts: Hosts, host: int, meeting: str, worker: str) -> Iterator[None]
                     processes.append(start_rank(rank, hosts.ranks, meeting, hosts.interface, end, log, worker))
             yield
         finally:
+            _tell_deaths(processes, [Path(folder) / f"rank{rank}.log" for rank in hosts.local(host)])
             end_processes(processes)
+
+
+def _tell_deaths(processes: Sequence[subprocess.Popen[bytes]], logs: Sequence[Path]) -> None:
+    """The last words of ranks that ended by themselves: the leader does not get them."""
+    for process, log in zip(processes, logs, strict=False):
+        if process.poll() is not None:
+            words = log.read_text(errors="replace").strip().splitlines()[-1:]
+            print(
+                f"ranks: {log.stem} has died ({process.returncode}) {''.join(words)[:200]}", file=sys.stderr, flush=True
+            )
 
 
 def _dial(hosts: Hosts, hello: _Hello) -> Channel:
