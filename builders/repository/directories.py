@@ -12,10 +12,11 @@ from builders.checkpoint.labels import label_names
 from builders.errors import UnsupportedError
 from builders.judging.perplexity import ENCODER_FILE
 from builders.judging.vectors import tokenizer_settings
-from builders.repository.encoder_config import EncoderInterface, model_configs, to_pbtxt, uses_tensorrt_backend
+from builders.repository.encoder_config import EncoderInterface, model_configs, uses_tensorrt_backend
 from builders.repository.ensemble import check_ensemble
 from builders.repository.generator_config import generator_config
 from builders.spec import DeploymentSpec, Platform
+from runtime.model_config import to_pbtxt
 from runtime.ranks.stored import MANIFEST
 from runtime.settings import (
     EncoderModelSettings,

@@ -89,14 +89,6 @@ def require_rank_backend(spec: DeploymentSpec) -> None:
         )
 
 
-def to_pbtxt(config: Any) -> str:
-    """Text format, with a default written out where Triton reads its absence as something else."""
-    from google.protobuf import text_format
-
-    text: str = text_format.MessageToString(config)
-    return text if "max_batch_size" in text else f"max_batch_size: 0\n{text}"
-
-
 def uses_tensorrt_backend(spec: DeploymentSpec) -> bool:
     return spec.engine.flavour == "tensorrt"
 

@@ -21,7 +21,7 @@ from builders.engine import tensorrt
 from builders.errors import EngineError, UnsupportedError
 from builders.pipeline import Build, proving
 from builders.repository import publish
-from builders.repository.encoder_config import to_pbtxt
+from runtime.model_config import to_pbtxt
 from builders.spec import DeploymentSpec
 from builders.store.store import Store
 from runtime.errors import NotProven

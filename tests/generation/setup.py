@@ -12,7 +12,7 @@ import numpy as np
 from builders.artifacts import file_digest
 from builders.judging import corpus
 from builders.judging.perplexity import continuation_losses
-from builders.repository.encoder_config import to_pbtxt
+from runtime.model_config import to_pbtxt
 from builders.repository.generator_config import generator_config
 from runtime.generation.cache import SlotCache
 from runtime.generation.engine import GenerationEngine

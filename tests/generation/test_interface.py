@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from builders.repository.encoder_config import to_pbtxt
+from runtime.model_config import to_pbtxt
 from builders.repository.generator_config import generator_config
 from runtime.errors import BadRequest
 from runtime.generation.interface import INPUTS, OUTPUTS, read_request

@@ -14,8 +14,9 @@ from builders import pipeline
 from builders.artifacts import PipelineStage
 from builders.checkpoint import load_checkpoint
 from builders.partition.cut.shard import plan_graph
-from builders.repository.encoder_config import EncoderInterface, model_configs, to_pbtxt
+from builders.repository.encoder_config import EncoderInterface, model_configs
 from builders.spec import PRESETS, DeploymentSpec, Flavour, Platform, load_spec
+from runtime.model_config import to_pbtxt
 from tests import ROOT
 
 MODEL_REPOSITORY = ROOT / "model_repository"

@@ -1,0 +1,40 @@
+"""`config.pbtxt`: a message, and its text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+CONFIG = "config.pbtxt"
+
+
+def to_pbtxt(config: Any) -> str:
+    """Text format, with a default written out where Triton reads its absence as something else."""
+    from google.protobuf import text_format
+
+    text: str = text_format.MessageToString(config)
+    return text if "max_batch_size" in text else f"max_batch_size: 0\n{text}"
+
+
+def parse_pbtxt(text: str) -> Any:
+    """The message. Raises text_format.ParseError."""
+    from google.protobuf import text_format
+    from tritonclient.grpc import model_config_pb2
+
+    return text_format.Parse(text, model_config_pb2.ModelConfig())
+
+
+def pinned(text: str, version: int) -> str:
+    """With which Triton serves this version alone, whatever lies beside it."""
+    config = parse_pbtxt(text)
+    config.version_policy.specific.versions[:] = [version]
+    return to_pbtxt(config)
+
+
+def replace_config(path: Path, text: str) -> None:
+    """What is the same stays: Triton loads nothing again of which no file has changed."""
+    if path.is_file() and path.read_text("utf-8") == text:
+        return
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, "utf-8")
+    partial.replace(path)
