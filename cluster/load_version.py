@@ -37,11 +37,10 @@ from cluster.observe import is_leaving, is_ready, observe
 from cluster.port_forward import PortForward
 from cluster.refusal import Operation
 from cluster.rights import require_rights
+from runtime.model_control import load, not_ready
 from runtime.settings import ADMIN_HEADER
 
-CONTROL_HEADER = f"triton-grpc-protocol-{ADMIN_HEADER}"  # what its `--grpc-restricted-protocol` asks for
 VERSION_KEY = "version"  # as k8s/base/deployment.yaml mounts it into the init container
-_ASK_S = 30.0
 _ROUNDS = 10  # of pods that came while the others were loaded
 
 
@@ -188,8 +187,7 @@ class _Rollout:
     def _load(self, address: str, wanted: ModelVersion) -> None:
         """A load answers only when the model is ready or has failed."""
         with _triton(address) as client:
-            for model in wanted.models:
-                client.load_model(model, headers={CONTROL_HEADER: self.secret}, client_timeout=self.pace.load_s)
+            load(client, wanted.models, self.secret, self.pace.load_s)
 
     def _require_loaded(self, control: str, triton: str, wanted: ModelVersion) -> None:
         try:
@@ -284,9 +282,8 @@ def _await(holds: Callable[[], bool], pace: LoadPace, otherwise: str) -> None:
 
 def _require_version(address: str, wanted: ModelVersion) -> None:
     with _triton(address) as client:
-        for model in wanted.models:
-            if not client.is_model_ready(model, str(wanted.version), client_timeout=_ASK_S):
-                raise RolloutError(f"{model} has no version {wanted.version} after the load")
+        for model in not_ready(client, wanted.models, wanted.version):
+            raise RolloutError(f"{model} has no version {wanted.version} after the load")
 
 
 @contextmanager

@@ -34,6 +34,14 @@ def serve(
     control_secret_file: Annotated[
         Path | None, typer.Option(help="of the gateway: opens /control/versions to who sends what is in it")
     ] = None,
+    model_control: Annotated[
+        bool,
+        typer.Option(
+            "--model-control",
+            help="who sends the control secret may load versions; Triton takes it as an argument, which every user of "
+            "this machine can read",
+        ),
+    ] = False,
     vllm_metrics: Annotated[
         bool, typer.Option("--vllm-metrics", help="of the gateway: a generator's figures under vLLM's names as well")
     ] = False,
@@ -44,8 +52,9 @@ def serve(
     from builders import pipeline
     from builders.commands import show
     from builders.spec import load_spec
+    from runtime.secrets_file import read_secret
     from runtime.server.gateway_process import Doorway
-    from runtime.server.launch import Ports
+    from runtime.server.launch import Exposure, Ports
     from runtime.server.serve import serve_repository
 
     asked: dict[str, Any] = {
@@ -62,12 +71,19 @@ def serve(
             "--vllm-metrics", got="no --gateway-port", expected="a gateway, which these are about",
             fix="give --gateway-port",
         )  # fmt: skip
+    if model_control and control_secret_file is None:
+        raise InputError(
+            "--model-control", got="no --control-secret-file", expected="the secret that opens it",
+            fix="give --control-secret-file",
+        )  # fmt: skip
+    secret = read_secret(control_secret_file).decode() if model_control and control_secret_file is not None else None
     with show.build_progress(quiet=as_json) as report:
         built = pipeline.build(load_spec(spec), "cpu", build_dir, "repository", report)
     assert built.entry is not None
     free = Ports.free()
     ports = Ports(http_port or free.http, grpc_port or free.grpc, metrics_port or free.metrics)
-    serve_repository(built.entry.repository, ports, ready_timeout_s, as_json, doorway=doorway)
+    exposure = Exposure(control_secret=secret)
+    serve_repository(built.entry.repository, ports, ready_timeout_s, as_json, exposure, doorway=doorway)
 
 
 def loadtest(

@@ -36,7 +36,9 @@ class GatewayDoor:
         """`url`: `http://127.0.0.1:8080`; `secret`: what is in its `--control-secret-file`; `repository`: what its
         server serves; `slo_s`: a request that takes longer counts as slow; `ca_file`: whom https is to be signed by."""
         if not url.startswith(("http://", "https://")):
-            raise InputError("gateway", got=url, expected="http://HOST:PORT or https://HOST:PORT", fix="give such a URL")
+            raise InputError(
+                "gateway", got=url, expected="http://HOST:PORT or https://HOST:PORT", fix="give such a URL"
+            )
         if slo_s is not None and not 0 < slo_s < 3600:
             raise InputError("slo_s", got=slo_s, expected="seconds, above 0 and below 3600", fix="give the SLO's")
         self._url, self._secret, self._repository = url.rstrip("/"), secret, repository
@@ -85,7 +87,9 @@ class GatewayDoor:
                 raise InputError("control secret", got="another one", expected="the gateway's", fix=fix) from error
             if error.code == 404:
                 fix = "start the gateway with --control-secret-file"
-                raise InputError(self._url, got="no /control/versions", expected="a gateway with control", fix=fix) from error
+                raise InputError(
+                    self._url, got="no /control/versions", expected="a gateway with control", fix=fix
+                ) from error
             fault = ServerFault if error.code in (400, 409) else Unavailable
             raise fault(f"the gateway at {self._url}: {error.code} {said}") from error
         except (OSError, ValueError) as error:

@@ -32,7 +32,7 @@ from runtime.gateway.tokenizing import Tokenizing
 from runtime.gateway.tokens import ServedTokenizers
 from runtime.gateway.triton import Triton
 from runtime.gateway.upstream import UpstreamGone
-from runtime.gateway.versions import ServedVersions
+from runtime.gateway.versions import Place, ServedVersions
 from runtime.gateway.vllm_metrics import vllm_page
 
 _TEXT = [(b"content-type", b"text/plain; charset=utf-8")]
@@ -115,9 +115,8 @@ class DoorFiles:
 
 def make_doors(
     triton: Triton, limits: DoorLimits, keys: Keys | None, readiness: Readiness, files: DoorFiles,
-    connect: Callable[[int, int], Triton],
+    connect: Callable[[Place], Triton],
 ) -> Doors:  # fmt: skip
-    """`connect`: a server beside the main one, by its HTTP and metrics port."""
     guards, counters, log = Guards(limits, keys), DoorCounters(), AccessLog(files.access_log)
     mirror = Mirror(LineFile(files.mirror_log, mode=0o600), limits.answer_s)
     versions = ServedVersions(triton, files.repository, connect, mirror)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hmac
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,26 +11,37 @@ import msgspec
 import orjson
 from msgspec import Meta
 
-from runtime.errors import BadEnvironment
 from runtime.gateway.bodies import read_json
 from runtime.gateway.counters import heading, histogram_lines
 from runtime.gateway.exchange import Exchange
 from runtime.gateway.limits import DoorLimits
 from runtime.gateway.refused import Refused
-from runtime.gateway.versions import Neighbour, ServedVersions, Tally
+from runtime.gateway.versions import Neighbour, Place, ServedVersions, Tally
 from runtime.settings import ADMIN_HEADER
 
 Port = Annotated[int, Meta(ge=1, le=65535)]
+ModelName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,200}$")]
+Slow = Annotated[float, Meta(gt=0, le=3600)]
 Weight = Annotated[float, Meta(ge=0, le=1e6)]
 VersionNumber = Annotated[str, Meta(pattern=r"^[1-9][0-9]{0,17}$")]
 
 
 class Beside(msgspec.Struct, forbid_unknown_fields=True):
-    """A server on loopback that somebody started."""
+    """A server on loopback that somebody started, by its two ports; without them the main server, where somebody loaded
+    the version under this model's name."""
 
-    http_port: Port
-    metrics_port: Port
+    http_port: Port | None = None
+    metrics_port: Port | None = None
+    model: ModelName | None = None
     repository: str | None = None
+
+    def place(self, version: str) -> Place:
+        """Raises Refused for what names no place."""
+        if self.http_port is not None and self.metrics_port is not None:
+            return Place((self.http_port, self.metrics_port), self.model)
+        if self.http_port is None and self.metrics_port is None and self.model is not None:
+            return Place(None, self.model)
+        raise Refused(400, f"version {version}: give http_port and metrics_port, or without them a model")
 
 
 class TrafficRequest(msgspec.Struct, forbid_unknown_fields=True):
@@ -40,20 +50,10 @@ class TrafficRequest(msgspec.Struct, forbid_unknown_fields=True):
     weights: dict[VersionNumber, Weight]
     versions: dict[VersionNumber, Beside] = {}
     mirror: VersionNumber | None = None
+    slow_s: Slow | None = None  # a request that takes longer counts as slow
 
 
 _REQUEST = msgspec.json.Decoder(TrafficRequest)
-
-
-def read_secret(file: Path) -> bytes:
-    """Raises BadEnvironment for one that can be guessed, or cannot be sent."""
-    try:
-        text = file.read_text().strip()
-    except (OSError, ValueError) as error:
-        raise BadEnvironment(f"--control-secret-file {file} cannot be read: {error}") from error
-    if not re.fullmatch(r"[A-Za-z0-9_-]{16,256}", text):
-        raise BadEnvironment(f"--control-secret-file {file}: a control secret has at least 16 letters, digits, - or _")
-    return text.encode()
 
 
 @dataclass(frozen=True)
@@ -73,13 +73,12 @@ class VersionControl:
         self._require_secret(exchange)
         asked = read_json(await exchange.body(), _REQUEST, self.limits.depth)
         beside = [
-            Neighbour(
-                int(number), one.http_port, one.metrics_port, None if one.repository is None else Path(one.repository)
-            )
+            Neighbour(int(number), one.place(number), None if one.repository is None else Path(one.repository))
             for number, one in asked.versions.items()
         ]
         weights = {int(number): weight for number, weight in asked.weights.items()}
-        await self.versions.set(beside, weights, None if asked.mirror is None else int(asked.mirror))
+        mirror = None if asked.mirror is None else int(asked.mirror)
+        await self.versions.set(beside, weights, mirror, asked.slow_s)
         await exchange.answer(orjson.dumps(state(self.versions)))
 
     def _require_secret(self, exchange: Exchange) -> None:
@@ -98,10 +97,12 @@ def state(versions: ServedVersions) -> dict[str, Any]:
         "mirror_dropped": mirror.dropped,
         "mirror_same": mirror.same,
         "mirror_different": mirror.different,
+        "slow_s": traffic.lanes[0].slow_s,
         "versions": {
             str(lane.version): {
-                "main": lane.ports is None, "weight": weight, "share": weight / total,
-                "served": _told(lane.served), "mirrored": _told(lane.mirrored),
+                "main": lane.place is None, "weight": weight, "share": weight / total,
+                "served": _told(lane.served), "dealt": _told(lane.dealt), "mirrored": _told(lane.mirrored),
+                "scores": lane.scores,
             }
             for lane, weight in zip(traffic.lanes, traffic.weights, strict=True)
         },
@@ -111,7 +112,7 @@ def state(versions: ServedVersions) -> dict[str, Any]:
 def _told(tally: Tally) -> dict[str, Any]:
     seconds = tally.seconds
     return {
-        "requests": tally.requests, "errors": tally.errors, "seconds_sum": seconds.total,
+        "requests": tally.requests, "errors": tally.errors, "slow": tally.slow, "seconds_sum": seconds.total,
         "seconds_bounds": seconds.bounds, "seconds_counts": seconds.counts,
     }  # fmt: skip
 
@@ -127,9 +128,13 @@ def version_lines(versions: ServedVersions) -> list[str]:
     tallies = [
         (f'version="{lane.version}",role="{role}"', tally)
         for lane in traffic.lanes
-        for role, tally in (("served", lane.served), ("mirrored", lane.mirrored))
+        for role, tally in (("served", lane.served), ("dealt", lane.dealt), ("mirrored", lane.mirrored))
     ]
-    for name, said in (("requests", "Requests by version; mirrored: copies"), ("errors", "Of these, 5xx")):
+    for name, said in (
+        ("requests", "Requests by version; dealt: of those served, by chance; mirrored: copies"),
+        ("errors", "Of these, 5xx"),
+        ("slow", "Of these, over the limit that was set"),
+    ):
         lines += heading(f"{stem}_{name}_total", "counter", said)
         lines += [f"{stem}_{name}_total{{{labels}}} {getattr(one, name)}" for labels, one in tallies]
     lines += heading(f"{stem}_seconds", "histogram", "Whole requests by version")

@@ -21,7 +21,6 @@ import uvicorn
 from runtime.errors import BadEnvironment
 from runtime.exposed import require_keys
 from runtime.gateway.app import DoorFiles, Doors, make_doors
-from runtime.gateway.control import read_secret
 from runtime.gateway.keys import Keys
 from runtime.gateway.limits import DoorLimits
 from runtime.gateway.protocol import bounded
@@ -29,6 +28,8 @@ from runtime.gateway.readiness import Readiness
 from runtime.gateway.tls import Certificate
 from runtime.gateway.triton import TritonHttp
 from runtime.gateway.upstream import Upstream
+from runtime.gateway.versions import Place
+from runtime.secrets_file import read_secret
 
 _LOOPBACK = "127.0.0.1"
 
@@ -41,18 +42,19 @@ async def serve(arguments: argparse.Namespace, limits: DoorLimits) -> None:
     readiness = Readiness(arguments.supervised)
     upstreams: list[Upstream] = []
 
-    def connect(http_port: int, metrics_port: int) -> TritonHttp:
+    main_ports = arguments.triton_http_port, arguments.triton_metrics_port
+
+    def connect(place: Place) -> TritonHttp:
         most = limits.upstream_connections, limits.answer_bytes
-        http, metrics = (Upstream(_LOOPBACK, port, *most) for port in (http_port, metrics_port))
+        http, metrics = (Upstream(_LOOPBACK, port, *most) for port in place.ports or main_ports)
         upstreams.extend((http, metrics))
-        return TritonHttp(http, metrics, arguments.model)
+        return TritonHttp(http, metrics, arguments.model, place.model)
 
     secret = None if arguments.control_secret_file is None else read_secret(arguments.control_secret_file)
     files = DoorFiles(
         arguments.repository, arguments.access_log, arguments.mirror_log, secret, arguments.vllm_metrics
     )  # fmt: skip
-    main = connect(arguments.triton_http_port, arguments.triton_metrics_port)
-    doors = make_doors(main, limits, keys, readiness, files, connect)
+    doors = make_doors(connect(Place()), limits, keys, readiness, files, connect)
     server = _http_server(doors, limits, certificate, arguments.drain_s)
     grpc = None
     if arguments.grpc_port is not None:

@@ -15,7 +15,9 @@ class Taken(Protocol):
 
     version: int
 
-    def ended(self, status: int, seconds: float) -> None: ...
+    def ended(self, status: int, seconds: float, pinned: bool) -> None: ...
+
+    def rated(self, score: float) -> None: ...
 
 
 @dataclass
@@ -33,7 +35,7 @@ class Trip:
 
     def ended(self, status: int, seconds: float) -> None:
         if self.lane is not None and self.inferred:
-            self.lane.ended(status, seconds)
+            self.lane.ended(status, seconds, bool(self.pinned))
 
     @property
     def trace_line(self) -> bytes:

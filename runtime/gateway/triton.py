@@ -113,18 +113,19 @@ class Triton(Protocol):
 
 
 class TritonHttp:
-    """One model on one server."""
+    """One model on one server. `there`: its name there, where it has another one than for clients."""
 
-    def __init__(self, upstream: Upstream, metrics: Upstream, model: str) -> None:
+    def __init__(self, upstream: Upstream, metrics: Upstream, model: str, there: str | None = None) -> None:
         self._upstream, self._metrics, self.model = upstream, metrics, model
+        self._path = f"/v2/models/{there or model}"
         self._facts: Facts | None = None
         self._known = 0.0
 
     async def facts(self) -> Facts:
         """Raises Refused when the model is not there, UpstreamGone when the server is not."""
         if self._facts is None or time.monotonic() - self._known > _FACTS_S:
-            metadata = await self._get(f"/v2/models/{self.model}")
-            config = await self._get(f"/v2/models/{self.model}/config")
+            metadata = {**await self._get(self._path), "name": self.model}
+            config = await self._get(f"{self._path}/config")
             versions = [int(item) for item in metadata.get("versions", [])]
             self._facts = Facts(max(versions, default=0), int(config.get("max_batch_size", 0)), metadata)
             self._known = time.monotonic()
@@ -135,7 +136,7 @@ class TritonHttp:
         self._facts = None
 
     async def ready(self) -> bool:
-        async with self._upstream.ask(b"GET", f"/v2/models/{self.model}/ready") as answer:
+        async with self._upstream.ask(b"GET", f"{self._path}/ready") as answer:
             await answer.read()
             return answer.status == 200
 
@@ -166,7 +167,7 @@ class TritonHttp:
             asked["outputs"] = [{"name": name, "parameters": {"binary_data": True}} for name in outputs]
         header = orjson.dumps(asked)
         parts = (header, *(item.data for item in inputs))
-        path = f"/v2/models/{self.model}/infer"
+        path = f"{self._path}/infer"
         trace = TRIP.get().trace_line
         async with self._upstream.ask(b"POST", path, _BINARY % len(header) + trace, parts) as answer:
             body = await answer.read()
@@ -179,7 +180,7 @@ class TritonHttp:
         Refused with what the model said against it, in the beginning or on the way."""
         trip = TRIP.get()
         body = orjson.dumps({**fields, CACHE_SALT: trip.salt} if trip.salt else fields)
-        path = f"/v2/models/{self.model}/generate_stream"
+        path = f"{self._path}/generate_stream"
         head = b"Content-Type: application/json\r\n" + trip.trace_line
         async with self._upstream.ask(b"POST", path, head, (body,), stream=True) as answer:
             if answer.status != 200:

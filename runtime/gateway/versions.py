@@ -1,7 +1,8 @@
 """ServedVersions of the model beside each other: which requests go to which, and what became of them.
 
-The main server is always there. Others stand beside it on loopback, started and proven by whoever rolls them out, and
-are named with their ports. What is set is checked as a whole and then holds as a whole, from one request to the next;
+The main server is always there. Others stand beside it, started or loaded and proven by whoever rolls them out: on
+servers of their own on loopback, named with their ports, or on the main server, under a model's name of their own. What
+is set is checked as a whole and then holds as a whole, from one request to the next;
 a gateway that starts again knows of none, so that everything goes to the main server.
 """
 
@@ -26,35 +27,66 @@ from runtime.gateway.upstream import UpstreamGone
 from runtime.generation.metrics import Histogram
 
 _MOST = 8  # versions beside the main one
+SCORES = 11  # a rating from 0 to 1 counts in tenths
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a version is asked: a server by its ports of HTTP and metrics, None for the main server; a model by its
+    name there, None for the name that all versions have."""
+
+    ports: tuple[int, int] | None = None
+    model: str | None = None
 
 
 @dataclass
 class Tally:
-    """Of whole requests. `errors`: those that failed for the server's sake, 5xx."""
+    """Of whole requests. `errors`: those that failed for the server's sake, 5xx; `slow`: over what was set."""
 
     requests: int = 0
     errors: int = 0
+    slow: int = 0
     seconds: Histogram = field(default_factory=lambda: Histogram(BOUNDS_S))
 
-    def ended(self, status: int, seconds: float) -> None:
+    def ended(self, status: int, seconds: float, slow_s: float | None) -> None:
         self.requests += 1
         self.errors += status >= 500
+        self.slow += slow_s is not None and seconds > slow_s
         self.seconds.add(seconds)
 
 
 @dataclass(eq=False)
 class Lane:
-    """One version on one server. `mirrored`: of copies, whose answers nobody got."""
+    """One version on one server. `dealt`: of those that are served, the ones that chance sent here, and nobody asked
+    for; `mirrored`: of copies, whose answers nobody got; `scores`: of ratings, by tenths."""
 
     triton: Triton
     version: int  # of the main server: as it was last seen
     repository: Path | None
-    ports: tuple[int, int] | None = None  # HTTP and metrics; None: the main server
+    place: Place | None = None  # None: the main server, under the model's own name
+    slow_s: float | None = None
     served: Tally = field(default_factory=Tally)
+    dealt: Tally = field(default_factory=Tally)
     mirrored: Tally = field(default_factory=Tally)
+    scores: list[int] = field(default_factory=lambda: [0] * SCORES)
 
-    def ended(self, status: int, seconds: float) -> None:
-        self.served.ended(status, seconds)
+    def ended(self, status: int, seconds: float, pinned: bool) -> None:
+        self.served.ended(status, seconds, self.slow_s)
+        if not pinned:
+            self.dealt.ended(status, seconds, self.slow_s)
+
+    def copied(self, status: int, seconds: float) -> None:
+        self.mirrored.ended(status, seconds, self.slow_s)
+
+    def rated(self, score: float) -> None:
+        """From 0 to 1; 1 is best."""
+        self.scores[round(score * (SCORES - 1))] += 1
+
+    def count_slow_from(self, seconds: float | None) -> None:
+        """By another limit, what was counted says nothing."""
+        if seconds != self.slow_s:
+            self.slow_s = seconds
+            self.served.slow = self.dealt.slow = self.mirrored.slow = 0
 
 
 @dataclass(frozen=True)
@@ -62,8 +94,7 @@ class Neighbour:
     """A version that stands beside the main one. `repository`: holds its tokenizer and chat template."""
 
     version: int
-    http_port: int
-    metrics_port: int
+    place: Place
     repository: Path | None
 
 
@@ -93,11 +124,10 @@ class ServedVersions:
         self,
         main: Triton,
         repository: Path | None,
-        connect: Callable[[int, int], Triton],
+        connect: Callable[[Place], Triton],
         mirror: Mirror,
         chance: Callable[[], float] = random.random,
     ) -> None:
-        """`connect`: a server on loopback by its HTTP and metrics port."""
         self._main = Lane(main, 0, repository)
         self._connect, self._mirror, self._chance = connect, mirror, chance
         self.traffic = Traffic((self._main,), (1.0,))
@@ -156,7 +186,7 @@ class ServedVersions:
         found = await lane.triton.infer(inputs, outputs, request_id, parameters)
         if mirror is not None and mirror is not lane:
             again = mirror.triton.infer(inputs, outputs, request_id, parameters)
-            self._mirror.infer(again, mirror.mirrored.ended, found, request_id, (lane.version, mirror.version))
+            self._mirror.infer(again, mirror.copied, found, request_id, (lane.version, mirror.version))
         return found
 
     async def generate(self, fields: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
@@ -169,7 +199,7 @@ class ServedVersions:
                 yield piece
         if mirror is not None and mirror is not lane:
             again, versions = mirror.triton.generate(fields), (lane.version, mirror.version)
-            self._mirror.generate(again, mirror.mirrored.ended, "".join(texts), TRIP.get().id, versions)
+            self._mirror.generate(again, mirror.copied, "".join(texts), TRIP.get().id, versions)
 
     async def ready(self) -> bool:
         return await (await self._lane()).triton.ready()
@@ -191,9 +221,13 @@ class ServedVersions:
         (lane if isinstance(lane, Lane) else self._main).triton.forget()
 
     # What whoever rolls out asks.
-    async def set(self, candidates: Sequence[Neighbour], weights: Mapping[int, float], mirror: int | None) -> None:
+    async def set(
+        self, candidates: Sequence[Neighbour], weights: Mapping[int, float], mirror: int | None,
+        slow_s: float | None = None,
+    ) -> None:  # fmt: skip
         """All of it, or nothing. Raises Refused for a version that does not answer as itself."""
         async with self._setting:
+            self._main.triton.forget()  # another version may have taken its place
             main = await self._facts_of(self._main)
             lanes = [self._main, *[await self._opened(candidate, main) for candidate in candidates]]
             by_version = {lane.version: lane for lane in lanes}
@@ -208,21 +242,28 @@ class ServedVersions:
             if not sum(shares) > 0:
                 raise Refused(409, "no version has a weight above 0")
             to = None if mirror is None else by_version[mirror]
+            for lane in lanes:
+                lane.count_slow_from(slow_s)
             self.traffic = Traffic(tuple(lanes), shares, to, self.traffic.number + 1)
 
     async def _opened(self, candidate: Neighbour, main: Facts) -> Lane:
         """A lane that is there already goes on counting."""
-        ports = candidate.http_port, candidate.metrics_port
-        known = (lane for lane in self.traffic.lanes if lane.ports == ports and lane.version == candidate.version)
-        lane = next(known, None) or Lane(self._connect(*ports), candidate.version, candidate.repository, ports)
+        place = candidate.place
+        known = (lane for lane in self.traffic.lanes if lane.place == place and lane.version == candidate.version)
+        lane = next(known, None) or Lane(self._connect(place), candidate.version, candidate.repository, place)
         lane.repository = candidate.repository
         lane.triton.forget()
         try:
             facts = await lane.triton.facts()
         except (UpstreamGone, ServingError) as error:
-            raise Refused(409, f"version {candidate.version} does not answer on port {ports[0]}") from error
+            raise Refused(409, f"version {candidate.version} does not answer {_where(place)}") from error
         if facts.version != candidate.version:
-            raise Refused(409, f"port {ports[0]} serves version {facts.version}, not {candidate.version}")
+            raise Refused(409, f"{_where(place)}: version {facts.version} serves, not {candidate.version}")
         if (facts.inputs, facts.outputs) != (main.inputs, main.outputs):
             raise Refused(409, f"version {candidate.version} has other inputs or outputs than version {main.version}")
         return lane
+
+
+def _where(place: Place) -> str:
+    port = "on the main server" if place.ports is None else f"on port {place.ports[0]}"
+    return port if place.model is None else f"{port} as {place.model}"

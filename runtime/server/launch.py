@@ -20,9 +20,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from runtime.beside import FOLDER
 from runtime.encoding.encoder import require_numpy_1
 from runtime.errors import BadEnvironment, ServerFault
 from runtime.generation.interface import PROBE_ID_VARIABLE
+from runtime.model_config import CONFIG, pinned, replace_config
+from runtime.model_control import control_headers
 from runtime.ports import free_ports
 from runtime.proof.proven import Proven
 from runtime.ranks.hosts import RANK_HOSTS_VARIABLE, Hosts
@@ -135,7 +138,11 @@ class TritonServer:
         except BaseException:
             self._leave()
             raise
-        self._stubs = Stubs(self.pid)
+        self._stubs = self._watched()
+
+    def _watched(self) -> Stubs:
+        """A version beside may die by itself: its requests fail, and whoever rolls it out takes it back."""
+        return Stubs(self.pid, beside=self.repository / FOLDER)
 
     def _start(self) -> subprocess.Popen[bytes]:
         with open(2, "wb", closefd=False) if self.exposure.log_to_stderr else self.log.open("ab") as stream:
@@ -175,11 +182,11 @@ class TritonServer:
 
     def start_again(self) -> None:
         """After `kill`: serves what the repository now holds, on the same ports. Raises BadEnvironment as at first."""
-        # A pod's repository may hold a version that was to be loaded, beside the one that its configurations name.
-        managed = self.exposure.control_secret is not None
-        self.settings = ServerSettings.load(self.repository) if managed else load_server_settings(self.repository)
+        if self.exposure.control_secret is None:
+            self.settings = load_server_settings(self.repository)
+        # Else the repository may hold a version that is to be loaded beside the one that was proven, which stays.
         self._process = self._start()
-        self._stubs = Stubs(self.pid)
+        self._stubs = self._watched()
 
     def _command(self) -> list[str]:
         command = [
@@ -210,8 +217,12 @@ class TritonServer:
     def _models(self) -> list[str]:
         """Which models are served, and whether others may be loaded later."""
         if self.exposure.control_secret is not None:
+            beside = self.repository / FOLDER
+            beside.mkdir(exist_ok=True)
+            self._pin()
             loaded = [f"--load-model={name}" for name in self.settings.load_order]
-            return [f"--model-repository={self.repository}", "--model-control-mode=explicit", *loaded]
+            folders = [f"--model-repository={folder}" for folder in (self.repository, beside)]
+            return [*folders, "--model-control-mode=explicit", *loaded]
         # Without control Triton loads all that it finds, so it is shown the models of this build alone.
         shown = self._work / "models"
         shutil.rmtree(shown, ignore_errors=True)
@@ -219,6 +230,15 @@ class TritonServer:
         for name in self.settings.models:
             (shown / name).symlink_to(self.repository / name)
         return [f"--model-repository={shown}", "--model-control-mode=none"]
+
+    def _pin(self) -> None:
+        """A restart comes back with the version that was proven, whatever was published since. A pod's configurations
+        name theirs already."""
+        for name in self.settings.models:
+            path = self.repository / name / CONFIG
+            text = path.read_text("utf-8")
+            if "version_policy" not in text:
+                replace_config(path, pinned(text, self.settings.version))
 
     def _restrictions(self) -> list[str]:
         secret = self.exposure.control_secret
@@ -247,7 +267,7 @@ class TritonServer:
     def control_headers(self) -> dict[str, str]:
         """gRPC metadata that opens repository control, where a control secret was given."""
         secret = self.exposure.control_secret
-        return {} if secret is None else {f"triton-grpc-protocol-{ADMIN_HEADER}": secret}
+        return {} if secret is None else control_headers(secret)
 
     def require_alive(self, settled_s: float = SETTLED_S) -> None:
         """Raises ServerFault with the end of the log when the server has died."""

@@ -16,10 +16,17 @@ LOADING_SETTLED_S = 3.0  # while it loads or unloads models, and no core may be 
 
 
 class Stubs:
-    """Of one server process. `learn` while all is well; `dead` often: each look reads a line for each stub."""
+    """Of one server process. `learn` while all is well; `dead` often: each look reads a line for each stub. Those of
+    models in the folder `beside` are not looked at."""
 
-    def __init__(self, server: int, proc: Path = Path("/proc"), clock: Callable[[], float] = time.monotonic) -> None:
-        self._server, self._proc, self._clock = server, proc, clock
+    def __init__(
+        self,
+        server: int,
+        proc: Path = Path("/proc"),
+        clock: Callable[[], float] = time.monotonic,
+        beside: Path | None = None,
+    ) -> None:
+        self._server, self._proc, self._clock, self._beside = server, proc, clock, beside
         self._known: set[int] = set()
         self._zombie_since: dict[int, float] = {}
 
@@ -31,7 +38,16 @@ class Stubs:
                 known |= {int(number) for number in path.read_text().split()}
             except OSError:
                 continue  # a thread that has ended meanwhile
-        self._known = known
+        self._known = {stub for stub in known if not self._is_beside(stub)}
+
+    def _is_beside(self, stub: int) -> bool:
+        """Triton names the model's file to its stub."""
+        if self._beside is None:
+            return False
+        try:
+            return f"{self._beside}/".encode() in (self._proc / str(stub) / "cmdline").read_bytes()
+        except OSError:
+            return False  # it has ended meanwhile
 
     def dead(self, settled_s: float = SETTLED_S) -> int | None:
         """The process id of a stub that died, and has been nobody's concern for `settled_s`."""

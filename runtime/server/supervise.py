@@ -63,6 +63,8 @@ class Supervisor:
         self._prober = ThreadPoolExecutor(1, "probe")
         self._probing: Future[Failure | None] | None = None
         self._due = self._loading_until = 0.0
+        # By whoever holds the secret, who tells us nothing of it.
+        self._loads_unannounced = versions is None and server.exposure.control_secret is not None
         self._open()
 
     def _open(self) -> None:
@@ -158,7 +160,7 @@ class Supervisor:
     def _look(self) -> tuple[Event, str] | None:
         """What has happened since the last look."""
         now = time.monotonic()
-        if self._staged() is not None:
+        if self._staged() is not None or self._loads_unannounced:
             self._loading_until = now + _UNLOADED_WITHIN_S
         died = self._server.dead(LOADING_SETTLED_S if now < self._loading_until else SETTLED_S)
         if died is not None:

@@ -21,10 +21,10 @@ from builders.engine import tensorrt
 from builders.errors import EngineError, UnsupportedError
 from builders.pipeline import Build, proving
 from builders.repository import publish
-from runtime.model_config import to_pbtxt
 from builders.spec import DeploymentSpec
 from builders.store.store import Store
 from runtime.errors import NotProven
+from runtime.model_config import to_pbtxt
 from runtime.server.launch import Ports, TritonServer
 from runtime.server.supervise import Supervisor
 from tests.conftest import tiny_spec

@@ -142,7 +142,7 @@ def doors_of(
     """`beside`: further servers by their port."""
     return make_doors(
         triton, limits or DoorLimits(), keys, Readiness(supervised=False), DoorFiles(repository, log, **files),
-        lambda http, metrics: beside[http],
+        lambda place: beside[place.ports[0] if place.ports else 0],
     )  # fmt: skip
 
 

@@ -12,13 +12,13 @@ import numpy as np
 from builders.artifacts import file_digest
 from builders.judging import corpus
 from builders.judging.perplexity import continuation_losses
-from runtime.model_config import to_pbtxt
 from builders.repository.generator_config import generator_config
 from runtime.generation.cache import SlotCache
 from runtime.generation.engine import GenerationEngine
 from runtime.generation.executor.onnxruntime import OnnxRuntimeStepExecutor
 from runtime.generation.request import Limits, Tokens
 from runtime.generation.scheduler import Scheduler
+from runtime.model_config import to_pbtxt
 from runtime.proof.record import PROOF_FILE, GeneratorProof, ProofRow
 from runtime.settings import GeneratorModelSettings, ServedModel, ServerSettings
 from runtime.step import StepExecutor

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime.model_config import to_pbtxt
 from builders.repository.generator_config import generator_config
 from runtime.errors import BadRequest
 from runtime.generation.interface import INPUTS, OUTPUTS, read_request
 from runtime.generation.metrics import Histogram
 from runtime.generation.request import Limits, Request, SamplingParams, Update, coalesce
+from runtime.model_config import to_pbtxt
 
 TEXT = np.array([[b"a text"]], np.object_)
 
