@@ -48,7 +48,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("builders/__main__.py",),
     ("online/feedback/migrations/versions", "online"),
     ("online/feedback", "online/rollout", "online/gate"),
-    ("online/feedback/migrations", "online/learner", "online/serving"),
+    ("online/feedback/migrations", "online/learner", "online/serving", "online/doorway"),
     ("measure/small_model",),
     ("measure/bench",),
     ("measure/gpu_proof", "measure"),

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+
+if TYPE_CHECKING:
+    from runtime.server.gateway_process import FeedbackOptions
 
 from builders.commands.options import DEFAULT_BUILD, BuildDir, JsonFlag, SpecArgument, fail
 from builders.errors import InputError
@@ -45,6 +48,18 @@ def serve(
     vllm_metrics: Annotated[
         bool, typer.Option("--vllm-metrics", help="of the gateway: a generator's figures under vLLM's names as well")
     ] = False,
+    feedback_database: Annotated[
+        str | None,
+        typer.Option(
+            help="of the gateway: POST /v1/feedback goes there; sqlite:////path/to/feedback.db, postgresql://…"
+        ),
+    ] = None,
+    sample_share: Annotated[
+        float, typer.Option(min=0, max=1, help="of answers whose texts go into that database as well")
+    ] = 0.0,
+    sample_redact: Annotated[
+        str | None, typer.Option(help="module:function; what it makes of a text is kept instead")
+    ] = None,
     ready_timeout_s: Annotated[float, typer.Option(min=1)] = 120,
     as_json: JsonFlag = False,
 ) -> None:
@@ -60,6 +75,7 @@ def serve(
     asked: dict[str, Any] = {
         "grpc_port": gateway_grpc_port, "keys_file": api_keys_file, "no_auth": no_auth, "tls_cert": tls_cert,
         "tls_key": tls_key, "control_secret_file": control_secret_file, "vllm_metrics": vllm_metrics,
+        "feedback": _feedback(feedback_database, sample_share, sample_redact),
     }  # fmt: skip
     doorway = None
     if gateway_port is not None:
@@ -68,7 +84,7 @@ def serve(
     elif any(value not in (None, False) for value in asked.values()):
         raise InputError(
             "--gateway-grpc-port, --api-keys-file, --no-auth, --tls-cert, --tls-key, --control-secret-file, "
-            "--vllm-metrics", got="no --gateway-port", expected="a gateway, which these are about",
+            "--vllm-metrics, --feedback-database", got="no --gateway-port", expected="a gateway, which these are about",
             fix="give --gateway-port",
         )  # fmt: skip
     if model_control and control_secret_file is None:
@@ -84,6 +100,20 @@ def serve(
     ports = Ports(http_port or free.http, grpc_port or free.grpc, metrics_port or free.metrics)
     exposure = Exposure(control_secret=secret)
     serve_repository(built.entry.repository, ports, ready_timeout_s, as_json, exposure, doorway=doorway)
+
+
+def _feedback(database: str | None, share: float, redact: str | None) -> FeedbackOptions | None:
+    """Raises InputError for samples without a database."""
+    from runtime.server.gateway_process import FeedbackOptions
+
+    if database is not None:
+        return FeedbackOptions("online.doorway", database, share, redact)
+    if share or redact is not None:
+        raise InputError(
+            "--sample-share, --sample-redact", got="no --feedback-database", expected="where samples go",
+            fix="give --feedback-database",
+        )  # fmt: skip
+    return None
 
 
 def loadtest(

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from runtime.errors import BadEnvironment
+from runtime.errors import BadEnvironment, InputError
 from runtime.gateway.limits import DoorLimits
+
+if TYPE_CHECKING:
+    from runtime.gateway.feedback import FeedbackSink
 
 _LOOPBACK = "127.0.0.1"
 _LIMITS = (
@@ -16,8 +21,8 @@ _LIMITS = (
 )  # fmt: skip
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m runtime.gateway")
+def make_parser(program: str = "python -m runtime.gateway") -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=program)
     parser.add_argument("--model", required=True, help="the one that is served")
     parser.add_argument("--triton-http-port", type=int, required=True)
     parser.add_argument("--triton-metrics-port", type=int, required=True)
@@ -42,19 +47,28 @@ def _arguments() -> argparse.Namespace:
     for name in _LIMITS:
         kind = float if name.endswith("_s") or name == "rate_per_key" else int
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=getattr(DoorLimits, name))
-    return parser.parse_args()
+    return parser
 
 
-def main() -> None:
+def main(
+    parser: argparse.ArgumentParser | None = None,
+    open_sink: Callable[[argparse.Namespace], FeedbackSink | None] = lambda arguments: None,
+) -> None:
+    """`open_sink`: where feedback goes, by the options that `parser` has besides."""
     import uvloop
 
     from runtime.gateway.process import serve
 
     try:
-        arguments = _arguments()
+        arguments = (parser or make_parser()).parse_args()
         limits = DoorLimits(**{name: getattr(arguments, name) for name in _LIMITS})
-        uvloop.run(serve(arguments, limits))
-    except BadEnvironment as error:
+        sink = open_sink(arguments)
+        try:
+            uvloop.run(serve(arguments, limits, sink))
+        finally:
+            if sink is not None:
+                sink.close()
+    except (BadEnvironment, InputError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
 

@@ -18,6 +18,7 @@ from runtime.gateway.counters import DoorCounters
 from runtime.gateway.door import Door, Handler, route
 from runtime.gateway.embeddings import Embeddings
 from runtime.gateway.exchange import Exchange
+from runtime.gateway.feedback import Feedback, FeedbackSink
 from runtime.gateway.generate import Generate
 from runtime.gateway.grpc_door import GrpcDoor
 from runtime.gateway.guards import Guards
@@ -47,6 +48,7 @@ class Own:
     readiness: Readiness
     counters: DoorCounters
     guards: Guards
+    feedback: Feedback
     began: int
     vllm_metrics: bool
 
@@ -70,7 +72,7 @@ class Own:
     async def metrics(self, exchange: Exchange) -> None:
         page = self.counters.page(self.guards.bytes, self.readiness.draining)
         await self.triton.look()
-        page += "\n".join([*version_lines(self.triton), ""]).encode()
+        page += "\n".join([*version_lines(self.triton), *self.feedback.lines(), ""]).encode()
         try:
             behind = await self.triton.metrics_page()
             page += behind
@@ -99,6 +101,7 @@ class Doors:
     grpc: GrpcDoor
     guards: Guards
     versions: ServedVersions
+    feedback: Feedback
     files: tuple[LineFile, ...]
 
 
@@ -111,6 +114,7 @@ class DoorFiles:
     mirror_log: Path | None = None
     control_secret: bytes | None = None
     vllm_metrics: bool = False
+    feedback: FeedbackSink | None = None
 
 
 def make_doors(
@@ -120,7 +124,8 @@ def make_doors(
     guards, counters, log = Guards(limits, keys), DoorCounters(), AccessLog(files.access_log)
     mirror = Mirror(LineFile(files.mirror_log, mode=0o600), limits.answer_s)
     versions = ServedVersions(triton, files.repository, connect, mirror)
-    own = Own(versions, readiness, counters, guards, int(time.time()), files.vllm_metrics)
+    feedback = Feedback(files.feedback, limits.depth)
+    own = Own(versions, readiness, counters, guards, feedback, int(time.time()), files.vllm_metrics)
     tokenizers = ServedTokenizers(versions.repository, triton.model)
     generate = Generate(versions, tokenizers, limits)
     templates = ChatTemplates(versions.repository, triton.model, limits.rendered)
@@ -129,9 +134,9 @@ def make_doors(
         control = VersionControl(versions, files.control_secret, limits)
         table += [("/control/versions", "GET", control.look, True), ("/control/versions", "PUT", control.set, True)]
     routes = [route(path, method, handler, guards, public) for path, method, handler, public in table]
-    http = Door(routes, guards, counters, log, gone=versions.forget)
-    grpc = GrpcDoor(versions, generate, guards, counters, log, own.is_ready)
-    return Doors(http, grpc, guards, versions, (log, mirror.file))
+    http = Door(routes, guards, counters, log, feedback, gone=versions.forget)
+    grpc = GrpcDoor(versions, generate, guards, counters, log, feedback, own.is_ready)
+    return Doors(http, grpc, guards, versions, feedback, (log, mirror.file))
 
 
 def _table(
@@ -155,6 +160,7 @@ def _table(
         ("/tokenize", "POST", tokenizing.tokenize, False),
         ("/detokenize", "POST", tokenizing.detokenize, False),
         ("/decode", "POST", tokenizing.detokenize, False),
+        ("/v1/feedback", "POST", own.feedback, False),
         ("/v1/models", "GET", own.models, False),
         ("/v1/models/{name}", "GET", own.model, False),
         ("/healthz", "GET", own.live, True),

@@ -21,6 +21,7 @@ from runtime.errors import ServingError
 from runtime.gateway.access_log import AccessLog, Logged
 from runtime.gateway.counters import DoorCounters
 from runtime.gateway.exchange import GONE_STATUS, VERSION_HEADER, ClientGone, Exchange, Message
+from runtime.gateway.feedback import Feedback
 from runtime.gateway.guards import Guards
 from runtime.gateway.refused import Refused, as_refused
 from runtime.gateway.trip import TRIP
@@ -57,10 +58,12 @@ class Door:
     """`gone`: told when the model's server has broken off."""
 
     def __init__(
-        self, routes: list[Route], guards: Guards, counters: DoorCounters, log: AccessLog, gone: Callable[[], None]
-    ) -> None:
+        self, routes: list[Route], guards: Guards, counters: DoorCounters, log: AccessLog, feedback: Feedback,
+        gone: Callable[[], None],
+    ) -> None:  # fmt: skip
         self._router = Router(routes, redirect_slashes=False, default=_not_found)
         self._guards, self._counters, self.log, self._gone = guards, counters, log, gone
+        self._feedback = feedback
 
     async def __call__(
         self, scope: Message, receive: Callable[[], Awaitable[Message]], send: Callable[[Message], Awaitable[None]]
@@ -70,7 +73,7 @@ class Door:
         exchange = Exchange(scope, receive, send, self._guards, secrets.token_hex(12))
         # With an `app`, Starlette raises for a method that a route does not have, where it would else answer itself.
         scope.update(exchange=exchange, app=self)
-        with counted(exchange, self._counters, self.log):
+        with counted(exchange, self._counters, self.log, self._feedback):
             try:
                 await self._answer(scope, exchange)
             finally:
@@ -100,11 +103,12 @@ def _pinned(exchange: Exchange) -> str:
 
 
 @contextmanager
-def counted(request: Logged, counters: DoorCounters, log: AccessLog) -> Iterator[None]:
+def counted(request: Logged, counters: DoorCounters, log: AccessLog, feedback: Feedback) -> Iterator[None]:
     """A request from here to its end: it is written down with the status that it has then."""
     started = time.monotonic()
     counters.running += 1
     TRIP.set(request.trip)
+    feedback.begun(request.trip)
     try:
         yield
     finally:
@@ -112,6 +116,7 @@ def counted(request: Logged, counters: DoorCounters, log: AccessLog) -> Iterator
         seconds = time.monotonic() - started
         counters.ended(request.label, request.status, seconds, request.bytes_in, request.bytes_out)
         request.trip.ended(request.status, seconds)
+        feedback.ended(request.trip, request.caller, request.status)
         log.ended(request, seconds)
 
 

@@ -19,6 +19,7 @@ from runtime.gateway.access_log import AccessLog
 from runtime.gateway.counters import DoorCounters
 from runtime.gateway.door import counted, refusal
 from runtime.gateway.exchange import GONE_STATUS, VERSION_HEADER
+from runtime.gateway.feedback import Feedback
 from runtime.gateway.generate import Generate, read_fields
 from runtime.gateway.grpc_kserve import (
     InferCall,
@@ -75,10 +76,10 @@ class GrpcDoor:
 
     def __init__(
         self, triton: Triton, generate: Generate, guards: Guards, counters: DoorCounters, log: AccessLog,
-        is_ready: Callable[[], Awaitable[bool]],
+        feedback: Feedback, is_ready: Callable[[], Awaitable[bool]],
     ) -> None:  # fmt: skip
         self._triton, self._generate, self._guards = triton, generate, guards
-        self._counters, self._log, self._is_ready = counters, log, is_ready
+        self._counters, self._log, self._feedback, self._is_ready = counters, log, feedback, is_ready
         self._methods: dict[str, Method] = {
             "ServerLive": self._live, "ServerReady": self._ready, "ModelReady": self._model_ready,
             "ServerMetadata": self._server_metadata, "ModelMetadata": self._model_metadata,
@@ -142,7 +143,7 @@ class GrpcDoor:
     async def _answering(self, call: GrpcCall) -> AsyncIterator[None]:
         """Raises Refused for whatever went wrong in it, but for a client that has gone."""
         call.trip.id = call.id
-        with counted(call, self._counters, self._log):
+        with counted(call, self._counters, self._log, self._feedback):
             try:
                 yield
                 call.status = 200

@@ -21,6 +21,7 @@ import uvicorn
 from runtime.errors import BadEnvironment
 from runtime.exposed import require_keys
 from runtime.gateway.app import DoorFiles, Doors, make_doors
+from runtime.gateway.feedback import FeedbackSink
 from runtime.gateway.keys import Keys
 from runtime.gateway.limits import DoorLimits
 from runtime.gateway.protocol import bounded
@@ -34,8 +35,8 @@ from runtime.secrets_file import read_secret
 _LOOPBACK = "127.0.0.1"
 
 
-async def serve(arguments: argparse.Namespace, limits: DoorLimits) -> None:
-    """Until it has drained. Raises BadEnvironment for what it cannot be started with."""
+async def serve(arguments: argparse.Namespace, limits: DoorLimits, sink: FeedbackSink | None = None) -> None:
+    """Until it has drained; `sink` is where feedback goes. Raises BadEnvironment for what it cannot be started with."""
     keys = _keys(arguments)
     require_keys(arguments.address, keys is not None, arguments.no_auth)
     certificate = _certificate(arguments)
@@ -52,7 +53,7 @@ async def serve(arguments: argparse.Namespace, limits: DoorLimits) -> None:
 
     secret = None if arguments.control_secret_file is None else read_secret(arguments.control_secret_file)
     files = DoorFiles(
-        arguments.repository, arguments.access_log, arguments.mirror_log, secret, arguments.vllm_metrics
+        arguments.repository, arguments.access_log, arguments.mirror_log, secret, arguments.vllm_metrics, sink
     )  # fmt: skip
     doors = make_doors(connect(Place()), limits, keys, readiness, files, connect)
     server = _http_server(doors, limits, certificate, arguments.drain_s)

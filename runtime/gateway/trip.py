@@ -32,6 +32,7 @@ class Trip:
     lane: Taken | None = None
     inferred: bool = False
     salt: str = ""
+    heard: list[tuple[str, str]] | None = None  # prompts and answers, where they are to be sampled
 
     def ended(self, status: int, seconds: float) -> None:
         if self.lane is not None and self.inferred:

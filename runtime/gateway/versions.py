@@ -17,16 +17,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 from runtime.errors import ServingError
 from runtime.gateway.counters import BOUNDS_S
 from runtime.gateway.mirror import Mirror
 from runtime.gateway.refused import Refused
 from runtime.gateway.trip import NO_TRIP, TRIP
-from runtime.gateway.triton import Blob, Facts, Triton
+from runtime.gateway.triton import Blob, Facts, Triton, unpack_texts
 from runtime.gateway.upstream import UpstreamGone
 from runtime.generation.metrics import Histogram
 
 _MOST = 8  # versions beside the main one
+_MOST_HEARD = 2048  # texts of one call
 SCORES = 11  # a rating from 0 to 1 counts in tenths
 
 
@@ -187,19 +190,24 @@ class ServedVersions:
         if mirror is not None and mirror is not lane:
             again = mirror.triton.infer(inputs, outputs, request_id, parameters)
             self._mirror.infer(again, mirror.copied, found, request_id, (lane.version, mirror.version))
+        if (heard := TRIP.get().heard) is not None and (texts := _texts(inputs)):
+            heard.append((texts, _numbers(found)))
         return found
 
     async def generate(self, fields: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         lane, mirror = await self._inferring(), self.traffic.mirror
         texts: list[str] = []
+        heard = TRIP.get().heard if "text_input" in fields else None
         async with aclosing(lane.triton.generate(fields)) as pieces:
             async for piece in pieces:
-                if mirror is not None:
+                if mirror is not None or heard is not None:
                     texts.append(str(piece.get("text_output", "")))
                 yield piece
         if mirror is not None and mirror is not lane:
             again, versions = mirror.triton.generate(fields), (lane.version, mirror.version)
             self._mirror.generate(again, mirror.copied, "".join(texts), TRIP.get().id, versions)
+        if heard is not None:
+            heard.append((str(fields["text_input"]), "".join(texts)))
 
     async def ready(self) -> bool:
         return await (await self._lane()).triton.ready()
@@ -267,3 +275,20 @@ class ServedVersions:
 def _where(place: Place) -> str:
     port = "on the main server" if place.ports is None else f"on port {place.ports[0]}"
     return port if place.model is None else f"{port} as {place.model}"
+
+
+def _texts(inputs: Sequence[Blob]) -> str:
+    """Of the first input that is text."""
+    for one in inputs:
+        if one.datatype == "BYTES":
+            found = [text.decode(errors="replace") for text in unpack_texts(one.data, _MOST_HEARD)]
+            return found[0] if len(found) == 1 else orjson.dumps(found).decode()
+    return ""
+
+
+def _numbers(found: Mapping[str, Blob]) -> str:
+    """The first output of numbers with fractions, a list for each text."""
+    for one in found.values():
+        if one.datatype == "FP32":
+            return orjson.dumps(one.array(), option=orjson.OPT_SERIALIZE_NUMPY).decode()
+    return ""

@@ -32,6 +32,20 @@ _LEAVE_S = 10.0  # beyond the drain, to end
 
 
 @dataclass(frozen=True)
+class FeedbackOptions:
+    """The program with a store behind the gateway, which stands above this room, and what it is told."""
+
+    program: str
+    database: str
+    sample_share: float = 0.0
+    sample_redact: str | None = None
+
+    def options(self) -> list[str]:
+        redact = [] if self.sample_redact is None else ["--sample-redact", self.sample_redact]
+        return ["--feedback-database", self.database, "--sample-share", str(self.sample_share), *redact]
+
+
+@dataclass(frozen=True)
 class Doorway:
     """Where the gateway listens, and who may come in. Port 0: any free one; `grpc_port` None: no gRPC.
 
@@ -55,6 +69,7 @@ class Doorway:
     withdraw_s: float = 0.0
     connection_age_s: int | None = None
     follow_files: bool = False
+    feedback: FeedbackOptions | None = None
     hang_s: float = 15.0
     start_s: float = 60.0
 
@@ -132,7 +147,12 @@ class Doorway:
         given += [f"--{name}" for name, wanted in flags.items() if wanted]
         if self.connection_age_s is not None:
             given += ["--connection-age-s", str(self.connection_age_s)]
+        given += [] if self.feedback is None else self.feedback.options()
         return ["--address", self.address, "--drain-s", str(self.drain_s), *given]
+
+    @property
+    def program(self) -> str:
+        return "runtime.gateway" if self.feedback is None else self.feedback.program
 
 
 class GatewayProcess:
@@ -187,7 +207,7 @@ class GatewayProcess:
         # In a container standard error is the log that people read; what is mirrored never goes there: it has texts.
         access_log = "-" if self._server.exposure.log_to_stderr else str(self.log)
         command = [
-            sys.executable, "-m", "runtime.gateway", "--supervised", "--model", self._server.settings.ensemble,
+            sys.executable, "-m", self._doorway.program, "--supervised", "--model", self._server.settings.ensemble,
             "--triton-http-port", str(ports.http), "--triton-metrics-port", str(ports.metrics),
             "--repository", str(self._server.repository), "--listener", str(self._listener.fileno()),
             "--access-log", access_log, "--mirror-log", str(self.log.with_name("mirror.log")),
