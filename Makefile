@@ -10,7 +10,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-generate test test-slow check format bench-serving bench-gateway chaos bench-feedback bench-canary bench-shard bench-generation bench-install bench-tools golden docs \
+.PHONY: help install demo demo-generate test test-slow check format bench-serving bench-gateway chaos bench-feedback bench-canary bench-shard bench-compression bench-generation bench-install bench-tools golden docs \
 	gpu-proof gpu-proof-dry gpu-bundle house clean
 
 help: ## list the targets
@@ -62,6 +62,9 @@ docs: install ## write the generated pages again: docs/spec.md, the tree in docs
 
 bench-shard: install ## memory and time of sharding 5 GB, against a plain copy
 	$(BIN)/python -m measure.bench.shard --folder $(BUILD)
+
+bench-compression: install ## recipes of compression on MiniLM, beside what is free (QUICK=1: under ten minutes)
+	$(BIN)/python -m measure.bench.compression --build-dir $(BUILD) $(if $(QUICK),--quick)
 
 bench-generation: install ## streamed tokens/s against the bare executor loop (peers: make bench-install first)
 	$(BIN)/python -m measure.bench.generation --build-dir $(BUILD) \

@@ -21,7 +21,7 @@ _HEAD = """# The spec
 <!-- Written by `make docs` from the descriptions in builders/spec. Change them there. -->
 
 A spec is one YAML file that says everything about one deployment. Every command takes its path, or the name of a
-preset: `minilm`, `minilm-tp2` or `minilm-pp2`, which lie in `builders/presets/`.
+preset: `minilm`, `minilm-small`, `minilm-tp2` or `minilm-pp2`, which lie in `builders/presets/`.
 
 - Only `name`, `model.source` and `model.task` are required.
 - An unknown key is refused, with the nearest known one. So is a key that the task does not read, and a combination that

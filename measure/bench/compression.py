@@ -27,7 +27,7 @@ from measure.bench.compression_recipes import QUICK_MINUTES, BenchRecipe, recipe
 
 PAGE = "bench-compression.md"
 _HEAD = (
-    "recipe", "M weights", "MB stored", "MB graph", "MFLOP a token", "× OpenVINO", "× ONNX Runtime", "cosine", "worst",
+    "recipe", "M weights", "MB stored", "MB graph", "MFLOP a token", "x OpenVINO", "x ONNX Runtime", "cosine", "worst",
     "Spearman", "MRR", "of the original's", "verdict",
 )  # fmt: skip
 
@@ -89,7 +89,7 @@ def _cells(row: BenchRow) -> tuple[str, ...]:
 
     def spread(value: float, key: str, digits: int) -> str:
         low, high = found.intervals[key].low, found.intervals[key].high
-        return f"{value:.{digits}f} ({low:.{digits}f}–{high:.{digits}f})"
+        return f"{value:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
     return (
         row.name,

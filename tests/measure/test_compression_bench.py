@@ -1,0 +1,86 @@
+"""`make bench-compression`: recipes that the model can take, what is said of one that misses its aim; the preset."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from builders.artifacts import Quality
+from builders.compress.plan import Teacher, check
+from builders.judging.intervals import ConfidenceInterval
+from builders.judging.retrieval import Retrieval
+from builders.pipeline.judged import StepFigures
+from builders.spec import load_spec
+from measure.bench import compression
+from measure.bench.compression import BenchRow
+from measure.bench.compression_recipes import PRESET, QUICK_MINUTES, BenchRecipe, recipes
+from tests.compress.test_spec import WIDTHS
+
+
+def _judged(cosine: float, speed: float) -> StepFigures:
+    interval = ConfidenceInterval(low=0.5, high=1.5)
+    names = ("x openvino", "x onnxruntime", "mean_cosine", "spearman", "mrr", "mrr_ratio")
+    return StepFigures(
+        directory=Path(), files=(), parameters=17_000_000, graph_bytes=68_000_000, stored_bytes=69_000_000,
+        flops_per_token=1.1e7,
+        quality=Quality(mean_cosine=cosine, worst_cosine=0.8, max_abs_difference=0.1, texts=128, executor="x"),
+        cosines=(cosine,), spearman=0.9, retrieval=Retrieval(ranks=(1, 2, 4)), mrr_ratio=0.95,
+        speeds={"openvino": speed, "onnxruntime": speed}, intervals=dict.fromkeys(names, interval),
+    )  # fmt: skip
+
+
+def test_the_model_can_take_every_recipe() -> None:
+    found = recipes()
+    assert len({recipe.name for recipe in found}) == len(found) >= 16
+    for recipe in found:
+        for quick in (False, True):
+            steps = recipe.spec(quick).compress
+            check(steps, WIDTHS, 1, teacher=Teacher(WIDTHS, "embedding"))
+            minutes = [step.distil.minutes for step in steps if step.distil is not None]
+            assert not quick or all(each is not None and each <= QUICK_MINUTES for each in minutes)
+    whole = sum(step.distil.minutes or 0 for recipe in found for step in _own(recipe) if step.distil is not None)
+    assert whole <= 30  # of the hour that a run may take
+
+
+def _own(recipe: BenchRecipe) -> list:  # type: ignore[type-arg]
+    """Steps that no other recipe has carried out before it."""
+    steps = list(recipe.spec().compress)
+    student = load_spec(PRESET).compress
+    return steps[len(student) :] if tuple(steps[: len(student)]) == student and "int8" not in recipe.name else steps
+
+
+def test_the_preset_is_the_student_of_the_bench() -> None:
+    spec = load_spec(PRESET)
+    widths = check(spec.compress, WIDTHS, 1, teacher=Teacher(WIDTHS, "embedding"))
+    assert len(widths.layers) == 3
+    assert widths.hidden == WIDTHS.hidden
+    student = next(recipe for recipe in recipes() if recipe.name == "student 0, 2, 5")
+    made, preset = student.spec(), spec
+    assert made.compress == preset.compress  # and with it all that its key in the store depends on
+    assert made.model == preset.model
+    assert made.precision.calibration_samples == preset.precision.calibration_samples
+    assert made.parallel == preset.parallel
+
+
+def test_a_recipe_that_misses_its_aim_is_refused_with_the_figure() -> None:
+    step = {"prune": {"amount": 0.3}}
+    recipe = BenchRecipe("pruned", (step,), aim={"min_mean_cosine": 0.94, "min_speedup": 1.9})
+    assert compression.verdict(recipe, _judged(0.87, 2.0)) == "refused: min_mean_cosine 0.870 of 0.94"
+    assert compression.verdict(recipe, _judged(0.95, 2.0)).startswith("meets min_mean_cosine 0.94 (0.950)")
+    assert compression.verdict(BenchRecipe("free", (step,)), _judged(0.1, 0.1)) == ""
+
+
+def test_the_table_has_a_cell_for_every_heading() -> None:
+    rows = [BenchRow("student", _judged(0.9, 2.0), "x"), BenchRow("none", None, "refused: training diverged")]
+    lines = compression.table(rows).splitlines()
+    assert {line.count("|") for line in lines} == {lines[0].count("|")}
+    assert "| 17.00 | 69.0 | 68.0 | 11.0 | 2.00 (0.50" in lines[2]
+    assert lines[3].endswith("| refused: training diverged |")
+
+
+@pytest.mark.slow
+def test_a_quick_run_judges_one_recipe(tmp_path: Path) -> None:
+    recipe = next(recipe for recipe in recipes() if recipe.name == "FFN rank 256, plain SVD")
+    row = compression.measured(recipe, True, tmp_path, lambda stage, message: None)
+    assert row.verdict.startswith("refused: min_mean_cosine 0.")
