@@ -185,7 +185,9 @@ def split(setting: Setting, engine: GenerationEngine, row: Measured) -> Measured
         engine.step()
     before = replace(engine.counters)
     while engine.step():
-        engine.take_updates()
+        for update in engine.take_updates():
+            if update.error is not None:
+                raise update.error
     count = engine.counters.steps - before.steps
     step_s, executor_s, sampling_s = (
         (getattr(engine.counters, name) - getattr(before, name)) / count
