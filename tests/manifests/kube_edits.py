@@ -95,20 +95,18 @@ EDITS = [
     Edit("a budget for nobody", "selector", put(PDB, "spec selector matchLabels a", "b")),
     Edit("a policy for nobody", "selector", put("NetworkPolicy/serving", "spec podSelector matchLabels a", "b")),
     Edit("a monitor of nobody", "selector", put("PodMonitor/serving", "spec selector matchLabels a", "b")),
-    Edit("a target port that is not there", "port", put("Service/serving", "spec ports 0 targetPort", "http")),
+    Edit("a target port that is not there", "port", put("Service/serving", "spec ports 0 targetPort", "web")),
     Edit(
         "two ports of one name",
         "port",
-        put("Service/serving", "spec ports 1", {"name": "grpc", "port": 8009, "targetPort": "metrics"}),
+        put("Service/serving", "spec ports 2", {"name": "grpc", "port": 8009, "targetPort": "health"}),
     ),
     Edit(
-        "a probe of an undefined port", "port", put("Deployment/serving", "@triton readinessProbe httpGet port", "http")
+        "a probe of an undefined port", "port", put("Deployment/serving", "@triton readinessProbe httpGet port", "web")
     ),
     Edit("a policy of an undefined port", "port", put("NetworkPolicy/serving", "spec ingress 0 ports 0 port", "web")),
-    Edit(
-        "a monitor of an undefined port", "port", put("PodMonitor/serving", "spec podMetricsEndpoints 0 port", "http")
-    ),
-    Edit("container ports of one name", "port", put("Deployment/serving", "@triton ports 1 name", "grpc")),
+    Edit("a monitor of an undefined port", "port", put("PodMonitor/serving", "spec podMetricsEndpoints 0 port", "web")),
+    Edit("container ports of one name", "port", put("Deployment/serving", "@triton ports 0 name", "grpc")),
     Edit(
         "a ConfigMap that is not there",
         "missing-reference",

@@ -60,7 +60,7 @@ def test_mistakes_are_many_and_cover_the_rules() -> None:
 def test_a_clean_file_and_a_fault_by_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good, bad = tmp_path / "good.yaml", tmp_path / "bad.yaml"
     good.write_text(rendered("cpu-dev"))
-    bad.write_text(rendered("cpu-dev").replace("targetPort: grpc", "targetPort: http"))
+    bad.write_text(rendered("cpu-dev").replace("targetPort: grpc", "targetPort: web"))
     run(lambda: lint_manifests([good], as_json=True))
     assert json.loads(capsys.readouterr().out)["findings"] == []
     with pytest.raises(SystemExit) as stopped:
