@@ -135,7 +135,8 @@ def test_a_salt_goes_to_the_model_with_the_prompt() -> None:
 
     async def serve(number: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         bodies.append((await _request(reader)).partition(b"\r\n\r\n")[2])
-        writer.write(b'HTTP/1.1 200 OK\r\nContent-Length: 28\r\n\r\ndata: {"text_output": "ab"}\n\n')
+        event = b'data: {"text_output": "ab"}\n\n'
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(event) + event)
 
     async def test(upstream: Upstream) -> None:
         triton = TritonHttp(upstream, upstream, "m")
