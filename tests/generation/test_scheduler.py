@@ -211,9 +211,9 @@ def test_prompts_of_another_salt_are_computed_anew() -> None:
         generate(engine, [np.arange(20)], SamplingParams(max_tokens=1, cache_salt=salt))
         assert sum(ledger.steps) == computed, salt
     reused = engine.counters.reused_tokens
-    engine.submit(np.arange(30, 45), SamplingParams(max_tokens=10, cache_salt="ann"))
-    engine.step()
-    generate(engine, [np.arange(30, 45)], SamplingParams(max_tokens=1, cache_salt="bob"))
+    for salt in ("ann", "bob"):
+        engine.submit(np.arange(30, 45), SamplingParams(max_tokens=10, cache_salt=salt))
+        engine.step()
     assert engine.counters.reused_tokens == reused
 
 
