@@ -191,7 +191,7 @@ def _secret(path: Path | None) -> str | None:
 
 def _ranks(options: argparse.Namespace) -> None:
     from runtime.pod.control import HealthServer
-    from runtime.ranks.hosts import serve_host
+    from runtime.ranks.agent import serve_host
     from runtime.ranks.process import CPU_WORKER, GPU_WORKER
     from runtime.server.health import Health
     from runtime.server.stopping import stop_requests

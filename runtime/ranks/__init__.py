@@ -8,7 +8,8 @@ wire      messages as bytes that run nothing
 channel   messages between a group's owner and its ranks, each within a limit of time
 group     starts, feeds and ends the processes of a group; nothing waits without a limit, nothing outlives it
 step_group  a group behind a step executor, which is replaced when it fails
-hosts     a group over several hosts: the leader's meeting point, and the agent on each other host
+hosts     a group over several hosts: who they are, and how they prove it to each other
+gathering the leader's meeting point      agent  what runs on each other host
 
 On GPUs the worker is `runtime.tensorrt.rank_worker`.
 """

@@ -22,7 +22,7 @@ from runtime.leases import abandoned, owner
 from runtime.ports import free_ports
 from runtime.ranks import wire
 from runtime.ranks.channel import Channel
-from runtime.ranks.hosts import Gathering
+from runtime.ranks.gathering import Gathering
 from runtime.ranks.process import CPU_WORKER, end_processes, start_rank
 from runtime.ranks.program import RankGrid, RankProgram
 from runtime.rows import CacheShape

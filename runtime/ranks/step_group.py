@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from runtime.errors import ServerFault
+from runtime.ranks.gathering import Gathering
 from runtime.ranks.group import RankGroup
-from runtime.ranks.hosts import Gathering, Hosts
+from runtime.ranks.hosts import Hosts
 from runtime.ranks.stored import StoredPrograms
 from runtime.step import Row, Tokens
 

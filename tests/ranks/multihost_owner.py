@@ -11,8 +11,9 @@ import sys
 import numpy as np
 
 from runtime.errors import ServerFault
+from runtime.ranks.gathering import Gathering
 from runtime.ranks.group import RankGroup
-from runtime.ranks.hosts import Gathering, Hosts
+from runtime.ranks.hosts import Hosts
 from runtime.ranks.program import Communicate, RankGrid
 from tests.partition.test_ranks import program
 

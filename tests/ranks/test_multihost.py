@@ -23,8 +23,10 @@ import pytest
 
 from runtime.errors import BadEnvironment, ServerFault
 from runtime.ports import free_ports
+from runtime.ranks.agent import serve_host
 from runtime.ranks.channel import Channel
-from runtime.ranks.hosts import Gathering, Hosts, _greet, _Greeting, _Hello, serve_host
+from runtime.ranks.gathering import Gathering
+from runtime.ranks.hosts import Hello, Hosts, _Greeting, greet
 from tests import ROOT
 from tests.partition.test_ranks import gone
 
@@ -32,7 +34,7 @@ PORT, SECRET, CABLE = 29400, "s3cret", "cable0"
 LEADER, WORKER = "10.213.7.1", "10.213.7.2"
 PATIENCE_S = 90.0
 AGENT = (
-    "import sys; from runtime.ranks.hosts import *; "
+    "import sys; from runtime.ranks.agent import *; "
     f"serve_host(Hosts('{LEADER}', {PORT}, 2, 1, '{CABLE}', sys.argv[1]), 1, lambda: False)"
 )
 
@@ -220,13 +222,13 @@ def test_an_agent_whose_leader_stops_in_the_middle_of_a_message_can_be_stopped()
     with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
         agent = pool.submit(serve_host, hosts(listener.getsockname()[1]), 1, stopped.is_set)
         arrived, _ = listener.accept()
-        leader, hello = _greet(arrived, "right", None, time.monotonic() + PATIENCE_S)
+        leader, hello = greet(arrived, "right", None, time.monotonic() + PATIENCE_S)
         asked.append(hello)
         os.write(leader.fileno(), struct.pack("!i", 100) + b"half")
         stopped.set()
         agent.result(timeout=PATIENCE_S)
         leader.close()
-    assert asked == [_Hello("host", 1, "")]
+    assert asked == [Hello("host", 1, "")]
 
 
 def test_an_agent_without_a_leader_can_be_stopped() -> None:
