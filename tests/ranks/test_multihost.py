@@ -14,11 +14,12 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import answer_challenge, deliver_challenge
 from pathlib import Path
 from typing import IO
 
+import numpy as np
 import pytest
 
 from runtime.errors import BadEnvironment, ServerFault
@@ -26,9 +27,11 @@ from runtime.ports import free_ports
 from runtime.ranks.agent import serve_host
 from runtime.ranks.channel import Channel
 from runtime.ranks.gathering import Gathering
+from runtime.ranks.group import RankGroup
 from runtime.ranks.hosts import Hello, Hosts, _Greeting, greet
+from runtime.step import Row
 from tests import ROOT
-from tests.partition.test_ranks import gone
+from tests.partition.test_ranks import alive, gone
 
 PORT, SECRET, CABLE = 29400, "s3cret", "cable0"
 LEADER, WORKER = "10.213.7.1", "10.213.7.2"
@@ -156,6 +159,84 @@ def hosts(port: int, secret: str = "right") -> Hosts:
 def gathering() -> Iterator[Gathering]:
     with Gathering(hosts(free_ports(1, "")[0])) as found:
         yield found
+
+
+STOPPING = "tests.ranks.stopping_rank"
+
+
+@pytest.fixture
+def agent(gathering: Gathering) -> Iterator[None]:
+    """Runs the second host's ranks, which are processes of this one: quick ones, that compute nothing."""
+    stopped = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(serve_host, gathering.hosts, 1, stopped.is_set, STOPPING)
+        yield
+        stopped.set()
+        running.result(timeout=PATIENCE_S)
+
+
+def far_rank() -> int:
+    command = f"{STOPPING}\0001\0002".encode()
+    [found] = [task for task in Path("/proc").glob("[0-9]*") if _command(task).count(command)]
+    return int(found.name)
+
+
+def _command(task: Path) -> bytes:
+    try:
+        return (task / "cmdline").read_bytes() if alive(int(task.name)) else b""
+    except OSError:
+        return b""
+
+
+@pytest.mark.usefixtures("agent")
+def test_a_group_over_two_hosts_ends_with_its_far_rank_and_comes_again(gathering: Gathering) -> None:
+    echo = [("answer", ({"x": np.float32([1, 2])}, Row(1, 2))), ("answer", ("other",))]
+    for _ in range(2):
+        group = RankGroup(2, gathering=gathering, worker=STOPPING)
+        [[first, second]] = group.call([echo], seconds=PATIENCE_S)
+        assert (first[0]["x"].tolist(), first[1], second) == ([1, 2], Row(1, 2), ("other",))
+        assert len(group.processes) == 1, "the other one is the agent's"
+        assert not group.wait_for_death(0)
+        far, near = far_rank(), group.processes[0]
+        os.kill(far, signal.SIGKILL)
+        assert group.wait_for_death(PATIENCE_S), "also while nobody asks"
+        with pytest.raises(ServerFault, match="rank 1 has died, or the link to its host"):
+            group.call([echo], seconds=PATIENCE_S)
+        assert gone([far, near])
+
+
+def test_the_end_of_an_agent_ends_a_step_of_its_ranks(gathering: Gathering) -> None:
+    """Its rank lives on for a moment: the leader does not wait for it."""
+    with ThreadPoolExecutor(2) as pool:
+        stopped = threading.Event()
+        agent = pool.submit(serve_host, gathering.hosts, 1, stopped.is_set, STOPPING)
+        group = RankGroup(2, gathering=gathering, worker=STOPPING)
+        step = pool.submit(group.call, [[("answer", ()), ("deaf", ())]], seconds=PATIENCE_S)
+        stopped.set()
+        with pytest.raises(ServerFault, match=r"host 1, or the link to it, is lost|rank 1 has died"):
+            step.result(timeout=PATIENCE_S)
+        agent.result(timeout=PATIENCE_S)
+
+
+def test_a_host_with_another_model_is_refused(gathering: Gathering) -> None:
+    stopped = threading.Event()
+    other = replace(gathering.hosts, content="other")
+    with ThreadPoolExecutor(1) as pool:
+        agent = pool.submit(serve_host, other, 1, stopped.is_set, STOPPING)
+        with pytest.raises(ServerFault, match="host 1 holds another version of the model"):
+            gathering.await_hosts(PATIENCE_S)
+        stopped.set()
+        gathering.close()
+        agent.result(timeout=PATIENCE_S)
+
+
+def test_a_model_of_other_ranks_is_refused() -> None:
+    told = Hosts.from_text(hosts(1).to_text())
+    assert told == hosts(1)
+    assert Hosts.from_text(None) is None
+    told.require(2)
+    with pytest.raises(BadEnvironment, match="the model has 4 ranks, and 2 hosts with 1 each run 2"):
+        told.require(4)
 
 
 def test_a_host_that_does_not_come(gathering: Gathering) -> None:
