@@ -27,7 +27,7 @@ from tests.ranks.test_multihost import CABLE, LEADER, Process, ip, namespaces
 
 __all__ = ["namespaces"]  # the fixture
 pytest_plugins = ("tests.generation.fixtures",)
-pytestmark = pytest.mark.triton
+pytestmark = [pytest.mark.triton, pytest.mark.slow]
 
 SECRET, GRPC, HEALTH = "a-secret-of-the-hosts", 8001, 8003
 CAPACITIES, LONG = (64, 2048), 1500
@@ -184,7 +184,6 @@ def test_it_serves_one_ranks_tokens_and_survives_a_cut_cable(replica: Replica, d
     replica.serves_again(asked, expected)
 
 
-@pytest.mark.slow
 def test_a_slow_cable_is_slow_and_no_fault(replica: Replica, decoder_graph: Path) -> None:
     asked, expected = reference(decoder_graph)
     ip("netns", "exec", replica.far, "tc", "qdisc", "add", "dev", CABLE, "root", "netem", "delay", "150ms", "50ms")
@@ -193,7 +192,6 @@ def test_a_slow_cable_is_slow_and_no_fault(replica: Replica, decoder_graph: Path
     assert time.monotonic() - begun > 8 * 0.1, "each step waits for the cable"
 
 
-@pytest.mark.slow
 def test_a_rank_that_is_killed_ten_times_under_load(replica: Replica, decoder_graph: Path) -> None:
     asked, expected = reference(decoder_graph)
     for _ in range(10):
