@@ -94,7 +94,7 @@ class StoreSink:
 
     def _served(self, about: Remembered, prompt: str | None = None, answer: str | None = None) -> ServedRequest:
         return ServedRequest(
-            request_id=about.id, model=self._model, version=about.lane.version, user=_user(about), prompt=prompt,
+            request_id=about.id, model=self._model, version=about.version, user=_user(about), prompt=prompt,
             answer=answer,
         )  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import ssl
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from runtime.settings import ADMIN_HEADER, ServerSettings
 
 _PATH = "/control/versions"
 _ANSWER_BYTES = 1 << 20
+_TURN_S = 0.1
 
 
 class GatewayDoor:
@@ -72,6 +74,13 @@ class GatewayDoor:
     def shares(self) -> dict[int, float]:
         """Of the traffic, by version."""
         return {int(number): told["share"] for number, told in self._ask("GET")["versions"].items()}
+
+    def await_left(self, version: int, limit_s: float) -> None:
+        """Until the requests that went to a version beside, before it was named no more, have ended. Returns as well
+        when they take longer than that."""
+        end = time.monotonic() + limit_s
+        while self._ask("GET")["leaving"].get(str(version), 0) and time.monotonic() < end:
+            time.sleep(_TURN_S)
 
     def _ask(self, method: str, body: Mapping[str, Any] | None = None) -> Any:
         headers = {ADMIN_HEADER: self._secret, "content-type": "application/json"}

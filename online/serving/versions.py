@@ -70,14 +70,21 @@ class TritonVersions:
     def unload(self, version: int) -> None:
         """From the model's own name it goes when another one, which was promoted, has taken its place."""
         with self._triton() as client:
-            if self._main(client) == version:
-                self._replace(client, version)
+            main = self._main(client)
+            if main == version:
+                main = self._replace(client, version)
             else:
+                self._door.await_left(version, self._load_s)
                 self._take_away(client, version)
+            if laid_out_beside(self._repository, main):  # also where whoever began this did not come so far
+                self._door.route({main: 1.0}, None)
+                self._door.await_left(main, self._load_s)
+                self._take_away(client, main)
+                self._report(f"version {main} serves under the model's own name; a restart comes back with it")
 
-    def _replace(self, client: Any, old: int) -> None:
+    def _replace(self, client: Any, old: int) -> int:
         """Nobody is asking the model by its own name: all requests go to the version that is promoted. It is loaded a
-        second time, in place of the old one; then requests go there, and the first of the two goes."""
+        second time, in place of the old one. Returns its number."""
         new = self._promoted(old)
         settings = self._settings(new)
         for model in settings.models:
@@ -89,9 +96,7 @@ class TritonVersions:
         if missing:
             raise ServerFault(f"{', '.join(missing)} has no version {new} after the load")
         self._prove(client, settings, settings.ensemble)
-        self._door.route({new: 1.0}, None)
-        self._take_away(client, new)
-        self._report(f"version {new} is in the place of version {old}; a restart comes back with it")
+        return new
 
     def _promoted(self, old: int) -> int:
         shares = self._door.shares()
@@ -133,7 +138,6 @@ class TritonVersions:
         self._report(f"version {settings.version} is proven on this machine: {prover.proven}")
 
     def _take_away(self, client: Any, version: int) -> None:
-        """Requests that are under way there may end first."""
         self._proven.pop(version, None)
         unload(client, laid_out_beside(self._repository, version), self._secret, self._load_s)
         take_away_beside(self._repository, version)

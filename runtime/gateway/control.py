@@ -66,7 +66,7 @@ class VersionControl:
 
     async def look(self, exchange: Exchange) -> None:
         self._require_secret(exchange)
-        await self.versions.look()
+        await self.versions.look(anew=True)
         await exchange.answer(orjson.dumps(state(self.versions)))
 
     async def set(self, exchange: Exchange) -> None:
@@ -98,13 +98,15 @@ def state(versions: ServedVersions) -> dict[str, Any]:
         "mirror_same": mirror.same,
         "mirror_different": mirror.different,
         "slow_s": traffic.lanes[0].slow_s,
+        "leaving": {str(lane.version): lane.running for lane in versions.leaving},
         "versions": {
             str(lane.version): {
                 "main": lane.place is None, "weight": weight, "share": weight / total,
                 "served": _told(lane.served), "dealt": _told(lane.dealt), "mirrored": _told(lane.mirrored),
                 "scores": lane.scores,
             }
-            for lane, weight in zip(traffic.lanes, traffic.weights, strict=True)
+            # The main one last: it may have got the version of one beside it just now.
+            for lane, weight in reversed(list(zip(traffic.lanes, traffic.weights, strict=True)))
         },
     }  # fmt: skip
 

@@ -61,6 +61,7 @@ class Remembered:
     id: str
     caller: str
     lane: Taken
+    version: int  # the lane's, when it answered
 
 
 class FeedbackSink(Protocol):
@@ -106,7 +107,7 @@ class Feedback:
             self.results["failed"] += 1
             raise
         self.results["new" if new else "same"] += 1
-        if new and isinstance(asked, RatingRequest):
+        if new and isinstance(asked, RatingRequest) and about.lane.version == about.version:
             about.lane.rated(asked.score)
         await exchange.answer(orjson.dumps({"object": "feedback", "request_id": about.id, "kind": said["kind"]}))
 
@@ -128,7 +129,7 @@ class Feedback:
         """Of every request; those that a version answered are remembered."""
         if self.sink is None or trip.lane is None or not trip.inferred or status >= 300:
             return
-        about = Remembered(trip.id, caller, trip.lane)
+        about = Remembered(trip.id, caller, trip.lane, trip.lane.version)
         self._answers[trip.id] = about
         if len(self._answers) > self.most:
             self._answers.popitem(last=False)

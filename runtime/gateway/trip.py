@@ -15,6 +15,9 @@ class Taken(Protocol):
 
     version: int
 
+    def left(self) -> None:
+        """It has ended, whether it was asked or not."""
+
     def ended(self, status: int, seconds: float, pinned: bool) -> None: ...
 
     def rated(self, score: float) -> None: ...
@@ -35,7 +38,10 @@ class Trip:
     heard: list[tuple[str, str]] | None = None  # prompts and answers, where they are to be sampled
 
     def ended(self, status: int, seconds: float) -> None:
-        if self.lane is not None and self.inferred:
+        if self.lane is None:
+            return
+        self.lane.left()
+        if self.inferred:
             self.lane.ended(status, seconds, bool(self.pinned))
 
     @property

@@ -72,6 +72,10 @@ class Lane:
     dealt: Tally = field(default_factory=Tally)
     mirrored: Tally = field(default_factory=Tally)
     scores: list[int] = field(default_factory=lambda: [0] * SCORES)
+    running: int = 0  # requests that have come here and have not ended
+
+    def left(self) -> None:
+        self.running -= 1
 
     def ended(self, status: int, seconds: float, pinned: bool) -> None:
         self.served.ended(status, seconds, self.slow_s)
@@ -135,6 +139,13 @@ class ServedVersions:
         self._connect, self._mirror, self._chance = connect, mirror, chance
         self.traffic = Traffic((self._main,), (1.0,))
         self._setting = asyncio.Lock()
+        self._gone: list[Lane] = []  # which get no requests any more
+
+    @property
+    def leaving(self) -> list[Lane]:
+        """That are named no more, and still answer what they were asked."""
+        self._gone = [lane for lane in self._gone if lane.running and lane not in self.traffic.lanes]
+        return self._gone
 
     @property
     def model(self) -> str:
@@ -157,6 +168,7 @@ class ServedVersions:
         lane = self.traffic.pick(self._chance()) if not trip.pinned else await self._pinned(trip.pinned)
         if trip is not NO_TRIP:
             trip.lane = lane
+            lane.running += 1
         return lane
 
     async def _inferring(self) -> Lane:
@@ -212,8 +224,10 @@ class ServedVersions:
     async def ready(self) -> bool:
         return await (await self._lane()).triton.ready()
 
-    async def look(self) -> None:
-        """So that the main server's version is known, where it answers."""
+    async def look(self, anew: bool = False) -> None:
+        """So that the main server's version is known, where it answers; `anew`: it may have got another one just now."""
+        if anew:
+            self._main.triton.forget()
         with contextlib.suppress(UpstreamGone, ServingError):
             await self._facts_of(self._main)
 
@@ -252,6 +266,7 @@ class ServedVersions:
             to = None if mirror is None else by_version[mirror]
             for lane in lanes:
                 lane.count_slow_from(slow_s)
+            self._gone = [*self.leaving, *(lane for lane in self.traffic.lanes if lane not in lanes)]
             self.traffic = Traffic(tuple(lanes), shares, to, self.traffic.number + 1)
 
     async def _opened(self, candidate: Neighbour, main: Facts) -> Lane:
