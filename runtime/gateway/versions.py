@@ -225,7 +225,7 @@ class ServedVersions:
         return await (await self._lane()).triton.ready()
 
     async def look(self, anew: bool = False) -> None:
-        """So that the main server's version is known, where it answers; `anew`: it may have got another one just now."""
+        """So that the main server's version is known, where it answers; `anew`: it may have another one by now."""
         if anew:
             self._main.triton.forget()
         with contextlib.suppress(UpstreamGone, ServingError):
