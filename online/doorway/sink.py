@@ -23,6 +23,7 @@ from runtime.gateway.refused import Refused
 _WAITING = 256  # samples
 _AGAIN_S = 5.0  # between two tries to open a database that is away
 _WITHIN_S = 10.0
+_TURN_S = 0.01
 _CLOSE_S = 30.0
 _STATUS = {Refusal.UNKNOWN_REQUEST: 404, Refusal.CONFLICT: 409, Refusal.TOO_LARGE: 413}
 
@@ -30,8 +31,8 @@ _STATUS = {Refusal.UNKNOWN_REQUEST: 404, Refusal.CONFLICT: 409, Refusal.TOO_LARG
 class StoreSink:
     """Owns the store. A database that is away when the gateway starts is tried again while it serves."""
 
-    def __init__(self, url: str, share: float, redact: str | None, model: str) -> None:
-        """Raises InputError for a URL, a share or a hook that cannot be meant, MachineError without a driver."""
+    def __init__(self, url: str, share: float, redact: str | None, model: str, waiting: int = _WAITING) -> None:
+        """`waiting`: samples that may. Raises InputError for a URL, a share or a hook that cannot be meant, MachineError without a driver."""
         if not 0 <= share <= 1:
             raise InputError("--sample-share", got=share, expected="from 0 to 1", fix="give a share of the answers")
         if redact is not None and not share:
@@ -48,7 +49,8 @@ class StoreSink:
             self._opened()
         except FeedbackUnavailable as error:
             print(f"gateway: feedback is refused until the database is there: {error}", flush=True)
-        self._samples: queue.Queue[ServedRequest | None] = queue.Queue(_WAITING)
+        self._samples: queue.Queue[ServedRequest | None] = queue.Queue(waiting)
+        self._pending: set[str] = set()  # request ids of samples that wait
         self._results: Counter[str] = Counter(dict.fromkeys(("kept", "dropped", "failed"), 0))
         self._thread = threading.Thread(target=self._keep, name="samples", daemon=True)
         self._thread.start()
@@ -59,10 +61,12 @@ class StoreSink:
         try:
             sample = parse_sample(json.dumps({**said, "user": said["user"] or user}).encode())
             store = self._store or await asyncio.to_thread(self._opened)
-            # The request first: both stand in one queue, so in this order.
-            known = store.note_served(self._served(about))
-            added = store.submit(sample)
             async with asyncio.timeout(_WITHIN_S):
+                while about.id in self._pending:  # else its texts would come too late
+                    await asyncio.sleep(_TURN_S)
+                # The request first: both stand in one queue, so in this order.
+                known = store.note_served(self._served(about))
+                added = store.submit(sample)
                 await asyncio.wrap_future(known)
                 return bool(await asyncio.wrap_future(added))
         except FeedbackRefused as error:
@@ -74,9 +78,11 @@ class StoreSink:
         return self._traffic.share > 0 and self._traffic.keeps(request_id)
 
     def sample(self, about: Remembered, prompt: str, answer: str) -> None:
+        self._pending.add(about.id)
         try:
             self._samples.put_nowait(self._served(about, prompt, answer))
         except queue.Full:
+            self._pending.discard(about.id)
             self._results["dropped"] += 1
 
     def counts(self) -> dict[str, int]:
@@ -105,6 +111,8 @@ class StoreSink:
                 self._opened().note_served(served).add_done_callback(self._count)
             except Exception:  # noqa: BLE001 - counted; the next sample may be taken
                 self._results["failed"] += 1
+            finally:
+                self._pending.discard(served.request_id)
 
     def _count(self, noted: Future[int]) -> None:
         self._results["kept" if noted.exception() is None else "failed"] += 1

@@ -205,7 +205,7 @@ def test_sampled_texts_are_redacted_and_kept(url: str) -> None:
 
 def test_samples_never_delay_an_answer(url: str) -> None:
     release.clear()
-    sink = StoreSink(url, 1.0, f"{__name__}:wait", "m")
+    sink = StoreSink(url, 1.0, f"{__name__}:wait", "m", waiting=4)
 
     async def work() -> None:
         doors = keyed(sink)
