@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import importlib
-import json
 import queue
 import threading
 import time
@@ -12,6 +11,8 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
+
+import orjson
 
 from online.feedback.errors import FeedbackRefused, FeedbackUnavailable, Refusal
 from online.feedback.samples import ServedRequest, parse_sample
@@ -32,7 +33,8 @@ class StoreSink:
     """Owns the store. A database that is away when the gateway starts is tried again while it serves."""
 
     def __init__(self, url: str, share: float, redact: str | None, model: str, waiting: int = _WAITING) -> None:
-        """`waiting`: samples that may. Raises InputError for a URL, a share or a hook that cannot be meant, MachineError without a driver."""
+        """`waiting`: samples that may wait. Raises InputError for a URL, a share or a hook that cannot be meant,
+        MachineError without a driver."""
         if not 0 <= share <= 1:
             raise InputError("--sample-share", got=share, expected="from 0 to 1", fix="give a share of the answers")
         if redact is not None and not share:
@@ -59,7 +61,7 @@ class StoreSink:
         """Raises Refused, FeedbackUnavailable."""
         user = _user(about)
         try:
-            sample = parse_sample(json.dumps({**said, "user": said["user"] or user}).encode())
+            sample = parse_sample(orjson.dumps({**said, "user": said["user"] or user}))
             store = self._store or await asyncio.to_thread(self._opened)
             async with asyncio.timeout(_WITHIN_S):
                 while about.id in self._pending:  # else its texts would come too late
