@@ -10,7 +10,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-generate test test-slow check format bench-serving bench-gateway chaos bench-feedback bench-canary bench-shard bench-compression bench-generation bench-install bench-tools golden docs \
+.PHONY: help install demo demo-generate demo-online test test-slow check format bench-serving bench-gateway chaos bench-feedback bench-canary bench-shard bench-compression bench-generation bench-install bench-tools golden docs \
 	gpu-proof gpu-proof-dry gpu-bundle house clean
 
 help: ## list the targets
@@ -32,6 +32,9 @@ demo: install ## the main job: real weights to engines, a served model and a loa
 
 demo-generate: install ## train a small language model, build it, serve it and stream from it
 	$(BIN)/python -m measure.demo_generate --build-dir $(BUILD)
+
+demo-online: install ## a language model meets text of another kind: learnt, judged, promoted; bad updates refused
+	$(BIN)/python -m measure.demo_online --build-dir $(BUILD)
 
 # Two processes: most tests wait for a server, or for a build that has one thread. A file stays in one process.
 test: install ## every test but the slow ones; a real Triton and real TensorRT builds are in it

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import typer
 
 from builders.commands import building, cluster, compressing, generating, manifests, partitioning, searching, service
+from builders.commands.online import online
 from builders.commands.options import fail
 from builders.commands.plan import plan
 from builders.errors import InputError, TriremeError
@@ -48,6 +49,7 @@ for command in (
 ):
     app.command()(command)
 app.command("status")(cluster.cluster_status)
+app.add_typer(online, name="online")
 
 
 def run(command: Callable[[], object]) -> None:

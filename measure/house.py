@@ -44,11 +44,12 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     ("builders/partition/prove",),
     ("builders/pipeline",),
-    ("builders/commands",),
-    ("builders/__main__.py",),
     ("online/feedback/migrations/versions", "online"),
     ("online/feedback", "online/rollout", "online/gate"),
     ("online/feedback/migrations", "online/learner", "online/serving", "online/doorway"),
+    ("online/loop",),
+    ("builders/commands",),
+    ("builders/__main__.py",),
     ("measure/small_model",),
     ("measure/bench",),
     ("measure/gpu_proof", "measure"),
@@ -222,6 +223,8 @@ _CENTRES = {  # of the width
 _COLOURS = dict(zip(PACKAGES, ("#42689a", "#2f7f7a", "#a85a14", "#3c7d35", "#a03a4a", "#8d4f80"), strict=True))
 
 
+# On the same ground as the builders stand load tests and the cluster; the rest stands on and among the builders.
+_TOWERS = {"runtime": "runtime", "cluster": "loadtest", "loadtest": "loadtest"}
 _ROWS = sum(map(_floors, ("runtime", "builders", "online", "measure")))
 
 
@@ -252,14 +255,12 @@ def picture(house: House) -> str:
 def _places(house: House) -> dict[str, tuple[float, float, float]]:
     """Left edge, upper edge and width of each room's box. Load tests and the cluster stand beside the builders."""
     found: dict[str, tuple[float, float, float]] = {}
-    heights = {"runtime": 0, **dict.fromkeys(("cluster", "loadtest", "builders"), _floors("runtime"))}
-    heights["online"] = heights["builders"] + _floors("builders")
-    heights["measure"] = heights["online"] + _floors("online")
     first: dict[str, int] = {}
     for number, floor in enumerate(FLOORS):
         rooms = [room for room in floor if room in house.rooms]
         package = rooms[0].split("/")[0]
-        row = heights[package] + number - first.setdefault("loadtest" if package == "cluster" else package, number)
+        tower = _TOWERS.get(package, "builders")
+        row = number - first.setdefault(tower, number) + (_floors("runtime") if tower != "runtime" else 0)
         widths = [8.2 * len(room) + 18 for room in rooms]
         x = _CENTRES[package] * _WIDTH - (sum(widths) + _GAP * (len(rooms) - 1)) / 2
         for room, width in zip(rooms, widths, strict=True):

@@ -26,7 +26,7 @@ preset: `minilm`, `minilm-small`, `minilm-tp2` or `minilm-pp2`, which lie in `bu
 - Only `name`, `model.source` and `model.task` are required.
 - An unknown key is refused, with the nearest known one. So is a key that the task does not read, and a combination that
   cannot be served.
-- A relative `calibration_texts`, or `labels`, counts from the spec's folder.
+- A relative `calibration_texts`, `labels` or `old_texts` counts from the spec's folder.
 - Here "encoders" are the tasks embedding, classification and reranking; "language models" are generation and seq2seq.
 
 This is the preset `minilm`, whole:

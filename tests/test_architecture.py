@@ -72,7 +72,7 @@ def test_packages_know_what_is_below_them() -> None:
         "runtime": set(),
         "cluster": {"runtime"},
         "loadtest": {"runtime"},
-        "builders": {"runtime", "cluster", "loadtest"},
+        "builders": {"runtime", "cluster", "loadtest", "online"},
         "online": {"runtime", "cluster", "loadtest", "builders"},
         "measure": {"runtime", "cluster", "loadtest", "builders", "online"},
     }
@@ -80,6 +80,8 @@ def test_packages_know_what_is_below_them() -> None:
     for room, other in HOUSE.arrows:
         package, known = room.split("/")[0], other.split("/")[0]
         assert known == package or known in may[package], HOUSE.arrows[room, other]
+        if (package, known) == ("builders", "online"):
+            assert room == "builders/commands", "online learning drives the pipeline; of builders, commands drive it"
 
 
 def test_stages_do_not_know_each_other() -> None:
@@ -88,7 +90,7 @@ def test_stages_do_not_know_each_other() -> None:
     stages |= {"builders/partition/cut", "builders/partition/prove"}
     assert {floor_of(stage) for stage in stages} <= {floor_of("builders/export"), floor_of("builders/partition/prove")}
     drivers = {room for room, other in HOUSE.arrows if other == "builders/pipeline"}
-    assert drivers <= {"builders/commands", "measure", "measure/bench", "measure/gpu_proof"}
+    assert drivers <= {"builders/commands", "online/loop", "measure", "measure/bench", "measure/gpu_proof"}
 
 
 def test_a_room_says_what_it_is_for() -> None:

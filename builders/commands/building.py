@@ -29,10 +29,10 @@ def build(
     """The whole way to a Triton model repository. What has not changed is not built again."""
     from builders import pipeline
     from builders.commands import show
-    from builders.spec import load_spec
+    from builders.commands.championed import load_championed
 
     with show.build_progress(quiet=as_json) as report:
-        built = pipeline.build(load_spec(spec), platform, build_dir, until, report)
+        built = pipeline.build(load_championed(spec, build_dir), platform, build_dir, until, report)
     if as_json:
         print(json.dumps(show.build_json(built), indent=2))
     else:

@@ -125,10 +125,10 @@ def publish(
     """Builds what is missing and publishes it to a model store, under the key that serving pods look for."""
     from builders import pipeline
     from builders.commands import show
-    from builders.spec import load_spec
+    from builders.commands.championed import load_championed
     from runtime.pod.model_store import publish as publish_repository
 
-    found = load_spec(spec)
+    found = load_championed(spec, build_dir)
     if target is not None:
         found = found.model_copy(update={"engine": _only(found.engine, target)})
     with show.build_progress(quiet=as_json) as report:

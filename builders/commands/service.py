@@ -66,7 +66,7 @@ def serve(
     """Builds what is missing and serves it on loopback. Ctrl-C or SIGTERM drains."""
     from builders import pipeline
     from builders.commands import show
-    from builders.spec import load_spec
+    from builders.commands.championed import load_championed
     from runtime.secrets_file import read_secret
     from runtime.server.gateway_process import Doorway
     from runtime.server.launch import Exposure, Ports
@@ -93,8 +93,9 @@ def serve(
             fix="give --control-secret-file",
         )  # fmt: skip
     secret = read_secret(control_secret_file).decode() if model_control and control_secret_file is not None else None
+    found = load_championed(spec, build_dir, alone=not model_control)
     with show.build_progress(quiet=as_json) as report:
-        built = pipeline.build(load_spec(spec), "cpu", build_dir, "repository", report)
+        built = pipeline.build(found, "cpu", build_dir, "repository", report)
     assert built.entry is not None
     free = Ports.free()
     ports = Ports(http_port or free.http, grpc_port or free.grpc, metrics_port or free.metrics)

@@ -13,6 +13,7 @@ proving    the proof of a version
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,13 +31,20 @@ __all__ = ["Build", "Report", "Stage", "build", "repository_path"]
 
 
 def build(
-    spec: DeploymentSpec, platform: Platform, root: Path, until: Stage, report: Report = lambda stage, message: None
+    spec: DeploymentSpec,
+    platform: Platform,
+    root: Path,
+    until: Stage,
+    report: Report = lambda stage, message: None,
+    *,
+    keep: Collection[int] = (),
+    least: int = 1,
 ) -> Build:
     """Checkpoint -> compress -> precision (CPU) -> export -> quantise -> partition (several ranks) -> qualify (CPU) or
     engine (GPU) -> repository.
 
-    Each comes from the store if it is there. Raises the errors of `builders.errors`; whatever happens, no stage leaves
-    anything half-written.
+    Each comes from the store if it is there. `keep` and `least` are versions, as `publish` takes them. Raises the
+    errors of `builders.errors`; whatever happens, no stage leaves anything half-written.
     """
     if platform == "gpu":
         if spec.generates:
@@ -56,7 +64,9 @@ def build(
         "partition": partition.partition,
         "qualify": lambda *given: choice.weigh(kind.qualify(*given), *given[1:]),
         "engine": engines.engines,
-        "repository": lambda built, store, report: _repository(proving.make(built, store, report), root, report),
+        "repository": lambda built, store, report: _repository(
+            proving.make(built, store, report), root, report, keep, least
+        ),
     }
     for stage, step in steps.items():
         if until == "checkpoint":
@@ -67,7 +77,7 @@ def build(
     return result
 
 
-def _repository(built: Build, root: Path, report: Report) -> Build:
+def _repository(built: Build, root: Path, report: Report, keep: Collection[int], least: int) -> Build:
     manifest = (built.ranks,) if built.ranks is not None else ()
     parts = (*built.engines, *manifest) if built.platform == "gpu" else manifest or (built.served_graph,)
     folder = repository_path(root, built.spec, built.platform)
@@ -75,7 +85,9 @@ def _repository(built: Build, root: Path, report: Report) -> Build:
     assert built.proof is not None
     notes = {} if built.choice is None else {CHOICE_FILE: built.choice.model_dump_json(indent=2) + "\n"}
     what = (built.spec, built.platform, built.checkpoint, parts)
-    entry, unchanged = publish.publish(*what, folder, built.partition, proof=built.proof, notes=notes)
+    entry, unchanged = publish.publish(
+        *what, folder, built.partition, proof=built.proof, notes=notes, keep=keep, least=least
+    )
     report("repository", done(f"{entry.ensemble} version {entry.version}", unchanged))
     return replace(built, entry=entry)
 

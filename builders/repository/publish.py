@@ -22,7 +22,7 @@ import fcntl
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -33,6 +33,7 @@ from builders.spec import DeploymentSpec, Platform
 from builders.store.atomic import atomic_directory
 from builders.store.store import link_or_copy
 from runtime.errors import BadEnvironment
+from runtime.model_config import CONFIG, pinned, replace_config
 from runtime.proof.record import PROOF_FILE
 from runtime.settings import FILE_NAME, EncoderModelSettings, GeneratorModelSettings, ServedModel, ServerSettings
 
@@ -47,12 +48,16 @@ def publish(
     *,
     proof: ProofFile,
     notes: Mapping[str, str] = MappingProxyType({}),
+    keep: Collection[int] = (),
+    least: int = 1,
 ) -> tuple[RepositoryEntry, bool]:
     """Writes the service as a new version, unless the newest version is the same; says which.
 
     `parts` is the one graph that the CPU serves, or the files of its ranks, or the engines of the GPU targets;
     `partition` is what ranks come from, `proof` what the version proves itself with where it serves; `notes` are texts
-    by file name for a later reader, which go beside what is served and make no version new. One publication at a time.
+    by file name for a later reader, which go beside what is served and make no version new. Versions of `keep` stay,
+    and a new one gets no number under `least`. One publication at a time.
+
     Raises CheckError for an ensemble whose edges do not fit, UnsupportedError for ranks that Triton cannot run. On any
     failure what was served stays as it was.
     """
@@ -74,10 +79,11 @@ def publish(
         if current is not None and unchanged:
             version = current.version
         else:
-            version = 1 + max((number for name in models(0) for number in _versions(repository / name)), default=0)
+            there = [number for name in models(0) for number in _versions(repository / name)]
+            version = max(1 + max(there, default=0), least)
             _write(repository, models(version), version, notes)
             _commit(repository, _server_settings(spec, version, content, tuple(models(version)), proof))
-            _prune(repository, keep=(version, current.version if current else version))
+            _prune(repository, {version, current.version if current else version, *keep})
     entry = RepositoryEntry(
         repository=repository,
         ensemble=spec.name,
@@ -89,6 +95,34 @@ def publish(
         spec_digest=spec.digest,
     )
     return entry, unchanged
+
+
+def take_back(repository: Path, settings: ServerSettings) -> None:
+    """The version that was published with `settings` is current again, and those after it are gone. Nothing changes
+    where it is so. Raises BadEnvironment when its directories are gone."""
+    with _locked(repository):
+        _make_current(repository, settings)
+        there = {number for name in settings.models for number in _versions(repository / name)}
+        _prune(repository, {number for number in there if number <= settings.version})
+
+
+def hold_back(repository: Path, settings: ServerSettings) -> None:
+    """The version that was published with `settings` is what a server starts with, though later ones lie beside it.
+    Raises BadEnvironment when its directories are gone."""
+    with _locked(repository):
+        _make_current(repository, settings)
+
+
+def _make_current(repository: Path, settings: ServerSettings) -> None:
+    missing = [name for name in settings.models if not (repository / name / str(settings.version)).is_dir()]
+    if missing:
+        raise BadEnvironment(
+            f"{repository}: version {settings.version} of {', '.join(missing)} is gone; run `trireme build` again"
+        )
+    for name in settings.models:
+        path = repository / name / CONFIG
+        replace_config(path, pinned(path.read_text("utf-8"), settings.version))
+    _commit(repository, settings)
 
 
 @contextlib.contextmanager
@@ -173,7 +207,7 @@ def _versions(model: Path) -> list[int]:
     return sorted(int(path.name) for path in model.iterdir() if path.name.isdigit()) if model.is_dir() else []
 
 
-def _prune(repository: Path, keep: tuple[int, int]) -> None:
+def _prune(repository: Path, keep: Collection[int]) -> None:
     """What is served now and what was served before stay; the rest is older, or left by a publication cut off."""
     for name in ServerSettings.load(repository).models:
         for number in _versions(repository / name):

@@ -1,7 +1,7 @@
 """The spec: one YAML file that says everything a user decides about one deployment.
 
 slices      its parts           compress     the part for a smaller model    kubernetes   the part for the cluster
-weights     of it, weights that keep their places
+weights     of it, weights that keep their places    online       the part for learning from feedback
 deployment  the whole, and what must agree among its parts
 reading     from YAML, with errors that name the key, the value and the mending
 """
@@ -9,6 +9,7 @@ reading     from YAML, with errors that name the key, the value and the mending
 from builders.spec.compress import BudgetSlice, DistilSlice, LossesSlice, LowRankSlice, PruneSlice, StepSlice
 from builders.spec.deployment import DeploymentSpec
 from builders.spec.kubernetes import KubernetesSlice
+from builders.spec.online import CanarySlice, GateSlice, LearnerSlice, OnlineSlice, WhenSlice
 from builders.spec.reading import PRESETS, load_spec, resolve_spec_path
 from builders.spec.slices import (
     POOLINGS,
@@ -36,18 +37,22 @@ __all__ = [
     "POOLINGS",
     "PRESETS",
     "BudgetSlice",
+    "CanarySlice",
     "ClusterSlice",
     "CpuPrecision",
     "DeploymentSpec",
     "DistilSlice",
     "EngineSlice",
     "Flavour",
+    "GateSlice",
     "GenerationSlice",
     "GraphPrecision",
     "KubernetesSlice",
+    "LearnerSlice",
     "LossesSlice",
     "LowRankSlice",
     "ModelSlice",
+    "OnlineSlice",
     "ParallelSlice",
     "Platform",
     "Pooling",
@@ -62,6 +67,7 @@ __all__ = [
     "SparsifySlice",
     "StepSlice",
     "Task",
+    "WhenSlice",
     "load_spec",
     "resolve_spec_path",
 ]

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from builders.spec.compress import BudgetSlice, StepSlice
 from builders.spec.kubernetes import KubernetesSlice
+from builders.spec.online import OnlineSlice
 from builders.spec.slices import (
     CpuPrecision,
     EngineSlice,
@@ -65,6 +66,7 @@ class DeploymentSpec(Slice):
     generation: GenerationSlice = GenerationSlice()
     kubernetes: KubernetesSlice = KubernetesSlice()
     slo: SloSlice = SloSlice()
+    online: OnlineSlice | None = None
 
     @model_validator(mode="after")
     def _coherent(self) -> DeploymentSpec:
@@ -77,6 +79,7 @@ class DeploymentSpec(Slice):
                 )
         self._require_read_keys()
         self._require_compressible()
+        self._require_learner()
         if self.generates:
             self._require_cache_lengths()
         else:
@@ -115,6 +118,16 @@ class DeploymentSpec(Slice):
                     f"prune.importance=taylor needs labelled texts of a classifier, not of model.task="
                     f"{self.model.task}; use gauss_newton"
                 )
+
+    def _require_learner(self) -> None:
+        if self.online is None:
+            return
+        if self.model.task != "generation":
+            raise ValueError(f"online is built for language models, not for model.task={self.model.task}; remove it")
+        if self.online.learner.window > self.model.max_length:
+            raise ValueError(
+                f"online.learner.window={self.online.learner.window} is over model.max_length={self.model.max_length}"
+            )
 
     def _require_cache_lengths(self) -> None:
         lengths, longest = self.cache_lengths_on("cpu"), self.model.max_length
@@ -236,5 +249,5 @@ class DeploymentSpec(Slice):
     @property
     def digest(self) -> str:
         """SHA-256 of the canonical JSON of what is served; where and how many times, and how well, is left out."""
-        content = self.model_dump(mode="json", exclude={"kubernetes", "slo", "budget"})
+        content = self.model_dump(mode="json", exclude={"kubernetes", "slo", "budget", "online"})
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -83,6 +83,9 @@ def _anchor_paths(spec: DeploymentSpec, folder: Path) -> DeploymentSpec:
         spec = spec.model_copy(
             update={"precision": spec.precision.model_copy(update={"calibration_texts": folder / texts})}
         )
+    if spec.online is not None and spec.online.old_texts is not None:
+        online = spec.online.model_copy(update={"old_texts": folder / spec.online.old_texts})
+        spec = spec.model_copy(update={"online": online})
     steps = tuple(_anchor_labels(step, folder) for step in spec.compress)
     spec = spec.model_copy(update={"compress": steps})
     source = folder / spec.model.source

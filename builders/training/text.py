@@ -46,13 +46,22 @@ def train_tokenizer(documents: Sequence[Document], vocabulary: int) -> Tokenizer
     return tokenizer
 
 
-def to_tokens(tokenizer: Tokenizer, documents: Sequence[Document]) -> TokenIds:
-    """All passages in their order, each between ends of text. [tokens]"""
+def to_tokens(tokenizer: Tokenizer, documents: Sequence[Document], end: int = END_OF_TEXT_ID) -> TokenIds:
+    """All passages in their order, each between ends of text, without what a tokenizer puts around a single text.
+    [tokens]"""
     passages = [text for document in documents for text in document.passages]
-    stream = [END_OF_TEXT_ID]
-    for encoded in tokenizer.encode_batch(passages):
-        stream += [*encoded.ids, END_OF_TEXT_ID]
+    stream = [end]
+    for encoded in tokenizer.encode_batch(passages, add_special_tokens=False):
+        stream += [*encoded.ids, end]
     return np.array(stream, np.int64)
+
+
+def windows(stream: TokenIds, window: int) -> TokenIds:
+    """All of them, [rows, window + 1], in their order; what does not fill one is left out. Neighbours share one token,
+    so that each but the first is a target once."""
+    if len(stream) <= window:
+        return np.zeros((0, window + 1), np.int64)
+    return np.stack([stream[start : start + window + 1] for start in range(0, len(stream) - window, window)])
 
 
 def batches(stream: TokenIds, window: int, rows: int, random: np.random.Generator) -> Iterator[TokenIds]:

@@ -87,7 +87,7 @@ def held_out_rows(folder: Path) -> text.TokenIds:
     recipe = TrainingReport.model_validate_json((folder / "training.json").read_text()).recipe
     documents = text.split(corpus.documents(), recipe.held_out_share)[1]
     stream = text.to_tokens(Tokenizer.from_file(str(folder / "tokenizer.json")), documents)
-    return judging.rows(stream, recipe.context)
+    return text.windows(stream, recipe.context)
 
 
 def save_folder(model: Any, tokenizer: Tokenizer, context: int, folder: Path) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from builders.judging.corpus import Document
+from builders.training import text
 from builders.training.recipe import HeldOut, Sample
 from builders.training.text import END_OF_TEXT_ID, TokenIds, to_tokens
 
@@ -37,18 +38,9 @@ def judge(model: Any, tokenizer: Tokenizer, documents: Sequence[Document], conte
     )
 
 
-def rows(stream: TokenIds, context: int) -> TokenIds:
-    """Whole windows [rows, context + 1]; neighbours share one token, so that each but the first is a target once.
-
-    `stream` has more than `context` tokens.
-    """
-    starts = range(0, len(stream) - context, context)
-    return np.stack([stream[start : start + context + 1] for start in starts])
-
-
 def windows(stream: TokenIds, context: int) -> list[TokenIds]:
-    """`rows` in batches, and the rest of the stream as a batch of one shorter row."""
-    whole = rows(stream, context) if len(stream) > context else stream[:0, None]
+    """Whole ones in batches, and the rest of the stream as a batch of one shorter row."""
+    whole = text.windows(stream, context)
     rest = stream[None, len(whole) * context :]
     parts = [whole[first : first + _ROWS] for first in range(0, len(whole), _ROWS)]
     return [*parts, rest] if rest.shape[1] > 1 else parts

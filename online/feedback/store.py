@@ -117,14 +117,19 @@ class FeedbackStore:
     def export(self) -> Iterator[str]:
         """Each sample as a line of JSON, oldest first, with the request's texts where they are kept. One state of the
         database, whatever is written meanwhile."""
+        return (json.dumps(fields, ensure_ascii=False) for _, fields in self.read())
+
+    def read(self, after: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The samples that came after the one of this number, as `export` gives them, with their numbers. Numbers grow
+        in the order of commits, and no sample ever gets one below a number that was read."""
         columns = [*FEEDBACK.c, SERVED.c.model, SERVED.c.version, SERVED.c.prompt, SERVED.c.answer]
         joined = FEEDBACK.outerjoin(SERVED, FEEDBACK.c.request_id == SERVED.c.request_id)
-        last = 0
+        last = after
         with self._database.reading() as connection:
             while True:
                 page = select(*columns).select_from(joined).where(FEEDBACK.c.id > last).order_by(FEEDBACK.c.id)
                 found = connection.execute(page.limit(_PAGE)).mappings().all()
-                yield from (_line(row) for row in found)
+                yield from ((row["id"], _fields(row)) for row in found)
                 if len(found) < _PAGE:
                     return
                 last = found[-1]["id"]
@@ -265,9 +270,9 @@ def _delete(connection: Connection, item: _Deletion, room: _Room) -> int:
     return gone
 
 
-def _line(row: Any) -> str:
-    fields = {key: row[key] for key in ("request_id", "kind", "user", "at", "model", "version", "prompt", "answer")}
-    return json.dumps(fields | json.loads(row["body"]), ensure_ascii=False)
+def _fields(row: Any) -> dict[str, Any]:
+    names = ("request_id", "kind", "user", "at", "model", "version", "prompt", "answer")
+    return {**{key: row[key] for key in names}, **json.loads(row["body"])}
 
 
 def _wait(future: Future[int], timeout_s: float) -> int:

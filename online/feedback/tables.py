@@ -35,6 +35,7 @@ FEEDBACK = Table(
     Index("feedback_request_kind", "request_id", "kind", unique=True),
     Index("feedback_at", "at"),
     Index("feedback_user", "user"),
+    sqlite_autoincrement=True,  # a number is given once, as PostgreSQL does
 )
 # One row, changed in the transaction that changes the rows it counts: a bound needs no count of millions.
 TOTALS = Table(

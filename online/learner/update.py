@@ -22,17 +22,17 @@ from builders.training.text import TokenIds
 from online.gate.forgetting import change_of, halves, row_losses
 from online.gate.verdict import load_model
 from online.learner.blend import PartialStep, blend, largest_step
-from online.learner.memory import Memory, load_memory, save_memory
+from online.learner.memory import FOLDER, Memory, load_memory, save_memory
 from online.learner.objective import update_batches, update_loss
 from online.learner.recipe import UpdateRecipe
 from runtime.errors import InputError
 from runtime.record import Record
 
-REPORT = "update.json"
+REPORT = f"{FOLDER}/update.json"  # beside the memory: no setting of the model, of which its digest is made
 
 
 class UpdateReport(Record):
-    """Saved as `update.json` in the candidate's folder. `step`: how much of the update was taken."""
+    """Saved with the memory in the candidate's folder. `step`: how much of the update was taken."""
 
     recipe: UpdateRecipe
     max_forgetting: float
@@ -142,7 +142,11 @@ def _step_back(model: Any, previous: Any, memory: Memory, most: float) -> Partia
 def _write(model: Any, version: Path, work: Path, memory: Memory) -> None:
     """The previous folder with other weights: tokenizer and configuration are the version's own files."""
     for file in version.iterdir():
-        if file.is_file() and file.name not in ("model.safetensors", REPORT) and not file.name.startswith("training."):
+        if file.is_dir() and file.name != FOLDER:
+            shutil.copytree(file, work / file.name)  # such as additional chat templates
+        elif (
+            file.is_file() and file.name not in ("model.safetensors", REPORT) and not file.name.startswith("training.")
+        ):
             shutil.copy2(file, work / file.name)
     _save_weights(model, version / "model.safetensors", work / "model.safetensors")
     save_memory(memory, work)

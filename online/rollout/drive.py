@@ -6,7 +6,6 @@ were dealt out meanwhile, by nobody knows which share, are left out of the evide
 
 from __future__ import annotations
 
-import fcntl
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,11 +13,11 @@ from typing import Protocol
 
 from pydantic import ValidationError
 
-from online.files import replace_file
+from online.files import lock_beside, replace_file
 from online.rollout.policy import RolloutPolicy
 from online.rollout.seen import VersionCounters
 from online.rollout.state import ENDED, BothCounters, Phase, RolloutState, WantedServing, enter, judge, wanted
-from runtime.errors import InputError, MachineError, ServerFault
+from runtime.errors import InputError, ServerFault
 from runtime.record import Record
 
 _LONGEST_LOOK_S = 60.0  # more passed while nobody looked: a sleep of the machine is no time of the rollout's
@@ -58,18 +57,7 @@ class Journal:
     def __init__(self, path: Path) -> None:
         """Raises MachineError when another process has it."""
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = path.with_name(f"{path.name}.lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.close()
-            raise MachineError(
-                f"rollout {path}",
-                got="another process that carries it out",
-                expected="one at a time",
-                fix="wait for it, or end it",
-            ) from None
+        self._lock = lock_beside(path, "rollout")
 
     def load(self) -> _Entry | None:
         """None when nothing was begun. Raises InputError for a file that is not a journal's."""

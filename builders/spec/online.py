@@ -1,0 +1,119 @@
+"""What the spec says about online learning: when a deployed model learns, how, and what its next version must show."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from builders.spec.slices import Fraction, NotNegative, Positive, Slice
+
+Over = Annotated[float, Field(gt=0)]
+Margin = Annotated[float, Field(gt=0, lt=1)]
+
+
+class WhenSlice(Slice):
+    """When an update begins: whichever of these comes first, and only with enough new text to hold some out."""
+
+    samples: Positive = Field(200, description="of new feedback that a language model can learn from")
+    minutes: Over | None = Field(None, description="since the last update, with one new sample at least")
+    drift: bool = Field(
+        False,
+        description="the champion's loss on new text has risen (Page-Hinkley): a sign that the data moved, whatever "
+        "samples says",
+    )
+
+
+class LearnerSlice(Slice):
+    """How an update is trained, and how much of it is taken."""
+
+    optimiser: Literal["adamw", "muon", "sgd"] = Field(
+        "adamw", description="sgd has momentum; muon moves matrices, and Adam the rest"
+    )
+    learning_rate: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.0015, description="the highest: it rises over the first tenth of the steps, then falls to zero"
+    )
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="of sgd")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="of matrices")
+    clip: Over = Field(1.0, description="the longest gradient")
+    steps: Positive = Field(90, description="of one update")
+    rows: Positive = Field(16, description="of a batch, replayed ones among them")
+    window: Annotated[int, Field(ge=8)] = Field(
+        128, description="tokens of a row; a version's memory keeps rows of this length, so it cannot change later"
+    )
+    replay_share: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.5, description="of each batch: rows of what the version learnt before"
+    )
+    kl: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="weight of the distance to the champion's own words on replayed rows"
+    )
+    held_out_share: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.2, description="of new samples: they judge, and are never trained on"
+    )
+    min_rating: Fraction = Field(
+        0.8, description="an answer that was rated so or better, and whose texts are kept, is learnt as it stands"
+    )
+    seed: NotNegative = Field(0, description="of batches")
+
+
+class GateSlice(Slice):
+    """What a candidate must show before it is built, by bounds at 95 % on text that nobody trained on."""
+
+    max_forgetting: Fraction = Field(
+        0.03, description="by which the perplexity of each earlier domain may rise; the update goes back until it holds"
+    )
+    min_gain: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="by which the perplexity of the new text must fall, as a share"
+    )
+
+
+class CanarySlice(Slice):
+    """How a new version gets the traffic. `alpha` bounds false rollbacks and false promotions alike."""
+
+    shares: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
+        (0.01, 0.1, 0.5), description="of the traffic, step by step; then it gets all of it"
+    )
+    alpha: Annotated[float, Field(gt=0, lt=0.5)] = Field(0.05, description="chance of a wrong decision of each kind")
+    margin_errors: Margin | None = Field(
+        0.01, description="by which the share of failed requests may be worse, at most; empty: not watched"
+    )
+    margin_slow: Margin | None = Field(0.02, description="the same, of requests over slow_ms")
+    margin_quality: Margin | None = Field(None, description="the same, of ratings that were missed (1 - rating)")
+    slow_ms: Over = Field(2000.0, description="a request that takes longer is slow")
+    mirrored_requests: Positive = Field(200, description="copies that it answers before it gets requests of its own")
+    step_requests: Positive = Field(50, description="at the new version, before its share grows")
+    soak_requests: Positive = Field(500, description="with all of the traffic, before it is promoted")
+    most_requests: Positive = Field(200_000, description="of both versions; then it goes back for want of evidence")
+    most_minutes: Over = Field(1440.0, description="the same in time")
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> CanarySlice:
+        if not self.shares or any(later <= earlier for earlier, later in pairwise(self.shares)):
+            raise ValueError(
+                f"shares={list(self.shares)} must grow from step to step; the last, all of it, is not named"
+            )
+        if (self.margin_errors, self.margin_slow, self.margin_quality) == (None, None, None):
+            raise ValueError("margin_errors, margin_slow and margin_quality are all empty: nothing would be watched")
+        return self
+
+
+class OnlineSlice(Slice):
+    """Online learning, for language models: `trireme online` reads it, and `trireme serve` and `build` then take the
+    version that was promoted last."""
+
+    feedback: str | None = Field(
+        None,
+        description="store of feedback: `sqlite:////path/to/feedback.db` or `postgresql://user@host/database`; "
+        "default: feedback.db beside the loop's own files in the build folder",
+    )
+    old_texts: Path | None = Field(
+        None,
+        description="UTF-8 file, one text a line: what the first version can do, which is replayed and judged by; "
+        "default: precision.calibration_texts, or what Python says of itself",
+    )
+    when: WhenSlice = WhenSlice()
+    learner: LearnerSlice = LearnerSlice()
+    gate: GateSlice = GateSlice()
+    canary: CanarySlice = CanarySlice()

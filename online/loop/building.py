@@ -1,0 +1,90 @@
+"""A candidate through the same pipeline as every build, into the same repository; and the way back."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from builders import pipeline
+from builders.pipeline import Report
+from builders.repository.publish import hold_back, take_back
+from builders.spec import DeploymentSpec
+from online.rollout.drive import CanaryDoor, LoadedVersions
+from runtime.settings import FILE_NAME, ServerSettings
+
+
+@dataclass(frozen=True)
+class BuiltVersion:
+    """`settings`: of the server, as they were published; with them the version can be made current again."""
+
+    version: int
+    settings: str
+
+
+class VersionBuilds(Protocol):
+    """A seam for tests: what is real takes minutes."""
+
+    def first(self) -> BuiltVersion:
+        """Of the spec's own model."""
+
+    def build(self, checkpoint: Path, keep: Collection[int], least: int) -> BuiltVersion:
+        """Beside those of `keep`; a server starts with it until `hold_back`, and until then the same again gives the
+        same version. Raises CheckError for a candidate that a stage refuses, by its figures."""
+
+    def hold_back(self, champion: str) -> None:
+        """A server starts with the champion, whatever lies beside it."""
+
+    def has(self, settings: str) -> bool:
+        """Whether all of this version is there."""
+
+    def make_current(self, settings: str) -> None:
+        """A server starts with this version, and later ones are gone."""
+
+
+@dataclass(frozen=True)
+class PipelineBuilds:
+    """For a CPU: where it runs is where it is proven."""
+
+    spec: DeploymentSpec
+    build_dir: Path
+    report: Report
+
+    def first(self) -> BuiltVersion:
+        return self._built(self.spec, (), 1)
+
+    def build(self, checkpoint: Path, keep: Collection[int], least: int) -> BuiltVersion:
+        return self._built(with_checkpoint(self.spec, checkpoint), keep, least)
+
+    def hold_back(self, champion: str) -> None:
+        hold_back(self.repository, ServerSettings.model_validate_json(champion))
+
+    def has(self, settings: str) -> bool:
+        found = ServerSettings.model_validate_json(settings)
+        return all((self.repository / name / str(found.version)).is_dir() for name in found.models)
+
+    def make_current(self, settings: str) -> None:
+        take_back(self.repository, ServerSettings.model_validate_json(settings))
+
+    def _built(self, spec: DeploymentSpec, keep: Collection[int], least: int) -> BuiltVersion:
+        built = pipeline.build(spec, "cpu", self.build_dir, "repository", self.report, keep=keep, least=least)
+        assert built.entry is not None
+        return BuiltVersion(built.entry.version, (self.repository / FILE_NAME).read_text())
+
+    @property
+    def repository(self) -> Path:
+        return pipeline.repository_path(self.build_dir, self.spec, "cpu")
+
+
+def with_checkpoint(spec: DeploymentSpec, checkpoint: Path) -> DeploymentSpec:
+    model = spec.model.model_copy(update={"source": str(checkpoint), "revision": None})
+    return spec.model_copy(update={"model": model})
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What serves now, and takes a new version beside the old one."""
+
+    door: CanaryDoor
+    versions: LoadedVersions

@@ -1,0 +1,53 @@
+"""The spec's words, as the parts take them."""
+
+from __future__ import annotations
+
+from builders.spec import CanarySlice, DeploymentSpec, GateSlice, LearnerSlice, OnlineSlice
+from builders.training.optimiser import Optimiser
+from online.gate.verdict import GateBudget
+from online.learner.recipe import UpdateRecipe
+from online.rollout.policy import Metric, RolloutPolicy
+from runtime.errors import InputError
+
+
+def online_of(spec: DeploymentSpec) -> OnlineSlice:
+    """Raises InputError for a spec that asks for no online learning."""
+    if spec.online is None:
+        raise InputError(
+            f"spec of {spec.name}", got="no section online", expected="one: it says when the service learns, and how",
+            fix="add `online: {}` for the defaults; docs/online.md says what they are",
+        )  # fmt: skip
+    return spec.online
+
+
+def recipe_of(learner: LearnerSlice) -> UpdateRecipe:
+    return UpdateRecipe(
+        steps=learner.steps,
+        rows=learner.rows,
+        replay_share=learner.replay_share,
+        kl=learner.kl,
+        learning_rate=learner.learning_rate,
+        clip=learner.clip,
+        optimiser=Optimiser(kind=learner.optimiser, weight_decay=learner.weight_decay, momentum=learner.momentum),
+        seed=learner.seed,
+    )
+
+
+def budget_of(gate: GateSlice) -> GateBudget:
+    return GateBudget(max_forgetting=gate.max_forgetting, min_gain=gate.min_gain)
+
+
+def policy_of(canary: CanarySlice) -> RolloutPolicy:
+    watched = {
+        Metric.ERRORS: canary.margin_errors, Metric.SLOW: canary.margin_slow, Metric.QUALITY: canary.margin_quality
+    }  # fmt: skip
+    return RolloutPolicy(
+        alpha=canary.alpha,
+        margins={metric: margin for metric, margin in watched.items() if margin is not None},
+        shares=canary.shares,
+        mirrored_requests=canary.mirrored_requests,
+        step_requests=canary.step_requests,
+        soak_requests=canary.soak_requests,
+        most_requests=canary.most_requests,
+        most_s=60 * canary.most_minutes,
+    )
