@@ -57,14 +57,15 @@ def library_texts(characters: int) -> list[str]:
     for name in LIBRARIES:
         if count >= characters:
             break
-        more = set(_library_texts(name)) - found
+        more = set(of_library(name)) - found
         count += sum(map(len, more))
         found |= more
     return mixed(found)
 
 
 @functools.cache
-def _library_texts(name: str) -> tuple[str, ...]:
+def of_library(name: str) -> tuple[str, ...]:
+    """Raises MachineError where it is not installed. A file for a newer Python than this one is passed over."""
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
         raise MachineError(
@@ -77,7 +78,7 @@ def _library_texts(name: str) -> tuple[str, ...]:
             continue
         try:
             docstrings = list(_docstrings_of(path))
-        except SyntaxError:  # written for a newer Python than this one
+        except SyntaxError:
             continue
         for docstring in docstrings:
             line, _, body = docstring.partition("\n")

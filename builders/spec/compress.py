@@ -145,9 +145,9 @@ class DistilSlice(Slice):
         "number on disk, 0.8 kB a token at a width of 384"
     )  # fmt: skip
     batch_tokens: Annotated[int, Field(ge=16)] = Field(2048, description="in a batch, of texts of like length")
-    optimiser: Literal["adamw", "muon", "sgd"] = Field("adamw", description="that moves the weights")
+    optimiser: Literal["adamw", "muon", "sgd"] = Field("muon", description="that moves the weights")
     learning_rate: Annotated[float, Field(gt=0)] = Field(
-        5e-4, description="at its height: it rises over a twentieth of the training, then falls to 0"
+        1e-3, description="at its height: it rises over a twentieth of the training, then falls to 0"
     )
     weight_decay: NotLess = Field(0.0, description="of matrices")
     clip: Annotated[float, Field(gt=0)] = Field(1.0, description="the longest gradient; a longer one is shortened")

@@ -175,8 +175,9 @@ def test_an_interrupted_training_leaves_nothing_behind(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_the_optimiser_is_muon_but_for_rounding() -> None:
-    """torch's own, which computes in bf16, is the reference; the arithmetic here is fp32 on every CPU."""
+@pytest.mark.parametrize("arithmetic", ["float32", "bfloat16"])
+def test_the_optimiser_is_muon_but_for_rounding(arithmetic: str) -> None:
+    """torch's own, which computes in bf16, is the reference."""
     import torch
 
     from builders.training.muon import Muon
@@ -186,7 +187,7 @@ def test_the_optimiser_is_muon_but_for_rounding() -> None:
         start = torch.randn(shape, generator=generator)
         ours, theirs = (start.clone().requires_grad_() for _ in range(2))
         optimisers = [
-            Muon([ours], lr=0.02, weight_decay=0.1),
+            Muon([ours], lr=0.02, weight_decay=0.1, dtype=getattr(torch, arithmetic)),
             torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
         ]
         for _ in range(4):
