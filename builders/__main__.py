@@ -5,6 +5,7 @@ Exit codes: 0 done; 1 a check failed, with the figures; 2 the user's input is wr
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -57,6 +58,9 @@ def run(command: Callable[[], object]) -> None:
 
     SIGTERM ends a command as Ctrl-C does, so that whatever it started is stopped; `serve` drains instead.
     """
+    # torch's threads sleep while they wait for each other. They would spin, which on a busy machine takes more than half
+    # of the CPU time that a training is given. Read when torch is loaded, which no command has done yet.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         command()

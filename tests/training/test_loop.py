@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from builders.__main__ import run
 from builders.errors import DivergedError, InputError
 from builders.training.arithmetic import Arithmetic, reproducible
 from builders.training.curve import curve, training_page
@@ -229,3 +230,19 @@ def test_the_curve_of_any_loss_lies_within_its_frame(losses: list[float]) -> Non
     page = training_page("A <student>", ["3 & 2"], points)
     assert "A &lt;student&gt;" in page
     assert "held out" not in page
+
+
+def test_threads_of_a_training_sleep_while_they_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the user has not said otherwise; and before torch, which reads it once, is loaded."""
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    seen: list[str | None] = []
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        run(lambda: seen.append(os.environ.get("OMP_WAIT_POLICY")))
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+        run(lambda: seen.append(os.environ.get("OMP_WAIT_POLICY")))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert seen == ["ACTIVE", "PASSIVE"]
+    loaded = "import sys, builders.__main__; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", loaded], check=False, timeout=120).returncode == 0
