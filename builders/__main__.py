@@ -58,8 +58,8 @@ def run(command: Callable[[], object]) -> None:
 
     SIGTERM ends a command as Ctrl-C does, so that whatever it started is stopped; `serve` drains instead.
     """
-    # torch's threads sleep while they wait for each other. They would spin, which on a busy machine takes more than half
-    # of the CPU time that a training is given. Read when torch is loaded, which no command has done yet.
+    # torch's threads sleep while they wait for each other. They would spin, which on a busy machine takes more than
+    # half of the CPU time that a training is given. Read when torch is loaded, which no command has done yet.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
