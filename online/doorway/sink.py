@@ -62,7 +62,7 @@ class StoreSink:
         user = _user(about)
         try:
             sample = parse_sample(orjson.dumps({**said, "user": said["user"] or user}))
-            store = self._store or await asyncio.to_thread(self._opened)
+            store: FeedbackStore = await asyncio.to_thread(self._opened) if self._store is None else self._store
             async with asyncio.timeout(_WITHIN_S):
                 while about.id in self._pending:  # else its texts would come too late
                     await asyncio.sleep(_TURN_S)
@@ -70,7 +70,8 @@ class StoreSink:
                 known = store.note_served(self._served(about))
                 added = store.submit(sample)
                 await asyncio.wrap_future(known)
-                return bool(await asyncio.wrap_future(added))
+                new = await asyncio.wrap_future(added)
+                return new == 1
         except FeedbackRefused as error:
             raise Refused(_STATUS.get(error.reason, 400), str(error), code=error.reason.value) from error
         except TimeoutError:

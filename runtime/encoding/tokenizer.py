@@ -57,8 +57,8 @@ class Tokenizer:
     def encode_rows(self, rows: Sequence[tuple[str | Encoded, ...]], prompts: Sequence[str]) -> list[Encoded]:
         """Rows of texts, and rows that came as token ids, which are as they came."""
         places = [place for place, row in enumerate(rows) if not isinstance(row[0], Encoded)]
-        columns = list(zip(*(rows[place] for place in places), strict=True)) if places else []
-        made = self.encode(*columns, prompts=[prompts[place] for place in places]) if columns else []  # type: ignore[arg-type]
+        texts, *pairs = zip(*(rows[place] for place in places), strict=True) if places else [()]
+        made = self.encode(texts, pairs[0] if pairs else None, [prompts[place] for place in places]) if places else []
         by_place = dict(zip(places, made, strict=True))
         return [row[0] if isinstance(row[0], Encoded) else by_place[place] for place, row in enumerate(rows)]
 
