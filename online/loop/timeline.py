@@ -9,7 +9,7 @@ from builders.planning.page import page, table
 from online.loop.records import LoopState, UpdateRecord, UpdateStage
 from online.loop.steps import decision_text, said_of
 
-_COLUMN, _LEFT, _RIGHT = 168, 92, 16
+_COLUMN, _LEFT, _RIGHT = 188, 104, 16
 _TOP, _LOSS, _NEW, _OLD, _FOOT = 64, 70, 110, 90, 40  # heights of the panels, from above
 _GAP = 30
 _SHOWN = 24  # updates in the picture: the newest
