@@ -103,7 +103,7 @@ def _spec(folder: Path) -> dict[str, Any]:
         "name": NAME,
         "model": {"source": str(folder.resolve()), "task": "generation", "max_length": longest},
         "precision": {"cpu": "w8", "max_perplexity_ratio": 1.05},
-        "online": {"when": {"samples": 100}, "learner": {"learning_rate": 0.006}},
+        "online": {"when": {"samples": 100}, "learner": {"learning_rate": 0.003, "steps": 240}},
     }
 
 
