@@ -20,7 +20,6 @@ from cluster.control import control_secret, ensure_secrets
 from cluster.deploy import deploy
 from cluster.errors import ClusterError, RolloutError
 from cluster.load_version import (
-    CONTROL_HEADER,
     LoadPace,
     PodPorts,
     allows,
@@ -28,6 +27,7 @@ from cluster.load_version import (
     settle_s,
 )
 from cluster.observe import observe
+from runtime.model_control import CONTROL_HEADER
 from runtime.pod.control import Control, HealthServer
 from runtime.pod.layout import Layout, lay_out
 from runtime.pod.model_store import PUBLISHED, Publication, PublishedFile
