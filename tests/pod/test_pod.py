@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import http.client
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -32,7 +31,6 @@ from runtime.pod.model_store import EngineKey, Publication, misfit, publications
 from runtime.pod.node import Node, same_release
 from runtime.ports import free_ports
 from runtime.server.health import LIVE_WITHIN_S, READY_WITHIN_S, Health
-from runtime.server.installation import Installation
 from runtime.server.launch import Ports
 from runtime.server.probing import Failure
 from runtime.settings import EncoderModelSettings
@@ -371,50 +369,6 @@ def _require_the_gateway(pod: Pod, facts: dict[str, Any]) -> None:
     assert triton == {"127.0.0.1"}
     pod.give_keys(KEY, "another")
     assert wait_until(lambda: _embedded(door, "another") == 200, 30)
-
-
-def test_the_images_triton_is_found_by_its_folder(tmp_path: Path) -> None:
-    """NVIDIA's image keeps everything under one folder; the wheel of this environment comes first."""
-    system = tmp_path / "tritonserver"
-    (system / "bin").mkdir(parents=True)
-    shutil.copy(sys.executable, system / "bin" / "tritonserver")
-    with pytest.raises(BadEnvironment, match="no Python backend"):
-        Installation._of_the_system(system)
-    (system / "backends" / "python").mkdir(parents=True)
-    (system / "backends" / "python" / "triton_python_backend_stub").touch()
-    found = Installation._of_the_system(system)
-    assert found.backends == system / "backends"
-    assert found.stub is None
-    assert Installation.find(system).stub is not None
-
-
-def test_the_entry_point_starts_without_a_home() -> None:
-    done = subprocess.run(
-        _command("--help"), capture_output=True, text=True, timeout=60, check=True, env={"HOME": "/nonexistent"}
-    )
-    assert "fetch" in done.stdout
-
-
-def test_an_agent_of_ranks_wants_the_hosts_secret(tmp_path: Path) -> None:
-    where = ("--leader", "127.0.0.1", "--host", 1, "--hosts", 2, "--ranks-each", 1, "--secret-file", tmp_path / "none")
-    done = subprocess.run(_command("ranks", *where), capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 2
-    assert "hosts prove a shared secret" in done.stderr
-
-
-def test_an_agent_of_ranks_waits_for_its_leader_and_leaves_when_asked(tmp_path: Path) -> None:
-    (tmp_path / "secret").write_text("0123456789abcdef")
-    health, nobody = (Ports.free().http for _ in range(2))
-    where = ("--leader", "127.0.0.1", "--port", nobody, "--host", 1, "--hosts", 2, "--ranks-each", 1)
-    more = ("--secret-file", tmp_path / "secret", "--interface", "lo", "--health-port", health)
-    process = subprocess.Popen(_command("ranks", *where, *more))
-    try:
-        assert wait_until(lambda: _ready(health), 30)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0
-    finally:
-        process.kill()
-        process.wait(10)
 
 
 def _ready(port: int) -> bool:
