@@ -83,12 +83,17 @@ def test_a_replica_over_nodes_is_a_group(platform: Platform, by: str, scaled: st
         assert labels["app.kubernetes.io/instance"] == "llama"
         assert labels["app.kubernetes.io/component"] == component
         pod = template[f"{role}Template"]["spec"]
-        [secret] = [volume["secret"] for volume in pod["volumes"] if "secret" in volume]
+        [secret] = [volume["secret"] for volume in pod["volumes"] if volume["name"] == "control"]
         assert (secret["secretName"], secret["optional"]) == ("llama-triton-control", False)
         words = [re.sub(r"\$\((\w+)\)", lambda key: (variables | settings)[key[1]], word) for word in pod_args(pod)]
         asked = _parser().parse_args(words)
         assert (asked.hosts, asked.ranks_each, asked.leader) == (2, 8, "llama-serving-0.llama")
         assert str(asked.repository) == "/repository"
+        ports = {port["name"] for port in pod["containers"][0]["ports"]}
+        probes = [
+            pod["containers"][0][f"{kind}Probe"]["httpGet"]["port"] for kind in ("startup", "readiness", "liveness")
+        ]
+        assert set(probes) <= ports
     assert asked.host == 1
     assert asked.platform == platform
 
