@@ -66,7 +66,7 @@ def test_a_replica_over_nodes_is_a_group(platform: Platform, by: str, scaled: st
     done = write_manifests(spec, platform, tmp_path / "overlay")
     assert (done.nodes, done.gpus_per_pod) == (2, 8 if platform == "gpu" else 0)
     objects = objects_of(tmp_path / "overlay")
-    assert not objects.of("Deployment")
+    assert not list(objects.of("Deployment"))
     [found] = objects.of("LeaderWorkerSet")
     template = found.data["spec"]["leaderWorkerTemplate"]
     assert found.name == "llama-serving"
