@@ -13,6 +13,7 @@ import pytest
 from runtime.errors import BadEnvironment
 from runtime.server.installation import Installation
 from runtime.server.launch import Ports
+from runtime.settings import ServerSettings
 from tests.conftest import wait_until
 from tests.pod.test_pod import _command, _ready
 
@@ -39,9 +40,27 @@ def test_the_entry_point_starts_without_a_home() -> None:
     assert "fetch" in done.stdout
 
 
+def _agent(folder: Path, *more: object) -> list[str]:
+    ServerSettings(
+        ensemble="tiny", models=("tiny",), version=1, response_cache_bytes=0, rate_limited=False, content_digest="c"
+    ).save(folder)
+    where = ("--leader", "127.0.0.1", "--host", 1, "--hosts", 2, "--ranks-each", 1)
+    return _command(
+        "ranks",
+        folder,
+        "--platform",
+        "cpu",
+        *where,
+        "--hosts-secret-file",
+        folder / "secret",
+        "--interface",
+        "lo",
+        *more,
+    )
+
+
 def test_an_agent_of_ranks_wants_the_hosts_secret(tmp_path: Path) -> None:
-    where = ("--leader", "127.0.0.1", "--host", 1, "--hosts", 2, "--ranks-each", 1, "--secret-file", tmp_path / "none")
-    done = subprocess.run(_command("ranks", *where), capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(_agent(tmp_path), capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
     assert "hosts prove a shared secret" in done.stderr
 
@@ -49,9 +68,7 @@ def test_an_agent_of_ranks_wants_the_hosts_secret(tmp_path: Path) -> None:
 def test_an_agent_of_ranks_waits_for_its_leader_and_leaves_when_asked(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("0123456789abcdef")
     health, nobody = (Ports.free().http for _ in range(2))
-    where = ("--leader", "127.0.0.1", "--port", nobody, "--host", 1, "--hosts", 2, "--ranks-each", 1)
-    more = ("--secret-file", tmp_path / "secret", "--interface", "lo", "--health-port", health)
-    process = subprocess.Popen(_command("ranks", *where, *more))
+    process = subprocess.Popen(_agent(tmp_path, "--hosts-port", nobody, "--health-port", health))
     try:
         assert wait_until(lambda: _ready(health), 30)
         process.send_signal(signal.SIGTERM)
