@@ -1,8 +1,9 @@
 """`make demo-online`: a language model that learnt Python's documentation meets text of another kind.
 
-The loop goes from feedback to a promoted version; beside it the same update as one would naively make it; then
-candidates that must not pass. The model is a quarter of that of `make demo-generate`, trained by the same code, once:
-so that all of it is done in minutes on a CPU without bf16 too.
+The loop goes from feedback to a promoted version, on a server whose users ask it all the time; beside it the same
+update as one would naively make it; then candidates that must not pass: the gate, the proof and the canary each stop
+one. The model is a quarter of that of `make demo-generate`, trained by the same code, once: so that all of it is done
+in minutes on a CPU without bf16 too.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import math
 import shutil
 import time
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from builders import pipeline
 from builders.__main__ import run
 from builders.commands import show
 from builders.spec import DeploymentSpec, load_spec
@@ -26,6 +29,7 @@ from builders.store.processor import this_processor
 from builders.training.progress import training_progress
 from builders.training.recipe import TrainingRecipe
 from builders.training.text import TokenIds
+from measure.live import USERS, Live, served
 from measure.other_text import other_documents
 from measure.small_model.folder import train_small_model
 from online.feedback.store import FeedbackStore, KeptTraffic
@@ -34,20 +38,32 @@ from online.gate.verdict import GateVerdict, judge_candidate
 from online.learner.memory import load_memory
 from online.learner.recipe import UpdateRecipe
 from online.learner.update import update_version
-from online.loop.building import PipelineBuilds
+from online.loop.building import PipelineBuilds, Serving
 from online.loop.feedback_files import add_lines
 from online.loop.journal import LoopFiles, LoopJournal
 from online.loop.records import UpdateStage
-from online.loop.settings import budget_of, online_of, recipe_of
+from online.loop.settings import budget_of, online_of, policy_of, recipe_of
 from online.loop.steps import Loop
 from online.loop.timeline import timeline_page
+from online.rollout.drive import Journal, Rollout, begin
+from online.rollout.state import Phase
+from online.serving import GatewayDoor, TritonVersions
+from runtime.settings import ServerSettings
 
 NAME = "pydoc-online"
 _LONGEST_TEXT = 16_000  # characters of one sample; the store takes 64 KiB
 _RECIPE = TrainingRecipe(
     vocabulary=2048, hidden=128, layers=4, heads=4, kv_heads=2, ffn=384, context=256, steps=400
 )  # fmt: skip
-_STEPS = 100  # of the loop, at most: it takes six
+# Wide margins: evidence for narrow ones takes thousands of requests, which two users do not make in minutes.
+_CANARY = {
+    "shares": [0.2, 0.5], "margin_errors": 0.2, "margin_slow": 0.3, "slow_ms": 1500.0, "mirrored_requests": 30,
+    "step_requests": 20, "soak_requests": 60, "most_minutes": 10.0,
+}  # fmt: skip
+_LATE_S = 2.0
+_LOOK_S = 0.2
+_LOOKS = 5000  # at the loop or a rollout, at most
+SettingsOf = Callable[[int], ServerSettings | None]
 
 
 def main() -> None:
@@ -58,10 +74,11 @@ def main() -> None:
     build_dir: Path = arguments.build_dir
     spec_file = _prepare(build_dir)
     spec = load_spec(spec_file)
-    with LoopJournal(build_dir, NAME) as journal:
-        champion, rows = _learn(spec, build_dir, journal)
+    with LoopJournal(build_dir, NAME) as journal, served(spec_file, NAME, build_dir) as live:
+        champion, rows = _learn(spec, build_dir, journal, live)
         _beside(spec, journal, champion, rows)
-        _bad_ones(spec, journal, champion, rows)
+        _shuffled(spec, journal, champion, rows)
+        _never_promoted(spec, build_dir, journal, live)
         state = journal.load()
         assert state is not None
         journal.page.write_text(timeline_page(NAME, state, journal.ended()))
@@ -103,7 +120,11 @@ def _spec(folder: Path) -> dict[str, Any]:
         "name": NAME,
         "model": {"source": str(folder.resolve()), "task": "generation", "max_length": longest},
         "precision": {"cpu": "w8", "max_perplexity_ratio": 1.05},
-        "online": {"when": {"samples": 100}, "learner": {"learning_rate": 0.003, "steps": 240}},
+        "online": {
+            "when": {"samples": 100},
+            "learner": {"learning_rate": 0.003, "steps": 240},
+            "canary": _CANARY,
+        },
     }
 
 
@@ -111,28 +132,40 @@ def _store(spec: DeploymentSpec, build_dir: Path, traffic: KeptTraffic | None = 
     return FeedbackStore(online_of(spec).feedback or LoopFiles(build_dir, spec.name).feedback_url, traffic=traffic)
 
 
-def _learn(spec: DeploymentSpec, build_dir: Path, journal: LoopJournal) -> tuple[Path, tuple[TokenIds, TokenIds]]:
+def _serving(spec: DeploymentSpec, build_dir: Path, live: Live, settings_of: SettingsOf) -> Serving:
+    repository = pipeline.repository_path(build_dir, spec, "cpu")
+    door = GatewayDoor(live.gateway, live.secret, repository, slo_s=online_of(spec).canary.slow_ms / 1e3)
+    return Serving(door, TritonVersions(live.grpc, live.secret, repository, door, settings_of=settings_of))
+
+
+def _learn(
+    spec: DeploymentSpec, build_dir: Path, journal: LoopJournal, live: Live
+) -> tuple[Path, tuple[TokenIds, TokenIds]]:
     """The loop, from feedback to a promoted version. Returns what it began from, and the update's rows."""
     print(
-        "\n3. trireme online run: feedback -> update -> gate -> build -> promoted, as nothing is served here",
-        flush=True,
+        f"\n3. trireme online run: feedback -> update -> gate -> build -> canary, while {USERS} users ask", flush=True
     )
     rows = None
+    serving = _serving(spec, build_dir, live, journal.server_settings)
     with show.build_progress(quiet=False) as report:
-        builds = PipelineBuilds(spec, build_dir, report)
-        loop = Loop(spec, journal, builds, lambda: _store(spec, build_dir), without_canary=True)
-        for _ in range(_STEPS):
+        loop = Loop(spec, journal, PipelineBuilds(spec, build_dir, report), lambda: _store(spec, build_dir), serving)
+        for _ in range(_LOOKS):
             step = loop.step()
-            print(f"   {step.said}", flush=True)
+            if step.said:
+                print(f"   {step.said}", flush=True)
             state = journal.load()
             if rows is None and state is not None and state.update is not None:
                 rows = journal.rows(state.update.number)
             if step.waits or step.ended is not None:
                 break
+            time.sleep(_LOOK_S if step.looks else 0.0)
+        loop.close()
     (record,) = journal.ended()
     assert rows is not None
     _print_update("online learning", record.verdict, record.report.step.share if record.report else 0.0)
+    print(f"   answers: {live.said}; {live.failed} failed", flush=True)
     _require(record.stage is UpdateStage.PROMOTED, f"the update {record.stage}: {record.reason}")
+    _require(live.failed == 0, f"{live.failed} requests failed")
     return journal.checkpoint(0), rows
 
 
@@ -145,7 +178,7 @@ def _beside(spec: DeploymentSpec, journal: LoopJournal, champion: Path, rows: tu
     _require(not verdict.passed, "the naive update passes the gate: it shows nothing")
 
 
-def _bad_ones(spec: DeploymentSpec, journal: LoopJournal, champion: Path, rows: tuple[TokenIds, TokenIds]) -> None:
+def _shuffled(spec: DeploymentSpec, journal: LoopJournal, champion: Path, rows: tuple[TokenIds, TokenIds]) -> None:
     print("\n5. an update whose training text was shuffled word by word, as by a fault of whoever feeds it", flush=True)
     learnt, held_out = rows
     shuffled = np.random.default_rng(0).permuted(learnt, axis=1)
@@ -154,6 +187,58 @@ def _bad_ones(spec: DeploymentSpec, journal: LoopJournal, champion: Path, rows: 
     verdict, share = _tried(spec, journal, "shuffled", champion, (shuffled, held_out), recipe, budget)
     _print_update("shuffled", verdict, share)
     _require(not verdict.passed, "shuffled text passes the gate")
+
+
+def _never_promoted(spec: DeploymentSpec, build_dir: Path, journal: LoopJournal, live: Live) -> None:
+    """Versions that nothing has judged, as if somebody had published them by hand."""
+    state = journal.load()
+    assert state is not None
+    champion = state.champion
+    repository = pipeline.repository_path(build_dir, spec, "cpu")
+    known: dict[int, ServerSettings] = {}
+    serving = _serving(spec, build_dir, live, lambda version: known.get(version) or journal.server_settings(version))
+    number = state.highest
+    for title, harm in (("whose weights are damaged", _damaged), ("that is slow", _slow)):
+        print(f"\n{6 if harm is _damaged else 7}. a version {title}, rolled out all the same", flush=True)
+        number += 1
+        with show.build_progress(quiet=True) as report:
+            builds = PipelineBuilds(spec, build_dir, report)
+            built = builds.build(journal.folder / "tried" / "naive", [champion.version], number)
+        known[built.version] = ServerSettings.model_validate_json(built.settings)
+        harm(repository / NAME / str(built.version))
+        before = live.failed
+        with Journal(journal.folder / f"by-hand-{built.version}.json") as file:
+            begin(file, policy_of(online_of(spec).canary), champion.version, built.version)
+            rollout = Rollout(file, serving.door, serving.versions)
+            for _ in range(_LOOKS):
+                found = rollout.step()
+                if rollout.ended:
+                    break
+                time.sleep(_LOOK_S)
+        builds.make_current(champion.settings)
+        print(f"   {found.phase}: {found.decisions[-1].reason}", flush=True)
+        print(f"   answers: {live.said}; {live.failed} failed", flush=True)
+        _require(found.phase is Phase.ROLLED_BACK, f"the version {title} is {found.phase}")
+        _require(live.failed == before, f"{live.failed - before} requests failed")
+
+
+def _damaged(folder: Path) -> None:
+    """A run of zeros in the middle of the weights, as a disk or a copy leaves it."""
+    file = max(folder.glob("graph*"), key=lambda each: each.stat().st_size)
+    content = bytearray(file.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + len(content) // 8] = bytes(len(content) // 8)
+    file.unlink()  # it may be a link into the store
+    file.write_bytes(content)
+
+
+def _slow(folder: Path) -> None:
+    """Right, and late: a step on the way that waits."""
+    file = folder / "model.py"
+    text = file.read_text()
+    head = next(line for line in text.splitlines() if line.lstrip().startswith("def execute("))
+    file.unlink()
+    file.write_text(text.replace(head, f"{head}\n        time.sleep({_LATE_S})", 1))
 
 
 def _tried(

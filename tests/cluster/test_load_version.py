@@ -212,7 +212,7 @@ def test_a_server_that_dies_of_the_load(cluster: Cluster, pods: dict[str, Triton
     """The kubelet restarts it, and it is ready again: without the version."""
     first = next(iter(pods))
     answers = iter([True, True, False])  # both models right after the load, then none
-    pods[first].still_there = lambda: next(answers)
+    pods[first].still_there = lambda: next(answers, False)
     with pytest.raises(RolloutError, match=rf"{first}: part has no version 2 after the load"):
         load_version(cluster, SERVER, VERSION, SECRET, pace=PACE)
 

@@ -23,7 +23,7 @@ from runtime.gateway.grpc_kserve import read_infer
 from runtime.gateway.keys import Keys
 from runtime.gateway.limits import DoorLimits
 from runtime.gateway.refused import Refused
-from runtime.gateway.versions import Neighbour
+from runtime.gateway.versions import Neighbour, Place
 from tests.gateway.asking import FakeTriton, doors_of
 
 INFER = "/inference.GRPCInferenceService/ModelInfer"
@@ -189,7 +189,7 @@ def test_the_header_that_ends_a_triton_is_refused() -> None:
 def test_a_version_that_is_named_is_the_one_that_answers() -> None:
     """Whatever the split says: all of it goes to another version here."""
     doors = doors_of(FakeTriton(), beside={5: FakeTriton(version=4)})
-    asyncio.run(doors.versions.set([Neighbour(4, 5, 6, None)], {3: 1.0}, None))
+    asyncio.run(doors.versions.set([Neighbour(4, Place((5, 6)), None)], {3: 1.0}, None))
     for method, message in (
         ("ModelReady", kserve.ModelReadyRequest(name="m", version="4")),
         ("ModelMetadata", kserve.ModelMetadataRequest(name="m", version="4")),

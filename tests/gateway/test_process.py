@@ -120,7 +120,7 @@ def _turns_until(process: GatewayProcess, condition: Callable[[], bool], limit_s
 def test_a_gateway_that_hangs_is_ended_and_started_again(tmp_path: Path) -> None:
     server = SimpleNamespace(
         log=tmp_path / "triton.log", repository=tmp_path, settings=SimpleNamespace(ensemble="m"),
-        ports=SimpleNamespace(http=9, metrics=9),
+        ports=SimpleNamespace(http=9, metrics=9), exposure=SimpleNamespace(log_to_stderr=False),
     )  # fmt: skip
     process = GatewayProcess(Doorway(0, hang_s=5.0, grpc_port=0, drain_s=1), server, Health())  # type: ignore[arg-type]
     try:

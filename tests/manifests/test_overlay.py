@@ -143,7 +143,7 @@ def test_what_the_spec_says_stands_in_the_pod(tmp_path: Path) -> None:
     pod = pod_of(tmp_path / "overlay")
     (triton,) = pod["containers"]
     assert triton["image"] == "registry.example.com/team/trireme/serving:1.2.3"
-    assert triton["resources"]["limits"] == {"cpu": "6", "memory": f"{10 * 1024 + 512 + 512}Mi"}  # the gateway's
+    assert triton["resources"]["limits"] == {"cpu": "6", "memory": "11Gi"}  # 10 and a half, and the gateway's
     assert triton["startupProbe"]["failureThreshold"] * STARTUP_PERIOD_S >= 42
     assert pod["terminationGracePeriodSeconds"] >= 20 + 60
     assert pod["priorityClassName"] == "serving"

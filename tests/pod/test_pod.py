@@ -353,7 +353,7 @@ def _require_the_gateway(pod: Pod, facts: dict[str, Any]) -> None:
     """What clients of a pod find: both ports ask for keys, keys follow their file, one page has all metrics; Triton is
     on loopback alone."""
     door = int(facts["gateway"].rpartition(":")[2])
-    assert _get(door, "/readyz")[0] == 200
+    assert wait_until(lambda: _get(door, "/readyz")[0] == 200, 30)
     assert (_embedded(door, KEY), _embedded(door, "another")) == (200, 401)
     with triton_grpc.InferenceServerClient(f"127.0.0.1:{facts['gateway_grpc'].rpartition(':')[2]}") as client:
         assert client.is_model_ready("tiny", headers={"authorization": f"Bearer {KEY}"})

@@ -82,7 +82,7 @@ def test_truncation_is_said(server: TritonServer) -> None:
     [
         ([b"fine", b""], r"text\[1\] is empty"),
         ([b" \n"], r"text\[0\] is empty"),
-        ([b"\xff\xfe"], r"text\[0\]: byte 0 is not valid UTF-8"),
+        ([b"\xfe\xff"], r"text\[0\]: byte 0 is not valid UTF-8"),
         ([b"x"] * 65, "batch-size must be <= 64"),
     ],
 )

@@ -1,0 +1,125 @@
+"""A model as people serve it, under requests that do not pause: what online learning is shown on."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from builders.errors import MachineError
+
+USERS = 2
+_TOKENS = 8  # of an answer
+_PROMPTS = ("Return the number of", "Raised when a", "The with statement", "Print the names of")
+_ASK_S = 30.0
+_END_S = 90.0  # for the server to drain
+
+
+@dataclass
+class Live:
+    """A server in a process of its own, and what its users were answered: status and version of each request."""
+
+    gateway: str
+    grpc: str
+    secret: str
+    answers: Counter[tuple[int, str]] = field(default_factory=Counter)
+
+    @property
+    def failed(self) -> int:
+        return sum(count for (status, _), count in self.answers.items() if status != 200)
+
+    @property
+    def said(self) -> str:
+        versions: Counter[str] = Counter()
+        for (status, version), count in self.answers.items():
+            versions[f"version {version}" if status == 200 else f"status {status or 'none'}"] += count
+        return ", ".join(f"{count} {name}" for name, count in sorted(versions.items()))
+
+
+@contextmanager
+def served(spec_file: Path, name: str, build_dir: Path) -> Iterator[Live]:
+    """`trireme serve` with a gateway and model control on free ports, with USERS asking it from the first answer to the
+    end of the block. Raises MachineError where it does not start."""
+    folder = build_dir / name
+    secret, log = folder / "control-secret", folder / "serve.log"
+    secret.touch(mode=0o600)
+    secret.write_text("only-of-this-demo-0123456789")
+    ports = [f"--{kind}-port=0" for kind in ("http", "grpc", "metrics", "gateway")]
+    control = ["--control-secret-file", str(secret), "--model-control"]
+    command = [sys.executable, "-m", "builders", "serve", str(spec_file), "--json", "--build-dir", str(build_dir)]
+    with log.open("w") as words:
+        process = subprocess.Popen([*command, *ports, *control], stdout=subprocess.PIPE, stderr=words, text=True)
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        if not line:
+            raise MachineError(
+                "trireme serve", got=f"exit {process.wait(_END_S)}", expected="a server", fix=f"see {log}"
+            )
+        facts = json.loads(line)
+        live = Live(f"http://{facts['gateway']}", facts["grpc"], secret.read_text())
+        _await_gateway(live)
+        with _asking(live, name):
+            yield live
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(_END_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def _await_gateway(live: Live) -> None:
+    for _ in range(int(_ASK_S / 0.2)):
+        try:
+            with urllib.request.urlopen(f"{live.gateway}/readyz", timeout=_ASK_S):
+                return
+        except OSError:
+            time.sleep(0.2)
+    raise MachineError("the gateway", got=f"not ready within {_ASK_S:.0f} s", expected="ready", fix="see its log")
+
+
+@contextmanager
+def _asking(live: Live, model: str) -> Iterator[None]:
+    stop, lock = threading.Event(), threading.Lock()
+
+    def user(first: int) -> None:
+        number = first
+        while not stop.is_set():
+            answer = _ask(live.gateway, model, _PROMPTS[number % len(_PROMPTS)])
+            number += 1
+            with lock:
+                live.answers[answer] += 1
+
+    users = [threading.Thread(target=user, args=(number,)) for number in range(USERS)]
+    for one in users:
+        one.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        for one in users:
+            one.join()
+
+
+def _ask(gateway: str, model: str, prompt: str) -> tuple[int, str]:
+    body = json.dumps({"model": model, "prompt": prompt, "max_tokens": _TOKENS, "temperature": 0}).encode()
+    request = urllib.request.Request(f"{gateway}/v1/completions", body, {"content-type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=_ASK_S) as answer:
+            answer.read()
+            return int(answer.status), str(answer.headers["x-trireme-version"])
+    except urllib.error.HTTPError as error:
+        return error.code, ""
+    except OSError:
+        return 0, ""
