@@ -123,6 +123,7 @@ def _spec(folder: Path) -> dict[str, Any]:
         "online": {
             "when": {"samples": 100},
             "learner": {"learning_rate": 0.003, "steps": 240},
+            "gate": {"min_gain": 0.3},  # words alone, in whatever order, are worth a few per cent
             "canary": _CANARY,
         },
     }
@@ -223,13 +224,15 @@ def _never_promoted(spec: DeploymentSpec, build_dir: Path, journal: LoopJournal,
 
 
 def _damaged(folder: Path) -> None:
-    """A run of zeros in the middle of the weights, as a disk or a copy leaves it."""
-    file = max(folder.glob("graph*"), key=lambda each: each.stat().st_size)
-    content = bytearray(file.read_bytes())
-    middle = len(content) // 2
-    content[middle : middle + len(content) // 8] = bytes(len(content) // 8)
+    """The largest weights are zeros: the graph loads and runs as before."""
+    import onnx
+
+    file = folder / "graph.onnx"
+    model = onnx.load(file)
+    largest = max(model.graph.initializer, key=lambda weights: len(weights.raw_data))
+    largest.raw_data = bytes(len(largest.raw_data))
     file.unlink()  # it may be a link into the store
-    file.write_bytes(content)
+    onnx.save(model, file)
 
 
 def _slow(folder: Path) -> None:
