@@ -136,7 +136,7 @@ class RankGroup:
         """Whether a rank has ended within `seconds`, another host is lost, or the group has ended before. Reaps nothing
         and may run beside `run`.
         """
-        if not self._channels:
+        if not self._processes:
             return True
         with contextlib.ExitStack() as stack:
             ended = select.poll()  # `select.select` takes no descriptor above 1023
@@ -156,20 +156,13 @@ class RankGroup:
 
     def close(self) -> None:
         """Ends every process. May be called twice."""
-        self._leave()
-        end_processes(self._processes)
-        self._processes = []
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-    def _leave(self) -> None:
-        """Kills every process and waits for none: who asked is told at once, and `close` reaps."""
-        for process in self._processes:
-            process.kill()
         for channel in self._channels:
             channel.close()
-        self._channels = []
         if self._gathering is not None:
             self._gathering.dismiss()
+        end_processes(self._processes)
+        self._processes, self._channels = [], []
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def __enter__(self) -> RankGroup:
         return self
@@ -216,7 +209,7 @@ class RankGroup:
                 for rank in ready:
                     self._move(rank, answers[rank])
         except BaseException:
-            self._leave()
+            self.close()
             raise
         return [[answers[rank][at] for rank in ranks] for at in range(count)]
 
@@ -266,7 +259,7 @@ class RankGroup:
         return f"rank {rank} has died{f' ({words[0][:200]})' if words else ''}"
 
     def _end(self, reason: str) -> ServerFault:
-        self._leave()
+        self.close()
         return ServerFault(f"{reason}; all {self.count} ranks were ended")
 
 
