@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,10 @@ from builders.pipeline import Build
 from builders.spec import DeploymentSpec, load_spec
 from runtime.server.launch import TritonServer
 from runtime.server.supervise import ready_server
+
+# As `builders.__main__.run` sets it, before torch is loaded: two workers whose threads spin while they wait take each
+# other's cores, and their tests several times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # No test asserts a time: an example may wait for a busy machine.
 settings.register_profile("trireme", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -104,6 +109,14 @@ def wait_until(condition: Callable[[], bool], limit_s: float) -> bool:
             return True
         time.sleep(0.05)
     return False
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    """A command that is run in this process sets one for SIGTERM, and ends with its process."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture(scope="session")

@@ -65,7 +65,8 @@ def test_gauss_newton_is_the_squared_jacobian(tiny_bert: Path) -> None:
             hook.remove()
 
     exact = torch.autograd.functional.jacobian(outputs, torch.ones(4)).square().sum(0).numpy()
-    worth = importance.gauss_newton(tiny.model, forward, [batch] * 300, seed=0)
+    many = {name: values.repeat(300, 1) for name, values in batch.items()}
+    worth = importance.gauss_newton(tiny.model, forward, [many], seed=0)
     assert worth.heads[0] / (300 * importance.PROJECTIONS) == pytest.approx(exact, rel=0.3)
     assert [len(found) for found in worth.ffn] == [64, 64]
 

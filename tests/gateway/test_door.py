@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from runtime.gateway.refused import Refused, upstream_refusal
-from runtime.gateway.triton import Blob
+from runtime.gateway.triton import unpack_texts
 from runtime.gateway.upstream import UpstreamGone
 from runtime.settings import ChatSettings, GeneratorModelSettings, ServedModel
 from runtime.token_rows import unpack_ids
@@ -43,16 +43,7 @@ def test_token_ids_reach_the_model_as_such(given: list[Any], rows: list[list[int
     triton = FakeTriton(longest=1000)
     assert post(door_of(triton), "/v1/embeddings", {**TEXT, "input": given}).status == 200
     (((item,), *_),) = triton.asked
-    assert [unpack_ids(row) for row in _rows_of(item, len(rows))] == rows
-
-
-def _rows_of(blob: Blob, count: int) -> list[bytes]:
-    found, data = [], blob.data
-    for _ in range(count):
-        end = 4 + int.from_bytes(data[:4], "little")
-        found.append(bytes(data[4:end]))
-        data = data[end:]
-    return found
+    assert [unpack_ids(row) for row in unpack_texts(item.data, len(rows))] == rows
 
 
 @pytest.mark.parametrize(

@@ -26,9 +26,6 @@ from online.loop.due import Clock
 from online.loop.journal import LoopJournal
 from online.loop.records import LoopState, UpdateRecord
 from online.loop.steps import Loop
-from online.rollout.drive import Journal
-from online.rollout.policy import RolloutPolicy
-from online.rollout.state import RolloutState
 from tests.online.small import RECIPE, WINDOW, speech
 from tests.online.test_rollout import OLD, Crash, World
 
@@ -242,10 +239,3 @@ def ran(all_of_it: Everything, updates: int = 1, most: int = 400) -> LoopState:
         except Crash:
             continue
     raise AssertionError("more crashes than were planned")
-
-
-def rollout_policy(journal: Path) -> tuple[RolloutPolicy, RolloutState]:
-    with Journal(journal) as found:
-        entry = found.load()
-    assert entry is not None
-    return entry.policy, entry.state

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
+import psutil
 import pytest
 
 from runtime.errors import BadEnvironment, ServerFault
@@ -31,7 +32,7 @@ from runtime.ranks.group import RankGroup
 from runtime.ranks.hosts import Hello, Hosts, _Greeting, greet
 from runtime.step import Row
 from tests import ROOT
-from tests.partition.test_ranks import alive, gone
+from tests.partition.test_ranks import gone
 
 PORT, SECRET, CABLE = 29400, "s3cret", "cable0"
 LEADER, WORKER = "10.213.7.1", "10.213.7.2"
@@ -175,17 +176,11 @@ def agent(gathering: Gathering) -> Iterator[None]:
         running.result(timeout=PATIENCE_S)
 
 
-def far_rank() -> int:
-    command = f"{STOPPING}\0001\0002".encode()
-    [found] = [task for task in Path("/proc").glob("[0-9]*") if _command(task).count(command)]
-    return int(found.name)
-
-
-def _command(task: Path) -> bytes:
-    try:
-        return (task / "cmdline").read_bytes() if alive(int(task.name)) else b""
-    except OSError:
-        return b""
+def far_rank(group: RankGroup) -> int:
+    """The agent runs in this process, so its ranks are children of this one as the group's own are."""
+    ours = {child.pid for child in psutil.Process().children() if STOPPING in child.cmdline()}
+    [found] = ours - set(group.processes)
+    return found
 
 
 @pytest.mark.usefixtures("agent")
@@ -197,7 +192,7 @@ def test_a_group_over_two_hosts_ends_with_its_far_rank_and_comes_again(gathering
         assert (first[0]["x"].tolist(), first[1], second) == ([1, 2], Row(1, 2), ("other",))
         assert len(group.processes) == 1, "the other one is the agent's"
         assert not group.wait_for_death(0)
-        far, near = far_rank(), group.processes[0]
+        far, near = far_rank(group), group.processes[0]
         os.kill(far, signal.SIGKILL)
         assert group.wait_for_death(PATIENCE_S), "also while nobody asks"
         with pytest.raises(ServerFault, match="rank 1 has died, or the link to its host"):

@@ -236,13 +236,9 @@ def test_threads_of_a_training_sleep_while_they_wait(monkeypatch: pytest.MonkeyP
     """Where the user has not said otherwise; and before torch, which reads it once, is loaded."""
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     seen: list[str | None] = []
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        run(lambda: seen.append(os.environ.get("OMP_WAIT_POLICY")))
-        monkeypatch.delenv("OMP_WAIT_POLICY")
-        run(lambda: seen.append(os.environ.get("OMP_WAIT_POLICY")))
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    run(lambda: seen.append(os.environ.get("OMP_WAIT_POLICY")))
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    run(lambda: seen.append(os.environ.get("OMP_WAIT_POLICY")))
     assert seen == ["ACTIVE", "PASSIVE"]
     loaded = "import sys, builders.__main__; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", loaded], check=False, timeout=120).returncode == 0
