@@ -8,12 +8,13 @@ from pathlib import Path
 from runtime.errors import BadEnvironment
 
 
-def read_secret(file: Path) -> bytes:
-    """Raises BadEnvironment for one that can be guessed, or cannot be sent."""
+def read_secret(file: Path) -> str:
+    """Visible ASCII on one line, because it travels as a header and stands in Triton's arguments. Raises BadEnvironment
+    for one that can be guessed, or cannot be sent."""
     try:
         text = file.read_text().strip()
     except (OSError, ValueError) as error:
-        raise BadEnvironment(f"--control-secret-file {file} cannot be read: {error}") from error
+        raise BadEnvironment(f"control secret {file} cannot be read: {error}") from error
     if not re.fullmatch(r"[A-Za-z0-9_-]{16,256}", text):
-        raise BadEnvironment(f"--control-secret-file {file}: a control secret has at least 16 letters, digits, - or _")
-    return text.encode()
+        raise BadEnvironment(f"{file}: a control secret has 16 to 256 letters, digits, - or _")
+    return text

@@ -92,7 +92,7 @@ def serve(
             "--model-control", got="no --control-secret-file", expected="the secret that opens it",
             fix="give --control-secret-file",
         )  # fmt: skip
-    secret = read_secret(control_secret_file).decode() if model_control and control_secret_file is not None else None
+    secret = read_secret(control_secret_file) if model_control and control_secret_file is not None else None
     found = load_championed(spec, build_dir, alone=not model_control)
     with show.build_progress(quiet=as_json) as report:
         built = pipeline.build(found, "cpu", build_dir, "repository", report)

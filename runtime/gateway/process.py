@@ -51,7 +51,7 @@ async def serve(arguments: argparse.Namespace, limits: DoorLimits, sink: Feedbac
         upstreams.extend((http, metrics))
         return TritonHttp(http, metrics, arguments.model, place.model)
 
-    secret = None if arguments.control_secret_file is None else read_secret(arguments.control_secret_file)
+    secret = None if arguments.control_secret_file is None else read_secret(arguments.control_secret_file).encode()
     files = DoorFiles(
         arguments.repository, arguments.access_log, arguments.mirror_log, secret, arguments.vllm_metrics, sink
     )  # fmt: skip

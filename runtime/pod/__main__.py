@@ -13,12 +13,12 @@ Exit codes as everywhere: 0 done, 1 a fault while serving, 2 an environment that
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runtime.errors import BadEnvironment, ServerFault, ServingError
+from runtime.secrets_file import read_secret
 
 if TYPE_CHECKING:
     from runtime.pod.versions import Versions
@@ -180,13 +180,8 @@ def _versions(options: argparse.Namespace) -> Versions | None:
 
 
 def _secret(path: Path | None) -> str | None:
-    """Visible ASCII on one line, because it travels as a header and stands in Triton's arguments."""
-    if path is None or not path.exists():
-        return None
-    text = path.read_text().strip()
-    if not re.fullmatch(r"[A-Za-z0-9_-]{16,}", text):
-        raise BadEnvironment(f"{path}: a control secret has at least 16 letters, digits, - or _")
-    return text
+    """None where it is absent: the Secret is optional."""
+    return None if path is None or not path.exists() else read_secret(path)
 
 
 def _ranks(options: argparse.Namespace) -> None:
