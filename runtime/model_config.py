@@ -24,11 +24,11 @@ def parse_pbtxt(text: str) -> Any:
     return text_format.Parse(text, model_config_pb2.ModelConfig())
 
 
-def pinned(text: str, version: int) -> str:
-    """With which Triton serves this version alone, whatever lies beside it."""
-    config = parse_pbtxt(text)
+def pin(path: Path, version: int) -> None:
+    """From the next load on Triton serves this version alone, whatever lies beside it."""
+    config = parse_pbtxt(path.read_text("utf-8"))
     config.version_policy.specific.versions[:] = [version]
-    return to_pbtxt(config)
+    replace_config(path, to_pbtxt(config))
 
 
 def replace_config(path: Path, text: str) -> None:

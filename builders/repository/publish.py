@@ -33,7 +33,7 @@ from builders.spec import DeploymentSpec, Platform
 from builders.store.atomic import atomic_directory
 from builders.store.store import link_or_copy
 from runtime.errors import BadEnvironment
-from runtime.model_config import CONFIG, pinned, replace_config
+from runtime.model_config import CONFIG, pin
 from runtime.proof.record import PROOF_FILE
 from runtime.settings import FILE_NAME, EncoderModelSettings, GeneratorModelSettings, ServedModel, ServerSettings
 
@@ -113,15 +113,18 @@ def hold_back(repository: Path, settings: ServerSettings) -> None:
         _make_current(repository, settings)
 
 
+def missing_models(repository: Path, settings: ServerSettings) -> list[str]:
+    """Those of which the version that was published with `settings` is gone."""
+    return [name for name in settings.models if not (repository / name / str(settings.version)).is_dir()]
+
+
 def _make_current(repository: Path, settings: ServerSettings) -> None:
-    missing = [name for name in settings.models if not (repository / name / str(settings.version)).is_dir()]
-    if missing:
+    if missing := missing_models(repository, settings):
         raise BadEnvironment(
             f"{repository}: version {settings.version} of {', '.join(missing)} is gone; run `trireme build` again"
         )
     for name in settings.models:
-        path = repository / name / CONFIG
-        replace_config(path, pinned(path.read_text("utf-8"), settings.version))
+        pin(repository / name / CONFIG, settings.version)
     _commit(repository, settings)
 
 
@@ -159,7 +162,7 @@ def _write(repository: Path, models: dict[str, ModelDirectory], version: int, no
                     for file, text in notes.items():
                         (work / file).write_text(text)
         for name, model in models.items():
-            _replace_text(repository / name / "config.pbtxt", model.config)
+            _replace_text(repository / name / CONFIG, model.config)
     except BaseException:
         for name in models:
             shutil.rmtree(repository / name / str(version), ignore_errors=True)
@@ -199,8 +202,7 @@ def _current(repository: Path) -> ServerSettings | None:
         settings = ServerSettings.load(repository)
     except BadEnvironment:
         return None
-    whole = all((repository / name / str(settings.version)).is_dir() for name in settings.models)
-    return settings if whole else None
+    return None if missing_models(repository, settings) else settings
 
 
 def _versions(model: Path) -> list[int]:

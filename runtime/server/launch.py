@@ -24,7 +24,7 @@ from runtime.beside import FOLDER
 from runtime.encoding.encoder import require_numpy_1
 from runtime.errors import BadEnvironment, ServerFault
 from runtime.generation.interface import PROBE_ID_VARIABLE
-from runtime.model_config import CONFIG, pinned, replace_config
+from runtime.model_config import CONFIG, pin
 from runtime.model_control import control_headers
 from runtime.ports import free_ports
 from runtime.proof.proven import Proven
@@ -94,8 +94,9 @@ class Exposure:
     address than loopback: one malformed request ends the server, so a network asks the gateway.
 
     `log_to_stderr`: Triton's log joins ours, where a container's log is read, instead of a file that grows.
-    `control_secret` opens repository control to whoever sends it; it stands on the server's command line, so it is for
-    a container, whose processes nobody else sees. Without one, repository control is off.
+    `control_secret` opens repository control to whoever sends it; it stands on the server's command line, which
+    every user of a machine can read: so it is for a container, or a machine of one's own. Without one, repository
+    control is off.
     """
 
     exit_timeout_s: int = EXIT_TIMEOUT_S
@@ -236,9 +237,8 @@ class TritonServer:
         name theirs already."""
         for name in self.settings.models:
             path = self.repository / name / CONFIG
-            text = path.read_text("utf-8")
-            if "version_policy" not in text:
-                replace_config(path, pinned(text, self.settings.version))
+            if "version_policy" not in path.read_text("utf-8"):
+                pin(path, self.settings.version)
 
     def _restrictions(self) -> list[str]:
         secret = self.exposure.control_secret
