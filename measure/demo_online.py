@@ -13,7 +13,6 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -32,22 +31,21 @@ from builders.training.text import TokenIds
 from measure.live import USERS, Live, served
 from measure.other_text import other_documents
 from measure.small_model.folder import train_small_model
-from online.feedback.store import FeedbackStore, KeptTraffic
-from online.gate.forgetting import halves
-from online.gate.verdict import GateVerdict, judge_candidate
-from online.learner.memory import load_memory
+from online.feedback.store import KeptTraffic
+from online.gate.verdict import GateVerdict
 from online.learner.recipe import UpdateRecipe
 from online.learner.update import update_version
-from online.loop.building import PipelineBuilds, Serving
+from online.loop.building import PipelineBuilds
 from online.loop.feedback_files import add_lines
-from online.loop.journal import LoopFiles, LoopJournal
+from online.loop.journal import LoopJournal
+from online.loop.learning import judge_update
+from online.loop.opening import feedback_store, serving
 from online.loop.records import UpdateStage
 from online.loop.settings import budget_of, online_of, policy_of, recipe_of
 from online.loop.steps import Loop
 from online.loop.timeline import timeline_page
 from online.rollout.drive import Journal, Rollout, begin
 from online.rollout.state import Phase
-from online.serving import GatewayDoor, TritonVersions
 from runtime.settings import ServerSettings
 
 NAME = "pydoc-online"
@@ -63,7 +61,6 @@ _CANARY = {
 _LATE_S = 2.0
 _LOOK_S = 0.2
 _LOOKS = 5000  # at the loop or a rollout, at most
-SettingsOf = Callable[[int], ServerSettings | None]
 
 
 def main() -> None:
@@ -106,7 +103,7 @@ def _prepare(build_dir: Path) -> Path:
     size = feedback.stat().st_size / 1e6
     print(f"\n2. feedback: {len(documents)} texts of another kind, {name}, {size:.1f} MB", flush=True)
     with (
-        closing(_store(load_spec(spec_file), build_dir, KeptTraffic(share=1.0))) as store,
+        closing(feedback_store(load_spec(spec_file), build_dir, KeptTraffic(share=1.0))) as store,
         feedback.open("rb") as found,
     ):
         added = add_lines(store, found, NAME, 1)
@@ -129,16 +126,6 @@ def _spec(folder: Path) -> dict[str, Any]:
     }
 
 
-def _store(spec: DeploymentSpec, build_dir: Path, traffic: KeptTraffic | None = None) -> FeedbackStore:
-    return FeedbackStore(online_of(spec).feedback or LoopFiles(build_dir, spec.name).feedback_url, traffic=traffic)
-
-
-def _serving(spec: DeploymentSpec, build_dir: Path, live: Live, settings_of: SettingsOf) -> Serving:
-    repository = pipeline.repository_path(build_dir, spec, "cpu")
-    door = GatewayDoor(live.gateway, live.secret, repository, slo_s=online_of(spec).canary.slow_ms / 1e3)
-    return Serving(door, TritonVersions(live.grpc, live.secret, repository, door, settings_of=settings_of))
-
-
 def _learn(
     spec: DeploymentSpec, build_dir: Path, journal: LoopJournal, live: Live
 ) -> tuple[Path, tuple[TokenIds, TokenIds]]:
@@ -147,9 +134,10 @@ def _learn(
         f"\n3. trireme online run: feedback -> update -> gate -> build -> canary, while {USERS} users ask", flush=True
     )
     rows = None
-    serving = _serving(spec, build_dir, live, journal.server_settings)
+    beside = serving(spec, build_dir, live.gateway, live.grpc, live.secret, journal.server_settings)
     with show.build_progress(quiet=False) as report:
-        loop = Loop(spec, journal, PipelineBuilds(spec, build_dir, report), lambda: _store(spec, build_dir), serving)
+        builds = PipelineBuilds(spec, build_dir, report)
+        loop = Loop(spec, journal, builds, lambda: feedback_store(spec, build_dir), beside)
         for _ in range(_LOOKS):
             step = loop.step()
             if step.said:
@@ -197,7 +185,10 @@ def _never_promoted(spec: DeploymentSpec, build_dir: Path, journal: LoopJournal,
     champion = state.champion
     repository = pipeline.repository_path(build_dir, spec, "cpu")
     known: dict[int, ServerSettings] = {}
-    serving = _serving(spec, build_dir, live, lambda version: known.get(version) or journal.server_settings(version))
+    beside = serving(
+        spec, build_dir, live.gateway, live.grpc, live.secret,
+        lambda version: known.get(version) or journal.server_settings(version),
+    )  # fmt: skip
     number = state.highest
     for title, harm in (("whose weights are damaged", _damaged), ("that is slow", _slow)):
         print(f"\n{6 if harm is _damaged else 7}. a version {title}, rolled out all the same", flush=True)
@@ -210,7 +201,7 @@ def _never_promoted(spec: DeploymentSpec, build_dir: Path, journal: LoopJournal,
         before = live.failed
         with Journal(journal.folder / f"by-hand-{built.version}.json") as file:
             begin(file, policy_of(online_of(spec).canary), champion.version, built.version)
-            rollout = Rollout(file, serving.door, serving.versions)
+            rollout = Rollout(file, beside.door, beside.versions)
             for _ in range(_LOOKS):
                 found = rollout.step()
                 if rollout.ended:
@@ -251,8 +242,7 @@ def _tried(
     """An update outside of the loop, judged as the loop judges."""
     out = journal.folder / "tried" / name
     report = update_version(champion, name, *rows, out, recipe, max_forgetting=most)
-    old = {domain: halves(kept)[1] for domain, kept in load_memory(champion).held_out.items()}
-    verdict = judge_candidate(champion, out, (name, rows[1]), old, budget_of(online_of(spec).gate))
+    verdict = judge_update(champion, name, rows[1], out, budget_of(online_of(spec).gate))
     return verdict, report.step.share
 
 

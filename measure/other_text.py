@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import importlib.util
 import json
 import re
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from builders.errors import MachineError
-from builders.judging.corpus import Document
+from builders.judging.corpus import Document, mixed
 
 MAN = Path("/usr/share/man")
 FEWEST_BYTES = 500_000  # an update on less learns words rather than a language
@@ -39,9 +38,9 @@ def other_documents() -> tuple[str, list[Document]]:
 
 def man_pages(root: Path = MAN) -> Iterator[Document]:
     """Sections 1 to 8, as plain text; a few of each family, of which some have thousands that say much the same."""
-    files = (file for section in range(1, 9) for file in root.glob(f"man{section}/*.{section}*"))
+    files = {file.name: file for section in range(1, 9) for file in root.glob(f"man{section}/*.{section}*")}
     families: Counter[str] = Counter()
-    for file in _mixed({file.name: file for file in files}):
+    for file in (files[name] for name in mixed(files)):
         family = re.split(r"[-_.:]", file.name)[0]
         if families[family] >= _FAMILY:
             continue
@@ -110,7 +109,7 @@ def kubernetes_descriptions() -> Iterator[Document]:
         return
     kinds = json.loads(newest.read_text())["$defs"]
     seen: set[str] = set()
-    for name in _mixed({name: name for name in kinds}):
+    for name in mixed(kinds):
         passages = [text for text in _described(kinds[name]) if text not in seen]
         seen.update(passages)
         if sum(map(len, passages)) >= _SHORTEST:
@@ -124,10 +123,6 @@ def _described(schema: Any) -> Iterator[str]:
                 yield value
             else:
                 yield from _described(value)
-
-
-def _mixed(found: dict[str, Any]) -> list[Any]:
-    return [found[name] for name in sorted(found, key=lambda name: hashlib.sha256(name.encode()).digest())]
 
 
 def _until(documents: Iterator[Document], most: int) -> list[Document]:

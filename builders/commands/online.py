@@ -79,7 +79,7 @@ def run_loop(
 
 @online.command("status")
 def loop_status(spec: SpecArgument, build_dir: BuildDir = DEFAULT_BUILD, as_json: JsonFlag = False) -> None:
-    """Champion, challenger, and every update with its data, losses and decision; draws the timeline."""
+    """Champion, challenger, and every update with its data, losses and decision; draws the timeline, but for --json."""
     from builders.spec import load_spec
     from online.loop.journal import LoopFiles
 
@@ -229,35 +229,28 @@ def _training_lines(report: Any) -> Callable[[TrainingProgress], None]:
 
 def _store(spec: DeploymentSpec, build_dir: Path, traffic: KeptTraffic | None = None) -> FeedbackStore:
     """Raises MachineError where the extra `online` is not installed."""
-    from online.loop.journal import LoopFiles
-    from online.loop.settings import online_of
+    from online.loop.opening import feedback_store
 
     try:
-        from online.feedback.store import FeedbackStore
+        return feedback_store(spec, build_dir, traffic)
     except ImportError as error:
         raise MachineError(
             "store of feedback", got=str(error), expected="sqlalchemy and alembic", fix="pip install 'trireme[online]'"
         ) from error
-    return FeedbackStore(online_of(spec).feedback or LoopFiles(build_dir, spec.name).feedback_url, traffic=traffic)
 
 
 def _serving(spec: DeploymentSpec, build_dir: Path, gateway: str, triton: str, secret_file: Path | None) -> Serving:
-    from builders import pipeline
-    from online.loop.building import Serving
     from online.loop.journal import LoopFiles
-    from online.loop.settings import online_of
-    from online.serving import GatewayDoor, TritonVersions
+    from online.loop.opening import serving
+    from runtime.secrets_file import read_secret
 
     if secret_file is None:
         raise InputError(
             "--control-secret-file", got="nothing", expected="the file that the server was started with",
             fix="give it: with it versions are loaded, and the traffic is split",
         )  # fmt: skip
-    secret = secret_file.read_text().strip()
-    repository = pipeline.repository_path(build_dir, spec, "cpu")
-    files = LoopFiles(build_dir, spec.name)
-    door = GatewayDoor(gateway, secret, repository, slo_s=online_of(spec).canary.slow_ms / 1e3)
-    return Serving(door, TritonVersions(triton, secret, repository, door, settings_of=files.server_settings))
+    settings_of = LoopFiles(build_dir, spec.name).server_settings
+    return serving(spec, build_dir, gateway, triton, read_secret(secret_file), settings_of)
 
 
 def _require_one_way(gateway: str | None, without_canary: bool) -> None:

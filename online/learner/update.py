@@ -144,9 +144,7 @@ def _write(model: Any, version: Path, work: Path, memory: Memory) -> None:
     for file in version.iterdir():
         if file.is_dir() and file.name != FOLDER:
             shutil.copytree(file, work / file.name)  # such as additional chat templates
-        elif (
-            file.is_file() and file.name not in ("model.safetensors", REPORT) and not file.name.startswith("training.")
-        ):
+        elif file.is_file() and file.name != "model.safetensors" and not file.name.startswith("training."):
             shutil.copy2(file, work / file.name)
     _save_weights(model, version / "model.safetensors", work / "model.safetensors")
     save_memory(memory, work)

@@ -2,7 +2,8 @@
 
 records    what is written down    journal   where: one file, replaced whole, and a folder for each update
 texts      feedback -> rows of tokens, some of them held out    feedback_files   feedback from files, without a gateway
-settings   the spec's words for the parts    first   the first version, with a memory of what it can do
+settings   the spec's words for the parts    opening   the store, and what serves
+first      the first version, with a memory of what it can do
 drift      has the data moved    due   whether an update begins now, and with which rows
 learning   an update is made and judged    building   a candidate through the pipeline, and back
 steps      one step of the loop, each of which may be carried out again    run   steps, until a bound

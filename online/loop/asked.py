@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 from pydantic import ValidationError
 
 from online.files import replace_file
@@ -49,7 +47,7 @@ def going_back(files: LoopFiles, state: LoopState) -> str | None:
         asked = AskedBack.model_validate_json(files.asked_back.read_bytes())
     except FileNotFoundError:
         return None
-    except (ValidationError, json.JSONDecodeError) as error:
+    except ValidationError as error:
         raise InputError(
             str(files.asked_back), got="what no rollback command wrote", expected="its word", fix="remove the file"
         ) from error

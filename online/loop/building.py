@@ -9,7 +9,7 @@ from typing import Protocol
 
 from builders import pipeline
 from builders.pipeline import Report
-from builders.repository.publish import hold_back, take_back
+from builders.repository.publish import hold_back, missing_models, take_back
 from builders.spec import DeploymentSpec
 from online.rollout.drive import CanaryDoor, LoadedVersions
 from runtime.settings import FILE_NAME, ServerSettings
@@ -61,8 +61,7 @@ class PipelineBuilds:
         hold_back(self.repository, ServerSettings.model_validate_json(champion))
 
     def has(self, settings: str) -> bool:
-        found = ServerSettings.model_validate_json(settings)
-        return all((self.repository / name / str(found.version)).is_dir() for name in found.models)
+        return not missing_models(self.repository, ServerSettings.model_validate_json(settings))
 
     def make_current(self, settings: str) -> None:
         take_back(self.repository, ServerSettings.model_validate_json(settings))

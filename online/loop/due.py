@@ -30,14 +30,13 @@ class Samples(Protocol):
 
 @dataclass(frozen=True)
 class Due:
-    """`trigger` is None where it waits, and `waits` says for what."""
+    """`rows`, to learn from and held out, with the `trigger`; None where it waits, and `waits` says for what."""
 
     gathered: Gathered
     state: LoopState  # with what drift has seen
-    trigger: str | None = None
     waits: str = ""
-    learnt: TokenIds | None = None
-    held_out: TokenIds | None = None
+    trigger: str = ""
+    rows: tuple[TokenIds, TokenIds] | None = None
 
 
 @dataclass
@@ -81,7 +80,7 @@ def look(state: LoopState, online: OnlineSlice, store: Samples, checkpoint: Path
     learnt, held_out = split_rows(gathered.documents, learner.held_out_share, tokenizer, end, learner.window)
     if why := lacking(learnt, held_out, learner.rows):
         return Due(gathered, state, waits=f"{trigger}, but too little text: {why}")
-    return Due(gathered, state, trigger, "", learnt, held_out)
+    return Due(gathered, state, "", trigger, (learnt, held_out))
 
 
 def _trigger(state: LoopState, when: WhenSlice, samples: int, clock: Clock) -> str | None:

@@ -10,7 +10,7 @@ from typing import Protocol
 from builders.training.recipe import TrainingProgress
 from builders.training.text import TokenIds
 from online.gate.forgetting import halves
-from online.gate.verdict import GateVerdict, judge_candidate
+from online.gate.verdict import GateBudget, GateVerdict, judge_candidate
 from online.learner.memory import load_memory
 from online.learner.update import REPORT, UpdateReport, update_version
 from online.loop.records import UpdateRecord
@@ -39,6 +39,10 @@ class LanguageLearning:
         )
 
     def judge(self, champion: Path, update: UpdateRecord, held_out: TokenIds, candidate: Path) -> GateVerdict:
-        """By halves of the old hold-outs that the training did not choose by, and all of the new one."""
-        old = {name: halves(rows)[1] for name, rows in load_memory(champion).held_out.items()}
-        return judge_candidate(champion, candidate, (update.domain, held_out), old, update.budget)
+        return judge_update(champion, update.domain, held_out, candidate, update.budget)
+
+
+def judge_update(champion: Path, domain: str, held_out: TokenIds, candidate: Path, budget: GateBudget) -> GateVerdict:
+    """By halves of the old hold-outs that the training did not choose by, and all of the new one."""
+    old = {name: halves(rows)[1] for name, rows in load_memory(champion).held_out.items()}
+    return judge_candidate(champion, candidate, (domain, held_out), old, budget)

@@ -27,9 +27,6 @@ class UpdateStage(StrEnum):
     ROLLED_BACK = "rolled_back"
 
 
-ENDS = (UpdateStage.PROMOTED, UpdateStage.REFUSED, UpdateStage.ROLLED_BACK)
-
-
 class UpdateRecord(Record):
     """One update. It keeps the settings that it began with, whatever becomes of the spec meanwhile.
 

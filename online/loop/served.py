@@ -12,26 +12,17 @@ from online.loop.journal import LoopFiles
 from runtime.settings import ServerSettings
 
 
-def champion_spec(spec: DeploymentSpec, build_dir: Path) -> tuple[DeploymentSpec, int | None]:
+def champion_spec(spec: DeploymentSpec, build_dir: Path, alone: bool) -> tuple[DeploymentSpec, int | None]:
     """The spec with the champion's checkpoint in place of its model, and the champion's version; or the spec as it is,
-    and None, where online learning was not asked for or has promoted nothing."""
-    if spec.online is None:
-        return spec, None
+    and None, where nothing was begun. `alone`: for a server that takes no versions beside its own, what a rollout left
+    in the repository is no version to start with, and goes; the loop builds it again when it goes on."""
     files = LoopFiles(build_dir, spec.name)
     state = files.load()
     if state is None:
         return spec, None
     champion = state.champion
+    if alone and state.update is not None:
+        settings = ServerSettings.model_validate_json(champion.settings)
+        take_back(pipeline.repository_path(build_dir, spec, "cpu"), settings)
     found = spec if champion.update == 0 else with_checkpoint(spec, files.checkpoint(champion.update))
     return found, champion.version
-
-
-def put_champion_first(spec: DeploymentSpec, build_dir: Path) -> None:
-    """For a server that takes no versions beside its own: what a rollout left in the repository is no version to start
-    with, and goes. The loop builds it again when it goes on."""
-    files = LoopFiles(build_dir, spec.name)
-    state = files.load() if spec.online is not None else None
-    repository = pipeline.repository_path(build_dir, spec, "cpu")
-    if state is None or state.update is None:
-        return
-    take_back(repository, ServerSettings.model_validate_json(state.champion.settings))

@@ -104,7 +104,7 @@ class Loop:
             due = look(state, online, store, self._champion(state), end_of_text(self._first), self.clock)
         if due.state != state:
             self.journal.save(due.state)
-        if due.trigger is None or due.learnt is None or due.held_out is None:
+        if due.rows is None:
             return Stepped(due.waits, waits=True)
         update = UpdateRecord(
             number=state.updates + 1,
@@ -113,14 +113,14 @@ class Loop:
             trigger=due.trigger,
             samples=len(due.gathered.documents),
             unread=due.gathered.unread,
-            rows=len(due.learnt),
-            held_out_rows=len(due.held_out),
+            rows=len(due.rows[0]),
+            held_out_rows=len(due.rows[1]),
             fed_to=due.gathered.fed_to,
             recipe=recipe_of(online.learner),
             budget=budget_of(online.gate),
             policy=policy_of(online.canary),
         )
-        self.journal.set_aside(update.number, due.learnt, due.held_out)
+        self.journal.set_aside(update.number, *due.rows)
         self.journal.save(due.state.model_copy(update={"update": update, "updates": update.number}))
         return Stepped(
             f"update {update.number} begins: {update.trigger}; {update.rows} rows to learn from, "
@@ -251,19 +251,17 @@ class Loop:
         return Stepped(f"version {before.version} is the champion again; {left.version} went: {reason}", ended=ended)
 
     def _end(self, state: LoopState, update: UpdateRecord, stage: UpdateStage, reason: str) -> Stepped:
-        if stage is not UpdateStage.PROMOTED and update.version is not None:
-            self.builds.make_current(state.champion.settings)
-        elif stage is UpdateStage.PROMOTED:
-            self.builds.make_current(update.settings)
-        ended = update.model_copy(update={"stage": stage, "reason": reason, "ended": self._now()})
-        self.journal.put_down(ended)
         promoted = state.promoted
         if stage is UpdateStage.PROMOTED:
-            assert ended.version is not None
+            assert update.version is not None
             version = PromotedVersion(
-                version=ended.version, update=ended.number, since=self._now(), settings=ended.settings
+                version=update.version, update=update.number, since=self._now(), settings=update.settings
             )
             promoted = (*promoted, version)
+        if update.version is not None:
+            self.builds.make_current(promoted[-1].settings)
+        ended = update.model_copy(update={"stage": stage, "reason": reason, "ended": self._now()})
+        self.journal.put_down(ended)
         after = state.model_copy(
             update={
                 "promoted": promoted,

@@ -26,8 +26,8 @@ _MOST_SAMPLES = 20_000  # of one update; the rest is the next one's
 
 @dataclass(frozen=True)
 class Gathered:
-    """`documents` have the request's id for a name. `unread`: samples that say nothing to a language model. `fed_to`:
-    number of the last sample that was read."""
+    """`documents` are named by their request's id and the kind of sample. `unread`: samples that say nothing to a
+    language model. `fed_to`: number of the last sample that was read."""
 
     documents: tuple[Document, ...]
     unread: int

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from html import escape
 
 from builders.planning.page import page, table
@@ -69,7 +69,7 @@ def _picture(updates: Sequence[UpdateRecord]) -> str:
     high = _TOP + _LOSS + _NEW + _OLD + 3 * _GAP + _FOOT
     worst = [one.high for update in updates if update.verdict for one in update.verdict.old]
     allowed = max(update.budget.max_forgetting for update in updates)
-    most = max(0.04, 1.3 * allowed, *(min(value, 0.5) for value in worst), 0.0)
+    most = max(0.04, 1.3 * allowed, *(min(value, 0.5) for value in worst))
     loss, new = _TOP, _TOP + _LOSS + _GAP
     old = new + _NEW + _GAP
     parts = [
@@ -81,7 +81,7 @@ def _picture(updates: Sequence[UpdateRecord]) -> str:
     for place, update in enumerate(updates):
         left = _LEFT + place * _COLUMN
         parts += [*_head(left, update), *_losses(left, loss, update)]
-        parts += [*_new_bar(left, new, update), *_old_bars(left, old, update, lambda value: value / most)]
+        parts += [*_new_bar(left, new, update), *_old_bars(left, old, update, most)]
     return (
         f'<div class="scroll"><svg class="map" viewBox="0 0 {wide} {high}" width="{wide}" height="{high}" role="img" '
         f'aria-label="updates by outcome, loss and perplexity">{"".join(parts)}</svg></div>'
@@ -131,7 +131,7 @@ def _new_bar(left: int, top: int, update: UpdateRecord) -> list[str]:
 _WEIGHT = "font-weight: 600"
 
 
-def _old_bars(left: int, top: int, update: UpdateRecord, scaled: Callable[[float], float]) -> list[str]:
+def _old_bars(left: int, top: int, update: UpdateRecord, most: float) -> list[str]:
     """The newest three of the domains; the line goes up to the bound."""
     if update.verdict is None:
         return []
@@ -140,8 +140,8 @@ def _old_bars(left: int, top: int, update: UpdateRecord, scaled: Callable[[float
     parts = []
     for place, one in enumerate(shown):
         x = left + 20 + place * wide
-        high = _OLD * min(max(scaled(one.change), 0.0), 1.0)
-        bound = _OLD * min(max(scaled(one.high), 0.0), 1.0)
+        high = _OLD * min(max(one.change / most, 0.0), 1.0)
+        bound = _OLD * min(max(one.high / most, 0.0), 1.0)
         centre, foot = x + wide / 2, top + _OLD
         parts += [
             f'<rect x="{x + wide * 0.25:.1f}" y="{foot - high:.1f}" width="{wide * 0.5:.1f}" height="{high:.1f}" '

@@ -112,15 +112,14 @@ def _main(state: Mapping[str, Any]) -> int:
 def _holds(state: Mapping[str, Any], asked: Mapping[str, Any]) -> bool:
     """Whether it is so already."""
     there = state["versions"]
-    beside = {number for number, told in there.items() if not told["main"]}
-    if beside != set(asked["versions"]) or any(number not in there for number in asked["weights"]):
-        return False
     shares = {number: told["share"] for number, told in there.items() if told["share"] > 0}
     total = sum(asked["weights"].values())
-    same = shares.keys() == asked["weights"].keys() and all(
-        abs(shares[number] - weight / total) < 1e-9 for number, weight in asked["weights"].items()
+    return (
+        {number for number, told in there.items() if not told["main"]} == set(asked["versions"])
+        and shares.keys() == asked["weights"].keys()
+        and all(abs(shares[number] - weight / total) < 1e-9 for number, weight in asked["weights"].items())
+        and (state["mirror"], state["slow_s"]) == (asked["mirror"], asked["slow_s"])
     )
-    return same and state["mirror"] == asked["mirror"] and state["slow_s"] == asked["slow_s"]
 
 
 def _counted(told: Mapping[str, Any]) -> VersionCounters:

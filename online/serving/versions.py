@@ -15,9 +15,8 @@ from online.serving.door import GatewayDoor
 from runtime.beside import laid_out_beside, lay_out_beside, names_beside, take_away_beside
 from runtime.channel import connect
 from runtime.errors import BadEnvironment, NotProven, ServerFault, Unavailable
-from runtime.model_config import CONFIG, pinned, replace_config
+from runtime.model_config import CONFIG, pin
 from runtime.model_control import load, not_ready, unload
-from runtime.proof.proven import Proven
 from runtime.proof.proving import Prover, Watch
 from runtime.server.model_port import GrpcPort
 from runtime.settings import ServerSettings
@@ -46,7 +45,7 @@ class TritonVersions:
         self._address, self._secret, self._repository, self._door = grpc_address, secret, repository, door
         self._settings_of = settings_of or (lambda version: _newest(repository, version))
         self._load_s, self._report = load_s, report
-        self._proven: dict[int, Proven] = {}
+        self._proven: set[int] = set()
 
     def load(self, version: int) -> None:
         """Beside what is loaded. Returns when it is ready and proven. Raises ServerFault when it is not, Unavailable
@@ -58,7 +57,7 @@ class TritonVersions:
             settings = self._settings(version)
             names = names_beside(settings)
             if not_ready(client, names, version):
-                self._proven.pop(version, None)
+                self._proven.discard(version)
                 self._load(client, settings)
             if version not in self._proven:
                 try:
@@ -88,8 +87,7 @@ class TritonVersions:
         new = self._promoted(old)
         settings = self._settings(new)
         for model in settings.models:
-            path = self._repository / model / CONFIG
-            replace_config(path, pinned(path.read_text("utf-8"), new))
+            pin(self._repository / model / CONFIG, new)
         settings.save(self._repository)
         load(client, settings.load_order, self._secret, self._load_s)
         missing = not_ready(client, settings.load_order, new)
@@ -133,12 +131,11 @@ class TritonVersions:
         except InferenceServerException as error:
             self._require_there(client)
             raise NotProven(f"version {settings.version} does not answer its proof: {error.message()}") from error
-        assert prover.proven is not None
-        self._proven[settings.version] = prover.proven
+        self._proven.add(settings.version)
         self._report(f"version {settings.version} is proven on this machine: {prover.proven}")
 
     def _take_away(self, client: Any, version: int) -> None:
-        self._proven.pop(version, None)
+        self._proven.discard(version)
         unload(client, laid_out_beside(self._repository, version), self._secret, self._load_s)
         take_away_beside(self._repository, version)
 
