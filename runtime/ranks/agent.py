@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from runtime.errors import BadEnvironment
 from runtime.ranks.channel import Channel
 from runtime.ranks.hosts import GREETING_S, WORD, Hello, Hosts, dial
-from runtime.ranks.process import CPU_WORKER, end_processes, start_rank
+from runtime.ranks.process import CPU_WORKER, end_processes, last_words, start_rank
 
 _PAUSE_S = 0.5  # between attempts
 _POLL_S = 0.2
@@ -66,15 +66,15 @@ def _ranks(hosts: Hosts, host: int, meeting: str, worker: str) -> Iterator[None]
     """This host's rank processes, each with a connection of its own to the leader."""
     processes: list[subprocess.Popen[bytes]] = []
     with TemporaryDirectory(prefix="trireme-host-") as folder:
+        logs = {rank: Path(folder) / f"rank{rank}.log" for rank in hosts.local(host)}
         try:
-            for rank in hosts.local(host):
+            for rank, log in logs.items():
                 with dial(hosts, Hello("rank", rank, meeting)).detach() as commands:
-                    log = Path(folder) / f"rank{rank}.log"
                     end = commands.fileno()
                     processes.append(start_rank(rank, hosts.ranks, meeting, hosts.interface, end, log, worker))
             yield
         finally:
-            _tell_deaths(processes, [Path(folder) / f"rank{rank}.log" for rank in hosts.local(host)])
+            _tell_deaths(processes, list(logs.values()))
             end_processes(processes)
 
 
@@ -82,7 +82,4 @@ def _tell_deaths(processes: Sequence[subprocess.Popen[bytes]], logs: Sequence[Pa
     """The last words of ranks that ended by themselves: the leader does not get them."""
     for process, log in zip(processes, logs, strict=False):
         if process.poll() is not None:
-            words = log.read_text(errors="replace").strip().splitlines()[-1:]
-            print(
-                f"ranks: {log.stem} has died ({process.returncode}) {''.join(words)[:200]}", file=sys.stderr, flush=True
-            )
+            print(f"ranks: {log.stem} has died ({process.returncode}) {last_words(log)}", file=sys.stderr, flush=True)

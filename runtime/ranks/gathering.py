@@ -125,7 +125,7 @@ class Gathering:
                 raise ServerFault(f"{kind} {', '.join(map(str, sorted(absent)))} did not come in time")
             connection, hello = arrived
             number, said = hello.number, hello.about
-            if hello.kind == kind and number in numbers and said == (said if about is None else about):
+            if hello.kind == kind and number in numbers and about in (None, said):
                 if number in found:
                     found[number][0].close()
                 found[number] = connection, said

@@ -23,7 +23,7 @@ from runtime.ports import free_ports
 from runtime.ranks import wire
 from runtime.ranks.channel import Channel
 from runtime.ranks.gathering import Gathering
-from runtime.ranks.process import CPU_WORKER, end_processes, start_rank
+from runtime.ranks.process import CPU_WORKER, end_processes, last_words, start_rank
 from runtime.ranks.program import RankGrid, RankProgram
 from runtime.rows import CacheShape
 from runtime.step import Copy
@@ -255,8 +255,8 @@ class RankGroup:
         log = self._log(rank)
         if not log.exists():
             return f"rank {rank} has died, or the link to its host"
-        words = log.read_text(errors="replace").strip().splitlines()[-1:]
-        return f"rank {rank} has died{f' ({words[0][:200]})' if words else ''}"
+        words = last_words(log)
+        return f"rank {rank} has died{f' ({words})' if words else ''}"
 
     def _end(self, reason: str) -> ServerFault:
         self.close()

@@ -68,6 +68,15 @@ class Hosts:
         return range(host * self.ranks_each, (host + 1) * self.ranks_each)
 
 
+def ranks_here(hosts: Hosts | None, ranks: int) -> int:
+    """Of a model with so many, those that this host runs: all of them where there are no other hosts. Raises
+    BadEnvironment as `require` does."""
+    if hosts is None:
+        return ranks
+    hosts.require(ranks)
+    return hosts.ranks_each
+
+
 @dataclass(frozen=True)
 class Hello:
     """What the one who dials says: which "host" or "rank" it is, and the content of the host or the rank's meeting."""

@@ -39,6 +39,11 @@ def start_rank(
         )
 
 
+def last_words(log: Path) -> str:
+    """What a rank wrote last, at most 200 characters; empty where it wrote nothing."""
+    return "".join(log.read_text(errors="replace").strip().splitlines()[-1:])[:200]
+
+
 def end_processes(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     """Nothing that a rank holds is worth a farewell. One that the kernel cannot end (a driver hangs) is left behind."""
     for process in processes:

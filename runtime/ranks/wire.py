@@ -44,7 +44,7 @@ def decode(data: bytes | bytearray) -> Any:
     try:
         [size] = _HEAD.unpack_from(data)
         end = _HEAD.size + size
-        return _Reader(memoryview(data), end).value(json.loads(bytes(data[_HEAD.size : end])))
+        return _Reader(memoryview(data), end).value(json.loads(data[_HEAD.size : end]))
     except (ValueError, TypeError, KeyError, IndexError, RecursionError, struct.error) as error:
         raise NoMessage(f"{type(error).__name__}: {error}") from error
 
@@ -54,7 +54,7 @@ def _plain(value: Any, blobs: list[bytes]) -> Any:
     if isinstance(value, np.generic):
         return _plain(value.item(), blobs)
     if isinstance(value, np.ndarray):
-        return ["array", value.dtype.str, list(value.shape), _put(blobs, np.ascontiguousarray(value).tobytes())]
+        return ["array", value.dtype.str, list(value.shape), _put(blobs, value.tobytes())]
     if isinstance(value, (bytes, bytearray)):
         return ["bytes", _put(blobs, bytes(value))]
     if isinstance(value, Path):

@@ -16,7 +16,7 @@ from typing import Any, cast
 from runtime.errors import BadEnvironment
 from runtime.gpu import visible_targets
 from runtime.ranks.group import RankGroup
-from runtime.ranks.hosts import Hosts
+from runtime.ranks.hosts import Hosts, ranks_here
 from runtime.ranks.process import GPU_WORKER
 from runtime.ranks.program import EngineProgram, PassedValue
 from runtime.ranks.step_group import STEP_SECONDS, RankGroupHolder
@@ -48,9 +48,7 @@ class TensorRtRankExecutor(RankGroupHolder):
     ) -> None:
         stored = load_manifest(manifest)
         _require_multi_device(stored)
-        if hosts is not None:
-            hosts.require(stored.layout.ranks)
-        self._here = stored.layout.ranks if hosts is None else hosts.ranks_each
+        self._here = ranks_here(hosts, stored.layout.ranks)
         self._targets = _require_engines(stored, capacities, device, self._here)
         super().__init__(step_seconds, hosts)
         self._stored, self._folder, self._device = stored, manifest.parent, device

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from runtime.ranks.group import RankStep
-from runtime.ranks.hosts import Hosts
+from runtime.ranks.hosts import Hosts, ranks_here
 from runtime.ranks.step_group import STEP_SECONDS, RankGroupHolder, start_group
 from runtime.ranks.stored import load_programs
 from runtime.rows import CacheShape
@@ -38,9 +38,7 @@ class RankStepExecutor(RankGroupHolder):
         hosts: Hosts | None = None,
     ) -> None:
         stored = load_programs(manifest)
-        if hosts is not None:
-            hosts.require(stored.layout.ranks)
-        here = stored.layout.ranks if hosts is None else hosts.ranks_each
+        here = ranks_here(hosts, stored.layout.ranks)
         super().__init__(step_seconds, hosts)
         self._stored = stored.with_threads(max(1, threads // here))
         self._capacities, self._rows, self._shape = tuple(capacities), rows, shape
