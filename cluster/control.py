@@ -19,7 +19,7 @@ from cluster.errors import ClusterError, Tolerated
 from cluster.kinds import SECRETS, Object, metadata
 from cluster.refusal import Operation
 
-# As k8s/base/deployment.yaml mounts them; `trireme manifests` puts the spec's name and a dash before both.
+# As k8s/base/deployment.yaml mounts them; `trireme manifests` puts the spec's name and a dash before each.
 CONTROL_SECRET, CONTROL_KEY, VERSION_MAP = "triton-control", "secret", "model-version"
 KEYS_SECRET = "api-keys"
 _CALLERS = ("client", "monitor")  # Prometheus' own, so that the other may change
@@ -73,15 +73,16 @@ def mounted_control(item: Object) -> str | None:
     return _mounted(item, CONTROL_SECRET)
 
 
-def _mounted(item: Object, known: str) -> str | None:
-    names = (str((volume.get("secret") or {}).get("secretName")) for volume in _volumes(item))
-    return next((name for name in names if _is(name, known)), None)
-
-
 def mounted_version_map(item: Object) -> str | None:
     """The ConfigMap from which a workload's new pods take the number of their model version."""
-    names = (str((volume.get("configMap") or {}).get("name")) for volume in _volumes(item))
-    return next((name for name in names if _is(name, VERSION_MAP)), None)
+    return _mounted(item, VERSION_MAP, ("configMap", "name"))
+
+
+def _mounted(item: Object, known: str, place: tuple[str, str] = ("secret", "secretName")) -> str | None:
+    """`place`: where a volume has its kind, and that its name."""
+    kind, key = place
+    names = (str((volume.get(kind) or {}).get(key)) for volume in _volumes(item))
+    return next((name for name in names if _is(name, known)), None)
 
 
 def _is(name: str, known: str) -> bool:

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import yaml
-
 from builders.manifests.parts import KEYS, serving_pod
 from builders.manifests.patches import Patch, api_keys_secret, merge, replace
-from builders.manifests.render import K8S
 from builders.spec import DeploymentSpec
 
 _TLS = "/etc/trireme/tls"
@@ -19,7 +16,11 @@ _MONITORED = "/spec/podMetricsEndpoints/0"
 def access(spec: DeploymentSpec) -> list[Patch]:
     """What differs from the base, whose pods ask for keys and speak in the clear."""
     chosen = spec.kubernetes.access
-    patches = [*_without_keys(), *_without_monitors_key(spec)] if chosen.no_auth else _monitors_key(spec)
+    # kustomize does not know that a PodMonitor names a Secret.
+    key = replace(f"{_MONITORED}/authorization/credentials/name", api_keys_secret(spec))
+    if chosen.no_auth:
+        key = {"op": "remove", "path": f"{_MONITORED}/authorization"}
+    patches = [*(_without_keys() if chosen.no_auth else []), *_monitor(spec, "monitor-key.yaml", key)]
     if chosen.tls_secret is not None:
         patches += _over_tls(spec, chosen.tls_secret)
     if chosen.vllm_metrics:
@@ -39,8 +40,7 @@ def _more_arguments(file: str, *words: str) -> Patch:
 
 def _without_keys() -> list[Patch]:
     """Deletes the mount and its volume, and says in place of the argument that this is meant."""
-    base = yaml.safe_load((K8S / "base" / "deployment.yaml").read_text())
-    words = base["spec"]["template"]["spec"]["containers"][0]["args"]
+    words = serving_pod().arguments
     place = next(at for at, word in enumerate(words) if word.startswith("--api-keys-file="))
     argument = [replace(f"{_ARGS}/{place}", "--no-auth")]
     gone = {"$patch": "delete"}
@@ -51,21 +51,10 @@ def _without_keys() -> list[Patch]:
     ]
 
 
-def _monitor(file: str, *operations: dict[str, Any]) -> list[Patch]:
+def _monitor(spec: DeploymentSpec, file: str, *operations: dict[str, Any]) -> list[Patch]:
+    if not spec.kubernetes.monitoring:
+        return []
     return [Patch(file, {"kind": "PodMonitor", "name": "serving"}, list(operations))]
-
-
-def _monitors_key(spec: DeploymentSpec) -> list[Patch]:
-    """kustomize does not know that a PodMonitor names a Secret."""
-    if not spec.kubernetes.monitoring:
-        return []
-    return _monitor("monitor-key.yaml", replace(f"{_MONITORED}/authorization/credentials/name", api_keys_secret(spec)))
-
-
-def _without_monitors_key(spec: DeploymentSpec) -> list[Patch]:
-    if not spec.kubernetes.monitoring:
-        return []
-    return _monitor("monitor-key.yaml", {"op": "remove", "path": f"{_MONITORED}/authorization"})
 
 
 def _over_tls(spec: DeploymentSpec, secret: str) -> list[Patch]:
@@ -82,12 +71,11 @@ def _over_tls(spec: DeploymentSpec, secret: str) -> list[Patch]:
     ports = [replace("/spec/ports/0/appProtocol", "https"), {"op": "remove", "path": "/spec/ports/1/appProtocol"}]
     services = ("serving", "serving-pods")
     patches += [Patch(f"tls-{name}.yaml", {"kind": "Service", "name": f"^{name}$"}, ports) for name in services]
-    if spec.kubernetes.monitoring:
-        # Prometheus finds pods by address, and no certificate names those.
-        unnamed = {"insecureSkipVerify": True}
-        patches += _monitor(
-            "tls-monitor.yaml",
-            {"op": "add", "path": f"{_MONITORED}/scheme", "value": "https"},
-            {"op": "add", "path": f"{_MONITORED}/tlsConfig", "value": unnamed},
-        )
-    return patches
+    # Prometheus finds pods by address, and no certificate names those.
+    unnamed = {"insecureSkipVerify": True}
+    return patches + _monitor(
+        spec,
+        "tls-monitor.yaml",
+        {"op": "add", "path": f"{_MONITORED}/scheme", "value": "https"},
+        {"op": "add", "path": f"{_MONITORED}/tlsConfig", "value": unnamed},
+    )

@@ -31,7 +31,7 @@ from builders.manifests.lint.check import ManifestFault, check_text
 from builders.manifests.patches import Patch, group, images, namespace_of, replica
 from builders.manifests.render import K8S, render
 from builders.manifests.scaling import scaler
-from builders.manifests.sizing import Sizing, nodes_of, size
+from builders.manifests.sizing import Sizing, size
 from builders.manifests.storage import store
 from builders.manifests.surroundings import DASHBOARD, creates_namespace, dashboard, gateway, monitors
 from builders.spec import DeploymentSpec, Platform
@@ -60,6 +60,7 @@ class Overlay:
 
     files: Mapping[str, str]
     components: tuple[str, ...]
+    sizing: Sizing
 
 
 def write_manifests(spec: DeploymentSpec, platform: Platform, folder: Path) -> Manifests:
@@ -68,7 +69,7 @@ def write_manifests(spec: DeploymentSpec, platform: Platform, folder: Path) -> M
     Raises SpecError, UnsupportedError: no such deployment. MachineError: no kubectl. ManifestFault: our own checks
     refuse the result. InputError: the folder holds something else. On failure an earlier overlay stays as it was.
     """
-    plan, folder, sizing = overlay_files(spec, platform), folder.resolve(), size(spec, platform)
+    plan, folder = overlay_files(spec, platform), folder.resolve()
     _require_ours(folder)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -93,8 +94,8 @@ def write_manifests(spec: DeploymentSpec, platform: Platform, folder: Path) -> M
         namespace=namespace_of(spec),
         workload=f"{spec.name}-serving",
         objects=rendered.count("\nkind: "),
-        gpus_per_pod=sizing.gpus,
-        nodes=sizing.nodes,
+        gpus_per_pod=plan.sizing.gpus,
+        nodes=plan.sizing.nodes,
     )
 
 
@@ -115,7 +116,7 @@ def overlay_files(spec: DeploymentSpec, platform: Platform) -> Overlay:
     """The whole overlay as text."""
     _require_reachable(spec)
     sizing = size(spec, platform)
-    names = _components(spec, platform, sizing)
+    first = _components(spec, platform, sizing)
     local = {
         "replica": replica(spec, sizing),
         "store": store(spec),
@@ -125,29 +126,31 @@ def overlay_files(spec: DeploymentSpec, platform: Platform) -> Overlay:
     }
     if spec.kubernetes.build_in_cluster:
         local["build"] = jobs(spec, platform)
+    local["group"] = group(spec, sizing)
     local = {name: patches for name, patches in local.items() if patches}
-    # The group takes the pod as the patches above leave it.
-    gang = group(spec, sizing)
-    last = ["k8s/components/multi-node", "group"] if gang else []
+    own = list(local)
+    if "group" in local:  # it takes the pod as the patches before leave it
+        own.insert(-1, "k8s/components/multi-node")
     kustomization = {
         "apiVersion": "kustomize.config.k8s.io/v1beta1",
         "kind": "Kustomization",
         "namespace": namespace_of(spec),
         "namePrefix": f"{spec.name}-",
-        "labels": [_labels(spec)],
+        "labels": [_labels(spec, sizing)],
         "resources": ["k8s/base"],
-        "components": [*(f"k8s/components/{name}" for name in names), *local, *last, "k8s/components/images"],
+        "components": [*(f"k8s/components/{name}" for name in first), *own, "k8s/components/images"],
         "images": images(spec, platform),
         "configMapGenerator": [_settings(spec, platform, sizing)],
     }
     files = {"kustomization.yaml": _yaml(kustomization)}
-    for name, patches in (local | ({"group": gang} if gang else {})).items():
+    for name, patches in local.items():
         files |= _component(name, patches, _generator(spec, name))
     if spec.kubernetes.build_in_cluster:
         files["build/spec.yaml"] = _yaml(spec.model_dump(mode="json", exclude={"kubernetes"}, exclude_defaults=True))
     if spec.kubernetes.monitoring:
         files[f"surroundings/{DASHBOARD}"] = dashboard(spec)
-    return Overlay(files, (*names, *(["multi-node"] if gang else []), "images"))
+    late = ["multi-node"] if "group" in local else []
+    return Overlay(files, (*first, *late, "images"), sizing)
 
 
 def _components(spec: DeploymentSpec, platform: Platform, sizing: Sizing) -> list[str]:
@@ -171,10 +174,10 @@ def _components(spec: DeploymentSpec, platform: Platform, sizing: Sizing) -> lis
     return [name for name, wanted in chosen.items() if wanted]
 
 
-def _labels(spec: DeploymentSpec) -> dict[str, Any]:
+def _labels(spec: DeploymentSpec, sizing: Sizing) -> dict[str, Any]:
     """This deployment's own label, in every selector too. kustomize knows where built-in kinds have theirs."""
     paths = {"spec/selector/matchLabels": "PodMonitor"}
-    if nodes_of(spec) > 1:
+    if sizing.nodes > 1:
         for role in ("leader", "worker"):
             paths[f"spec/leaderWorkerTemplate/{role}Template/metadata/labels"] = "LeaderWorkerSet"
     fields = [{"path": path, "kind": kind, "create": True} for path, kind in paths.items()]

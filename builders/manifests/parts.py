@@ -18,9 +18,11 @@ from builders.manifests.render import K8S
 
 @dataclass(frozen=True)
 class PodParts:
-    """One pod template of k8s/: its container, its init container (empty: none), and volumes by mount path."""
+    """One pod template of k8s/: its container and that one's arguments, its init container (empty: none), and volumes
+    by mount path."""
 
     container: str
+    arguments: tuple[str, ...]
     init_container: str
     volumes: Mapping[str, str]
 
@@ -45,6 +47,7 @@ def _parts(file: str) -> PodParts:
     mounts = [mount for box in (*inits, container) for mount in box["volumeMounts"]]
     return PodParts(
         container=container["name"],
+        arguments=tuple(container.get("args", ())),
         init_container=inits[0]["name"] if inits else "",
         volumes={mount["mountPath"]: mount["name"] for mount in mounts},
     )

@@ -90,19 +90,16 @@ def group(spec: DeploymentSpec, sizing: Sizing) -> list[Patch]:
             expected=f"one type of GPU: the {sizing.nodes} nodes of a replica must be alike",
             fix="name the one that the replica runs on",
         )
-    changes = [replace("/spec/leaderWorkerTemplate/size", sizing.nodes)]
-    if spec.kubernetes.scaling.by == "none":
-        changes.append(replace("/spec/replicas", spec.kubernetes.scaling.min_replicas))
-    else:
-        changes.append({"op": "remove", "path": "/spec/replicas"})  # the autoscaler's
-    patches = [Patch("group.yaml", {"kind": "LeaderWorkerSet", "name": "serving"}, changes)]
-    scaled = {"apiVersion": "leaderworkerset.x-k8s.io/v1", "kind": "LeaderWorkerSet", "name": "serving"}
+    patches = []
+    replicas = replace("/spec/replicas", spec.kubernetes.scaling.min_replicas)
     scalers = {"hpa": "HorizontalPodAutoscaler", "keda": "ScaledObject"}
     if kind := scalers.get(spec.kubernetes.scaling.by):
-        patches.append(
-            Patch("scaled.yaml", {"kind": kind, "name": "serving"}, [replace("/spec/scaleTargetRef", scaled)])
-        )
-    return patches
+        replicas = {"op": "remove", "path": "/spec/replicas"}  # the autoscaler's
+        scaled = {"apiVersion": "leaderworkerset.x-k8s.io/v1", "kind": "LeaderWorkerSet", "name": "serving"}
+        target = replace("/spec/scaleTargetRef", scaled)
+        patches = [Patch("scaled.yaml", {"kind": kind, "name": "serving"}, [target])]
+    changes = [replace("/spec/leaderWorkerTemplate/size", sizing.nodes), replicas]
+    return [Patch("group.yaml", {"kind": "LeaderWorkerSet", "name": "serving"}, changes), *patches]
 
 
 def _volumes(spec: DeploymentSpec, sizing: Sizing) -> list[dict[str, Any]]:
