@@ -47,8 +47,8 @@ def lay_out_beside(repository: Path, settings: ServerSettings) -> None:
 
 def laid_out_beside(repository: Path, version: int) -> list[str]:
     """Names of what is there, in the order to unload it: what consists of others before these."""
-    found = sorted((repository / FOLDER).glob(f"*.v{version}"))
-    return [path.name for path in sorted(found, key=lambda path: len(path.name))]
+    names = (path.name for path in (repository / FOLDER).glob(f"*.v{version}"))
+    return sorted(names, key=lambda name: (len(name), name))
 
 
 def take_away_beside(repository: Path, version: int) -> None:

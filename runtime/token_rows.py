@@ -17,9 +17,13 @@ def pack_ids(ids: Sequence[int]) -> bytes:
     return _MARK + struct.pack(f"<{len(ids)}i", *ids)
 
 
+def holds_ids(row: bytes) -> bool:
+    return row.startswith(_MARK)
+
+
 def unpack_ids(row: bytes) -> list[int] | None:
     """None for a row that is a text. Raises ValueError for ids that are cut off."""
-    if not row.startswith(_MARK):
+    if not holds_ids(row):
         return None
     count, rest = divmod(len(row) - 1, 4)
     if rest:

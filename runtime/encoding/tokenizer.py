@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from runtime.errors import BadRequest
 from runtime.prefix import Prefix
 from runtime.settings import TokenizerSettings
-from runtime.token_rows import unpack_ids
+from runtime.token_rows import holds_ids, unpack_ids
 from runtime.tokenizer_file import open_tokenizer
 
 
@@ -56,15 +56,18 @@ class Tokenizer:
 
     def encode_rows(self, rows: Sequence[tuple[str | Encoded, ...]], prompts: Sequence[str]) -> list[Encoded]:
         """Rows of texts, and rows that came as token ids, which are as they came."""
-        places = [place for place, row in enumerate(rows) if not isinstance(row[0], Encoded)]
-        texts, *pairs = zip(*(rows[place] for place in places), strict=True) if places else [()]
-        made = self.encode(texts, pairs[0] if pairs else None, [prompts[place] for place in places]) if places else []
-        by_place = dict(zip(places, made, strict=True))
-        return [row[0] if isinstance(row[0], Encoded) else by_place[place] for place, row in enumerate(rows)]
+        found: list[Any] = [row[0] for row in rows]
+        places = [place for place, first in enumerate(found) if not isinstance(first, Encoded)]
+        if places:
+            texts, *pairs = zip(*(rows[place] for place in places), strict=True)
+            made = self.encode(texts, pairs[0] if pairs else None, [prompts[place] for place in places])
+            for place, one in zip(places, made, strict=True):
+                found[place] = one
+        return found
 
     def read(self, raw: Sequence[bytes], name: str) -> list[str | Encoded]:
         """An input of one request. Raises BadRequest that names the item at fault."""
-        if not any(item.startswith(b"\xff") for item in raw):
+        if not any(holds_ids(item) for item in raw):
             return list(decode_texts(raw, name))
         found: list[str | Encoded] = []
         for index, item in enumerate(raw):

@@ -91,7 +91,7 @@ class LineFile:
 
 
 class AccessLog(LineFile):
-    """One line a request."""
+    """One line a request; none for a probe while all is well."""
 
     def ended(self, request: Logged, seconds: float) -> None:
         if self.is_open and not (request.label in _PROBED and request.status == 200):

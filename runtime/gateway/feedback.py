@@ -17,7 +17,7 @@ from runtime.gateway.bodies import read_json
 from runtime.gateway.counters import heading
 from runtime.gateway.exchange import Exchange
 from runtime.gateway.refused import Refused
-from runtime.gateway.trip import Taken, Trip
+from runtime.gateway.trip import Taken, Trip, as_one_text
 
 LARGEST_BYTES = 64 * 1024
 _REMEMBERED = 65_536  # answers: the oldest is forgotten first
@@ -135,7 +135,7 @@ class Feedback:
             self._answers.popitem(last=False)
         if trip.heard:
             prompts, answers = ([one[place] for one in trip.heard] for place in (0, 1))
-            self.sink.sample(about, _together(prompts), _together(answers))
+            self.sink.sample(about, as_one_text(prompts), as_one_text(answers))
 
     def lines(self) -> list[str]:
         """Prometheus text."""
@@ -150,8 +150,3 @@ class Feedback:
             found += heading(name, "counter", said)
             found += [f'{name}{{result="{result}"}} {count}' for result, count in sorted(counts.items())]
         return found
-
-
-def _together(texts: list[str]) -> str:
-    """Several, of a request with several prompts or choices, as a list in JSON."""
-    return texts[0] if len(texts) == 1 else orjson.dumps(texts).decode()

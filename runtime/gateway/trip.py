@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Protocol
+
+import orjson
 
 _TRACE = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 
@@ -57,3 +60,8 @@ TRIP: ContextVar[Trip] = ContextVar("trip", default=NO_TRIP)
 def read_trace(header: str) -> str:
     """W3C's traceparent; empty for one that is none, which W3C says to go on without."""
     return header if _TRACE.fullmatch(header) else ""
+
+
+def as_one_text(texts: Sequence[str]) -> str:
+    """Of what is heard: several, of a request with several prompts or choices, are a list in JSON."""
+    return texts[0] if len(texts) == 1 else orjson.dumps(texts).decode()

@@ -23,7 +23,7 @@ from runtime.errors import ServingError
 from runtime.gateway.counters import BOUNDS_S
 from runtime.gateway.mirror import Mirror
 from runtime.gateway.refused import Refused
-from runtime.gateway.trip import NO_TRIP, TRIP
+from runtime.gateway.trip import NO_TRIP, TRIP, as_one_text
 from runtime.gateway.triton import Blob, Facts, Triton, unpack_texts
 from runtime.gateway.upstream import UpstreamGone
 from runtime.generation.metrics import Histogram
@@ -144,7 +144,7 @@ class ServedVersions:
     @property
     def leaving(self) -> list[Lane]:
         """That are named no more, and still answer what they were asked."""
-        self._gone = [lane for lane in self._gone if lane.running and lane not in self.traffic.lanes]
+        self._gone = [lane for lane in self._gone if lane.running]
         return self._gone
 
     @property
@@ -297,7 +297,7 @@ def _texts(inputs: Sequence[Blob]) -> str:
     for one in inputs:
         if one.datatype == "BYTES":
             found = [text.decode(errors="replace") for text in unpack_texts(one.data, _MOST_HEARD)]
-            return found[0] if len(found) == 1 else orjson.dumps(found).decode()
+            return as_one_text(found)
     return ""
 
 

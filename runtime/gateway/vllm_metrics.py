@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from runtime.gateway.counters import heading
 from runtime.prometheus import metric_lines
 
 _PREFIX = "trireme_generation_"
@@ -34,8 +35,5 @@ def vllm_page(page: str) -> str:
         stem, _, ending = metric.rpartition("_")
         for name in _HISTOGRAMS.get(stem, ()):
             add(name, "histogram", f"_{ending}", labels, value)
-    return "".join(
-        f"# HELP vllm:{name} The figure of trireme_generation_* under vLLM's name\n# TYPE vllm:{name} {kinds[name]}\n"
-        + "\n".join(text) + "\n"
-        for name, text in lines.items()
-    )  # fmt: skip
+    said = "The figure of trireme_generation_* under vLLM's name"
+    return "".join("\n".join([*heading(f"vllm:{name}", kinds[name], said), *text, ""]) for name, text in lines.items())
