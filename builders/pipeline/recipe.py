@@ -80,11 +80,12 @@ def judged_recipe(spec: DeploymentSpec, root: Path, report: Report = lambda stag
             row(f"truncate to layers {', '.join(map(str, kept))}", shorter, "no step: layers dropped, untrained")
         )
     if built.original.task == "embedding":
-        rows.append(_static_row(built, store, report))
+        rows.append(static_row(built, store, report))
     return Recipe(tuple(rows), len(steps), at_fault(spec, [step.judged for step in steps]))
 
 
-def _static_row(built: Build, store: Store, report: Report) -> RecipeRow:
+def static_row(built: Build, store: Store, report: Report) -> RecipeRow:
+    """The baseline without layers, of the original model."""
     assert built.original is not None
     whole = plain(built, built.original, store, report)
     alone = static.export(whole, store, report)

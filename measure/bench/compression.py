@@ -16,10 +16,10 @@ from builders.__main__ import run
 from builders.checkpoint import load_checkpoint
 from builders.commands import show
 from builders.errors import CheckError
-from builders.pipeline import static
 from builders.pipeline.compare import compared
 from builders.pipeline.compress import notes_of
-from builders.pipeline.judged import StepFigures, figures, judge_graphs, missed, plain
+from builders.pipeline.judged import StepFigures, figures, missed
+from builders.pipeline.recipe import static_row
 from builders.pipeline.result import Build, Report
 from builders.store.processor import this_processor
 from builders.store.store import Store
@@ -70,10 +70,9 @@ def verdict(recipe: BenchRecipe, judged: StepFigures) -> str:
 def without_layers(root: Path, report: Report) -> BenchRow:
     """The free baseline that has no recipe."""
     spec, store = BenchRecipe("original").spec(), Store(root / "store")
-    whole = Build(spec, "cpu", load_checkpoint(spec.model))
-    whole = plain(whole, whole.checkpoint, store, report)
-    alone = static.export(whole, store, report)
-    return BenchRow("no layers: static", judge_graphs(whole, alone, store, alone.served_graph.bytes), "")
+    original = load_checkpoint(spec.model)
+    found = static_row(Build(spec, "cpu", original, original=original), store, report)
+    return BenchRow("no layers: static", found.judged, "")
 
 
 def table(rows: Sequence[BenchRow]) -> str:

@@ -61,11 +61,6 @@ def block_parameters(shape: DecoderShape) -> int:
     return attention + 3 * shape.hidden * shape.ffn
 
 
-def weight_bytes(shape: DecoderShape, value_bytes: int) -> int:
-    """All that is held: blocks, head and table of words."""
-    return value_bytes * (shape.layers * block_parameters(shape) + 2 * shape.vocabulary * shape.hidden)
-
-
 def position_bytes(shape: DecoderShape, value_bytes: int) -> int:
     """Keys and values of one token in all layers."""
     return 2 * shape.layers * shape.kv_heads * shape.head_dim * value_bytes

@@ -133,8 +133,9 @@ def measure_here(part: Part, setting: Setting, seconds: float, sender: Connectio
         for row in part.resolve()(setting, *part.arguments):
             sender.send(row)
     except Exception as error:  # noqa: BLE001 - the other sections go on, and the result shows this one
-        end = ("not run", lacking(error))
-        if not lacking(error):
+        if reason := lacking(error):
+            end = ("not run", reason)
+        else:
             traceback.print_exc()
             end = ("failed", f"{type(error).__name__}: {error}")
     sender.send(end)

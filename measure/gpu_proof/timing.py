@@ -43,9 +43,9 @@ def in_time(setting: Setting, cases: Iterable[Case], least_s: float = 0.0) -> It
         try:
             found = measure(row)
         except Exception as error:
-            if not lacking(error):
+            if not (reason := lacking(error)):
                 raise
-            found = replace(row, reason=lacking(error))
+            found = replace(row, reason=reason)
         longest = max(longest, time.monotonic() - began)
         yield found
 
