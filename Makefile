@@ -38,7 +38,7 @@ demo-online: install ## a language model meets text of another kind: learnt, jud
 
 # Two processes: most tests wait for a server, or for a build that has one thread. A file stays in one process.
 test: install ## every test but the slow ones; a real Triton and real TensorRT builds are in it
-	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 30
+	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder --durations 30
 
 test-slow: install ## the slow tests
 	$(BIN)/python -m pytest -m slow

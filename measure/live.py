@@ -63,9 +63,7 @@ def served(spec_file: Path, name: str, build_dir: Path) -> Iterator[Live]:
         assert process.stdout is not None
         line = process.stdout.readline()
         if not line:
-            raise MachineError(
-                "trireme serve", got=f"exit {process.wait(_END_S)}", expected="a server", fix=f"see {log}"
-            )
+            raise MachineError("trireme serve", got="it ended", expected="a server", fix=f"see {log}")
         facts = json.loads(line)
         live = Live(f"http://{facts['gateway']}", facts["grpc"], secret.read_text())
         _await_gateway(live)
@@ -77,6 +75,7 @@ def served(spec_file: Path, name: str, build_dir: Path) -> Iterator[Live]:
             process.wait(_END_S)
         except subprocess.TimeoutExpired:
             process.kill()
+            process.wait()
 
 
 def _await_gateway(live: Live) -> None:

@@ -94,7 +94,7 @@ def _parsed(line: bytes, model: str, version: int) -> tuple[ServedRequest, Sampl
         found["kind"] = "correction"
     if "request_id" not in found:
         found["request_id"] = f"file-{_digest({**given, **found})}"
-    sample = parse_sample(json.dumps(found).encode())
+    sample = parse_sample(json.dumps(found, ensure_ascii=False).encode())
     served = ServedRequest(
         request_id=sample.request_id, model=about.model or model, version=about.version or version, user=sample.user,
         prompt=about.prompt, answer=about.answer,

@@ -172,13 +172,14 @@ class TritonVersions:
 
     @contextmanager
     def _triton(self) -> Iterator[Any]:
-        """Raises ServerFault with Triton's own words."""
+        """Raises ServerFault with Triton's own words, Unavailable when it is there no more."""
         from tritonclient.utils import InferenceServerException
 
         client = connect(self._address)
         try:
             yield client
         except InferenceServerException as error:
+            self._require_there(client)
             raise ServerFault(f"Triton at {self._address}: {error.message()}") from error
         finally:
             client.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -98,7 +99,7 @@ def state(versions: ServedVersions) -> dict[str, Any]:
         "mirror_same": mirror.same,
         "mirror_different": mirror.different,
         "slow_s": traffic.lanes[0].slow_s,
-        "leaving": {str(lane.version): lane.running for lane in versions.leaving},
+        "leaving": _by_version(versions),
         "versions": {
             str(lane.version): {
                 "main": lane.place is None, "weight": weight, "share": weight / total,
@@ -109,6 +110,14 @@ def state(versions: ServedVersions) -> dict[str, Any]:
             for lane, weight in reversed(list(zip(traffic.lanes, traffic.weights, strict=True)))
         },
     }  # fmt: skip
+
+
+def _by_version(versions: ServedVersions) -> Counter[str]:
+    """Requests that run yet on what is named no more; a version may be leaving from two places."""
+    running: Counter[str] = Counter()
+    for lane in versions.leaving:
+        running[str(lane.version)] += lane.running
+    return running
 
 
 def _told(tally: Tally) -> dict[str, Any]:

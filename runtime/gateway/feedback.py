@@ -21,7 +21,7 @@ from runtime.gateway.trip import Taken, Trip, as_one_text
 
 LARGEST_BYTES = 64 * 1024
 _REMEMBERED = 65_536  # answers: the oldest is forgotten first
-_PREFIXES = ("chatcmpl-", "cmpl-", "rerank-", "score-")  # of an answer's own `id`
+_PREFIXES = ("chatcmpl-", "cmpl-", "rerank-", "score-", "classify-")  # of an answer's own `id`
 Id = Annotated[str, Meta(min_length=1, max_length=128)]
 Said = Annotated[str, Meta(min_length=1)]
 

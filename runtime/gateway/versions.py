@@ -27,6 +27,7 @@ from runtime.gateway.trip import NO_TRIP, TRIP, as_one_text
 from runtime.gateway.triton import Blob, Facts, Triton, unpack_texts
 from runtime.gateway.upstream import UpstreamGone
 from runtime.generation.metrics import Histogram
+from runtime.token_rows import holds_ids
 
 _MOST = 8  # versions beside the main one
 _MOST_HEARD = 2048  # texts of one call
@@ -293,11 +294,11 @@ def _where(place: Place) -> str:
 
 
 def _texts(inputs: Sequence[Blob]) -> str:
-    """Of the first input that is text."""
+    """Of the first input that is text. Rows of token ids are none: nobody can read them again as what was asked."""
     for one in inputs:
         if one.datatype == "BYTES":
-            found = [text.decode(errors="replace") for text in unpack_texts(one.data, _MOST_HEARD)]
-            return as_one_text(found)
+            rows = unpack_texts(one.data, _MOST_HEARD)
+            return as_one_text([row.decode(errors="replace") for row in rows if not holds_ids(row)])
     return ""
 
 

@@ -144,7 +144,9 @@ class RankGroup:
                 for descriptor in self._gathering.watched():
                     ended.register(descriptor, select.POLLIN)
                 for channel in self._channels[len(self._processes) :]:  # of ranks on other hosts
-                    ended.register(channel.fileno(), select.POLLRDHUP)  # their end, not their answers
+                    if (descriptor := channel.fileno()) < 0:  # closed meanwhile
+                        return True
+                    ended.register(descriptor, select.POLLRDHUP)  # their end, not their answers
             for process in list(self._processes):
                 try:
                     descriptor = os.pidfd_open(process.pid)

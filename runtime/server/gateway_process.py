@@ -164,6 +164,8 @@ class GatewayProcess:
         self._grpc = doorway.hold_grpc()
         self.address = _written(self._listener)
         self.grpc_address = None if self._grpc is None else _written(self._grpc)
+        # In a container standard error is the log that people read; what is mirrored never goes there: it has texts.
+        self._in_container = server.exposure.log_to_stderr
         self.log = server.log.with_name("gateway.log")
         self._pulse = Pulse(self._listener.getsockname()[:2], doorway.tls_cert is not None, doorway.hang_s)
         self._process: subprocess.Popen[bytes] | None = None
@@ -185,7 +187,8 @@ class GatewayProcess:
             self._failures = 1 if now - self._began >= _SETTLED_S else self._failures + 1
             self._pulse.forget()
             if self._failures > _MOST_FAILURES:
-                raise ServerFault(f"the gateway died {self._failures} times in a row; its log is {self.log}")
+                said = "what it said stands above" if self._in_container else f"its log is {self.log}"
+                raise ServerFault(f"the gateway died {self._failures} times in a row; {said}")
             self._again = now + pause_s(self._failures, _FIRST_PAUSE_S, _LONGEST_PAUSE_S)
             self._process = None
             self._health.door(_STARTING)
@@ -204,8 +207,7 @@ class GatewayProcess:
     def _start(self, now: float) -> None:
         ports = self._server.ports
         grpc = [] if self._grpc is None else ["--grpc-port", str(self._grpc.getsockname()[1])]
-        # In a container standard error is the log that people read; what is mirrored never goes there: it has texts.
-        access_log = "-" if self._server.exposure.log_to_stderr else str(self.log)
+        access_log = "-" if self._in_container else str(self.log)
         command = [
             sys.executable, "-m", self._doorway.program, "--supervised", "--model", self._server.settings.ensemble,
             "--triton-http-port", str(ports.http), "--triton-metrics-port", str(ports.metrics),
