@@ -17,6 +17,7 @@ from builders.commands.online import online
 from builders.commands.options import fail
 from builders.commands.plan import plan
 from builders.errors import InputError, TriremeError
+from runtime.heard import hear_signals
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -61,6 +62,7 @@ def run(command: Callable[[], object]) -> None:
     # torch's threads sleep while they wait for each other. They would spin, which on a busy machine takes more than
     # half of the CPU time that a training is given. Read when torch is loaded, which no command has done yet.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    hear_signals()
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         command()

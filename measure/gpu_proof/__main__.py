@@ -23,6 +23,7 @@ from measure.gpu_proof.record import Proof, Section
 from measure.gpu_proof.sections import ENDED, Part, run_parts
 from measure.gpu_proof.setting import FLAVOURS, Setting
 from runtime.gpu import visible_targets
+from runtime.heard import hear_signals
 
 BUDGET_S = 450.0  # of the eight minutes that a proof may take: the rest is for starting, the last case and writing
 DRY_BUDGET_S = 1800.0  # of a CPU, which may be a busy one
@@ -135,6 +136,7 @@ def run(command: Callable[[], object]) -> None:
         signal.signal(number, signal.SIG_IGN)  # what this one makes us write is not cut short by a second
         sys.exit(128 + number)
 
+    hear_signals()
     signal.signal(signal.SIGTERM, leave)
     try:
         command()

@@ -18,10 +18,12 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import Any
 
+from builders.errors import MachineError
 from measure.gpu_proof.record import Measured, Section, Status
 from measure.gpu_proof.roofline import DeviceLimits
 from measure.gpu_proof.setting import Setting
 from measure.gpu_proof.timing import lacking
+from runtime.heard import hear_signals
 
 BEGIN_S = 120.0  # of a section's process, until its first word: not the section's time
 GRACE_S = 10.0  # for the case under way when a section's time is over
@@ -57,11 +59,7 @@ def run_parts(parts: Sequence[Part], setting: Setting, seconds: float) -> Iterat
 
     A signal that ends the whole is raised after the section under way, with the rows that it has until then.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOADED)
-    first = context.Process(target=int)
-    first.start()  # returns when the server has imported all
-    first.join()
+    context = _fork_server()
     end = time.monotonic() + seconds
     for part in parts:
         left = end - time.monotonic()
@@ -76,6 +74,22 @@ def run_parts(parts: Sequence[Part], setting: Setting, seconds: float) -> Iterat
             raise
         yield section
         setting = replace(setting, limits=setting.limits or _limits(section))
+
+
+def _fork_server() -> Any:
+    """Returns when it has imported all. Raises MachineError where it brings forth no process."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    first = context.Process(target=int)
+    hear_signals()  # it learns by one that a section has ended
+    first.start()
+    first.join(BEGIN_S)
+    if first.exitcode is None:
+        raise MachineError(
+            "the server that sections are forked from", got=f"no end of its first process within {BEGIN_S:.0f} s",
+            expected="one within moments", fix="run on a machine that lets processes fork",
+        )  # fmt: skip
+    return context
 
 
 def _limits(section: Section) -> DeviceLimits | None:
@@ -100,7 +114,7 @@ def _run(context: Any, part: Part, setting: Setting, seconds: float, rows: list[
     finally:
         if process.pid is not None:
             process.kill()
-            process.join()
+            process.join(_END_S)
         receiver.close()
     status, reason = end or ("failed", f"its process ended with exit code {process.exitcode}")
     return Section(part.name, status, reason, time.monotonic() - began, tuple(rows))

@@ -210,9 +210,7 @@ class Loop:
     def _open_rollout(self, update: UpdateRecord) -> Rollout:
         assert self.serving is not None
         with contextlib.ExitStack() as unless_open:
-            journal = unless_open.enter_context(
-                contextlib.closing(Journal(self.journal.rollout(update.number)))
-            )
+            journal = unless_open.enter_context(contextlib.closing(Journal(self.journal.rollout(update.number))))
             self._rollout = Rollout(journal, self.serving.door, self.serving.versions, clock=self.clock.monotonic)
             unless_open.pop_all()
         self._rollout_journal = journal

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runtime.errors import BadEnvironment, ServerFault, ServingError
+from runtime.heard import hear_signals
 from runtime.secrets_file import read_secret
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ _AFTER_DRAIN_S = 5
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
+    hear_signals()
     try:
         options.run(options)
     except ServingError as error:

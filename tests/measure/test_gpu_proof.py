@@ -32,6 +32,7 @@ from measure.gpu_proof.sections import Part, run_parts
 from measure.gpu_proof.setting import BERT_BASE, LLAMA_8B
 from measure.gpu_proof.timing import NotRun, in_time
 from runtime.gpu import visible_targets
+from tests import ROOT
 from tests.conftest import wait_until
 from tests.measure import gpu_proof_parts
 
@@ -98,6 +99,18 @@ def test_sections_end_each_in_its_way_and_the_next_goes_on(
     assert "did not end in its time" in found["hanging"].reason
     assert not Path("/proc", str(int(found["hanging"].rows[0].figures["pid"]))).exists()
     assert found["sound"].rows[1].figures == {"bytes_per_s": 100e9}  # the limits that the first section measured
+
+
+def test_whoever_started_it_may_have_blocked_its_signals(tmp_path: Path) -> None:
+    code = (
+        "import signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})\n"
+        "from pathlib import Path; from measure.gpu_proof import sections, setting\n"
+        "part = sections.Part('sound', 'tests.measure.gpu_proof_parts.sound', most_s=60.0)\n"
+        "print([found.status for found in sections.run_parts([part], setting.dry(Path(sys.argv[1])), 300)])"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (0, "['ran']\n"), done.stderr
 
 
 def test_a_section_that_does_not_fit_the_budget_is_not_begun(tiny: setting.Setting) -> None:

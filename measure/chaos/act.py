@@ -1,0 +1,71 @@
+"""One served model under load, from its first answer to its last, and what was done to it between."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from measure.chaos.blows import BETWEEN_S, Blow
+from measure.chaos.fuzz import Fuzzed
+from measure.chaos.load import WRONG, SteadyLoad
+from measure.chaos.service import Held, ServedModel
+
+_GROWN = 1.25  # of what was held before: a heap has holes after it was filled once
+_GROWN_MB = 200
+_GROWN_DESCRIPTORS = 8
+
+
+@dataclass
+class Act:
+    """One service, and what was done to it."""
+
+    name: str
+    load: SteadyLoad
+    before: Held
+    after: Held | None = None
+    blows: list[Blow] = field(default_factory=list)
+    fuzzed: Fuzzed | None = None
+    faults: list[str] = field(default_factory=list)
+
+    def struck(self, blow: Blow) -> None:
+        self.blows.append(blow)
+        self.faults += blow.faults
+        print(f"{self.name:<10} {blow.text}", flush=True)
+
+
+@contextmanager
+def in_act(
+    name: str, spec: Path, build_dir: Path, kind: type[SteadyLoad], users: int
+) -> Iterator[tuple[Act, ServedModel]]:
+    service = ServedModel(spec, build_dir)
+    load = kind(service.port, json.loads(spec.read_text())["name"])
+    try:
+        load.start(users)
+        time.sleep(2 * BETWEEN_S)
+        act = Act(name, load, service.held())
+        yield act, service
+        time.sleep(BETWEEN_S)
+        act.after = service.held()
+    finally:
+        load.stop()
+        code = service.close()
+    act.faults += [f"{load.causes[WRONG]} answers were wrong"] if load.causes[WRONG] else []
+    act.faults += [f"the service ended with {code}"] if code else []
+    act.faults += _grown(act.before, act.after)
+    print(f"{name:<10} requests {json.dumps(dict(load.causes.most_common()))}")
+    print(f"{name:<10} held before: {act.before}; after: {act.after}", flush=True)
+
+
+def _grown(before: Held, after: Held) -> list[str]:
+    found = []
+    if after.rss_mb > max(before.rss_mb * _GROWN, before.rss_mb + _GROWN_MB):
+        found.append(f"memory grew from {before.rss_mb:.0f} to {after.rss_mb:.0f} MB")
+    if after.descriptors > before.descriptors + 8:
+        found.append(f"descriptors grew from {before.descriptors} to {after.descriptors}")
+    if after.shared > before.shared:
+        found.append(f"files in /dev/shm grew from {before.shared} to {after.shared}")
+    return found
