@@ -18,9 +18,9 @@ from builders.spec import load_spec
 from builders.training.recipe import TrainingRecipe
 from measure.bench.random_llama import random_llama
 from measure.chaos import blows
-from measure.chaos.act import Act, in_act
+from measure.chaos.act import ChaosAct, in_act
 from measure.chaos.fuzz import fuzz
-from measure.chaos.load import Embeddings, Streams
+from measure.chaos.load import CompletionLoad, EmbeddingLoad
 from measure.chaos.page import write_page
 
 STUB, TRITON, GATEWAY, RANK = "triton_python_backend_stub", "tritonserver", "runtime.gateway", "runtime.ranks.worker"
@@ -30,8 +30,8 @@ _SMALL = TrainingRecipe(
 )
 
 
-def _encoder(spec: Path, arguments: argparse.Namespace, rounds: Callable[[str], int]) -> Act:
-    with in_act("encoder", spec, arguments.build_dir, Embeddings, arguments.users) as (act, service):
+def _encoder(spec: Path, arguments: argparse.Namespace, rounds: Callable[[str], int]) -> ChaosAct:
+    with in_act("encoder", spec, arguments.build_dir, EmbeddingLoad, arguments.users) as (act, service):
         load = act.load
         parts = {"stub": STUB, "Triton": TRITON, "gateway": GATEWAY}
         for name, part in parts.items():
@@ -50,8 +50,8 @@ def _encoder(spec: Path, arguments: argparse.Namespace, rounds: Callable[[str], 
     return act
 
 
-def _streams(spec: Path, arguments: argparse.Namespace, rounds: Callable[[str], int]) -> Act:
-    with in_act("streams", spec, arguments.build_dir, Streams, arguments.users) as (act, service):
+def _streams(spec: Path, arguments: argparse.Namespace, rounds: Callable[[str], int]) -> ChaosAct:
+    with in_act("streams", spec, arguments.build_dir, CompletionLoad, arguments.users) as (act, service):
         load = act.load
         for name, part in {"rank": RANK, "stub": STUB, "gateway": GATEWAY}.items():
             times = rounds(name) if name == "rank" else min(3, rounds(name))

@@ -12,7 +12,7 @@ from pathlib import Path
 from measure.chaos.blows import BETWEEN_S, Blow
 from measure.chaos.fuzz import Fuzzed
 from measure.chaos.load import WRONG, SteadyLoad
-from measure.chaos.service import Held, ServedModel
+from measure.chaos.service import Held, StruckService
 
 _GROWN = 1.25  # of what was held before: a heap has holes after it was filled once
 _GROWN_MB = 200
@@ -20,7 +20,7 @@ _GROWN_DESCRIPTORS = 8
 
 
 @dataclass
-class Act:
+class ChaosAct:
     """One service, and what was done to it."""
 
     name: str
@@ -40,13 +40,13 @@ class Act:
 @contextmanager
 def in_act(
     name: str, spec: Path, build_dir: Path, kind: type[SteadyLoad], users: int
-) -> Iterator[tuple[Act, ServedModel]]:
-    service = ServedModel(spec, build_dir)
+) -> Iterator[tuple[ChaosAct, StruckService]]:
+    service = StruckService(spec, build_dir)
     load = kind(service.port, json.loads(spec.read_text())["name"])
     try:
         load.start(users)
         time.sleep(2 * BETWEEN_S)
-        act = Act(name, load, service.held())
+        act = ChaosAct(name, load, service.held())
         yield act, service
         time.sleep(BETWEEN_S)
         act.after = service.held()

@@ -15,7 +15,7 @@ from functools import partial
 from statistics import median
 
 from measure.chaos.load import ASK_S, SteadyLoad
-from measure.chaos.service import ServedModel
+from measure.chaos.service import StruckService
 
 RECOVERY_S = 120.0
 BETWEEN_S = 3.0
@@ -47,7 +47,7 @@ class Blow:
         return [*found, *([f"{self.name}: {self.fault}"] if self.fault else [])]
 
 
-def kill(service: ServedModel, load: SteadyLoad, name: str, part: str, rounds: int) -> Blow:
+def kill(service: StruckService, load: SteadyLoad, name: str, part: str, rounds: int) -> Blow:
     """With SIGKILL, the youngest of its kind."""
     blow = Blow(f"{name} killed")
     for _ in range(rounds):
@@ -64,7 +64,7 @@ def kill(service: ServedModel, load: SteadyLoad, name: str, part: str, rounds: i
     return blow
 
 
-def stop(service: ServedModel, load: SteadyLoad, name: str, part: str) -> Blow:
+def stop(service: StruckService, load: SteadyLoad, name: str, part: str) -> Blow:
     """For STOPPED_S, as by a machine that swaps: nobody has died, so what waits is answered afterwards."""
     blow = Blow(f"{name} stopped")
     pids = service.pids(part)
@@ -82,7 +82,7 @@ def stop(service: ServedModel, load: SteadyLoad, name: str, part: str) -> Blow:
     return blow
 
 
-def crowd(service: ServedModel, load: SteadyLoad, path: str, fields: dict[str, object]) -> Blow:
+def crowd(service: StruckService, load: SteadyLoad, path: str, fields: dict[str, object]) -> Blow:
     """More requests at once than the queue has places: each gets an answer, and who is refused is told when to come
     again."""
     told: Counter[str] = Counter()
@@ -122,7 +122,7 @@ def crowd(service: ServedModel, load: SteadyLoad, path: str, fields: dict[str, o
     return blow
 
 
-def fill_disk(service: ServedModel, load: SteadyLoad) -> Blow:
+def fill_disk(service: StruckService, load: SteadyLoad) -> Blow:
     """No room for logs: requests do not ask for any."""
     blow = Blow("full disk", at_s=[time.monotonic() - load.began])
     if service.disk is None:
@@ -151,7 +151,7 @@ def _write_until_full(file: os.PathLike[str]) -> None:
                 continue
 
 
-def _another(service: ServedModel, part: str, known: list[int]) -> bool:
+def _another(service: StruckService, part: str, known: list[int]) -> bool:
     return any(pid not in known for pid in service.pids(part))
 
 

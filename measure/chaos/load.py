@@ -1,4 +1,4 @@
-"""Steady load through the gateway: users who ask without a pause, and hold each answer against the first to its text"""
+"""Steady load through the gateway: users who ask without a pause, and hold each answer against the first to its text."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class SteadyLoad(ABC):
 
 
 @dataclass
-class Embeddings(SteadyLoad):
+class EmbeddingLoad(SteadyLoad):
     _first: dict[str, list[float]] = field(default_factory=dict)
 
     def ask(self, connection: http.client.HTTPConnection, text: str) -> str:
@@ -89,7 +89,7 @@ class Embeddings(SteadyLoad):
 
 
 @dataclass
-class Streams(SteadyLoad):
+class CompletionLoad(SteadyLoad):
     """Greedy completions. One that ends with an event of an error was failed with a status; one that ends without its
     last event was lost; whatever text came must be the beginning of the first answer to the same prompt."""
 

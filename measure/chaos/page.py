@@ -7,20 +7,20 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-from measure.chaos.act import Act
+from measure.chaos.act import ChaosAct
 from measure.chaos.load import OK
 from online.files import replace_file
 
 _STYLE = "body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto}svg{width:100%;height:auto}"
 
 
-def write_page(file: Path, acts: Sequence[Act]) -> None:
+def write_page(file: Path, acts: Sequence[ChaosAct]) -> None:
     body = "".join(_section(act) for act in acts)
     page = f'<!doctype html><meta charset="utf-8"><title>Chaos</title><style>{_STYLE}</style><h1>Chaos</h1>{body}'
     replace_file(file, page.encode())
 
 
-def _section(act: Act) -> str:
+def _section(act: ChaosAct) -> str:
     lines = [blow.text for blow in act.blows]
     if act.fuzzed is not None:
         lines.append(f"fuzz: {act.fuzzed.text}")
@@ -31,7 +31,7 @@ def _section(act: Act) -> str:
     return f"<h2>{escape(act.name)}</h2>{_timeline(act)}<ul>{items}</ul>"
 
 
-def _timeline(act: Act) -> str:
+def _timeline(act: ChaosAct) -> str:
     """SVG: requests that ended in each second, those that failed below the line."""
     import matplotlib
     from matplotlib.figure import Figure

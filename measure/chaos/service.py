@@ -32,7 +32,7 @@ class Held:
         return f"{self.rss_mb:,.0f} MB, {self.descriptors} descriptors, {self.shared} in /dev/shm"
 
 
-class ServedModel:
+class StruckService:
     """On free ports. `disk`: the folder of its temporary files, a small disk of its own where this machine lets us make
     one, else None."""
 

@@ -59,6 +59,7 @@ def test_it_goes_on_where_it_was_and_writes_a_spec(
     assert {each["number"] for each in found["finalists"]} <= {each["number"] for each in found["trials"]}
 
 
+@pytest.mark.slow
 def test_own_steps_that_train_are_measured_too(
     tiny_bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
