@@ -1,4 +1,4 @@
-"""Steady load through the gateway: users who ask without a pause, and hold each answer against the first to its text."""
+"""Steady load through the gateway: users who never pause, and hold each answer against the first to its text."""
 
 from __future__ import annotations
 
