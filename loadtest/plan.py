@@ -26,6 +26,14 @@ STOP_LIMIT_S = 10  # for Locust to leave after its last word
 EARLY_END_LIMIT_S = EARLY_DRAIN_S + 30  # for Locust to end early, with the reports of its workers
 
 
+class Door(Record):
+    """A gateway that requests go through."""
+
+    grpc_address: Address | None = None
+    http_address: Address | None = None
+    key_file: Path | None = Field(None, description="holds the key that the gateway asks for")
+
+
 class LoadPlan(Record):
     """What to measure and how. Addresses are `host:port`."""
 
@@ -34,6 +42,7 @@ class LoadPlan(Record):
     grpc_address: Address = Field("127.0.0.1:8001", description="always needed: statistics are read there")
     http_address: Address = "127.0.0.1:8000"
     metrics_address: Address | None = "127.0.0.1:8002"
+    gateway: Door | None = Field(None, description="none: requests go to the server's own ports")
     protocol: Literal["grpc", "http", "both"] = Field("grpc", description="both: half of the users each")
     shape: Shape = "constant"
     users: Positive = 8
@@ -58,8 +67,14 @@ class LoadPlan(Record):
     @property
     def addresses(self) -> dict[Protocol, str]:
         """Where requests go, by protocol."""
-        every: dict[Protocol, str] = {"grpc": self.grpc_address, "http": self.http_address}
-        return {name: address for name, address in every.items() if self.protocol in (name, "both")}
+        door = self.gateway or self
+        every: dict[Protocol, str | None] = {"grpc": door.grpc_address, "http": door.http_address}
+        wanted = {name: address for name, address in every.items() if self.protocol in (name, "both")}
+        return {name: address for name, address in wanted.items() if address is not None}
+
+    @property
+    def key_file(self) -> Path | None:
+        return None if self.gateway is None else self.gateway.key_file
 
     @property
     def limit_s(self) -> float:
@@ -100,6 +115,7 @@ def check_plan(plan: LoadPlan) -> None:
             expected="one prompt a request, over grpc: text is streamed there",
             fix="use protocol grpc and texts_per_request 1",
         )
+    _check_door(plan)
     if plan.shape == "steps" and plan.duration_s < plan.steps * (SETTLE_S + 3):
         raise LoadInputError(
             f"duration_s={plan.duration_s} with steps={plan.steps}",
@@ -114,3 +130,33 @@ def check_plan(plan: LoadPlan) -> None:
             expected="at least one user for each",
             fix="use more users, or fewer of the others",
         )
+
+
+def _check_door(plan: LoadPlan) -> None:
+    if plan.gateway is None:
+        return
+    door = {"grpc": plan.gateway.grpc_address, "http": plan.gateway.http_address}
+    for name, address in door.items():
+        wanted = plan.protocol in (name, "both")
+        if wanted and address is None:
+            raise LoadInputError(
+                f"a load over {name} through the gateway",
+                got=f"no address of the gateway's {name} port",
+                expected="one, as host:port",
+                fix="give --gateway-grpc for grpc, --gateway for http, or another --protocol",
+            )
+        if address is not None and not wanted:
+            raise LoadInputError(
+                f"the gateway's {name} address",
+                got=f"{address}, where nothing is sent over {name}",
+                expected=f"protocol {name} or both",
+                fix="leave the address out, or choose another --protocol",
+            )
+    if plan.key_file is not None:
+        try:
+            plan.key_file.read_text()
+        except (OSError, ValueError) as error:
+            raise LoadInputError(
+                f"the key in {plan.key_file}", got=str(error), expected="a file with the key on a line",
+                fix="give --api-key-file a file that can be read",
+            ) from error  # fmt: skip

@@ -15,7 +15,7 @@ from builders.judging import corpus
 from builders.spec import DeploymentSpec
 from loadtest.drive.run import run_load
 from loadtest.drive.stopping import Stop
-from loadtest.plan import LoadPlan, RunProgress
+from loadtest.plan import Door, LoadPlan, RunProgress
 from loadtest.report.page import render_html
 from loadtest.report.record import LoadReport
 from loadtest.report.slo import judge
@@ -47,6 +47,9 @@ class LoadRequest:
     prompt_words: str | None = None  # this and the next two are read for generators alone
     output_tokens: str | None = None
     cancel_share: float | None = None
+    gateway: str | None = None  # this and the next: of a gateway, where requests go instead of to the server's ports
+    gateway_grpc: str | None = None
+    api_key_file: Path | None = None
 
 
 def measure(
@@ -104,6 +107,7 @@ def plan_of(spec: DeploymentSpec, request: LoadRequest, texts: Path) -> LoadPlan
             grpc_address=request.grpc,
             http_address=request.http,
             metrics_address=request.metrics,
+            gateway=_door(request),
             protocol=request.protocol,
             shape=request.shape,
             users=request.users,
@@ -121,6 +125,19 @@ def plan_of(spec: DeploymentSpec, request: LoadRequest, texts: Path) -> LoadPlan
         raise InputError(
             f"load test: {fault['loc'][0]}", got=repr(fault["input"]), expected=fault["msg"], fix="correct the option"
         ) from error
+
+
+def _door(request: LoadRequest) -> Door | None:
+    if request.gateway is not None or request.gateway_grpc is not None:
+        return Door(
+            http_address=request.gateway, grpc_address=request.gateway_grpc, key_file=request.api_key_file
+        )  # fmt: skip
+    if request.api_key_file is not None:
+        raise InputError(
+            "--api-key-file", got="no gateway, and Triton's own ports ask for no key", expected="a gateway that does",
+            fix="give --gateway or --gateway-grpc as well, or leave it out",
+        )  # fmt: skip
+    return None
 
 
 def _stream_load(spec: DeploymentSpec, request: LoadRequest) -> StreamLoad | None:

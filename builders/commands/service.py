@@ -123,6 +123,11 @@ def loadtest(
     grpc: Annotated[str, typer.Option(help="host:port")] = "127.0.0.1:8001",
     http: Annotated[str, typer.Option(help="host:port")] = "127.0.0.1:8000",
     metrics: Annotated[str, typer.Option(help="host:port")] = "127.0.0.1:8002",
+    gateway: Annotated[
+        str | None, typer.Option(help="host:port; requests over HTTP go there, and Triton's ports are asked for counts")
+    ] = None,
+    gateway_grpc: Annotated[str | None, typer.Option(help="host:port; the same for gRPC")] = None,
+    api_key_file: Annotated[Path | None, typer.Option(help="holds the key that the gateway asks for")] = None,
     protocol: Annotated[Literal["grpc", "http", "both"], typer.Option()] = "grpc",
     users: Annotated[int, typer.Option(min=1)] = 16,
     duration_s: Annotated[int, typer.Option(min=3)] = 30,
@@ -166,7 +171,7 @@ def loadtest(
         grpc=grpc, http=http, metrics=metrics, protocol=protocol, shape=shape, users=users, duration_s=duration_s,
         warm_up_s=warm_up_s, texts=texts, rate_per_s=rate, timeout_s=timeout_s, prompt_words=prompt_words,
         output_tokens=output_tokens, cancel_share=cancel_share, texts_per_request=texts_per_request, steps=steps,
-        seed=seed, processes=processes,
+        seed=seed, processes=processes, gateway=gateway, gateway_grpc=gateway_grpc, api_key_file=api_key_file,
     )  # fmt: skip
     with Stop() as stop, show.load_progress(quiet=as_json) as progress:
         report = measure(found, request, output, progress, stop)

@@ -50,7 +50,8 @@ def run_load(
     trial = [longest_first[number % len(texts)] for number in range(plan.texts_per_request)]
     prompts = () if plan.stream is None else longest_prompts(texts, plan.stream)
     before = counts_before(plan)
-    target = probe(plan.model, plan.addresses, plan.grpc_address, trial, prompts)
+    key = None if plan.key_file is None else plan.key_file.read_text().strip()
+    target = probe(plan.model, plan.addresses, plan.grpc_address, trial, prompts, key)
     with tempfile.TemporaryDirectory(prefix="trireme-load-") as folder:
         evidence = _drive(plan, texts, target, Path(folder), on_progress or (lambda _: None), stop or Stop())
     return report_from_evidence(with_ledgers(evidence, before), spec_name)
@@ -63,8 +64,9 @@ def command(plan: LoadPlan, trace_file: Path) -> list[str]:
         "--model": plan.model,
         "--texts": plan.texts_file.resolve(),
         "--protocol": plan.protocol,
-        "--grpc-address": plan.grpc_address,
-        "--http-address": plan.http_address,
+        "--grpc-address": plan.addresses.get("grpc", plan.grpc_address),
+        "--http-address": plan.addresses.get("http", plan.http_address),
+        "--api-key-file": "" if plan.key_file is None else plan.key_file.resolve(),
         "--users": plan.users,
         "--load-shape": plan.shape,
         "--load-steps": plan.steps,

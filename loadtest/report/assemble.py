@@ -116,7 +116,8 @@ def _load(plan: LoadPlan, texts: tuple[str, ...]) -> Load:
         texts_file=plan.texts_file.name,
         texts_digest=digest_texts(texts),
         texts_lines=len(texts),
-        **plan.model_dump(include=set(Load.model_fields) - {"texts_file"}),
+        gateway=plan.gateway is not None,
+        **plan.model_dump(include=set(Load.model_fields) - {"texts_file", "gateway"}),
     )
 
 

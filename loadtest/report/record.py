@@ -25,6 +25,7 @@ class Load(Record):
     """The load that was asked for."""
 
     protocol: Literal["grpc", "http", "both"]
+    gateway: bool = False  # requests went through one
     shape: Literal["constant", "steps"]
     users: int
     steps: int

@@ -58,10 +58,11 @@ def _heading(report: LoadReport) -> list[str]:
             "under way are in no figure"
         )
     what = f"{load.texts_per_request} text(s) a request" if load.stream is None else str(load.stream)
+    way = f"{load.protocol} through the gateway" if load.gateway else load.protocol
     return [
         f"{identity.model} version {identity.version} ({identity.precision}), weights {identity.digest[:16]}",
         f"proven on its machine: {proof_text(report.proof)}",
-        f"{load.level(load.users)}, {load.protocol}, {load.shape}, {load.duration_s} s after {load.warm_up_s} s of "
+        f"{load.level(load.users)}, {way}, {load.shape}, {load.duration_s} s after {load.warm_up_s} s of "
         f"warm-up, {what}",
         *partial,
     ]

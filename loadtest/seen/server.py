@@ -64,10 +64,16 @@ class Snapshot:
 
 
 def probe(
-    model: str, addresses: Mapping[Protocol, str], grpc_address: str, rows: Sequence[str], prompts: Sequence[Prompt]
+    model: str,
+    addresses: Mapping[Protocol, str],
+    grpc_address: str,
+    rows: Sequence[str],
+    prompts: Sequence[Prompt],
+    key: str | None = None,
 ) -> TestedServer:
     """Asks everything that a run needs once, so that a wrong plan fails in a second and not after an hour.
 
+    Requests go to `addresses`, with the `key` that a gateway there asks for; `grpc_address` is the server's own.
     `rows` are asked of an encoder; of a generator, that one of the `prompts` that has the most tokens.
     Raises LoadInputError: nobody listens, no such model, not ready, a model of another kind, or a trial fails.
     """
@@ -91,9 +97,9 @@ def probe(
     steps = config.get("ensemble_scheduling", {}).get("step", [])
     models = tuple(dict.fromkeys([model, *(step["model_name"] for step in steps)]))
     if prompts:
-        tokens = _try_streams(grpc_address, model, prompts)
+        tokens = _try_streams(addresses["grpc"], model, prompts, key)
         return TestedServer(interface=None, triton_version=triton_version, models=models, trial_tokens=tokens)
-    interfaces = [_try_once(protocol, address, model, rows) for protocol, address in addresses.items()]
+    interfaces = [_try_once(protocol, address, model, rows, key) for protocol, address in addresses.items()]
     return TestedServer(interfaces[0], triton_version, models, trial_requests=len(interfaces))
 
 
@@ -114,8 +120,9 @@ def _not_ready(client: Any, model: str) -> LoadInputError:
     return LoadInputError(f"model {model!r}", got="a name that the server does not have", expected="its model", fix=fix)
 
 
-def _try_once(protocol: Protocol, address: str, model: str, rows: Sequence[str]) -> Interface:
-    connection = Connection(protocol, address, CONTROL_TIMEOUT_S * 6)  # the first request may pay for lazy loading
+def _try_once(protocol: Protocol, address: str, model: str, rows: Sequence[str], key: str | None) -> Interface:
+    limit_s = CONTROL_TIMEOUT_S * 6  # the first request may pay for lazy loading
+    connection = Connection(protocol, address, limit_s, key=key)
     try:
         metadata = connection.metadata(model)
         if streams_text(metadata):
@@ -134,11 +141,11 @@ def _try_once(protocol: Protocol, address: str, model: str, rows: Sequence[str])
     return interface
 
 
-def _try_streams(address: str, model: str, prompts: Sequence[Prompt]) -> int:
+def _try_streams(address: str, model: str, prompts: Sequence[Prompt], key: str | None) -> int:
     """Tokens that came. Only the server knows its tokens: each prompt is asked for one, and the one that it calls the
     longest is asked for its whole answer.
     """
-    connection = Connection("grpc", address, CONTROL_TIMEOUT_S)
+    connection = Connection("grpc", address, CONTROL_TIMEOUT_S, key=key)
     try:
         metadata = connection.metadata(model)
     except RequestError as error:
@@ -148,7 +155,7 @@ def _try_streams(address: str, model: str, prompts: Sequence[Prompt]) -> int:
     if not streams_text(metadata):
         raise _other_kind(model, "a model that does not stream text", "a generator")
     require_generator(metadata, "grpc")
-    streams = StreamConnection(address, CONTROL_TIMEOUT_S * 12)  # the longest answer, and lazy loading
+    streams = StreamConnection(address, CONTROL_TIMEOUT_S * 12, key)  # the longest answer, and lazy loading
     tokens = 0
 
     def ask(prompt: Prompt) -> Stream:

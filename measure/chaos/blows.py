@@ -37,8 +37,11 @@ class Blow:
     @property
     def text(self) -> str:
         back = [one for one in self.back_s if one is not None]
-        shown = f"{len(self.back_s)} times; answering again after: median {median(back):.1f} s, max {max(back):.1f} s"
-        return f"{self.name:<18} {self.note or (shown if back else 'never answering again')}"
+        found = self.note or "never answering again"
+        if back and not self.note:
+            felt = f"median {median(back):.1f} s, max {max(back):.1f} s"
+            found = f"{len(self.back_s)} times; answering again after: {felt}"
+        return f"{self.name:<18} {found}"
 
     @property
     def faults(self) -> list[str]:
@@ -97,8 +100,8 @@ def crowd(service: StruckService, load: SteadyLoad, path: str, fields: dict[str,
             connection.request("POST", path, json.dumps(fields), {"Content-Type": "application/json"})
             answer = connection.getresponse()
             answer.read()
-            later = answer.status == 200 or answer.headers.get("Retry-After")
-            found = str(answer.status) if later else f"{answer.status} without Retry-After"
+            told_when = answer.status not in (429, 503) or answer.headers.get("Retry-After")
+            found = str(answer.status) if told_when else f"{answer.status} without Retry-After"
         except (OSError, http.client.HTTPException, threading.BrokenBarrierError) as error:
             found = f"connection: {type(error).__name__}"
         finally:

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 _METHOD = "/inference.GRPCInferenceService/ModelInfer"
 _WAIT_S = 30.0
 SLOW_S = 1.0  # to refuse what comes whole and at once; the gateway waits longer for what comes in pieces
-_SLOW_CLIENTS = 40
 _SLOW_CLIENT_S = 45.0  # beyond the gateway's own limits, of 10 s for a head and 30 s for a body
 _JSON = b"application/json"
 
@@ -40,12 +39,12 @@ class Fuzzed:
         return [*answered, *([f"{self.slowest} took {self.slowest_s:.1f} s to be refused"] if late else [])]
 
 
-def fuzz(port: int, grpc_address: str, model: str, count: int, chance: random.Random) -> Fuzzed:
+def fuzz(port: int, grpc_address: str, model: str, count: int, chance: random.Random, slow_clients: int = 40) -> Fuzzed:
     """`count` over HTTP, as many over gRPC, and a few clients beside them that never come to an end."""
     import grpc
 
     found = Fuzzed()
-    slow = [threading.Thread(target=_slow_client, args=(port, at, found)) for at in range(_SLOW_CLIENTS)]
+    slow = [threading.Thread(target=_slow_client, args=(port, at, found)) for at in range(slow_clients)]
     for thread in slow:
         thread.start()
     makers = _makers(model, chance)

@@ -15,6 +15,7 @@ _REQUEST_ID = re.compile(r"\[request id: [^\]]*\] ")
 # What Triton's queue and the generator's say when they are full, and when a request has waited too long in them.
 _FULL = ("maximum queue size", "wait already")
 _LATE = ("timeout expired", "deadline")
+_ENDED = "is not healthy"  # what Triton's backend says of a model whose process has ended
 
 
 class Refused(ServingError):
@@ -90,6 +91,8 @@ def upstream_refusal(status: int, said: str) -> Refused:
         return Refused(504, text)
     if own in ("UNAVAILABLE", "CANCELLED") or status == 503:
         return Refused(503, text)
+    if not own and _ENDED in lower:
+        return Refused(503, "the model's process has ended; it starts again")
     if own == "INVALID_ARGUMENT" or (not own and 400 <= status < 500):
         return Refused(status if status in (400, 404) else 400, text)
     return Refused(500, "the model failed; the server log has the cause")

@@ -18,6 +18,7 @@ from runtime.errors import TriremeError
 
 _HIGH_WATER = 256 << 10  # of an answer that is not taken fast enough
 _CONNECT_S = 2.0
+_MOST_IDLE = 64  # kept connections: a crowd that has gone leaves no more of its descriptors
 
 
 class UpstreamGone(TriremeError):
@@ -168,7 +169,7 @@ class Upstream:
             try:
                 yield UpstreamAnswer(connection)
             finally:
-                if connection.reusable:
+                if connection.reusable and len(self._idle) < _MOST_IDLE:
                     connection.take()
                     self._idle.append(connection)
                 else:

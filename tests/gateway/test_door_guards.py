@@ -137,6 +137,7 @@ def test_what_stands_in_no_route_is_not_there(method: str, path: str, status: in
         (upstream_refusal(503, "Request timeout expired"), 504),
         (upstream_refusal(400, "INTERNAL: /home/x/model.py line 3"), 500),
         (upstream_refusal(500, "stack at /opt/x.py"), 500),
+        (upstream_refusal(500, "Failed to process the request(s), message: Stub process 'm_0_0' is not healthy."), 503),
         (upstream_refusal(400, "[request id: abc] text[1] is empty"), 400),
         (ZeroDivisionError("/secret/path.py"), 500),
         (TimeoutError(), 504),

@@ -23,6 +23,7 @@ import yaml
 from tritonclient.utils import InferenceServerException
 
 from builders.spec import DeploymentSpec
+from loadtest.report.record import read_report
 from runtime.channel import connect
 from runtime.errors import BadEnvironment
 from runtime.server.gateway_process import Doorway
@@ -104,6 +105,28 @@ def _taken(client: openai.OpenAI, ask: dict[str, Any]) -> bool:
         return False
 
 
+def _load_goes_through(spec: Path, facts: dict[str, Any]) -> None:
+    """A load test whose requests take the gateway's way, and whose counts are the server's own."""
+    output, key = spec.with_name("load.json"), spec.with_name("key")
+    options = ["-o", output, "--grpc", facts["grpc"], "--metrics", facts["metrics"], "--users", 1, "--warm-up-s", 0]
+    options += ["--gateway-grpc", facts["gateway_grpc"], "--duration-s", 3, "--output-tokens", 4]
+    command = [sys.executable, "-m", "builders", "loadtest", str(spec), *map(str, options)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert "UNAUTHENTICATED" in done.stderr
+    key.write_text(f"{KEY}\n")
+    done = subprocess.run(
+        [*command, "--api-key-file", str(key)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "grpc through the gateway" in done.stdout
+    report = read_report(output)
+    assert report.load.gateway
+    assert report.figures.requests > 0
+    assert report.ledger is not None
+    assert report.ledger.received_tokens == report.ledger.made_tokens > 0
+
+
 def _gone(pid: int) -> bool:
     """A zombie is gone: whose it is now need not wait for it."""
     try:
@@ -120,6 +143,7 @@ def test_a_gateway_lives_beside_its_server_and_outlives_deaths(spec: Path) -> No
         text = client.completions.create(**ask).choices[0].text
         with pytest.raises(openai.AuthenticationError):
             client.with_options(api_key="another").completions.create(**ask)
+        _load_goes_through(spec, facts)
 
         os.kill(facts["gateway_pid"], signal.SIGKILL)  # the next client waits for the next gateway
         assert client.completions.create(**ask).choices[0].text == text
