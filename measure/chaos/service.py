@@ -8,6 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,6 +70,16 @@ class StruckService:
             except psutil.NoSuchProcess:
                 continue
         return [pid for _, pid in sorted(found)]
+
+    def await_ready(self, seconds: float) -> None:
+        """As the gateway says, which is when it is proven again; at most so long."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/readyz", timeout=10):
+                    return
+            except OSError:  # an HTTPError too
+                time.sleep(0.1)
 
     def held(self) -> Held:
         import psutil

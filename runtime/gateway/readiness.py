@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from runtime.told import CLOSED, READY
+
 
 class Readiness:
-    """`told` by the supervisor, line by line: `ready`, or the reason why not. Without one, Triton is asked instead."""
+    """`told` by the supervisor, line by line. Without one, Triton is asked instead.
+
+    `closed`: the server answers, perhaps, but is not proven yet, or was found wrong: no answer of it may be used.
+    """
 
     def __init__(self, supervised: bool) -> None:
         self.supervised = supervised
         self.draining = False
+        self.closed = supervised
         self._reason: str | None = "starting" if supervised else None
 
     def told(self, line: str) -> None:
-        self._reason = None if line == "ready" else line[:200] or "not ready"
+        self.closed = line.startswith(CLOSED)
+        self._reason = None if line == READY else line.removeprefix(CLOSED)[:200] or "not ready"
 
     @property
     def reason(self) -> str | None:

@@ -135,9 +135,11 @@ class ServedVersions:
         connect: Callable[[Place], Triton],
         mirror: Mirror,
         chance: Callable[[], float] = random.random,
+        closed: Callable[[], bool] = lambda: False,
     ) -> None:
+        """`closed`: whether no answer of the main server may be used."""
         self._main = Lane(main, 0, repository)
-        self._connect, self._mirror, self._chance = connect, mirror, chance
+        self._connect, self._mirror, self._chance, self._closed = connect, mirror, chance, closed
         self.traffic = Traffic((self._main,), (1.0,))
         self._setting = asyncio.Lock()
         self._gone: list[Lane] = []  # which get no requests any more
@@ -174,6 +176,8 @@ class ServedVersions:
 
     async def _inferring(self) -> Lane:
         lane = await self._lane()
+        if self._closed() and (lane.place is None or lane.place.ports is None):
+            raise Refused(503, "the model's server starts, and is not proven yet")
         TRIP.get().inferred = True
         return lane
 

@@ -21,6 +21,7 @@ from runtime.exposed import require_keys
 from runtime.server.health import Health
 from runtime.server.launch import LOOPBACK, TritonServer
 from runtime.server.pulse import Pulse
+from runtime.told import CLOSED, READY
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 10.0
 _SETTLED_S = 60.0  # one that has run so long did not fail at its start
@@ -202,7 +203,7 @@ class GatewayProcess:
         elif self._pulse.felt:
             self._health.door(None)
             self._follow_files(now)
-        self._tell("ready" if (reason := self._health.ready()) is None else reason.partition("\n")[0])
+        self._tell_state()
 
     def _start(self, now: float) -> None:
         ports = self._server.ports
@@ -222,6 +223,11 @@ class GatewayProcess:
         assert self._process.stdin is not None
         os.set_blocking(self._process.stdin.fileno(), False)  # one that hangs must not hold up the supervisor
         self._began, self._told = now, None
+
+    def _tell_state(self) -> None:
+        reason = self._health.ready()
+        word = READY if reason is None else reason.partition("\n")[0]
+        self._tell(f"{CLOSED}{word}" if self._health.closed() else word)
 
     def _tell(self, word: str) -> None:
         if word == self._told or self._process is None or self._process.stdin is None:
@@ -251,7 +257,7 @@ class GatewayProcess:
     def stop(self) -> None:
         """Not ready, until nobody sends it more; no new connections; what is running may end; then it is gone."""
         if self._process is not None and self._process.poll() is None:
-            self._tell("draining")
+            self._tell_state()
             time.sleep(self._doorway.withdraw_s)
         self._listener.close()
         if self._grpc is not None:

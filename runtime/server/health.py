@@ -63,6 +63,11 @@ class Health:
                 return None
             return self._failure.reason if self._failure else "no inference has succeeded lately"
 
+    def closed(self) -> bool:
+        """Whether no answer of the server may be used: it starts, and is not proven yet, or was found wrong."""
+        with self._lock:
+            return self._served == float("-inf") or (self._failure is not None and self._failure.wrong)
+
     def door(self, reason: str | None) -> None:
         """Why the gateway before the server does not answer; None when it does."""
         with self._lock:

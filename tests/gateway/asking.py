@@ -137,11 +137,13 @@ def door_of(
 
 def doors_of(
     triton: FakeTriton, limits: DoorLimits | None = None, keys: Keys | None = None, log: Path | None = None,
-    repository: Path | None = None, beside: Mapping[int, FakeTriton] = MappingProxyType({}), **files: Any,
+    repository: Path | None = None, beside: Mapping[int, FakeTriton] = MappingProxyType({}),
+    readiness: Readiness | None = None, **files: Any,
 ) -> Doors:  # fmt: skip
-    """`beside`: further servers by their port."""
+    """`beside`: further servers by their port; `readiness`: a supervisor's word, by default there is none."""
     return make_doors(
-        triton, limits or DoorLimits(), keys, Readiness(supervised=False), DoorFiles(repository, log, **files),
+        triton, limits or DoorLimits(), keys, readiness or Readiness(supervised=False),
+        DoorFiles(repository, log, **files),
         lambda place: beside[place.ports[0] if place.ports else 0],
     )  # fmt: skip
 

@@ -17,10 +17,11 @@ from runtime.gateway.bodies import require_shallow
 from runtime.gateway.guards import Guards
 from runtime.gateway.keys import Keys
 from runtime.gateway.limits import DoorLimits
+from runtime.gateway.readiness import Readiness
 from runtime.gateway.refused import Refused, upstream_refusal
 from runtime.gateway.trip import TRIP
 from runtime.gateway.upstream import UpstreamGone
-from tests.gateway.asking import FakeTriton, Got, door_of, get, post
+from tests.gateway.asking import FakeTriton, Got, door_of, doors_of, get, post
 
 TEXT = {"model": "m", "input": "a"}
 PROMPT: dict[str, Any] = {"model": "m", "prompt": "a"}
@@ -151,6 +152,24 @@ def test_errors_of_the_model_are_statuses_without_paths(error: Exception, status
     assert "abc" not in _error(got)["message"]
     assert ("retry-after" in got.headers) == (status in (429, 503))
     assert triton.forgotten == isinstance(error, UpstreamGone)
+
+
+def test_a_server_that_is_not_proven_is_asked_nothing() -> None:
+    """It may answer before its proof is run; what does not serve just now for other reasons is asked all the same."""
+    triton, readiness = FakeTriton(), Readiness(supervised=True)
+    door = doors_of(triton, readiness=readiness).http
+    for word, status in (
+        ("", 503), ("closed: restarting: Triton was killed", 503), ("ready", 200), ("no inference succeeded", 200),
+        ("draining", 200), ("closed: its numbers are wrong", 503),
+    ):  # fmt: skip
+        if word:
+            readiness.told(word)
+        asked = len(triton.asked)
+        got = post(door, "/v1/embeddings", TEXT)
+        assert got.status == status, word
+        assert ("retry-after" in got.headers) == (status == 503)
+        assert (len(triton.asked) > asked) == (status == 200)
+        assert get(door, "/readyz").status == (200 if word == "ready" else 503)
 
 
 def test_the_log_and_the_metrics_hold_no_prompt(tmp_path: Path) -> None:

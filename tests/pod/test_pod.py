@@ -184,8 +184,10 @@ def test_health_follows_the_probes() -> None:
     now = [0.0]
     health = Health(clock=lambda: now[0])
     assert health.ready() == "starting"
+    assert health.closed()  # nothing of it is proven yet
     health.observed(None)
     assert health.ready() is None
+    assert not health.closed()
     for _ in range(20):
         now[0] += READY_WITHIN_S - 1
         health.observed(Failure("queue is full", busy=True, moving=True))
@@ -198,9 +200,11 @@ def test_health_follows_the_probes() -> None:
     assert health.ready() is None  # one failure may pass
     now[0] += READY_WITHIN_S + 1
     assert health.ready() == "stub is dead"
+    assert not health.closed()  # what it still answers is right
     health.observed(None)
     health.restarting("Triton was killed by SIGKILL")
     assert health.ready() == "restarting: Triton was killed by SIGKILL"
+    assert health.closed()
     assert health.live() is None
     now[0] += LIVE_WITHIN_S - 1
     health.turned()
