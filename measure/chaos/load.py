@@ -11,9 +11,11 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from builders.errors import MachineError
 from builders.judging import corpus
 
 ASK_S = 120.0
+_TEXTS = 32
 _TOKENS = 24  # of a stream
 _SAME = 0.98  # of two vectors of one text: batches of other sizes differ a little
 _AFTER_FAILURE_S = 0.05
@@ -40,10 +42,27 @@ class SteadyLoad(ABC):
         """What became of one request."""
 
     def start(self, users: int) -> None:
-        texts = corpus.texts(None, 32)
+        texts = corpus.texts(None, _TEXTS)
         self._threads = [threading.Thread(target=self._user, args=(texts[at::users],)) for at in range(users)]
         for thread in self._threads:
             thread.start()
+
+    @property
+    @abstractmethod
+    def known(self) -> int:
+        """Texts whose answer is known."""
+
+    def await_known(self, seconds: float) -> None:
+        """Until each text was answered once, so that what is known came from an untouched service. Raises MachineError
+        where that takes longer."""
+        end = time.monotonic() + seconds
+        while self.known < _TEXTS:
+            if time.monotonic() > end:
+                raise MachineError(
+                    "the load", got=f"answers to {self.known} of {_TEXTS} texts in {seconds:.0f} s", expected="all",
+                    fix="run on a machine with less else to do",
+                )  # fmt: skip
+            time.sleep(0.1)
 
     def stop(self) -> None:
         self._stopped.set()
@@ -78,6 +97,10 @@ class SteadyLoad(ABC):
 class EmbeddingLoad(SteadyLoad):
     _first: dict[str, list[float]] = field(default_factory=dict)
 
+    @property
+    def known(self) -> int:
+        return len(self._first)
+
     def ask(self, connection: http.client.HTTPConnection, text: str) -> str:
         answer = _posted(connection, "/v1/embeddings", {"model": self.model, "input": text})
         body = answer.read()
@@ -94,6 +117,10 @@ class CompletionLoad(SteadyLoad):
     last event was lost; whatever text came must be the beginning of the first answer to the same prompt."""
 
     _first: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def known(self) -> int:
+        return len(self._first)
 
     def ask(self, connection: http.client.HTTPConnection, text: str) -> str:
         fields = {"model": self.model, "prompt": text[:60], "max_tokens": _TOKENS, "temperature": 0, "stream": True}
