@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from runtime.gateway.exchange import together
 from runtime.gateway.refused import Refused
 from runtime.gateway.triton import Blob, Facts, Triton, pack_texts
 
+_PLACE = re.compile(r"^text\[(\d+)\]")
 _AT_ONCE = 4  # batches of one request
 Arrays = dict[str, NDArray[Any]]
 READ = ("token_count", "truncated")  # what an encoder tells of how it read each row
@@ -33,13 +35,22 @@ async def encoded(
         rows = {name: [_bytes(text) for text in texts[at : at + size]] for name, texts in columns.items()}
         inputs = [Blob(name, "BYTES", (len(texts), 1), pack_texts(texts)) for name, texts in rows.items()]
         async with gate:
-            found = await triton.infer(inputs, outputs, request_id, parameters)
+            try:
+                found = await triton.infer(inputs, outputs, request_id, parameters)
+            except Refused as refused:
+                raise _of_all(refused, at) from None
         return {name: found[name].array() for name in outputs}
 
     if count <= size:
         return await batch(0)
     parts = await together([batch(at) for at in range(0, count, size)])
     return {name: np.concatenate([part[name] for part in parts]) for name in outputs}
+
+
+def _of_all(refused: Refused, before: int) -> Refused:
+    """A model numbers the texts of a batch; their sender those of a request."""
+    refused.message = _PLACE.sub(lambda found: f"text[{int(found[1]) + before}]", refused.message)
+    return refused
 
 
 def _bytes(item: str | bytes) -> bytes:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.errors import BadEnvironment
+from runtime.gateway.call_forms import CallForm, form_of
 from runtime.gateway.refused import Refused
 from runtime.settings import ChatSettings, GeneratorModelSettings
 
@@ -37,15 +38,28 @@ class ChatTemplate:
         except TemplateError as error:
             raise BadEnvironment(f"the chat template cannot be read: {error}") from error
         self._tokens, self._characters = settings.special_tokens, characters
+        self._form = form_of(self.render) if self._shows_tools else None
 
-    def render(self, messages: Sequence[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> str:
-        """With the beginning of the answer. Raises Refused for chats that the template does not take."""
+    def call_form(self, *, chosen: bool) -> CallForm:
+        """How the model calls tools. Where that is not known, calls that must come are JSON alone; Raises Refused for
+        those that the model is to have `chosen`."""
+        if chosen and self._shows_tools and self._form is None:
+            raise Refused(
+                400, "tool_choice auto: the model's chat template writes calls in a form that is not read here; send "
+                "required, one function's name, or none", param="tool_choice", code="unsupported_parameter",
+            )  # fmt: skip
+        return self._form or CallForm()  # `render` refuses tools that it does not show
+
+    def render(
+        self, messages: Sequence[dict[str, Any]], tools: list[dict[str, Any]] | None = None, answering: bool = True
+    ) -> str:
+        """`answering`: with the beginning of the answer. Raises Refused for chats that the template does not take."""
         if tools and not self._shows_tools:
             raise Refused(400, "the model's chat template does not show tools", param="tools")
         pieces, size, end = [], 0, time.monotonic() + _SECONDS
         try:
             for piece in self._template.generate(
-                messages=list(messages), add_generation_prompt=True, tools=tools, documents=None, **self._tokens
+                messages=list(messages), add_generation_prompt=answering, tools=tools, documents=None, **self._tokens
             ):
                 size += len(piece)
                 if size > self._characters or time.monotonic() > end:

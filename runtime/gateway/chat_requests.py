@@ -10,7 +10,7 @@ from msgspec import Meta
 
 from runtime.gateway.openai_requests import Count, Name, Sampled, TopCount
 from runtime.gateway.refused import Refused
-from runtime.generation.guides import SCHEMA_BYTES
+from runtime.generation.marked import SCHEMA_BYTES
 
 _ANY_OBJECT = '{"type": "object"}'
 
@@ -171,21 +171,26 @@ class ChatRequest(Sampled, kw_only=True):
             raise Refused(400, "top_logprobs needs logprobs: true", param="top_logprobs")
         return {"return_log_probs": True, "top_log_probs": self.top_logprobs or 0} if self.logprobs else {}
 
+    @property
+    def may_call(self) -> bool:
+        """Whether the model chooses between a text and calls."""
+        return self.tool_choice in (None, "auto")
+
+    @property
+    def several(self) -> bool:
+        """Whether one answer may hold several calls; one that is named is called once."""
+        return self.parallel_tool_calls is not False and not isinstance(self.tool_choice, NamedTool)
+
     def callable_tools(self) -> list[Tool]:
-        """Those that the answer must call one of; none where it is to be a text. Raises Refused."""
+        """Those that the answer may call, or must; none where it is to be a text. Raises Refused."""
         choice, tools = self.tool_choice, self.tools or []
         if choice == "none" or (not tools and choice in (None, "auto")):
             return []
         if not tools:
             raise Refused(400, "tool_choice needs tools", param="tool_choice")
-        if choice in (None, "auto"):
-            raise Refused(
-                400, "tool_choice auto is not built here: each checkpoint writes calls in a form of its own; send "
-                "required, one function's name, or none", param="tool_choice", code="unsupported_parameter",
-            )  # fmt: skip
         if len({tool.function.name for tool in tools}) < len(tools):
             raise Refused(400, "tools: two have the same name", param="tools")
-        if choice == "required":
+        if self.may_call or choice == "required":
             return tools
         assert isinstance(choice, NamedTool)
         named = [tool for tool in tools if tool.function.name == choice.function.name]

@@ -9,6 +9,7 @@ from typing import Any
 
 import orjson
 
+from runtime.gateway.call_forms import CallForm
 from runtime.gateway.tools import CallText
 
 Fields = dict[str, Any]
@@ -16,14 +17,16 @@ Fields = dict[str, Any]
 
 @dataclass(frozen=True)
 class Shape:
-    """How a completion differs from a chat. `told`: log-probabilities are wanted; `calls`: the answer calls a tool."""
+    """How a completion differs from a chat. `told`: log-probabilities are wanted; `calls`: the form in which the answer
+    may call tools, or must."""
 
     chat: bool
     id: str
     model: str
     created: int
     told: bool = False
-    calls: bool = False
+    calls: CallForm | None = None
+    must: bool = False
 
     def envelope(self, choices: list[Fields], stream: bool, **more: Any) -> Fields:
         kind = ("chat.completion.chunk" if stream else "chat.completion") if self.chat else "text_completion"
@@ -54,8 +57,9 @@ class AnswerChoice:
     def __init__(self, shape: Shape, prompt: AskedPrompt, index: int) -> None:
         self._shape, self._prompt, self.index = shape, prompt, index
         self._scores = _ChatScores() if shape.chat else CompletionScores()
-        self._call = CallText() if shape.calls else None
-        self._began = self._named = False
+        self._call = None if shape.calls is None else CallText(shape.calls, must=shape.must)
+        self._called = 0  # calls that have begun
+        self._began = False
         self._texts: list[str] = []
         self._told: list[Fields] = []
         self.last: Fields = {}
@@ -63,7 +67,7 @@ class AnswerChoice:
     @property
     def form(self) -> str:
         """The field of a request that holds the answer to a schema."""
-        return "tools" if self._shape.calls else "response_format"
+        return "response_format" if self._shape.calls is None else "tools"
 
     def whole(self) -> Fields:
         """Of what `add` has taken."""
@@ -73,10 +77,18 @@ class AnswerChoice:
             return {**told, "finish_reason": finish, "text": text}
         message: Fields = {"role": "assistant", "content": text, "refusal": None}
         if self._call is not None:
-            arguments = self._call.add(text) + self._call.end(finish)
-            message["content"] = None
-            if self._call.name is not None:
-                message["tool_calls"] = [self._called(self._call.name, arguments)]
+            parts = [*self._call.add(text), *self._call.end()]
+            message["content"] = "".join(part.text for part in parts if part.kind == "text")
+            calls: list[Fields] = []
+            for part in parts:
+                if part.kind == "call":
+                    calls.append(self._new_call(part.text))
+                elif part.kind == "arguments":
+                    calls[-1]["function"]["arguments"] += part.text
+            if calls:
+                message["tool_calls"] = calls
+            if (calls or self._shape.must) and not message["content"]:
+                message["content"] = None
         return {**told, "finish_reason": self._finish(finish), "message": message}
 
     def add(self, piece: Fields) -> None:
@@ -93,7 +105,7 @@ class AnswerChoice:
         if not self._shape.chat:
             told = {"index": self.index, "finish_reason": finish, "logprobs": details}
             return [{**told, "text": text}] if text or finish or details else []
-        found = [] if began else [{"role": "assistant", "content": None if self._shape.calls else ""}]
+        found = [] if began else [{"role": "assistant", "content": None if self._shape.must else ""}]
         if self._call is not None:
             found += self._call_deltas(text, finish)
         elif text or details:
@@ -129,21 +141,24 @@ class AnswerChoice:
     def _call_deltas(self, text: str, finish: str | None) -> list[Fields]:
         call = self._call
         assert call is not None
-        arguments = call.add(text) + (call.end(finish) if finish else "")
         found: list[Fields] = []
-        if call.name is not None and not self._named:
-            self._named = True
-            found.append({"tool_calls": [{"index": 0, **self._called(call.name, "")}]})
-        if arguments:
-            found.append({"tool_calls": [{"index": 0, "function": {"arguments": arguments}}]})
+        for part in (*call.add(text), *(call.end() if finish else ())):
+            if part.kind == "text":
+                found.append({"content": part.text})
+            elif part.kind == "call":
+                found.append({"tool_calls": [{"index": self._called, **self._new_call(part.text)}]})
+            elif part.kind == "arguments":
+                told = {"index": self._called - 1, "function": {"arguments": part.text}}
+                found.append({"tool_calls": [told]})
         return found
 
-    def _called(self, name: str, arguments: str) -> Fields:
-        id_ = f"call_{self._shape.id.rpartition('-')[2]}_{self.index}"
-        return {"id": id_, "type": "function", "function": {"name": name, "arguments": arguments}}
+    def _new_call(self, name: str) -> Fields:
+        id_ = f"call_{self._shape.id.rpartition('-')[2]}_{self.index}_{self._called}"
+        self._called += 1
+        return {"id": id_, "type": "function", "function": {"name": name, "arguments": ""}}
 
     def _finish(self, finish: str) -> str:
-        return "tool_calls" if self._shape.calls and finish == "stop" else finish
+        return "tool_calls" if self._called and finish == "stop" else finish
 
 
 class CompletionScores:

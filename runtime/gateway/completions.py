@@ -11,6 +11,7 @@ import msgspec
 import orjson
 
 from runtime.gateway.bodies import read_json
+from runtime.gateway.call_forms import CallForm
 from runtime.gateway.chat import ChatTemplates
 from runtime.gateway.chat_requests import ChatRequest, Tool
 from runtime.gateway.choices import AnswerChoice, AskedPrompt, Fields, Shape
@@ -58,13 +59,14 @@ class Completions:
         if len(asked.messages) > self._limits.items:
             raise Refused(400, f"messages: at most {self._limits.items} are taken", param="messages")
         tools = asked.callable_tools()
-        guide = _guide(asked, tools)
         template = self._templates.of(await self._require_generator())
+        form = template.call_form(chosen=asked.may_call) if tools else None
+        guide = _guide(asked, tools, form)
         shown = [tool.rendered() for tool in asked.tools or ()] if tools else None
         text = template.render([message.rendered() for message in asked.messages], shown)
         # The template writes the special tokens itself: a tokenizer that adds its own would begin the text twice.
         given = {"text_input": text, "add_special_tokens": False, **fields, **guide}
-        shape = self._shape(exchange, chat=True, told=bool(asked.logprobs), calls=bool(tools))
+        shape = self._shape(exchange, chat=True, told=bool(asked.logprobs), calls=form, must=not asked.may_call)
         await self._answer(exchange, asked, [given], [AskedPrompt()], shape)
 
     async def _require_generator(self) -> int:
@@ -74,9 +76,11 @@ class Completions:
             raise Refused(400, f"{self._triton.model} does not generate text", param="model")
         return facts.version
 
-    def _shape(self, exchange: Exchange, *, chat: bool, told: bool, calls: bool = False) -> Shape:
+    def _shape(
+        self, exchange: Exchange, *, chat: bool, told: bool, calls: CallForm | None = None, must: bool = False
+    ) -> Shape:
         id_ = f"{'chatcmpl' if chat else 'cmpl'}-{exchange.id}"
-        return Shape(chat, id_, self._triton.model, int(time.time()), told, calls)
+        return Shape(chat, id_, self._triton.model, int(time.time()), told, calls, must and calls is not None)
 
     async def _answer(
         self, exchange: Exchange, asked: Sampled, inputs: list[Fields], prompts: list[AskedPrompt], shape: Shape
@@ -170,21 +174,23 @@ def _unmade(fields: Fields) -> bool:
     return fields.get("max_tokens") == 0
 
 
-def _guide(asked: ChatRequest, tools: Sequence[Tool]) -> Fields:
+def _guide(asked: ChatRequest, tools: Sequence[Tool], form: CallForm | None) -> Fields:
     """Inputs of the generator that hold an answer to a schema. Raises Refused for what would not go together."""
     guide = None if asked.response_format is None else asked.response_format.guide()
-    if tools:
+    kind = "json_schema"
+    if form is not None:
         if guide is not None:
-            raise Refused(400, "response_format: the answer is to be a call of a tool", param="response_format")
+            raise Refused(400, "response_format: the answer may be a call of a tool", param="response_format")
         if asked.logprobs:
             raise Refused(400, "logprobs of a call of a tool are not built here", param="logprobs")
-        guide = call_schema(tools)
+        kind = "marked_json"
+        guide = form.guide(call_schema(tools, form), several=asked.several, must=not asked.may_call)
     if guide is None:
         return {}
     for name in ("stop", "stop_token_ids", "min_tokens"):
         if getattr(asked, name):
             raise Refused(400, f"{name}: it would cut the JSON that the answer is to be; leave it out", param=name)
-    return {f"{_GUIDE}_type": "json_schema", _GUIDE: guide}
+    return {f"{_GUIDE}_type": kind, _GUIDE: guide}
 
 
 def _usage(choices: Sequence[AnswerChoice], count: int) -> Fields:

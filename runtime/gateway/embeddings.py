@@ -9,7 +9,7 @@ import msgspec
 import orjson
 from numpy.typing import NDArray
 
-from runtime.gateway.batches import encoded
+from runtime.gateway.batches import encoded, require_texts
 from runtime.gateway.bodies import read_json
 from runtime.gateway.exchange import Exchange
 from runtime.gateway.limits import DoorLimits
@@ -30,6 +30,8 @@ class Embeddings:
         require_model(asked.model, self._triton.model)
         asked.require_built()
         rows = _rows(asked, self._limits.items)
+        if isinstance(rows[0], str):
+            require_texts([row for row in rows if isinstance(row, str)], "input", self._limits.items)
         facts = await self._triton.facts()
         if not facts.embeds or "text" not in facts.inputs:
             raise Refused(400, f"{self._triton.model} does not embed texts", param="model")

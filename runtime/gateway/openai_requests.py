@@ -22,7 +22,7 @@ Bias = Annotated[float, Meta(ge=-100, le=100)]
 Token = Annotated[int, Meta(ge=0, lt=1 << 31)]
 Word = Annotated[str, Meta(max_length=256)]
 # Values that ask for nothing, by field.
-_NOTHING: dict[str, tuple[Any, ...]] = {
+NOTHING: dict[str, tuple[Any, ...]] = {
     "suffix": ("",), "functions": ([],), "function_call": ("none",), "modalities": (["text"],), "audio": (),
     "prediction": (), "reasoning_effort": (), "web_search_options": (),
     "service_tier": ("auto", "default"), "store": (False,), "metadata": ({},), "verbosity": (),
@@ -34,13 +34,13 @@ class Closed(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
         """Raises Refused that names the first field that asks for what is not built."""
         for name in self.__struct_fields__:
             value = getattr(self, name)
-            if name in _NOTHING and value is not None and not _nothing(name, value):
+            if name in NOTHING and value is not None and not _nothing(name, value):
                 raise Refused(400, f"{name} is not built here; leave it out", param=name, code="unsupported_parameter")
 
 
 def _nothing(name: str, value: Any) -> bool:
     """`0 == False` in Python, but `store: 0` is no answer to whether."""
-    return any(value == one and type(value) is type(one) for one in _NOTHING[name])
+    return any(value == one and type(value) is type(one) for one in NOTHING[name])
 
 
 class EmbeddingRequest(Closed, kw_only=True):

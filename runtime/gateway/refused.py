@@ -11,7 +11,7 @@ from runtime.generation.interface import split_status
 
 RETRY_S = 1
 _OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
-_REQUEST_ID = re.compile(r"\[request id: [^\]]*\] ")
+_AROUND = re.compile(r"\[request id: [^\]]*\] |^in ensemble '[^']*', ")  # whose parts are nobody's business
 # What Triton's queue and the generator's say when they are full, and when a request has waited too long in them.
 _FULL = ("maximum queue size", "wait already")
 _LATE = ("timeout expired", "deadline")
@@ -82,7 +82,7 @@ def require_model(asked: str, served: str) -> None:
 def upstream_refusal(status: int, said: str) -> Refused:
     """Of an error that Triton or a model sent. Triton 2.51 gives 400 for whatever a decoupled model sends, so the
     generator's own status, at the beginning of its text, goes before."""
-    own, text = split_status(_REQUEST_ID.sub("", said))
+    own, text = split_status(_AROUND.sub("", said))
     text = text[:500] or "no reason was given"
     lower = text.lower()
     if any(word in lower for word in _FULL):

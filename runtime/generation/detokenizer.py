@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Protocol
 
 from runtime.generation.stops import StopSearch
@@ -32,9 +33,16 @@ class Detokenizer:
     their decoder unsays good characters when bad bytes follow.
     """
 
-    def __init__(self, decoder: Decoder, stop: Sequence[str] = (), prompt: Sequence[int] = ()) -> None:
-        """`prompt`: what the output continues, where it continues anything; an encoder-decoder's does not."""
-        self._decoder = decoder
+    def __init__(
+        self,
+        decoder: Decoder,
+        stop: Sequence[str] = (),
+        prompt: Sequence[int] = (),
+        shown: Mapping[int, str] = MappingProxyType({}),
+    ) -> None:
+        """`prompt`: what the output continues, where it continues anything; an encoder-decoder's does not. `shown`:
+        texts of tokens that the decoder would leave out."""
+        self._decoder, self._shown = decoder, shown
         self._name = getattr(decoder, "id_to_token", lambda token: None)
         self._stops = StopSearch(stop) if stop else None
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
@@ -71,6 +79,10 @@ class Detokenizer:
         return text if stopped else text + self._stops.end()
 
     def _decode(self, token: int) -> str:
+        if token in self._shown:
+            rest = self._end_bytes() + self._rest()
+            self._anchor([])
+            return rest + self._new(self._shown[token])
         byte = self._byte(token)
         if byte is None:
             if self._unfinished and self._special(token):

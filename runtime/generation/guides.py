@@ -1,4 +1,5 @@
-"""Outputs that are JSON of a schema: which tokens may come next. On llguidance, which is loaded when somebody asks.
+"""Outputs that are JSON of a schema, or a text in which it may stand: which tokens may come next. On llguidance, which
+is loaded when somebody asks.
 
 A schema is compiled once, by a thread of its own and within a time, into a matcher that sequences copy. Between their
 tokens stand the blanks that `json.dumps` writes, and no others: a model that is free to write blanks may never end.
@@ -7,22 +8,21 @@ What a schema may cost is bounded by llguidance's own limits, while it is compil
 
 from __future__ import annotations
 
-import json
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import BadRequest, Unavailable
+from runtime.generation.marked import MarkedJson, added_tokens, plain_object
 from runtime.generation.request import SamplingParams
 
-SCHEMA_BYTES = 64 << 10
-_DEPTH = 64  # of nested JSON; llguidance recurses
 _KEPT = 32  # compiled schemas
 _KEPT_BYTES = 512 << 10  # of their texts
 _FORM: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "lenient": False}
@@ -36,13 +36,14 @@ _LIMITS: Any = {
 class Guide:
     """Of one sequence. Not thread-safe: the sequence's alone."""
 
-    def __init__(self, matcher: Any, vocabulary: int) -> None:
-        self._matcher = matcher
+    def __init__(self, matcher: Any, vocabulary: int, shown: Mapping[int, str] = MappingProxyType({})) -> None:
+        """`shown`: tokens without a text of their own, and the text that is to stand for them in the output."""
+        self._matcher, self.shown = matcher, shown
         self._mask = np.zeros(-(-vocabulary // 32), np.int32)
         self._vocabulary = vocabulary
 
     def copy(self) -> Guide:
-        return Guide(self._matcher.deep_copy(), self._vocabulary)
+        return Guide(self._matcher.deep_copy(), self._vocabulary, self.shown)
 
     def bar(self, logits: NDArray[np.float32]) -> None:
         """Makes what may not come next impossible, in place; [vocabulary]. The end of the text may come where the
@@ -80,25 +81,26 @@ class GuideMaker:
         self._seconds = seconds
         self._tokenizer, self._vocabulary, self._end_ids = tokenizer, vocabulary, list(end_ids)
         self._lock = threading.Lock()
-        self._made: OrderedDict[str, Guide] = OrderedDict()
+        self._made: OrderedDict[str | MarkedJson, Guide] = OrderedDict()
         self._worker: ThreadPoolExecutor | None = None
         self._last: Future[Guide] | None = None
         self._known: Any = None
 
-    def guide(self, schema: str) -> Guide:
+    def guide(self, schema: str | MarkedJson) -> Guide:
         """For one sequence. Raises BadRequest for what is no schema, or one that is not built or costs too much, and
         Unavailable while a schema is being compiled that has used its time up."""
         with self._lock:
             made = self._made.get(schema)
             if made is None:
                 made = self._made[schema] = self._compiled(schema)
-                while len(self._made) > _KEPT or (len(self._made) > 1 and sum(map(len, self._made)) > _KEPT_BYTES):
+                while len(self._made) > _KEPT or (len(self._made) > 1 and sum(map(_size, self._made)) > _KEPT_BYTES):
                     self._made.popitem(last=False)
             self._made.move_to_end(schema)
             return made.copy()
 
-    def _compiled(self, schema: str) -> Guide:
-        _require_plain(schema)
+    def _compiled(self, schema: str | MarkedJson) -> Guide:
+        if "x-guidance" in plain_object(_text(schema)):
+            raise BadRequest("guided_decoding_guide: x-guidance is not taken; leave it out")
         if self._last is not None and not self._last.done():
             raise Unavailable("another schema is being compiled; try again later")
         if self._worker is None:
@@ -110,20 +112,25 @@ class GuideMaker:
             said = f"guided_decoding_guide takes more than {self._seconds:g} s to compile; simplify it"
             raise BadRequest(said) from None
 
-    def _compile(self, schema: str) -> Guide:
+    def _compile(self, schema: str | MarkedJson) -> Guide:
         from llguidance import LLMatcher, LLParserLimits
 
         if self._known is None:
             self._known = self._tokens()
-        try:
-            grammar = LLMatcher.grammar_from_json_schema(schema, overrides=_FORM)
-        except ValueError as error:
-            raise _refused(str(error)) from error
+        shown: dict[int, str] = {}
+        if isinstance(schema, str):
+            try:
+                grammar = LLMatcher.grammar_from_json_schema(schema, overrides=_FORM)
+            except ValueError as error:
+                raise _refused(str(error)) from error
+        else:
+            added = added_tokens(self._tokenizer.read_text("utf-8"), self._end_ids)
+            grammar, shown = schema.grammar(_FORM, added), schema.hidden(added)
         limits = LLParserLimits(**_LIMITS)
         matcher = LLMatcher(self._known, grammar, log_level=0, limits=limits)
         if matcher.is_error():
             raise _refused(matcher.get_error())
-        guide = Guide(matcher, self._vocabulary)
+        guide = Guide(matcher, self._vocabulary, shown)
         guide.bar(np.zeros(self._vocabulary, np.float32))  # the first token's cost is known now
         return guide
 
@@ -145,25 +152,12 @@ class GuideMaker:
             ) from error
 
 
-def _require_plain(schema: str) -> None:
-    """Raises BadRequest for what is not a JSON object of a size and depth that are looked at."""
-    size = len(schema.encode())
-    if size > SCHEMA_BYTES:
-        raise BadRequest(f"guided_decoding_guide has {size} bytes; at most {SCHEMA_BYTES} are taken")
-    try:
-        value = json.loads(schema)
-    except (ValueError, RecursionError) as error:
-        raise BadRequest(f"guided_decoding_guide is not JSON: {_brief(error)}") from error
-    if not isinstance(value, dict):
-        raise BadRequest("guided_decoding_guide is not a JSON object; send a schema")
-    level: list[Any] = [value]
-    for _ in range(_DEPTH):
-        inside = [item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list)]
-        level = [one for items in inside for one in items]
-    if level:
-        raise BadRequest(f"guided_decoding_guide is nested deeper than {_DEPTH}")
-    if "x-guidance" in value:
-        raise BadRequest("guided_decoding_guide: x-guidance is not taken; leave it out")
+def _text(schema: str | MarkedJson) -> str:
+    return schema if isinstance(schema, str) else schema.schema
+
+
+def _size(schema: str | MarkedJson) -> int:
+    return len(_text(schema))
 
 
 def _refused(said: str) -> BadRequest:

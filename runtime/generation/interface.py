@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import BadRequest
+from runtime.generation.marked import MarkedJson
 from runtime.generation.request import SamplingParams, Tokens
 
 
@@ -105,7 +106,8 @@ PROBE_ID_VARIABLE = "TRIREME_PROBE_ID"
 STATUSES = frozenset({"INVALID_ARGUMENT", "UNAVAILABLE", "DEADLINE_EXCEEDED", "INTERNAL", "CANCELLED"})
 # Triton's own fields and, as some clients have it, the model's name: over HTTP they arrive as parameters. Of these only
 # `timeout` is left to do. The last is the gateway's, which takes it from nobody.
-_GUIDES = ("json", "json_schema")
+_KIND, _MARKED = "guided_decoding_guide_type", "marked_json"
+_GUIDES = ("json", "json_schema", _MARKED)
 _TRITONS = frozenset({"id", "priority", "timeout", "sequence_id", "sequence_start", "sequence_end", "model"})
 CACHE_SALT = "cache_salt"
 _SALT_CHARACTERS = 128
@@ -129,7 +131,7 @@ class Asked:
     special_tokens: bool = True
     echo: bool = False
     timeout_s: float | None = None
-    schema: str | None = None
+    schema: str | MarkedJson | None = None
     details: bool = False
 
 
@@ -210,17 +212,24 @@ def _biases(given: Mapping[str, NDArray[Any]]) -> tuple[tuple[int, float], ...]:
     return tuple(zip(ids, values, strict=True))
 
 
-def _schema(given: Mapping[str, NDArray[Any]]) -> str | None:
-    """Of guided decoding, by the names of TensorRT-LLM's models: any JSON, or that of a schema."""
-    kind, guide = (
-        _text(given[name], name)[0] if name in given else ""
-        for name in ("guided_decoding_guide_type", "guided_decoding_guide")
-    )
+def _schema(given: Mapping[str, NDArray[Any]]) -> str | MarkedJson | None:
+    """Of guided decoding, by the names of TensorRT-LLM's models: any JSON, or that of a schema. A text that may become
+    such is more."""
+    kind = _first(given, _KIND)
+    guide = _first(given, "guided_decoding_guide")
     if kind not in ("", *_GUIDES):
-        raise BadRequest(f"guided_decoding_guide_type is {kind[:40]!r}; built here are {' and '.join(_GUIDES)}")
-    if bool(guide) != (kind == "json_schema"):
-        raise BadRequest("guided_decoding_guide is the schema of guided_decoding_guide_type json_schema; send both")
+        raise BadRequest(f"guided_decoding_guide_type is {kind[:40]!r}; built here are {', '.join(_GUIDES)}")
+    if bool(guide) != (kind in ("json_schema", _MARKED)):
+        raise BadRequest(
+            "guided_decoding_guide is the schema of guided_decoding_guide_type json_schema or marked_json; send both"
+        )
+    if kind == _MARKED:
+        return MarkedJson.read(guide)
     return "{}" if kind == "json" else guide or None
+
+
+def _first(given: Mapping[str, NDArray[Any]], name: str) -> str:
+    return _text(given[name], name)[0] if name in given else ""
 
 
 def _timeout(microseconds: Any) -> float | None:

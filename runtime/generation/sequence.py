@@ -43,7 +43,8 @@ class TokenSequence:
             guide.require_alone(request.params, limits.possible_end_ids)
         start = limits.decoder_start_id
         continued = request.prompt.tolist() if start is None else ()
-        detokenizer = None if decoder is None else Detokenizer(decoder, request.params.stop, continued)
+        shown = {} if guide is None else guide.shown
+        detokenizer = None if decoder is None else Detokenizer(decoder, request.params.stop, continued, shown)
         prompt = request.prompt if start is None else np.array([start], np.int64)
         buffer = np.zeros(len(prompt) + room, np.int64)
         buffer[: len(prompt)] = prompt

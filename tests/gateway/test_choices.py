@@ -62,7 +62,7 @@ class Telling(FakeTriton):
         yield {"text_output": "", "finish_reason": self.finish, **told, **counts}
 
 
-def _repository(folder: Path, template: str) -> Path:
+def save_repository(folder: Path, template: str) -> Path:
     settings = GeneratorModelSettings(
         files={}, threads=1, executor="openvino", capacities=(64,), slots=1, max_length=64, end_ids=(),
         chat=ChatSettings(template=template, special_tokens={}),
@@ -80,7 +80,7 @@ def triton() -> Telling:
 
 @pytest.fixture
 def door(triton: Telling, tmp_path: Path) -> Door:
-    return door_of(triton, repository=_repository(tmp_path, TEMPLATE))
+    return door_of(triton, repository=save_repository(tmp_path, TEMPLATE))
 
 
 def _complete(door: Door, **asks: Any) -> Got:
@@ -235,12 +235,13 @@ def test_a_call_of_a_tool(door: Door, triton: Telling) -> None:
     asked = triton.asked[0]
     assert asked["text_input"].startswith('<weather:{"type": "object"')
     assert "<stop:" in asked["text_input"]
-    first, second = json.loads(asked["guided_decoding_guide"])["anyOf"]
+    first, second = json.loads(asked["guided_decoding_guide"])["schema"]["anyOf"]
     assert first["properties"]["arguments"]["properties"]["city"] == {"$ref": "#/anyOf/0/properties/arguments/$defs/c"}
     assert second["properties"]["name"] == {"const": "stop"}
     _chat(door, tools=TOOLS, tool_choice={"type": "function", "function": {"name": "stop"}})
     assert [
-        item["properties"]["name"]["const"] for item in json.loads(triton.asked[1]["guided_decoding_guide"])["anyOf"]
+        item["properties"]["name"]["const"]
+        for item in json.loads(triton.asked[1]["guided_decoding_guide"])["schema"]["anyOf"]
     ] == ["stop"]
 
 
@@ -317,7 +318,7 @@ def test_what_a_chat_cannot_have(door: Door, triton: Telling, asks: dict[str, An
 
 
 def test_a_template_that_does_not_show_tools(triton: Telling, tmp_path: Path) -> None:
-    door = door_of(triton, repository=_repository(tmp_path, "{{ messages[0].content }}"))
+    door = door_of(triton, repository=save_repository(tmp_path, "{{ messages[0].content }}"))
     got = _chat(door, tools=TOOLS, tool_choice="required")
     assert (got.status, got.json["error"]["param"]) == (400, "tools")
     assert "does not show tools" in got.json["error"]["message"]

@@ -98,7 +98,7 @@ def test_tritons_own_client_asks_about_the_model(port: int, server: TritonServer
 
 @pytest.mark.parametrize(
     ("texts", "said"),
-    [(["fine", ""], "text[1] is empty"), ([" \n"], "text[0] is empty")],
+    [(["fine", ""], "input[1] is empty"), ([" \n"], "input[0] is empty")],
 )
 def test_what_the_model_refuses_is_the_callers_fault(client: openai.OpenAI, texts: list[str], said: str) -> None:
     with pytest.raises(openai.BadRequestError) as caught:

@@ -93,7 +93,7 @@ def test_what_is_told_of_tokens_and_what_holds_them() -> None:
     ("given", "said"),
     [
         ({"logit_bias_ids": 5}, "logit_bias_ids has 1 tokens and logit_bias_values 0 values"),
-        ({"guided_decoding_guide_type": b"regex"}, "guided_decoding_guide_type is 'regex'; built here are json and"),
+        ({"guided_decoding_guide_type": b"regex"}, "is 'regex'; built here are json, json_schema, marked_json"),
         ({"guided_decoding_guide_type": b"json_schema"}, "send both"),
         ({"guided_decoding_guide": b"{}"}, "send both"),
         ({"top_log_probs": 2}, "top_log_probs is 2; expected return_log_probs"),
