@@ -26,6 +26,7 @@ from runtime.gateway.keys import Keys
 from runtime.gateway.kserve import Kserve
 from runtime.gateway.limits import DoorLimits
 from runtime.gateway.mirror import Mirror
+from runtime.gateway.openapi import OpenApi
 from runtime.gateway.ranking import Ranking
 from runtime.gateway.readiness import Readiness
 from runtime.gateway.refused import Refused, require_model
@@ -133,6 +134,8 @@ def make_doors(
     if files.control_secret is not None:
         control = VersionControl(versions, files.control_secret, limits)
         table += [("/control/versions", "GET", control.look, True), ("/control/versions", "PUT", control.set, True)]
+    described = [(method, path, public) for path, method, _, public in table]
+    table.append(("/openapi.json", "GET", OpenApi(described), False))
     routes = [route(path, method, handler, guards, public) for path, method, handler, public in table]
     http = Door(routes, guards, counters, log, feedback, gone=versions.forget)
     grpc = GrpcDoor(versions, generate, guards, counters, log, feedback, own.is_ready)
