@@ -3,6 +3,7 @@
 VENV ?= .venv
 BUILD ?= build
 TOOLS ?= $(BUILD)/openvino-tools
+CLIENTS ?= $(BUILD)/clients-env
 # The first interpreter that works here and that every dependency supports (3.11 or 3.12).
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && { echo $$p; break; }; done)
@@ -10,7 +11,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-generate demo-online test test-slow check format bench-serving bench-gateway chaos bench-feedback bench-canary bench-shard bench-compression bench-generation bench-install bench-tools golden docs \
+.PHONY: help install demo demo-generate demo-online test test-slow check format bench-serving bench-gateway chaos clients bench-feedback bench-canary bench-shard bench-compression bench-generation bench-install bench-tools golden docs \
 	gpu-proof gpu-proof-dry gpu-bundle house clean
 
 help: ## list the targets
@@ -100,6 +101,16 @@ bench-gateway: install ## embeddings through the gateway against Triton directly
 
 chaos: install ## a served model under load whose processes are killed and fuzzed; exit 1 for a wrong answer
 	$(BIN)/python -m measure.chaos --build-dir $(BUILD)
+
+# They want other versions of what Trireme has, so they have an environment of their own.
+$(CLIENTS)/.installed: measure/clients/requirements.txt measure/clients/constraints.txt
+	test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip --disable-pip-version-check install --quiet -r measure/clients/requirements.txt \
+		-c measure/clients/constraints.txt
+	@touch $@
+
+clients: install $(CLIENTS)/.installed ## clients that others wrote against served models; exit 1 where one is answered wrongly
+	$(BIN)/python -m measure.clients --build-dir $(BUILD) --python $(CLIENTS)/bin/python
 
 bench-canary: install ## simulated rollouts: false rollbacks and promotions, beside a z-test that is watched
 	$(BIN)/python -m measure.bench.canary

@@ -52,7 +52,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("builders/__main__.py",),
     ("measure/small_model",),
     ("measure/bench",),
-    ("measure/gpu_proof", "measure/chaos", "measure"),
+    ("measure/gpu_proof", "measure/chaos", "measure/clients", "measure"),
 )  # fmt: skip
 _LONGEST = 10  # names shown of a list
 
