@@ -43,7 +43,8 @@ class Embeddings:
         try:
             found = await exchange.unless_gone(work)
         except Refused as refused:
-            raise _about_ids(refused) if isinstance(rows[0], bytes) and refused.status == 400 else refused from None
+            named = _by_its_own_name(refused)
+            raise _about_ids(named) if isinstance(rows[0], bytes) and named.status == 400 else named from None
         vectors, tokens = found["embedding"], int(found["token_count"].sum())
         await exchange.answer(_reply(self._triton.model, vectors, tokens, asked.encoding_format == "base64"))
 
@@ -64,6 +65,13 @@ def _rows(asked: EmbeddingRequest, most: int) -> list[str] | list[bytes]:
             400, "prompt_name goes before texts, and input holds token ids; leave it out", param="prompt_name"
         )
     return [pack_ids(ids) for ids in given]
+
+
+def _by_its_own_name(refused: Refused) -> Refused:
+    """The model's input is the request's `input`."""
+    if refused.message.startswith("text["):
+        return Refused(refused.status, "input" + refused.message.removeprefix("text"), param="input")
+    return refused
 
 
 def _about_ids(refused: Refused) -> Refused:

@@ -46,6 +46,30 @@ def test_token_ids_reach_the_model_as_such(given: list[Any], rows: list[list[int
     assert [unpack_ids(row) for row in unpack_texts(item.data, len(rows))] == rows
 
 
+class _SecondBatch(FakeTriton):
+    """Refuses the first text of the second batch, as a model would number it."""
+
+    async def infer(self, *asked: Any) -> Any:
+        found = await super().infer(*asked)
+        if len(self.asked) == 2:
+            raise upstream_refusal(400, "in ensemble 'm', text[0] is too strange")
+        return found
+
+
+@pytest.mark.parametrize("rows", [["a", "b", "c"], [[1], [2], [3]]])
+def test_a_text_that_is_refused_has_its_place_in_the_request(rows: Any) -> None:
+    got = _error(post(door_of(_SecondBatch()), "/v1/embeddings", {**TEXT, "input": rows}))
+    assert (got["message"].partition(".")[0], got["param"]) == ("input[2] is too strange", "input")
+
+
+@pytest.mark.parametrize("text", ["", " \n"])
+def test_an_empty_text_is_refused_before_the_model_sees_it(text: str) -> None:
+    triton = FakeTriton()
+    got = _error(post(door_of(triton), "/v1/embeddings", {**TEXT, "input": ["fine", text]}))
+    assert (got["param"], triton.asked) == ("input", [])
+    assert got["message"].startswith("input[1] is empty")
+
+
 @pytest.mark.parametrize(
     ("said", "shown"),
     [
