@@ -22,17 +22,17 @@ import yaml
 
 from builders import pipeline
 from builders.__main__ import run
+from builders.checkpoint import load_checkpoint
 from builders.commands import show
 from builders.spec import DeploymentSpec, load_spec
 from builders.store.processor import this_processor
 from builders.training.progress import training_progress
 from builders.training.recipe import TrainingRecipe
-from builders.training.text import TokenIds
 from measure.live import USERS, Live, served
 from measure.other_text import other_documents
 from measure.small_model.folder import train_small_model
 from online.feedback.store import KeptTraffic
-from online.gate.verdict import GateVerdict
+from online.gate.verdict import GateBudget, GateVerdict
 from online.learner.recipe import UpdateRecipe
 from online.learner.update import update_version
 from online.loop.building import PipelineBuilds
@@ -46,6 +46,8 @@ from online.loop.steps import Loop
 from online.loop.timeline import timeline_page
 from online.rollout.drive import Journal, Rollout, begin
 from online.rollout.state import Phase
+from online.tasks.opening import open_task
+from online.tasks.task import Rows
 from runtime.settings import ServerSettings
 
 NAME = "pydoc-online"
@@ -106,7 +108,7 @@ def _prepare(build_dir: Path) -> Path:
         closing(feedback_store(load_spec(spec_file), build_dir, KeptTraffic(share=1.0))) as store,
         feedback.open("rb") as found,
     ):
-        added = add_lines(store, found, NAME, 1)
+        added = add_lines(store, found, NAME, 1, "generation")
     print(f"   trireme online feedback add {feedback}: {added.new} new, {len(added.refused)} refused", flush=True)
     return spec_file
 
@@ -126,9 +128,7 @@ def _spec(folder: Path) -> dict[str, Any]:
     }
 
 
-def _learn(
-    spec: DeploymentSpec, build_dir: Path, journal: LoopJournal, live: Live
-) -> tuple[Path, tuple[TokenIds, TokenIds]]:
+def _learn(spec: DeploymentSpec, build_dir: Path, journal: LoopJournal, live: Live) -> tuple[Path, tuple[Rows, Rows]]:
     """The loop, from feedback to a promoted version. Returns what it began from, and the update's rows."""
     print(
         f"\n3. trireme online run: feedback -> update -> gate -> build -> canary, while {USERS} users ask", flush=True
@@ -158,21 +158,20 @@ def _learn(
     return journal.checkpoint(0), rows
 
 
-def _beside(spec: DeploymentSpec, journal: LoopJournal, champion: Path, rows: tuple[TokenIds, TokenIds]) -> None:
+def _beside(spec: DeploymentSpec, journal: LoopJournal, champion: Path, rows: tuple[Rows, Rows]) -> None:
     print("\n4. the same steps on the same rows, naively: nothing replayed, all of it taken", flush=True)
-    learner = online_of(spec).learner
-    naive = recipe_of(learner).model_copy(update={"replay_share": 0.0})
+    naive = recipe_of(spec).model_copy(update={"replay_share": 0.0})
     verdict, share = _tried(spec, journal, "naive", champion, rows, naive, math.inf)
     _print_update("naive", verdict, share)
     _require(not verdict.passed, "the naive update passes the gate: it shows nothing")
 
 
-def _shuffled(spec: DeploymentSpec, journal: LoopJournal, champion: Path, rows: tuple[TokenIds, TokenIds]) -> None:
+def _shuffled(spec: DeploymentSpec, journal: LoopJournal, champion: Path, rows: tuple[Rows, Rows]) -> None:
     print("\n5. an update whose training text was shuffled word by word, as by a fault of whoever feeds it", flush=True)
     learnt, held_out = rows
     shuffled = np.random.default_rng(0).permuted(learnt, axis=1)
     budget = online_of(spec).gate.max_forgetting
-    recipe = recipe_of(online_of(spec).learner)
+    recipe = recipe_of(spec)
     verdict, share = _tried(spec, journal, "shuffled", champion, (shuffled, held_out), recipe, budget)
     _print_update("shuffled", verdict, share)
     _require(not verdict.passed, "shuffled text passes the gate")
@@ -236,13 +235,15 @@ def _slow(folder: Path) -> None:
 
 
 def _tried(
-    spec: DeploymentSpec, journal: LoopJournal, name: str, champion: Path, rows: tuple[TokenIds, TokenIds],
+    spec: DeploymentSpec, journal: LoopJournal, name: str, champion: Path, rows: tuple[Rows, Rows],
     recipe: UpdateRecipe, most: float,
 ) -> tuple[GateVerdict, float]:  # fmt: skip
     """An update outside of the loop, judged as the loop judges."""
     out = journal.folder / "tried" / name
-    report = update_version(champion, name, *rows, out, recipe, max_forgetting=most)
-    verdict = judge_update(champion, name, rows[1], out, budget_of(online_of(spec).gate))
+    online = online_of(spec)
+    task = open_task(spec.model, load_checkpoint(spec.model), online.learner.window)
+    report = update_version(task, champion, name, *rows, out, recipe, budget=GateBudget(max_forgetting=most))
+    verdict = judge_update(task, champion, name, rows[1], out, budget_of(online.gate))
     return verdict, report.step.share
 
 

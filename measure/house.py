@@ -44,7 +44,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     ("builders/partition/prove",),
     ("builders/pipeline",),
-    ("online/feedback/migrations/versions", "online"),
+    ("online/feedback/migrations/versions", "online", "online/tasks"),
     ("online/feedback", "online/rollout", "online/gate"),
     ("online/feedback/migrations", "online/learner", "online/serving", "online/doorway"),
     ("online/loop",),

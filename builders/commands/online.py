@@ -140,11 +140,13 @@ def add_feedback(
     spec: SpecOption,
     build_dir: BuildDir = DEFAULT_BUILD,
 ) -> None:
-    """Adds the lines of FILE, texts and all. A line that is not taken is named by its number, and why; exit 2."""
+    """Adds the lines of FILE, texts and all. A line that is not taken, or says nothing to the spec's model, is named by
+    its number, and why; exit 2."""
     from builders.spec import load_spec
     from online.feedback.store import KeptTraffic
     from online.loop.feedback_files import add_lines
     from online.loop.journal import LoopFiles
+    from online.loop.settings import learnt_task
 
     loaded = load_spec(spec)
     state = LoopFiles(build_dir, loaded.name).load()
@@ -152,7 +154,7 @@ def add_feedback(
     store = _store(loaded, build_dir, KeptTraffic(share=1.0))
     try:
         with file.open("rb") as lines:
-            added = add_lines(store, lines, loaded.name, version)
+            added = add_lines(store, lines, loaded.name, version, learnt_task(loaded))
     finally:
         store.close()
     print(f"{added.new} new, {added.known} known already, {len(added.refused)} refused")
@@ -201,14 +203,14 @@ def _loop(
     without_canary: bool = False,
 ) -> Loop:  # fmt: skip
     from online.loop.building import PipelineBuilds
-    from online.loop.learning import LanguageLearning
+    from online.loop.learning import TaskLearning
     from online.loop.settings import online_of
     from online.loop.steps import Loop
 
     online_of(spec)
     return Loop(
         spec, journal, PipelineBuilds(spec, build_dir, report), lambda: _store(spec, build_dir), serving,
-        without_canary, learning=LanguageLearning(_training_lines(report)),
+        without_canary, learning=TaskLearning(_training_lines(report)),
     )  # fmt: skip
 
 

@@ -79,7 +79,8 @@ class DeploymentSpec(Slice):
                 )
         self._require_read_keys()
         self._require_compressible()
-        self._require_learner()
+        if self.online is not None:
+            self.online.require_task(self.model.task, self.model.max_length)
         if self.generates:
             self._require_cache_lengths()
         else:
@@ -118,16 +119,6 @@ class DeploymentSpec(Slice):
                     f"prune.importance=taylor needs labelled texts of a classifier, not of model.task="
                     f"{self.model.task}; use gauss_newton"
                 )
-
-    def _require_learner(self) -> None:
-        if self.online is None:
-            return
-        if self.model.task != "generation":
-            raise ValueError(f"online is built for language models, not for model.task={self.model.task}; remove it")
-        if self.online.learner.window > self.model.max_length:
-            raise ValueError(
-                f"online.learner.window={self.online.learner.window} is over model.max_length={self.model.max_length}"
-            )
 
     def _require_cache_lengths(self) -> None:
         lengths, longest = self.cache_lengths_on("cpu"), self.model.max_length

@@ -17,12 +17,12 @@ Margin = Annotated[float, Field(gt=0, lt=1)]
 class WhenSlice(Slice):
     """When an update begins: whichever of these comes first, and only with enough new text to hold some out."""
 
-    samples: Positive = Field(200, description="of new feedback that a language model can learn from")
+    samples: Positive = Field(200, description="of new feedback that the model can learn from")
     minutes: Over | None = Field(None, description="since the last update, with one new sample at least")
     drift: bool = Field(
         False,
-        description="the champion's loss on new text has risen (Page-Hinkley): a sign that the data moved, whatever "
-        "samples says",
+        description="what comes is less usual to the champion (Page-Hinkley): by its losses, or by the distance of an "
+        "embedding from the mean of those that it learnt last; a sign that the data moved, whatever samples says",
     )
 
 
@@ -32,8 +32,10 @@ class LearnerSlice(Slice):
     optimiser: Literal["adamw", "muon", "sgd"] = Field(
         "adamw", description="sgd has momentum; muon moves matrices, and Adam the rest"
     )
-    learning_rate: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.0015, description="the highest: it rises over the first tenth of the steps, then falls to zero"
+    learning_rate: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None,
+        description="the highest: it rises over the first tenth of the steps, then falls to zero; default: 0.0015 for "
+        "a language model, 0.00003 for an encoder",
     )
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="of sgd")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="of matrices")
@@ -41,31 +43,46 @@ class LearnerSlice(Slice):
     steps: Positive = Field(90, description="of one update")
     rows: Positive = Field(16, description="of a batch, replayed ones among them")
     window: Annotated[int, Field(ge=8)] = Field(
-        128, description="tokens of a row; a version's memory keeps rows of this length, so it cannot change later"
+        128,
+        description="tokens of a row of text, or of each text of an encoder, which is cut behind them; a version's "
+        "memory keeps rows of this length, so it cannot change later",
     )
     replay_share: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.5, description="of each batch: rows of what the version learnt before"
     )
     kl: Annotated[float, Field(ge=0)] = Field(
-        0.0, description="weight of the distance to the champion's own words on replayed rows"
+        0.0,
+        description="weight of the distance to the champion on replayed rows: the KL divergence from its own words or "
+        "labels; of an embedding, one minus the cosine to the champion's vectors",
+    )
+    temperature: Over | None = Field(
+        None, description="embedding only: of similarities while a pair is told from the others; default: 0.05"
     )
     held_out_share: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.2, description="of new samples: they judge, and are never trained on"
     )
     min_rating: Fraction = Field(
-        0.8, description="an answer that was rated so or better, and whose texts are kept, is learnt as it stands"
+        0.8,
+        description="generation only: an answer that was rated so or better, and whose texts are kept, is learnt as it "
+        "stands",
     )
     seed: NotNegative = Field(0, description="of batches")
 
 
 class GateSlice(Slice):
-    """What a candidate must show before it is built, by bounds at 95 % on text that nobody trained on."""
+    """What a candidate must show before it is built, by bounds at 95 % on what nobody trained on. Perplexity is of the
+    next token, of the right text among those of a hold-out, or of the right label."""
 
     max_forgetting: Fraction = Field(
         0.03, description="by which the perplexity of each earlier domain may rise; the update goes back until it holds"
     )
+    max_fall: Fraction | None = Field(
+        None,
+        description="embedding: by which the mean cosine of its vectors to the champion's may lie under 1, in each "
+        "earlier domain; classification: by which its accuracy may fall there; default: 0.05",
+    )
     min_gain: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.0, description="by which the perplexity of the new text must fall, as a share"
+        0.0, description="by which the perplexity of the new domain must fall, as a share"
     )
 
 
@@ -100,8 +117,8 @@ class CanarySlice(Slice):
 
 
 class OnlineSlice(Slice):
-    """Online learning, for language models: `trireme online` reads it, and `trireme serve` and `build` then take the
-    version that was promoted last."""
+    """Online learning, for language models, embeddings and classifiers: `trireme online` reads it, and `trireme serve`
+    and `build` then take the version that was promoted last."""
 
     feedback: str | None = Field(
         None,
@@ -110,10 +127,32 @@ class OnlineSlice(Slice):
     )
     old_texts: Path | None = Field(
         None,
-        description="UTF-8 file, one text a line: what the first version can do, which is replayed and judged by; "
-        "default: precision.calibration_texts, or what Python says of itself",
+        description="UTF-8 file of what the first version can do, which is replayed and judged by. Lines of a text "
+        "(default: precision.calibration_texts, or what Python says of itself); embedding: of a query, a tab and the "
+        "text that belongs to it, a tab and one that does not if you like (default: first lines of Python's docstrings "
+        "with their bodies); classification: of a label's number, a tab and a text, without a default",
     )
     when: WhenSlice = WhenSlice()
     learner: LearnerSlice = LearnerSlice()
     gate: GateSlice = GateSlice()
     canary: CanarySlice = CanarySlice()
+
+    def require_task(self, task: str, longest: int) -> None:
+        """Raises ValueError for a task that is not learnt, and for keys that say nothing to it."""
+        if task not in ("generation", "embedding", "classification"):
+            raise ValueError(
+                f"online is built for tasks generation, embedding and classification, not for model.task={task}; "
+                "remove it"
+            )
+        learner = self.learner
+        unread = {
+            "learner.temperature": task != "embedding" and learner.temperature is not None,
+            "learner.min_rating": task != "generation" and learner.min_rating != LearnerSlice().min_rating,
+            "gate.max_fall": task == "generation" and self.gate.max_fall is not None,
+        }
+        for key in (key for key, given in unread.items() if given):
+            raise ValueError(f"online.{key} says nothing to model.task={task}; remove it")
+        if learner.window > longest:
+            raise ValueError(f"online.learner.window={learner.window} is over model.max_length={longest}")
+        if task == "embedding" and learner.rows < 2:
+            raise ValueError("online.learner.rows=1 leaves an embedding nothing to tell a pair from; use 2 or more")

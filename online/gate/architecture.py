@@ -10,6 +10,8 @@ from runtime.errors import InputError
 
 # What transformers writes of itself, or of how the weights lie on disk.
 _NOT_ITS_SHAPE = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache"}
+# Beside the model: what makes a vector of its states. Not every folder has them, and both must have the same.
+_OF_SENTENCES = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
 
 
 def differences(previous: Path, candidate: Path) -> list[str]:
@@ -22,12 +24,28 @@ def differences(previous: Path, candidate: Path) -> list[str]:
     ]
     if _read(previous, "tokenizer.json") != _read(candidate, "tokenizer.json"):
         found.append("tokenizer.json differs: the same ids mean other text")
+    found += [f"{name} differs" for name in _beside(previous, candidate)]
     shapes, others = (_shapes(folder) for folder in (previous, candidate))
     return found + [
         f"tensor {name} is {others.get(name)}, was {shapes.get(name)}"
         for name in sorted(shapes.keys() | others.keys())
         if shapes.get(name) != others.get(name)
     ]
+
+
+def _beside(previous: Path, candidate: Path) -> list[str]:
+    """Settings, and weights of modules behind the model, that the two do not share."""
+    found = {
+        file.relative_to(folder).as_posix()
+        for folder in (previous, candidate)
+        for file in (*(folder / name for name in _OF_SENTENCES), *folder.glob("[0-9]*_*/*"))
+        if file.is_file()
+    }
+    return [name for name in sorted(found) if _optional(previous / name) != _optional(candidate / name)]
+
+
+def _optional(file: Path) -> bytes | None:
+    return file.read_bytes() if file.is_file() else None
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -52,5 +70,5 @@ def _read(folder: Path, name: str, size: int = -1) -> bytes:
             f"model {folder}",
             got=f"{name}: {error.strerror}",
             expected="config.json, tokenizer.json and model.safetensors",
-            fix="name the folder of a language model",
+            fix="name the folder of a model",
         ) from error

@@ -7,12 +7,11 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from pydantic import Field
 
-from builders.training.text import TokenIds
 from online.gate.architecture import differences
-from online.gate.forgetting import Change, change_of, row_losses
+from online.gate.forgetting import WORST, Change, change_of
+from online.tasks.task import LearningTask, Rows
 from runtime.record import Record
 
 _SHOWN = 3
@@ -30,6 +29,11 @@ class GateBudget(Record):
 
     max_forgetting: float = Field(default=0.03, ge=0)  # of every old domain
     min_gain: float = Field(default=0.0, ge=0, lt=1)  # on the new text
+    max_fall: float = Field(default=0.05, ge=0, le=1)  # of each guarded share of every old domain
+
+    def holds(self, high: float, fall: float) -> bool:
+        """Of one old domain's bounds. What is no number holds nothing."""
+        return high <= self.max_forgetting and fall <= self.max_fall
 
 
 class Objection(Record):
@@ -51,8 +55,9 @@ class GateVerdict(Record):
 
 
 def judge_candidate(
-    previous: Path, candidate: Path, new: tuple[str, TokenIds], old: Mapping[str, TokenIds], budget: GateBudget
-) -> GateVerdict:
+    task: LearningTask, previous: Path, candidate: Path, new: tuple[str, Rows], old: Mapping[str, Rows],
+    budget: GateBudget,
+) -> GateVerdict:  # fmt: skip
     """Of two folders. `new` is the new domain's name and rows, `old` those of every earlier domain.
 
     Raises InputError for folders that hold no model, or hold-outs that are too small.
@@ -64,28 +69,39 @@ def judge_candidate(
         return GateVerdict(
             budget=budget, new=None, old=(), objections=(Objection(name=GateRefusal.ARCHITECTURE, why=why),)
         )
-    models = [load_model(folder) for folder in (previous, candidate)]
-    changes = {name: _change(name, rows, models) for name, rows in [new, *old.items()]}
+    if (broken := _broken(candidate)) is not None:
+        return GateVerdict(budget=budget, new=None, old=(), objections=(_not_finite(f"its weight {broken}"),))
+    models = [task.load(folder) for folder in (previous, candidate)]
+    changes = {name: _change(task, name, rows, models) for name, rows in [new, *old.items()]}
     gained, kept = changes[new[0]], tuple(changes[name] for name in old)
     return GateVerdict(budget=budget, new=gained, old=kept, objections=_objections(gained, kept, budget))
 
 
-def load_model(folder: Path) -> Any:
-    from transformers import AutoModelForCausalLM
+def _broken(candidate: Path) -> str | None:
+    """A weight that is not a number."""
+    import torch
+    from safetensors import safe_open
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype="float32", local_files_only=True)
+    with safe_open(candidate / "model.safetensors", "pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118
+            if not torch.isfinite(tensors.get_tensor(name)).all():
+                return str(name)
+    return None
 
 
-def _change(name: str, rows: TokenIds, models: list[Any]) -> Change:
-    before, after = (row_losses(model, rows) for model in models)
+def _not_finite(what: str) -> Objection:
+    return Objection(name=GateRefusal.NOT_FINITE, why=f"{what} is no number")
+
+
+def _change(task: LearningTask, name: str, rows: Rows, models: list[Any]) -> Change:
+    before, after = (task.scores(model, rows) for model in models)
     return change_of(name, before, after)
 
 
 def _objections(gained: Change, kept: tuple[Change, ...], budget: GateBudget) -> tuple[Objection, ...]:
-    broken = [item.domain for item in (gained, *kept) if not np.isfinite(item.after)]
+    broken = [item.domain for item in (gained, *kept) if item.after >= WORST]
     if broken:
-        why = f"its loss is no number on {', '.join(broken)}"
-        return (Objection(name=GateRefusal.NOT_FINITE, why=why),)
+        return (_not_finite(f"its loss on {', '.join(broken)}"),)
     found = []
     if not gained.high < -budget.min_gain:
         why = f"{gained.domain}: perplexity {gained.change:+.1%}, at most {gained.high:+.1%}; "
@@ -94,4 +110,9 @@ def _objections(gained: Change, kept: tuple[Change, ...], budget: GateBudget) ->
         if not item.high <= budget.max_forgetting:
             why = f"{item.domain}: perplexity {item.change:+.1%}, up to {item.high:+.1%}; "
             found.append(Objection(name=GateRefusal.FORGETTING, why=f"{why}{budget.max_forgetting:+.1%} is allowed"))
+        for share in item.shares:
+            if share.guarded and not share.fall <= budget.max_fall:
+                why = f"{item.domain}: {share.name} {share.before:.3f} -> {share.after:.3f}, down by {share.fall:.3f} "
+                why += f"at most; {budget.max_fall:g} is allowed"
+                found.append(Objection(name=GateRefusal.FORGETTING, why=why))
     return tuple(found)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pydantic import Field
@@ -16,10 +15,12 @@ _NOISE = 0.002  # by which a smaller share may be measured worse than a larger o
 
 
 class TriedShare(Record):
-    """`bound`: how much worse the worst of the old domains may have become, as a share of its perplexity."""
+    """`bound`: how much worse the worst of the old domains may have become, as a share of its perplexity; `fall`: by
+    how much the worst of what is guarded may have fallen."""
 
     share: float
     bound: float
+    fall: float = 0.0
 
 
 class PartialStep(Record):
@@ -42,13 +43,13 @@ def blend(previous: dict[str, Any], updated: dict[str, Any], share: float) -> di
     }
 
 
-def largest_step(bound_at: Callable[[float], float], most: float) -> PartialStep:
-    """The largest share whose `bound_at` is `most` or less: a coarse grid downwards, then bisection."""
-    tried: dict[float, float] = {}
+def largest_step(tried_at: Callable[[float], TriedShare], bears: Callable[[TriedShare], bool]) -> PartialStep:
+    """The largest share that is borne: a coarse grid downwards, then bisection."""
+    tried: dict[float, TriedShare] = {}
 
     def holds(share: float) -> bool:
-        tried[share] = bound_at(share)
-        return not math.isnan(tried[share]) and tried[share] <= most
+        tried[share] = tried_at(share)
+        return bears(tried[share])
 
     low, high = 0.0, 1.0
     for share in _GRID:
@@ -59,7 +60,10 @@ def largest_step(bound_at: Callable[[float], float], most: float) -> PartialStep
     for _ in range(_HALVINGS if low < 1 else 0):
         middle = (low + high) / 2
         low, high = (middle, high) if holds(middle) else (low, middle)
-    seen = [TriedShare(share=share, bound=tried[share]) for share in sorted(tried)]
-    largest_so_far = [max(item.bound for item in seen[: place + 1]) for place in range(len(seen))]
-    monotone = all(item.bound >= top - _NOISE for item, top in zip(seen, largest_so_far, strict=True))
-    return PartialStep(share=low, monotone=monotone, tried=tuple(seen))
+    seen = tuple(tried[share] for share in sorted(tried))
+    monotone = _rises([item.bound for item in seen]) and _rises([item.fall for item in seen])
+    return PartialStep(share=low, monotone=monotone, tried=seen)
+
+
+def _rises(values: Sequence[float]) -> bool:
+    return all(value >= max(values[: place + 1]) - _NOISE for place, value in enumerate(values))

@@ -5,13 +5,13 @@ Both belong to the version, as its weights do: a version that is rolled back tak
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from builders.training.text import TokenIds
+from online.tasks.task import Rows
 from runtime.errors import InputError
 
 FOLDER = "online"
@@ -22,9 +22,9 @@ CAPACITY = 2048  # rows
 
 @dataclass
 class Reservoir:
-    """An even sample of all rows that were ever offered, [rows, window + 1]. Vitter, 1985, algorithm R."""
+    """An even sample of all rows that were ever offered, [rows, width]. Vitter, 1985, algorithm R."""
 
-    rows: TokenIds
+    rows: Rows
     seen: int
     capacity: int = CAPACITY
 
@@ -32,7 +32,7 @@ class Reservoir:
     def empty(width: int, capacity: int = CAPACITY) -> Reservoir:
         return Reservoir(np.zeros((0, width), np.int64), 0, capacity)
 
-    def offered(self, rows: TokenIds, random: np.random.Generator) -> Reservoir:
+    def offered(self, rows: Rows, random: np.random.Generator) -> Reservoir:
         """A reservoir of all rows so far and these; this one stays as it is."""
         kept = list(self.rows)
         seen = self.seen
@@ -50,9 +50,9 @@ class Memory:
     """`held_out` by domain, oldest first. No row of it is ever trained on."""
 
     reservoir: Reservoir
-    held_out: Mapping[str, TokenIds] = field(default_factory=dict)
+    held_out: Mapping[str, Rows] = field(default_factory=dict)
 
-    def with_domain(self, name: str, rows: TokenIds) -> Memory:
+    def with_domain(self, name: str, rows: Rows) -> Memory:
         """Raises InputError for a domain that is there already: its hold-out would no longer be held out."""
         require_name(name)
         if name in self.held_out:
@@ -93,22 +93,11 @@ def load_memory(folder: Path) -> Memory:
     return Memory(reservoir, held_out)
 
 
-def _rows(file: Path) -> TokenIds:
-    found: TokenIds = np.load(file, allow_pickle=False)
+def _rows(file: Path) -> Rows:
+    found: Rows = np.load(file, allow_pickle=False)
     if found.ndim != 2 or found.dtype != np.int64:
-        raise ValueError(f"{file.name} holds {found.dtype} {list(found.shape)}, not rows of token ids")
+        raise ValueError(f"{file.name} holds {found.dtype} {list(found.shape)}, not rows of whole numbers")
     return found
-
-
-def batches_of(rows: TokenIds, count: int, random: np.random.Generator) -> Iterator[TokenIds]:
-    """Endless: all rows in a new order, again and again; a batch may cross from one round to the next."""
-    waiting = np.zeros(0, np.int64)
-    while True:
-        while len(waiting) < count:
-            waiting = np.concatenate([waiting, random.permutation(len(rows))])
-        batch: TokenIds = rows[waiting[:count]]
-        yield batch
-        waiting = waiting[count:]
 
 
 def require_name(name: str) -> None:

@@ -18,13 +18,14 @@ from builders.training.arithmetic import arithmetic, reproducible
 from builders.training.optimiser import rise_and_fall
 from builders.training.recipe import LossPoint, TrainingProgress
 from builders.training.resume import Resume
-from builders.training.text import TokenIds
-from online.gate.forgetting import change_of, halves, row_losses
-from online.gate.verdict import load_model
-from online.learner.blend import PartialStep, blend, largest_step
+from online.gate.forgetting import change_of, halves
+from online.gate.verdict import GateBudget
+from online.learner.batches import update_batches
+from online.learner.blend import PartialStep, TriedShare, blend, largest_step
 from online.learner.memory import FOLDER, Memory, load_memory, save_memory
-from online.learner.objective import update_batches, update_loss
 from online.learner.recipe import UpdateRecipe
+from online.learner.weights import WEIGHTS, require_writable, save_weights
+from online.tasks.task import LearningTask, Rows, Training
 from runtime.errors import InputError
 from runtime.record import Record
 
@@ -36,6 +37,7 @@ class UpdateReport(Record):
 
     recipe: UpdateRecipe
     max_forgetting: float
+    max_fall: float = 1.0
     domain: str
     new_rows: int
     replayed_rows: int  # of each batch
@@ -46,41 +48,44 @@ class UpdateReport(Record):
 
 
 def update_version(
+    task: LearningTask,
     version: Path,
     domain: str,
-    rows: TokenIds,
-    held_out: TokenIds,
+    rows: Rows,
+    held_out: Rows,
     out: Path,
     recipe: UpdateRecipe | None = None,
     *,
-    max_forgetting: float = 0.03,
+    budget: GateBudget | None = None,
     report: Callable[[TrainingProgress], None] = lambda progress: None,
     checkpoint_every_s: float = 60.0,
 ) -> UpdateReport:
-    """Trains a copy of `version` on `rows` [rows, window + 1] and on its own reservoir, goes back towards it as far as
-    `max_forgetting` of the old domains wants, and writes the new folder `out` with a memory of all of it.
+    """Trains a copy of `version` on `rows` [rows, width] and on its own reservoir, goes back towards it as far as
+    `budget` wants for the old domains, and writes the new folder `out` with a memory of all of it.
 
     The first half of each hold-out chooses how far; the second is left to the gate. Killed, and called again with the
     same arguments, it goes on from its checkpoint, a file beside `out`. Raises InputError for what does not fit,
     DivergedError from the training; `out` is then not there.
     """
-    recipe = recipe or UpdateRecipe()
+    recipe, budget = recipe or UpdateRecipe(), budget or GateBudget()
     memory = load_memory(version)
     after = memory.with_domain(domain, held_out)  # refused before anything is trained
-    model = load_model(version)
-    _require_rows(model, memory, {"new": rows, "held out": held_out}, out)
+    _require_rows(task, memory, {"new": rows, "held out": held_out}, out)
     _require_past(memory, recipe)
-    digest = file_digest(version / "model.safetensors")
+    model = task.load(version)
+    require_writable(model, version)
+    digest = file_digest(version / WEIGHTS)
     key = _key(digest, domain, rows, memory, recipe)
     resume = Resume(out.with_name(f".{out.name}.update"), key, checkpoint_every_s)
     with reproducible(recipe.seed):
         previous = copy.deepcopy(model).eval()
-        trained = _train(model, previous, rows, memory, recipe, report, resume)
-    step = _step_back(model, previous, memory, max_forgetting)
+        trained = _train(task, (model, previous), (rows, memory.reservoir.rows), recipe, report, resume)
+    step = _step_back(task, model, previous, memory, budget)
     grown = memory.reservoir.offered(rows, np.random.default_rng([recipe.seed, 2]))
     found = UpdateReport(
         recipe=recipe,
-        max_forgetting=max_forgetting,
+        max_forgetting=budget.max_forgetting,
+        max_fall=budget.max_fall,
         domain=domain,
         new_rows=len(rows),
         replayed_rows=recipe.replayed(len(memory.reservoir.rows)),
@@ -97,22 +102,16 @@ def update_version(
 
 
 def _train(
-    model: Any,
-    previous: Any,
-    rows: TokenIds,
-    memory: Memory,
+    task: LearningTask,
+    models: tuple[Any, Any],
+    rows: tuple[Rows, Rows],
     recipe: UpdateRecipe,
     report: Callable[[TrainingProgress], None],
     resume: Resume,
 ) -> loop.Trained:
-    replay = memory.reservoir.rows
-    model.train()
-    work = loop.TrainingWork(
-        model,
-        update_loss(model, previous, recipe.replayed(len(replay)), recipe),
-        update_batches(rows, replay, recipe),
-        lambda batch: batch.shape[0] * (batch.shape[1] - 1),
-    )
+    """`models`: the one that is trained, and the previous one; `rows`: new ones, and those that are replayed."""
+    training = Training(*models, recipe.replayed(len(rows[1])), recipe.kl, recipe.temperature)
+    work = loop.TrainingWork(models[0], task.loss(training), update_batches(*rows, recipe), task.tokens)
     settings = loop.TrainingSettings(
         loop.Bounds(steps=recipe.steps),
         rise_and_fall(recipe.learning_rate, recipe.rise),
@@ -123,18 +122,19 @@ def _train(
     return loop.train(work, settings, report, resume)
 
 
-def _step_back(model: Any, previous: Any, memory: Memory, most: float) -> PartialStep:
+def _step_back(task: LearningTask, model: Any, previous: Any, memory: Memory, budget: GateBudget) -> PartialStep:
     """Leaves in `model` the weights of the largest step that every old domain bears."""
     old, new = previous.state_dict(), copy.deepcopy(model.state_dict())
     chosen_by = {name: halves(rows)[0] for name, rows in memory.held_out.items()}
-    before = {name: row_losses(previous, rows) for name, rows in chosen_by.items()}
+    before = {name: task.scores(previous, rows) for name, rows in chosen_by.items()}
 
-    def bound_at(share: float) -> float:
+    def tried_at(share: float) -> TriedShare:
         model.load_state_dict(blend(old, new, share))
-        changes = [change_of(name, before[name], row_losses(model, rows)) for name, rows in chosen_by.items()]
-        return max(item.high for item in changes)
+        changes = [change_of(name, before[name], task.scores(model, rows)) for name, rows in chosen_by.items()]
+        bounds = max(item.high for item in changes), max(item.fall for item in changes)
+        return TriedShare(share=share, bound=bounds[0], fall=bounds[1])
 
-    step = largest_step(bound_at, most)
+    step = largest_step(tried_at, lambda tried: budget.holds(tried.bound, tried.fall))
     model.load_state_dict(blend(old, new, step.share))
     return step
 
@@ -144,31 +144,20 @@ def _write(model: Any, version: Path, work: Path, memory: Memory) -> None:
     for file in version.iterdir():
         if file.is_dir() and file.name != FOLDER:
             shutil.copytree(file, work / file.name)  # such as additional chat templates
-        elif file.is_file() and file.name != "model.safetensors" and not file.name.startswith("training."):
+        elif file.is_file() and file.name != WEIGHTS and not file.name.startswith("training."):
             shutil.copy2(file, work / file.name)
-    _save_weights(model, version / "model.safetensors", work / "model.safetensors")
+    save_weights(model, version, work)
     save_memory(memory, work)
 
 
-def _save_weights(model: Any, like: Path, file: Path) -> None:
-    """The tensors that the previous file has, in its types; matrices that are one stay one."""
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
-    state = model.state_dict()
-    with safe_open(like, "pt") as before:
-        tensors = {name: state[name].to(before.get_tensor(name).dtype).contiguous() for name in before.keys()}  # noqa: SIM118
-    save_file(tensors, file, metadata={"format": "pt"})
-
-
-def _key(previous: str, domain: str, rows: TokenIds, memory: Memory, recipe: UpdateRecipe) -> str:
+def _key(previous: str, domain: str, rows: Rows, memory: Memory, recipe: UpdateRecipe) -> str:
     """All that the training depends on. How far back it goes is decided after it. `previous`: the weights' digest."""
     parts = [previous, domain, recipe.model_dump_json(), arithmetic()]
     kept = memory.reservoir.rows.tobytes()
     return hashlib.sha256("|".join(parts).encode() + rows.tobytes() + kept).hexdigest()
 
 
-def _require_rows(model: Any, memory: Memory, given: Mapping[str, TokenIds], out: Path) -> None:
+def _require_rows(task: LearningTask, memory: Memory, given: Mapping[str, Rows], out: Path) -> None:
     if out.exists():
         raise InputError(
             f"folder {out}", got="something that is there already", expected="a new folder", fix="name another"
@@ -180,15 +169,16 @@ def _require_rows(model: Any, memory: Memory, given: Mapping[str, TokenIds], out
             expected="one of each domain that it learnt: without them nobody can tell what it forgets",
             fix="save a memory with them beside it",
         )
-    width, vocabulary = memory.reservoir.rows.shape[1], model.config.vocab_size
+    width = memory.reservoir.rows.shape[1]
     for name, rows in given.items():
-        fits = rows.ndim == 2 and rows.dtype == np.int64 and len(rows) and rows.shape[1] == width
-        if not fits or rows.min() < 0 or rows.max() >= vocabulary:
+        fits = rows.ndim == 2 and rows.dtype == np.int64 and len(rows) and rows.shape[1] == width == task.width
+        fault = task.fault(rows) if fits else f"{rows.dtype} {list(rows.shape)}"
+        if fault is not None:
             raise InputError(
                 f"rows {name}",
-                got=f"{rows.dtype} {list(rows.shape)}",
-                expected=f"int64 [rows, {width}] of ids below {vocabulary}, as the version's own",
-                fix="cut the text by the version's tokenizer and window",
+                got=fault,
+                expected=f"int64 [rows, {width}] of the model's own, as the version's memory has them",
+                fix="make them by the version's tokenizer and window",
             )
 
 

@@ -1,7 +1,7 @@
 """The loop: feedback -> update -> gate -> the same pipeline -> rollout; killed at any moment, it goes on.
 
 records    what is written down    journal   where: one file, replaced whole, and a folder for each update
-texts      feedback -> rows of tokens, some of them held out    feedback_files   feedback from files, without a gateway
+gathered   feedback -> rows, some of them held out    feedback_files   feedback from files, without a gateway
 settings   the spec's words for the parts    opening   the store, and what serves
 first      the first version, with a memory of what it can do
 drift      has the data moved    due   whether an update begins now, and with which rows

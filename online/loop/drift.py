@@ -1,4 +1,5 @@
-"""Has the data moved: a Page-Hinkley test on the champion's losses on new text. Page, 1954, "Continuous inspection
+"""Has the data moved: a Page-Hinkley test on how unusual what is new is to the champion: its losses, or the distance of
+a vector from the mean of those that it knows. Page, 1954, "Continuous inspection
 schemes"; Hinkley, 1971."""
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from online.loop.records import DriftState
 
-# In spreads of the losses on text that the champion knows. Text that is harder by less than TOLERATED is no drift. Of
+# In spreads of what the champion knows. What is harder by less than TOLERATED is no drift. Of
 # rows that are no harder, about one series in a hundred comes to ALARM within 10,000 rows, even where losses are as
 # skewed as exponential ones; rows that are harder by one spread come to it within some 35. One row is no drift.
 TOLERATED = 0.3

@@ -9,15 +9,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from builders.spec import OnlineSlice, WhenSlice
-from builders.training.text import TokenIds
-from online.gate.forgetting import row_losses
-from online.gate.verdict import load_model
 from online.learner.memory import Memory, load_memory
 from online.loop import drift
+from online.loop.gathered import Gathered, gather, lacking, split_rows, unread_text
 from online.loop.records import LoopState
-from online.loop.texts import Gathered, gather, lacking, rows_of, split_rows
+from online.tasks.task import LearningTask, Rows
 from runtime.errors import InputError
-from runtime.tokenizer_file import open_tokenizer
 
 
 class Samples(Protocol):
@@ -36,7 +33,7 @@ class Due:
     state: LoopState  # with what drift has seen
     waits: str = ""
     trigger: str = ""
-    rows: tuple[TokenIds, TokenIds] | None = None
+    rows: tuple[Rows, Rows] | None = None
 
 
 @dataclass
@@ -61,25 +58,33 @@ class Clock:
         self._started = self.monotonic()
 
 
-def look(state: LoopState, online: OnlineSlice, store: Samples, checkpoint: Path, end: int, clock: Clock) -> Due:
+@dataclass(frozen=True)
+class LearningFrom:
+    """The champion's task and folder, and what a person calls a row of it."""
+
+    task: LearningTask
+    champion: Path
+    noun: str
+
+
+def look(state: LoopState, online: OnlineSlice, store: Samples, known: LearningFrom, clock: Clock) -> Due:
     """Reads what has come since the last update. Raises FeedbackUnavailable; InputError for a memory that does not go
     with the spec."""
-    learner, memory = online.learner, load_memory(checkpoint)
-    _require_window(memory, learner.window)
-    gathered = gather(store.read(state.fed_to), state.fed_to, learner.min_rating)
+    learner, memory = online.learner, load_memory(known.champion)
+    _require_window(memory, known.task, learner.window)
+    gathered = gather(store.read(state.fed_to), state.fed_to, learner.min_rating, known.task)
     if not gathered.documents:
-        more = f" ({gathered.unread} that say nothing to a language model)" if gathered.unread else ""
+        more = f" (but {unread_text(gathered.unread)})" if gathered.unread else ""
         return Due(gathered, state, waits=f"no new feedback to learn from{more}")
-    tokenizer = open_tokenizer(checkpoint / "tokenizer.json")
     if online.when.drift:
-        state = _scored(state, gathered, checkpoint, memory, tokenizer, end)
+        state = _scored(state, gathered, known, memory)
     trigger = _trigger(state, online.when, len(gathered.documents), clock)
     if trigger is None:
         waits = f"{len(gathered.documents)} of {online.when.samples} new samples"
         return Due(gathered, state, waits=waits)
-    learnt, held_out = split_rows(gathered.documents, learner.held_out_share, tokenizer, end, learner.window)
-    if why := lacking(learnt, held_out, learner.rows):
-        return Due(gathered, state, waits=f"{trigger}, but too little text: {why}")
+    learnt, held_out = split_rows(gathered.documents, learner.held_out_share, known.task)
+    if why := lacking(learnt, held_out, learner.rows, known.noun):
+        return Due(gathered, state, waits=f"{trigger}, but too little of it: {why}")
     return Due(gathered, state, "", trigger, (learnt, held_out))
 
 
@@ -89,31 +94,26 @@ def _trigger(state: LoopState, when: WhenSlice, samples: int, clock: Clock) -> s
     if when.minutes is not None and max(clock.since(state.learnt_at), clock.running()) >= 60 * when.minutes:
         return f"{when.minutes:g} minutes since the last update, {samples} new samples"
     if when.drift and drift.rise(state.drift) >= drift.ALARM:
-        return f"drift: losses on new text rose by {drift.rise(state.drift):.0f} spreads in all"
+        return f"drift: what is new became less usual, by {drift.rise(state.drift):.0f} spreads in all"
     return None
 
 
-def _scored(
-    state: LoopState, gathered: Gathered, checkpoint: Path, memory: Memory, tokenizer: Any, end: int
-) -> LoopState:
-    """The champion's losses on text that has come since it was last scored, against those on the hold-out that it
-    learnt last."""
+def _scored(state: LoopState, gathered: Gathered, known: LearningFrom, memory: Memory) -> LoopState:
+    """What has come since it was last looked at, against the hold-out that the champion learnt last."""
     if gathered.fed_to <= state.drift.scored_to:
         return state
-    fresh = gathered.after(state.drift.scored_to)
-    rows = rows_of(fresh, tokenizer, end, memory.reservoir.rows.shape[1] - 1)
+    rows = known.task.rows(gathered.after(state.drift.scored_to))
     if not len(rows):
         return state
-    model = load_model(checkpoint)
-    usual = drift.known(row_losses(model, list(memory.held_out.values())[-1]))
-    found = drift.watched(state.drift, row_losses(model, rows).tolist(), *usual, gathered.fed_to)
+    usual, fresh = known.task.surprise(known.task.load(known.champion), list(memory.held_out.values())[-1], rows)
+    found = drift.watched(state.drift, fresh.tolist(), *drift.known(usual), gathered.fed_to)
     return state.model_copy(update={"drift": found})
 
 
-def _require_window(memory: Memory, window: int) -> None:
+def _require_window(memory: Memory, task: LearningTask, window: int) -> None:
     width = memory.reservoir.rows.shape[1]
-    if width != window + 1:
+    if width != task.width:
         raise InputError(
-            "online.learner.window", got=window, expected=f"{width - 1}, as the version's memory has it",
+            "online.learner.window", got=window, expected=f"{task.window_of(width)}, as the version's memory has it",
             fix="set it so; or move the loop's folder away, and it begins anew",
         )  # fmt: skip

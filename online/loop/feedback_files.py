@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError
 from online.feedback.errors import FeedbackRefused, Refusal
 from online.feedback.samples import LARGEST_BYTES, Name, Sample, ServedRequest, Text, parse_sample
 from online.feedback.store import FeedbackStore
+from online.tasks.reading import LearntTask, refused_line
 from runtime.record import Record
 
 _WAITING = 500  # lines on their way to the disk: they share commits
@@ -40,17 +41,18 @@ class Added:
     refused: dict[int, str] = field(default_factory=dict)
 
 
-def add_lines(store: FeedbackStore, lines: Iterable[bytes], model: str, version: int) -> Added:
+def add_lines(store: FeedbackStore, lines: Iterable[bytes], model: str, version: int, task: LearntTask) -> Added:
     """Each line holds a sample as the gateway takes it, or a bare text, `{"kind": "text", "text": ...}`. Where it names
     no request, one is made of its content, so that the same line is the same row. `model` and `version` are those of a
-    line that names none. Raises FeedbackUnavailable: earlier lines may be in the store, and are known next time."""
+    line that names none; `task` is the model's, and what could never teach it is refused. Raises FeedbackUnavailable:
+    earlier lines may be in the store, and are known next time."""
     added = Added()
     waiting: list[tuple[int, Future[int]]] = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            served, sample = _parsed(line, model, version)
+            served, sample = _parsed(line, model, version, task)
             noted = store.note_served(served)
             waiting += [(number, noted), (-number, store.submit(sample))]
         except FeedbackRefused as error:
@@ -75,7 +77,7 @@ def _settle(waiting: list[tuple[int, Future[int]]], added: Added) -> None:
     waiting.clear()
 
 
-def _parsed(line: bytes, model: str, version: int) -> tuple[ServedRequest, Sample]:
+def _parsed(line: bytes, model: str, version: int, task: LearntTask) -> tuple[ServedRequest, Sample]:
     if len(line) > _LONGEST_LINE:
         raise FeedbackRefused(Refusal.TOO_LARGE, f"a line of {len(line)} bytes; at most {_LONGEST_LINE} are taken")
     try:
@@ -92,9 +94,12 @@ def _parsed(line: bytes, model: str, version: int) -> tuple[ServedRequest, Sampl
         raise FeedbackRefused(Refusal.MALFORMED, f"`{fault['loc'][0]}`: {fault['msg']}") from None
     if found.get("kind") == "text":
         found["kind"] = "correction"
-    if "request_id" not in found:
+    named = "request_id" in found
+    if not named:
         found["request_id"] = f"file-{_digest({**given, **found})}"
     sample = parse_sample(json.dumps(found, ensure_ascii=False).encode())
+    if (why := refused_line(task, sample.model_dump(), about.prompt, named)) is not None:
+        raise FeedbackRefused(Refusal.UNKNOWN_KIND, why)
     served = ServedRequest(
         request_id=sample.request_id, model=about.model or model, version=about.version or version, user=sample.user,
         prompt=about.prompt, answer=about.answer,

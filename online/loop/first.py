@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from builders.artifacts import Checkpoint
 from builders.checkpoint import load_checkpoint
-from builders.judging import corpus
-from builders.judging.corpus import Document
 from builders.spec import DeploymentSpec
 from builders.store.atomic import atomic_directory
 from builders.training.recipe import TrainingRecipe
 from online.learner.memory import FOLDER, Memory, Reservoir, save_memory
-from online.loop.settings import online_of
-from online.loop.texts import require_enough, split_rows
+from online.learner.weights import WEIGHTS
+from online.loop.gathered import require_enough, split_rows
+from online.loop.settings import noun_of, online_of
+from online.tasks.opening import open_task
+from online.tasks.task import LearningTask
 from runtime.errors import InputError
-from runtime.tokenizer_file import open_tokenizer
 
-WEIGHTS = "model.safetensors"
 _DOMAIN = "first"
 
 
@@ -38,14 +36,15 @@ def original(spec: DeploymentSpec) -> Checkpoint:
     return checkpoint
 
 
-def adopt(spec: DeploymentSpec, out: Path) -> Checkpoint:
+def adopt(spec: DeploymentSpec, out: Path) -> tuple[Checkpoint, LearningTask]:
     """A copy of the spec's checkpoint in `out`, with its memory; nothing happens where it is there already.
 
-    A memory that lies beside the checkpoint is taken over. Raises InputError for text too short to hold some out.
+    A memory that lies beside the checkpoint is taken over. Raises InputError for too little to hold some out.
     """
     checkpoint = original(spec)
+    task = open_task(spec.model, checkpoint, online_of(spec).learner.window)
     if out.is_dir():
-        return checkpoint
+        return checkpoint, task
     with atomic_directory(out) as work:
         for record in checkpoint.files:
             target = work / record.name
@@ -54,37 +53,18 @@ def adopt(spec: DeploymentSpec, out: Path) -> Checkpoint:
         if (checkpoint.directory / FOLDER).is_dir():
             shutil.copytree(checkpoint.directory / FOLDER, work / FOLDER)
         else:
-            save_memory(_memory(spec, checkpoint), work)
-    return checkpoint
+            save_memory(_memory(spec, task), work)
+    return checkpoint, task
 
 
-def end_of_text(checkpoint: Checkpoint) -> int:
-    """Raises InputError for a model that knows none: nothing would part one text from the next."""
-    facts = checkpoint.generation
-    if facts is None or not facts.eos_ids:
-        raise InputError(
-            f"model {checkpoint.source}", got="no token that ends a text", expected="eos_token_id in config.json",
-            fix="name one there",
-        )  # fmt: skip
-    return facts.eos_ids[0]
-
-
-def _memory(spec: DeploymentSpec, checkpoint: Checkpoint) -> Memory:
-    learner = online_of(spec).learner
-    documents, share, what = _old_documents(spec)
-    tokenizer = open_tokenizer(checkpoint.path("tokenizer.json"))
-    learnt, held_out = split_rows(documents, share, tokenizer, end_of_text(checkpoint), learner.window)
-    require_enough(learnt, held_out, learner.rows, what)
-    kept = Reservoir.empty(learner.window + 1).offered(learnt, np.random.default_rng(learner.seed))
-    return Memory(kept).with_domain(_DOMAIN, held_out)
-
-
-def _old_documents(spec: DeploymentSpec) -> tuple[Sequence[Document], float, str]:
-    """What the first version can do, and how much of it is held out. Of Python's own text the share is that of our
-    small model's training, so that a model that learnt it is judged by what it has not seen."""
+def _memory(spec: DeploymentSpec, task: LearningTask) -> Memory:
+    """Of Python's own text the share that is held out is that of our small model's training, so that a model that
+    learnt it is judged by what it has not seen."""
     online = online_of(spec)
-    file = online.old_texts or spec.precision.calibration_texts
-    if file is None:
-        return corpus.documents(), TrainingRecipe().held_out_share, "text of Python's own"
-    lines = [Document(line, (line,)) for line in corpus.texts(file, None)]
-    return lines, online.learner.held_out_share, f"old texts in {file}"
+    file = online.old_texts or (spec.precision.calibration_texts if spec.generates else None)
+    documents, what = task.past(file)
+    share = TrainingRecipe().held_out_share if file is None and spec.generates else online.learner.held_out_share
+    learnt, held_out = split_rows(documents, share, task)
+    require_enough(learnt, held_out, online.learner.rows, what, noun_of(spec))
+    kept = Reservoir.empty(task.width).offered(learnt, np.random.default_rng(online.learner.seed))
+    return Memory(kept).with_domain(_DOMAIN, held_out)

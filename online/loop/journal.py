@@ -10,9 +10,9 @@ import numpy as np
 from pydantic import ValidationError
 
 from builders.store.atomic import atomic_directory
-from builders.training.text import TokenIds
 from online.files import lock_beside, replace_file
 from online.loop.records import LoopState, UpdateRecord
+from online.tasks.task import Rows
 from runtime.errors import InputError
 from runtime.settings import ServerSettings
 
@@ -72,8 +72,8 @@ class LoopFiles:
             known[state.update.version] = state.update.settings
         return ServerSettings.model_validate_json(known[version]) if version in known else None
 
-    def rows(self, number: int) -> tuple[TokenIds, TokenIds]:
-        """To learn from, and held out: [rows, window + 1] each."""
+    def rows(self, number: int) -> tuple[Rows, Rows]:
+        """To learn from, and held out: [rows, width] each."""
         learnt, held_out = (np.load(self.update(number) / name, allow_pickle=False) for name in _ROWS)
         return learnt, held_out
 
@@ -95,9 +95,9 @@ class LoopJournal(LoopFiles):
     def save(self, state: LoopState) -> None:
         replace_file(self.state_file, state.model_dump_json(indent=1).encode())
 
-    def set_aside(self, number: int, learnt: TokenIds, held_out: TokenIds) -> None:
+    def set_aside(self, number: int, learnt: Rows, held_out: Rows) -> None:
         """In the folder of a new update. One that a crash left, and no state knows, is written over."""
-        rows: Mapping[str, TokenIds] = dict(zip(_ROWS, (learnt, held_out), strict=True))
+        rows: Mapping[str, Rows] = dict(zip(_ROWS, (learnt, held_out), strict=True))
         folder = self.update(number)
         if not folder.is_dir():
             with atomic_directory(folder) as work:

@@ -1,4 +1,4 @@
-"""What an update is made by, and judged by: a seam, behind which encoders may stand one day."""
+"""What an update is made by, and judged by: a seam for tests, in which both are arithmetic."""
 
 from __future__ import annotations
 
@@ -8,41 +8,50 @@ from pathlib import Path
 from typing import Protocol
 
 from builders.training.recipe import TrainingProgress
-from builders.training.text import TokenIds
 from online.gate.forgetting import halves
 from online.gate.verdict import GateBudget, GateVerdict, judge_candidate
 from online.learner.memory import load_memory
 from online.learner.update import REPORT, UpdateReport, update_version
 from online.loop.records import UpdateRecord
+from online.tasks.task import LearningTask, Rows
 
 
 class Learning(Protocol):
     """`rows`: to learn from, and held out. Both may be called again for the same update, and then give the same."""
 
-    def train(self, champion: Path, update: UpdateRecord, rows: tuple[TokenIds, TokenIds], out: Path) -> UpdateReport:
+    def train(
+        self, task: LearningTask, champion: Path, update: UpdateRecord, rows: tuple[Rows, Rows], out: Path
+    ) -> UpdateReport:
         """The candidate's folder `out` is there when it returns. Raises CheckError for a training that came to nothing;
         `out` is then not there."""
 
-    def judge(self, champion: Path, update: UpdateRecord, held_out: TokenIds, candidate: Path) -> GateVerdict: ...
+    def judge(
+        self, task: LearningTask, champion: Path, update: UpdateRecord, held_out: Rows, candidate: Path
+    ) -> GateVerdict: ...
 
 
 @dataclass(frozen=True)
-class LanguageLearning:
+class TaskLearning:
     report: Callable[[TrainingProgress], None] = lambda progress: None
 
-    def train(self, champion: Path, update: UpdateRecord, rows: tuple[TokenIds, TokenIds], out: Path) -> UpdateReport:
+    def train(
+        self, task: LearningTask, champion: Path, update: UpdateRecord, rows: tuple[Rows, Rows], out: Path
+    ) -> UpdateReport:
         if out.is_dir():
             return UpdateReport.model_validate_json((out / REPORT).read_bytes())
-        budget = update.budget.max_forgetting
         return update_version(
-            champion, update.domain, *rows, out, update.recipe, max_forgetting=budget, report=self.report
+            task, champion, update.domain, *rows, out, update.recipe, budget=update.budget, report=self.report
         )
 
-    def judge(self, champion: Path, update: UpdateRecord, held_out: TokenIds, candidate: Path) -> GateVerdict:
-        return judge_update(champion, update.domain, held_out, candidate, update.budget)
+    def judge(
+        self, task: LearningTask, champion: Path, update: UpdateRecord, held_out: Rows, candidate: Path
+    ) -> GateVerdict:
+        return judge_update(task, champion, update.domain, held_out, candidate, update.budget)
 
 
-def judge_update(champion: Path, domain: str, held_out: TokenIds, candidate: Path, budget: GateBudget) -> GateVerdict:
+def judge_update(
+    task: LearningTask, champion: Path, domain: str, held_out: Rows, candidate: Path, budget: GateBudget
+) -> GateVerdict:
     """By halves of the old hold-outs that the training did not choose by, and all of the new one."""
     old = {name: halves(rows)[1] for name, rows in load_memory(champion).held_out.items()}
-    return judge_candidate(champion, candidate, (domain, held_out), old, budget)
+    return judge_candidate(task, champion, candidate, (domain, held_out), old, budget)

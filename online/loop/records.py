@@ -11,6 +11,7 @@ from online.learner.recipe import UpdateRecipe
 from online.learner.update import UpdateReport
 from online.rollout.policy import RolloutPolicy
 from online.rollout.state import Decision
+from online.tasks.reading import LearntTask
 from runtime.record import Record
 
 
@@ -39,8 +40,10 @@ class UpdateRecord(Record):
     champion: int
     began: str
     trigger: str
+    task: LearntTask = "generation"
     samples: int
-    unread: int = 0  # samples of kinds that a language model learns nothing from
+    unread: int = 0  # samples that say nothing to the model
+    unread_why: dict[str, int] = Field(default_factory=dict)
     rows: int
     held_out_rows: int
     fed_to: int

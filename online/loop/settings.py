@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from builders.spec import CanarySlice, DeploymentSpec, GateSlice, LearnerSlice, OnlineSlice
+from builders.spec import CanarySlice, DeploymentSpec, GateSlice, OnlineSlice
 from builders.training.optimiser import Optimiser
 from online.gate.verdict import GateBudget
 from online.learner.recipe import UpdateRecipe
 from online.rollout.policy import Metric, RolloutPolicy
+from online.tasks.reading import WORDS, LearntTask, TaskWords
 from runtime.errors import InputError
 
 
@@ -20,13 +21,34 @@ def online_of(spec: DeploymentSpec) -> OnlineSlice:
     return spec.online
 
 
-def recipe_of(learner: LearnerSlice) -> UpdateRecipe:
+def learnt_task(spec: DeploymentSpec) -> LearntTask:
+    """Raises InputError for a task that is not learnt online; with a section online, the spec itself is refused."""
+    task = spec.model.task
+    if task in ("generation", "embedding", "classification"):
+        return task
+    raise InputError(
+        f"model.task of {spec.name}", got=task, expected=f"one of {', '.join(WORDS)}", fix="leave online learning out"
+    )
+
+
+def words_of(spec: DeploymentSpec) -> TaskWords:
+    return WORDS[learnt_task(spec)]
+
+
+def noun_of(spec: DeploymentSpec) -> str:
+    """What a person calls the rows that are learnt."""
+    return words_of(spec).rows.format(window=online_of(spec).learner.window)
+
+
+def recipe_of(spec: DeploymentSpec) -> UpdateRecipe:
+    learner = online_of(spec).learner
     return UpdateRecipe(
         steps=learner.steps,
         rows=learner.rows,
         replay_share=learner.replay_share,
         kl=learner.kl,
-        learning_rate=learner.learning_rate,
+        temperature=learner.temperature or UpdateRecipe().temperature,
+        learning_rate=learner.learning_rate or words_of(spec).rate,
         clip=learner.clip,
         optimiser=Optimiser(kind=learner.optimiser, weight_decay=learner.weight_decay, momentum=learner.momentum),
         seed=learner.seed,
@@ -34,7 +56,8 @@ def recipe_of(learner: LearnerSlice) -> UpdateRecipe:
 
 
 def budget_of(gate: GateSlice) -> GateBudget:
-    return GateBudget(max_forgetting=gate.max_forgetting, min_gain=gate.min_gain)
+    fall = GateBudget().max_fall if gate.max_fall is None else gate.max_fall
+    return GateBudget(max_forgetting=gate.max_forgetting, min_gain=gate.min_gain, max_fall=fall)
 
 
 def policy_of(canary: CanarySlice) -> RolloutPolicy:

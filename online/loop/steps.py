@@ -13,16 +13,19 @@ from pathlib import Path
 from builders.artifacts import Checkpoint
 from builders.errors import CheckError
 from builders.spec import DeploymentSpec
+from online.gate.forgetting import Change
 from online.loop.asked import going_back
 from online.loop.building import Serving, VersionBuilds
-from online.loop.due import Clock, Samples, look
-from online.loop.first import adopt, end_of_text
+from online.loop.due import Clock, LearningFrom, Samples, look
+from online.loop.first import adopt
+from online.loop.gathered import unread_text
 from online.loop.journal import LoopJournal
-from online.loop.learning import LanguageLearning, Learning
+from online.loop.learning import Learning, TaskLearning
 from online.loop.records import DriftState, LoopState, PromotedVersion, UpdateRecord, UpdateStage
-from online.loop.settings import budget_of, online_of, policy_of, recipe_of
+from online.loop.settings import budget_of, learnt_task, noun_of, online_of, policy_of, recipe_of
 from online.rollout.drive import Journal, Rollout, begin
 from online.rollout.state import Decision, Phase, RolloutState
+from online.tasks.task import LearningTask
 from runtime.errors import InputError
 
 KEPT = 3  # promoted versions whose weights and files stay, for the way back
@@ -52,7 +55,7 @@ class Loop:
     serving: Serving | None = None
     without_canary: bool = False
     clock: Clock = field(default_factory=Clock)
-    learning: Learning = field(default_factory=LanguageLearning)
+    learning: Learning = field(default_factory=TaskLearning)
     _rollout: Rollout | None = field(default=None, init=False)
     _rollout_journal: Journal | None = field(default=None, init=False)
 
@@ -84,11 +87,15 @@ class Loop:
         self._rollout = self._rollout_journal = None
 
     @cached_property
-    def _first(self) -> Checkpoint:
+    def _adopted(self) -> tuple[Checkpoint, LearningTask]:
         return adopt(self.spec, self.journal.checkpoint(0))
 
+    @property
+    def _task(self) -> LearningTask:
+        return self._adopted[1]
+
     def _begin(self) -> Stepped:
-        checkpoint = self._first
+        checkpoint, _ = self._adopted
         built = self.builds.first()
         first = PromotedVersion(version=built.version, update=0, since=self._now(), settings=built.settings)
         state = LoopState(
@@ -101,36 +108,40 @@ class Loop:
         self._tidy(state)
         online = online_of(self.spec)
         with contextlib.closing(self.store()) as store:
-            due = look(state, online, store, self._champion(state), end_of_text(self._first), self.clock)
+            known = LearningFrom(self._task, self._champion(state), noun_of(self.spec))
+            due = look(state, online, store, known, self.clock)
         if due.state != state:
             self.journal.save(due.state)
         if due.rows is None:
             return Stepped(due.waits, waits=True)
+        unread = due.gathered.unread
         update = UpdateRecord(
             number=state.updates + 1,
             champion=state.champion.version,
             began=self._now(),
             trigger=due.trigger,
+            task=learnt_task(self.spec),
             samples=len(due.gathered.documents),
-            unread=due.gathered.unread,
+            unread=sum(unread.values()),
+            unread_why=dict(unread),
             rows=len(due.rows[0]),
             held_out_rows=len(due.rows[1]),
             fed_to=due.gathered.fed_to,
-            recipe=recipe_of(online.learner),
+            recipe=recipe_of(self.spec),
             budget=budget_of(online.gate),
             policy=policy_of(online.canary),
         )
         self.journal.set_aside(update.number, *due.rows)
         self.journal.save(due.state.model_copy(update={"update": update, "updates": update.number}))
         return Stepped(
-            f"update {update.number} begins: {update.trigger}; {update.rows} rows to learn from, "
-            f"{update.held_out_rows} held out"
+            f"update {update.number} begins: {update.trigger}; {update.rows} {known.noun} to learn from, "
+            f"{update.held_out_rows} held out" + (f"; not read: {unread_text(unread)}" if unread else "")
         )
 
     def _train(self, state: LoopState, update: UpdateRecord) -> Stepped:
         rows, out = self.journal.rows(update.number), self.journal.checkpoint(update.number)
         try:
-            report = self.learning.train(self._champion(state), update, rows, out)
+            report = self.learning.train(self._task, self._champion(state), update, rows, out)
         except CheckError as error:
             return self._end(state, update, UpdateStage.REFUSED, f"the training: {error}")
         self._save(state, update, stage=UpdateStage.TRAINED, report=report)
@@ -138,16 +149,19 @@ class Loop:
 
     def _judge(self, state: LoopState, update: UpdateRecord) -> Stepped:
         held_out, candidate = self.journal.rows(update.number)[1], self.journal.checkpoint(update.number)
-        verdict = self.learning.judge(self._champion(state), update, held_out, candidate)
+        verdict = self.learning.judge(self._task, self._champion(state), update, held_out, candidate)
         update = update.model_copy(update={"verdict": verdict})
         if not verdict.passed:
             why = "; ".join(item.why for item in verdict.objections)
             return self._end(state, update, UpdateStage.REFUSED, f"the gate: {why}")
         self._save(state, update, stage=UpdateStage.PASSED)
         assert verdict.new is not None
-        kept = ", ".join(f"{item.domain} {item.change:+.1%} (up to {item.high:+.1%})" for item in verdict.old)
+        kept = ", ".join(
+            f"{item.domain} {item.change:+.1%} (up to {item.high:+.1%}){shares_text(item)}" for item in verdict.old
+        )
         return Stepped(
-            f"update {update.number} passes the gate: perplexity of the new text {verdict.new.change:+.1%}, {kept}"
+            f"update {update.number} passes the gate: perplexity of what is new {verdict.new.change:+.1%}"
+            f"{shares_text(verdict.new)}, {kept}"
         )
 
     def _build(self, state: LoopState, update: UpdateRecord) -> Stepped:
@@ -290,7 +304,7 @@ class Loop:
         return after
 
     def _require_same_model(self, state: LoopState) -> None:
-        if self._first.digest != state.origin:
+        if self._adopted[0].digest != state.origin:
             raise InputError(
                 f"model {self.spec.model.source}",
                 got="other weights or settings than those that the loop began with",
@@ -300,6 +314,12 @@ class Loop:
 
     def _now(self) -> str:
         return datetime.fromtimestamp(self.clock.wall(), UTC).isoformat(timespec="seconds")
+
+
+def shares_text(change: Change) -> str:
+    """Behind its perplexity; empty for a language model."""
+    told = [f"{one.name} {one.before:.3f} -> {one.after:.3f}" for one in change.shares]
+    return f" ({', '.join(told)})" if told else ""
 
 
 def said_of(update: UpdateRecord) -> str:

@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from html import escape
 
 from builders.planning.page import page, table
+from online.gate.forgetting import Change
+from online.loop.gathered import unread_text
 from online.loop.records import LoopState, UpdateRecord, UpdateStage
-from online.loop.steps import decision_text, said_of
+from online.loop.steps import decision_text, said_of, shares_text
+from online.tasks.reading import WORDS
 
 _COLUMN, _LEFT, _RIGHT = 188, 104, 16
 _TOP, _LOSS, _NEW, _OLD, _FOOT = 64, 70, 110, 90, 40  # heights of the panels, from above
@@ -21,37 +24,41 @@ _COLOURS = {
 def timeline_page(name: str, state: LoopState, ended: Sequence[UpdateRecord]) -> str:
     """`ended`: oldest first."""
     updates = [*ended, *([state.update] if state.update is not None else [])]
+    learnt = updates[-1].task if updates else "generation"
     notes = [
         f"champion: version {state.champion.version}, since {state.champion.since}; "
         + (f"challenger: version {state.challenger}" if state.challenger else "no challenger"),
         f"{len(ended)} updates have ended, {sum(one.stage is UpdateStage.PROMOTED for one in ended)} of them stand; "
         f"feedback is read to number {state.fed_to}",
-        "Perplexity of the new text is of its hold-out, that of earlier domains of halves that the update was not "
-        "chosen by; bounds are one-sided at 95 %.",
+        f"Perplexity is of {WORDS[learnt].loss}: of what is new on its hold-out, of earlier domains on halves that the "
+        "update was not chosen by; bounds are one-sided at 95 %.",
     ]
     parts = [_picture(updates[-_SHOWN:]) if updates else "", table("Updates", HEADS, list(map(row_of, updates)))]
     parts += [_decisions(one) for one in updates if one.decisions]
     return page(f"Online learning of {name}", notes, (), parts)
 
 
-HEADS = ("update", "began", "data", "new text", "earlier domains", "taken", "outcome", "why")
+HEADS = ("update", "began", "data", "new domain", "earlier domains", "taken", "outcome", "why")
 
 
 def row_of(update: UpdateRecord) -> tuple[str, ...]:
     """Cells of a table, for a page and for a terminal."""
     verdict, report = update.verdict, update.report
-    new = "" if verdict is None or verdict.new is None else _change(verdict.new.before, verdict.new.after)
-    old = "" if verdict is None else ", ".join(f"{one.domain} {one.change:+.1%}" for one in verdict.old)
+    new = "" if verdict is None or verdict.new is None else _change(verdict.new)
+    old = (
+        "" if verdict is None else ", ".join(f"{one.domain} {one.change:+.1%}{shares_text(one)}" for one in verdict.old)
+    )
+    unread = f"; not read: {unread_text(update.unread_why)}" if update.unread_why else ""
     return (
         str(update.number), update.began.replace("T", " ").removesuffix("+00:00"),
-        f"{update.samples} samples, {update.rows} + {update.held_out_rows} rows ({update.trigger})", new, old,
+        f"{update.samples} samples, {update.rows} + {update.held_out_rows} rows ({update.trigger}){unread}", new, old,
         "" if report is None else f"{report.step.share:.0%}",
         said_of(update) if update.ended else f"{update.stage}", update.reason,
     )  # fmt: skip
 
 
-def _change(before: float, after: float) -> str:
-    return f"{before:.1f} -> {after:.1f} ({after / before - 1:+.1%})"
+def _change(new: Change) -> str:
+    return f"{new.before:.4g} -> {new.after:.4g} ({new.change:+.1%}){shares_text(new)}"
 
 
 def _decisions(update: UpdateRecord) -> str:
@@ -74,8 +81,8 @@ def _picture(updates: Sequence[UpdateRecord]) -> str:
     old = new + _NEW + _GAP
     parts = [
         *_panel(loss, _LOSS, ("loss while", "it learnt"), wide),
-        *_panel(new, _NEW, ("new text,", "perplexity", "0 to -100 %"), wide),
-        *_panel(old, _OLD, ("earlier text,", f"0 to +{most:.0%},", f"{allowed:.1%} allowed"), wide),
+        *_panel(new, _NEW, ("new domain,", "perplexity", "0 to -100 %"), wide),
+        *_panel(old, _OLD, ("earlier ones,", f"0 to +{most:.0%},", f"{allowed:.1%} allowed"), wide),
         _rule(old + _OLD * (1 - allowed / most), wide),
     ]
     for place, update in enumerate(updates):

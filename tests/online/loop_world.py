@@ -14,7 +14,6 @@ from builders.errors import QualityError
 from builders.spec import DeploymentSpec
 from builders.store.atomic import atomic_directory
 from builders.training import language
-from builders.training.text import TokenIds
 from online.feedback.errors import FeedbackUnavailable
 from online.gate.forgetting import Change
 from online.gate.verdict import GateRefusal, GateVerdict, Objection
@@ -26,6 +25,7 @@ from online.loop.due import Clock
 from online.loop.journal import LoopJournal
 from online.loop.records import LoopState, UpdateRecord
 from online.loop.steps import Loop
+from online.tasks.task import LearningTask, Rows
 from tests.online.small import RECIPE, WINDOW, speech
 from tests.online.test_rollout import OLD, Crash, World
 
@@ -136,7 +136,9 @@ class Everything:
         self.world._at()
 
     # Learning
-    def train(self, champion: Path, update: UpdateRecord, rows: tuple[TokenIds, TokenIds], out: Path) -> UpdateReport:
+    def train(
+        self, task: LearningTask, champion: Path, update: UpdateRecord, rows: tuple[Rows, Rows], out: Path
+    ) -> UpdateReport:
         self.world._at()
         if not out.is_dir():
             memory = load_memory(champion).with_domain(update.domain, rows[1])
@@ -151,7 +153,9 @@ class Everything:
             previous_sha256="", curve=(), step=PartialStep(share=0.5, monotone=True, tried=()), cpu_s=0.0,
         )  # fmt: skip
 
-    def judge(self, champion: Path, update: UpdateRecord, held_out: TokenIds, candidate: Path) -> GateVerdict:
+    def judge(
+        self, task: LearningTask, champion: Path, update: UpdateRecord, held_out: Rows, candidate: Path
+    ) -> GateVerdict:
         self.world._at()
         assert len(held_out) == update.held_out_rows
         why = (Objection(name=GateRefusal.FORGETTING, why="one: perplexity +9 %"),) * (self.refuses == "gate")
@@ -211,7 +215,7 @@ class _CrashingJournal(LoopJournal):
     def save(self, state: LoopState) -> None:
         self._around(lambda: super(_CrashingJournal, self).save(state))
 
-    def set_aside(self, number: int, learnt: TokenIds, held_out: TokenIds) -> None:
+    def set_aside(self, number: int, learnt: Rows, held_out: Rows) -> None:
         self._around(lambda: super(_CrashingJournal, self).set_aside(number, learnt, held_out))
 
     def put_down(self, record: UpdateRecord) -> None:

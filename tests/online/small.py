@@ -9,17 +9,19 @@ import numpy as np
 from builders.training import language
 from builders.training.arithmetic import reproducible
 from builders.training.recipe import TrainingRecipe
-from builders.training.text import TokenIds
 from online.learner.memory import Memory, Reservoir, save_memory
+from online.tasks.language import LanguageTask
+from online.tasks.task import Rows
 
 WINDOW = 16
 RECIPE = TrainingRecipe(
     vocabulary=257, hidden=32, layers=2, heads=4, kv_heads=2, ffn=64, context=WINDOW, steps=120, tokens_per_step=256,
     learning_rate=0.02,
 )  # fmt: skip
+LANGUAGE = LanguageTask(WINDOW, RECIPE.vocabulary, Path("no tokenizer is read"), 0)
 
 
-def speech(language_seed: int, rows: int, seed: int) -> TokenIds:
+def speech(language_seed: int, rows: int, seed: int) -> Rows:
     """[rows, WINDOW + 1]: after each of 40 words come three others, by a table of the language's own."""
     table = np.random.default_rng(language_seed).integers(1, 41, (41, 3))
     random = np.random.default_rng(seed)

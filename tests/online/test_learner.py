@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,18 +17,21 @@ from builders.digests import file_digest
 from builders.errors import DivergedError
 from builders.training.optimiser import Optimiser
 from builders.training.recipe import TrainingProgress
-from online.gate.forgetting import change_of, row_losses
-from online.gate.verdict import GateBudget, GateRefusal, GateVerdict, judge_candidate, load_model
-from online.learner.blend import blend, largest_step
-from online.learner.memory import FOLDER, Memory, Reservoir, batches_of, load_memory
-from online.learner.objective import update_batches, update_loss
+from online.gate.forgetting import change_of
+from online.gate.verdict import GateBudget, GateRefusal, GateVerdict, judge_candidate
+from online.learner.batches import batches_of, update_batches
+from online.learner.blend import PartialStep, TriedShare, blend, largest_step
+from online.learner.memory import FOLDER, Memory, Reservoir, load_memory
 from online.learner.recipe import UpdateRecipe
 from online.learner.update import UpdateReport, update_version
+from online.tasks.language import load_language_model, row_losses
+from online.tasks.task import Scores, Training
 from runtime.errors import InputError
-from tests.online.small import WINDOW, save_small, speech
+from tests.online.small import LANGUAGE, WINDOW, save_small, speech
 
 NEW, HELD_OUT = speech(2, 400, 10), speech(2, 160, 11)
 RECIPE = UpdateRecipe(steps=40, rows=16, learning_rate=0.01)
+LOOSE = GateBudget(max_forgetting=10.0)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -48,12 +51,12 @@ def version(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def update(version: Path, out: Path, recipe: UpdateRecipe = RECIPE, most: float = 10.0) -> UpdateReport:
-    return update_version(version, "two", NEW, HELD_OUT, out, recipe, max_forgetting=most)
+    return update_version(LANGUAGE, version, "two", NEW, HELD_OUT, out, recipe, budget=GateBudget(max_forgetting=most))
 
 
 def judged(version: Path, candidate: Path, most: float = 0.03) -> GateVerdict:
     held_out = dict(load_memory(version).held_out)
-    return judge_candidate(version, candidate, ("two", HELD_OUT), held_out, GateBudget(max_forgetting=most))
+    return judge_candidate(LANGUAGE, version, candidate, ("two", HELD_OUT), held_out, GateBudget(max_forgetting=most))
 
 
 @pytest.fixture(scope="module")
@@ -101,14 +104,14 @@ def test_a_part_of_the_way_holds_the_budget_and_passes_the_gate(version: Path, t
     assert list(memory.held_out) == ["one", "two"]
     assert memory.reservoir.seen == 700
     third = speech(3, 300, 20), speech(3, 160, 21)
-    update_version(tmp_path / "2", "three", *third, tmp_path / "3", RECIPE, max_forgetting=10.0)
-    last = judge_candidate(tmp_path / "2", tmp_path / "3", ("three", third[1]), memory.held_out, GateBudget())
+    update_version(LANGUAGE, tmp_path / "2", "three", *third, tmp_path / "3", RECIPE, budget=LOOSE)
+    last = judge_candidate(LANGUAGE, tmp_path / "2", tmp_path / "3", ("three", third[1]), memory.held_out, GateBudget())
     assert {item.domain for item in last.old} == {"one", "two"}
     assert load_memory(tmp_path / "3").reservoir.seen == 1000
 
 
 def test_nothing_may_be_forgotten_means_nothing_is_learnt_and_the_gate_says_so(version: Path, tmp_path: Path) -> None:
-    found = update(version, tmp_path / "2", RECIPE.model_copy(update={"replay_share": 0.0}), most=-0.5)
+    found = update(version, tmp_path / "2", RECIPE.model_copy(update={"replay_share": 0.0}), most=0.0)
     assert found.step.share == 0
     assert file_digest(tmp_path / "2" / "model.safetensors") == file_digest(version / "model.safetensors")
     assert [item.name for item in judged(version, tmp_path / "2").objections] == [GateRefusal.NO_GAIN]
@@ -116,7 +119,7 @@ def test_nothing_may_be_forgotten_means_nothing_is_learnt_and_the_gate_says_so(v
 
 def test_shuffled_rows_do_not_pass(version: Path, tmp_path: Path) -> None:
     shuffled = np.random.default_rng(0).permuted(NEW, axis=1)
-    update_version(version, "two", shuffled, HELD_OUT, tmp_path / "2", RECIPE, max_forgetting=10.0)
+    update_version(LANGUAGE, version, "two", shuffled, HELD_OUT, tmp_path / "2", RECIPE, budget=LOOSE)
     names = {item.name for item in judged(version, tmp_path / "2").objections}
     assert GateRefusal.NO_GAIN in names or GateRefusal.FORGETTING in names
 
@@ -131,11 +134,13 @@ def test_a_killed_update_comes_to_the_same_weights(version: Path, tmp_path: Path
 
     for _ in range(2):  # from step 24 both times: the checkpoint is as old as that
         with pytest.raises(Killed):
-            update_version(version, "two", NEW, HELD_OUT, tmp_path / "2", RECIPE, report=die, checkpoint_every_s=0.0)
+            update_version(
+                LANGUAGE, version, "two", NEW, HELD_OUT, tmp_path / "2", RECIPE, report=die, checkpoint_every_s=0.0
+            )
         assert [file.name for file in tmp_path.iterdir()] == [".2.update"]
     seen: list[int] = []
     update_version(
-        version, "two", NEW, HELD_OUT, tmp_path / "2", RECIPE, max_forgetting=10,
+        LANGUAGE, version, "two", NEW, HELD_OUT, tmp_path / "2", RECIPE, budget=LOOSE,
         report=lambda progress: seen.append(progress.step), checkpoint_every_s=0.0,
     )  # fmt: skip
     assert seen == list(range(25, 41))
@@ -173,7 +178,7 @@ def test_rows_that_do_not_fit_are_refused(
     version: Path, tmp_path: Path, rows: np.ndarray, held_out: np.ndarray, domain: str, says: str
 ) -> None:
     with pytest.raises(InputError, match=says):
-        update_version(version, domain, rows, held_out, tmp_path / "2", RECIPE)
+        update_version(LANGUAGE, version, domain, rows, held_out, tmp_path / "2", RECIPE)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -223,38 +228,42 @@ def test_a_candidate_that_gives_no_numbers_is_refused(version: Path, tmp_path: P
 
 def test_a_small_hold_out_bounds_nothing() -> None:
     with pytest.raises(InputError, match="29 rows"):
-        change_of("x", np.zeros(29), np.zeros(29))
+        change_of("x", Scores(np.zeros(29)), Scores(np.zeros(29)))
 
 
 def test_bounds_are_of_paired_rows() -> None:
     """Rows differ by far more than the models do; each against itself, the change is exact."""
     before = np.linspace(1, 9, 100)
-    found = change_of("x", before, before + 0.01)
+    found = change_of("x", Scores(before), Scores(before + 0.01))
     assert (found.change, found.low, found.high) == pytest.approx((np.exp(0.01) - 1,) * 3)
-    noisy = change_of("x", before, before + np.tile([0.11, -0.09], 50))
+    noisy = change_of("x", Scores(before), Scores(before + np.tile([0.11, -0.09], 50)))
     assert noisy.low < 0 < noisy.change < noisy.high
+
+
+def stepped(bound_at: Callable[[float], float], most: float = 1.0) -> PartialStep:
+    return largest_step(lambda share: TriedShare(share=share, bound=bound_at(share)), lambda tried: tried.bound <= most)
 
 
 @given(st.floats(0.001, 1.2), st.floats(0.3, 3))
 def test_bisection_finds_the_edge_of_a_monotone_curve(edge: float, power: float) -> None:
-    found = largest_step(lambda share: (share / edge) ** power, 1.0)
+    found = stepped(lambda share: (share / edge) ** power)
     assert found.monotone
     assert found.share <= min(edge, 1) <= found.share + 1 / 64 + 1e-9
     assert len(found.tried) <= 8
 
 
 def test_a_curve_with_a_hump_is_said_not_to_be_monotone() -> None:
-    found = largest_step(lambda share: 2.0 if 0.4 < share < 0.8 else 0.5 if share < 1 else 1.5, 1.0)
+    found = stepped(lambda share: 2.0 if 0.4 < share < 0.8 else 0.5 if share < 1 else 1.5)
     assert not found.monotone
     assert {item.share: item.bound for item in found.tried}[found.share] <= 1  # it holds all the same
 
 
 def test_bounds_that_are_no_numbers_hold_nothing() -> None:
-    assert largest_step(lambda share: float("nan"), 1.0).share == 0
+    assert stepped(lambda share: float("nan")).share == 0
 
 
 def test_a_blend_lies_on_the_line(version: Path, naive: Path) -> None:
-    old, new = (load_model(folder).state_dict() for folder in (version, naive))
+    old, new = (load_language_model(folder).state_dict() for folder in (version, naive))
     for share in (0.0, 0.3, 1.0):
         for name, value in blend(old, new, share).items():
             np.testing.assert_allclose(value, (1 - share) * old[name] + share * new[name], atol=1e-6)
@@ -289,15 +298,14 @@ def test_batches_hold_the_asked_share_of_the_past() -> None:
 
 
 def test_the_pull_is_zero_at_the_previous_version_and_grows_from_it(version: Path, naive: Path) -> None:
-    previous, model = load_model(version), load_model(version)
+    previous, model = load_language_model(version), load_language_model(version)
     rows = load_memory(version).reservoir.rows[:8]
-    plain = UpdateRecipe(rows=8)
-    pulled = plain.model_copy(update={"kl": 1.0})
     for weights, is_same in ((version, True), (naive, False)):
-        model.load_state_dict(load_model(weights).state_dict())
+        model.load_state_dict(load_language_model(weights).state_dict())
         cross_entropy = float(row_losses(model, rows).mean())
-        assert update_loss(model, previous, 4, plain)(rows).item() == pytest.approx(cross_entropy, rel=1e-4)
-        extra = update_loss(model, previous, 4, pulled)(rows).item() - cross_entropy
+        plain, pulled = (LANGUAGE.loss(Training(model, previous, 4, pull, 1.0)) for pull in (0.0, 1.0))
+        assert plain(rows).item() == pytest.approx(cross_entropy, rel=1e-4)
+        extra = pulled(rows).item() - cross_entropy
         assert (abs(extra) < 1e-4) == is_same
         assert extra > -1e-4
 

@@ -123,7 +123,7 @@ def test_an_empty_store_and_too_little_text_are_waited_out_with_words(everything
         said.append(loop.step().said)
     assert said[0] == "no new feedback to learn from"
     assert said[1] == "40 of 100 new samples"
-    assert said[2].startswith("12 new samples, but too little text: ")
+    assert said[2].startswith("12 new samples, but too little of it: ")
 
 
 def test_a_store_that_goes_away_is_waited_for_and_once_is_told(everything: Everything) -> None:
