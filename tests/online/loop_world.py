@@ -23,6 +23,7 @@ from online.learner.update import UpdateReport
 from online.loop.building import BuiltVersion, Serving
 from online.loop.due import Clock
 from online.loop.journal import LoopJournal
+from online.loop.learning import Learning
 from online.loop.records import LoopState, UpdateRecord
 from online.loop.steps import Loop
 from online.tasks.task import LearningTask, Rows
@@ -58,14 +59,19 @@ def spoken(language_seed: int, count: int, first: int = 1) -> list[tuple[int, di
     ]
 
 
-def loop_spec(folder: Path, **online: Any) -> DeploymentSpec:
+def loop_spec(folder: Path, task: str = "generation", **online: Any) -> DeploymentSpec:
     learner = {"window": WINDOW, "rows": 8, "steps": 4, "held_out_share": 0.4, **online.pop("learner", {})}
     when = {"samples": 100, **online.pop("when", {})}
+    model: dict[str, Any] = {"source": str(folder), "task": task, "max_length": WINDOW}
+    encoder: dict[str, Any] = {} if task == "generation" else {"serving": {"length_buckets": [WINDOW]}}
+    if task == "embedding":
+        model |= {"pooling": "mean", "normalize": True}
     return DeploymentSpec.model_validate(
         {
             "name": "tiny",
-            "model": {"source": str(folder), "task": "generation", "max_length": WINDOW},
+            "model": model,
             "precision": {"cpu": "fp32", "calibration_samples": 32},
+            **encoder,
             "online": {"learner": learner, "when": when, "canary": CANARY, **online},
         }
     )
@@ -95,6 +101,8 @@ class Everything:
     world: World = field(default_factory=World)
     refuses: str = ""  # "gate", "pipeline"
     online: dict[str, Any] = field(default_factory=dict)
+    task: str = "generation"
+    learning: Learning | None = None  # a real one
     without_canary: bool = False
     serves: bool = True
     published: dict[int, str] = field(default_factory=dict)
@@ -177,8 +185,8 @@ class _Process:
         self.journal = _CrashingJournal(found.folder, "tiny", found.world)
         serving = Serving(found.world, found.world) if found.serves else None
         self.loop = Loop(
-            loop_spec(found.first, **found.online), self.journal, _Builds(found), lambda: found.samples, serving,
-            found.without_canary, clock=Clock(lambda: found.wall, lambda: found.mono), learning=found,
+            loop_spec(found.first, found.task, **found.online), self.journal, _Builds(found), lambda: found.samples,
+            serving, found.without_canary, clock=Clock(lambda: found.wall, lambda: found.mono), learning=found.learning or found,
         )  # fmt: skip
         return self.loop
 

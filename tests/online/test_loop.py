@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -31,7 +32,7 @@ def everything(first: Path, tmp_path: Path) -> Everything:
     return Everything(tmp_path, first, Samples(list(ROWS)))
 
 
-def require_whole(found: Everything, state: LoopState, stage: UpdateStage) -> None:
+def require_whole(found: Everything, state: LoopState, stage: UpdateStage, last: int = ROWS[-1][0]) -> None:
     """What serves, what a restart would serve and what is written down are one."""
     serving = NEW if stage is UpdateStage.PROMOTED else OLD
     journal = found.folder / "tiny" / "online"
@@ -42,7 +43,7 @@ def require_whole(found: Everything, state: LoopState, stage: UpdateStage) -> No
     assert record.reason
     assert state.champion.version == serving == found.current
     assert state.update is None
-    assert state.fed_to == ROWS[-1][0]
+    assert state.fed_to == last
     assert serving in found.published
     if found.world.history:
         assert (found.world.loaded, found.world.shares, found.world.mirror) == ({serving}, {serving: 1.0}, None)
@@ -54,10 +55,12 @@ def require_whole(found: Everything, state: LoopState, stage: UpdateStage) -> No
 crash_points = st.sets(st.integers(1, 130), max_size=6)
 
 
-def lived(first: Path, crashes: set[int], world: World, **of: str) -> Iterator[tuple[Everything, LoopState]]:
+def lived(
+    first: Path, crashes: set[int], world: World, samples: Sequence[Any] = ROWS, **of: str
+) -> Iterator[tuple[Everything, LoopState]]:
     with TemporaryDirectory() as folder:
         world.crashes = crashes
-        found = Everything(Path(folder), first, Samples(list(ROWS)), world, **of)  # type: ignore[arg-type]
+        found = Everything(Path(folder), first, Samples(list(samples)), world, **of)  # type: ignore[arg-type]
         yield found, ran(found)
 
 

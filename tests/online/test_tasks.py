@@ -191,10 +191,10 @@ def test_the_pull_is_zero_at_the_previous_version(version: Version) -> None:
 
 
 def test_vectors_that_may_not_move_are_not_moved(embedding: Path, tmp_path: Path) -> None:
-    task = opened(embedding, "embedding")
+    task, recipe = opened(embedding, "embedding"), RECIPE.model_copy(update={"steps": 3})
     learnt, held_out = (rows_of(task, pairs("close", 60, seed)) for seed in (3, 4))
-    found = update_version(task, embedding, "two", learnt, held_out, tmp_path / "2",
-                           RECIPE.model_copy(update={"steps": 3}), budget=GateBudget(max_forgetting=10, max_fall=0))  # fmt: skip
+    budget = GateBudget(max_forgetting=10, max_fall=0)
+    found = update_version(task, embedding, "two", learnt, held_out, tmp_path / "2", recipe, budget=budget)
     assert found.step.share == 0
     assert min(one.fall for one in found.step.tried) > 0
     assert file_digest(tmp_path / "2" / "model.safetensors") == file_digest(embedding / "model.safetensors")
