@@ -40,6 +40,11 @@ class LearnerSlice(Slice):
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="of sgd")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="of matrices")
     clip: Over = Field(1.0, description="the longest gradient")
+    lora_rank: Positive | None = Field(
+        None,
+        description="learns low-rank matrices of so many rows beside each matrix of the layers (LoRA), and merges them "
+        "when the training ends; default: all weights are moved",
+    )
     steps: Positive = Field(90, description="of one update")
     rows: Positive = Field(16, description="of a batch, replayed ones among them")
     window: Annotated[int, Field(ge=8)] = Field(

@@ -21,6 +21,9 @@ class UpdateRecipe(Record):
     rise: float = Field(default=0.1, gt=0, lt=1)
     clip: float = Field(default=1.0, gt=0)
     optimiser: Optimiser = Optimiser()
+    lora_rank: int | None = Field(
+        default=None, ge=1
+    )  # of what is moved beside each matrix; None: all weights are moved
     seed: int = Field(default=0, ge=0)
 
     def replayed(self, kept: int) -> int:

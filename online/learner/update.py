@@ -22,6 +22,7 @@ from online.gate.forgetting import change_of, halves
 from online.gate.verdict import GateBudget
 from online.learner.batches import update_batches
 from online.learner.blend import PartialStep, TriedShare, blend, largest_step
+from online.learner.low_rank import low_rank
 from online.learner.memory import FOLDER, Memory, load_memory, save_memory
 from online.learner.recipe import UpdateRecipe
 from online.learner.weights import WEIGHTS, require_writable, save_weights
@@ -79,7 +80,8 @@ def update_version(
     resume = Resume(out.with_name(f".{out.name}.update"), key, checkpoint_every_s)
     with reproducible(recipe.seed):
         previous = copy.deepcopy(model).eval()
-        trained = _train(task, (model, previous), (rows, memory.reservoir.rows), recipe, report, resume)
+        with low_rank(model, recipe.lora_rank):
+            trained = _train(task, (model, previous), (rows, memory.reservoir.rows), recipe, report, resume)
     step = _step_back(task, model, previous, memory, budget)
     grown = memory.reservoir.offered(rows, np.random.default_rng([recipe.seed, 2]))
     found = UpdateReport(

@@ -51,6 +51,7 @@ def recipe_of(spec: DeploymentSpec) -> UpdateRecipe:
         learning_rate=learner.learning_rate or words_of(spec).rate,
         clip=learner.clip,
         optimiser=Optimiser(kind=learner.optimiser, weight_decay=learner.weight_decay, momentum=learner.momentum),
+        lora_rank=learner.lora_rank,
         seed=learner.seed,
     )
 

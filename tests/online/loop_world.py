@@ -186,7 +186,8 @@ class _Process:
         serving = Serving(found.world, found.world) if found.serves else None
         self.loop = Loop(
             loop_spec(found.first, found.task, **found.online), self.journal, _Builds(found), lambda: found.samples,
-            serving, found.without_canary, clock=Clock(lambda: found.wall, lambda: found.mono), learning=found.learning or found,
+            serving, found.without_canary, clock=Clock(lambda: found.wall, lambda: found.mono),
+            learning=found.learning or found,
         )  # fmt: skip
         return self.loop
 

@@ -93,6 +93,39 @@ def test_other_optimisers_learn_too(version: Path, tmp_path: Path, kind: Optimis
     assert verdict.passed, verdict
 
 
+def test_low_rank_matrices_learn_and_are_merged(version: Path, tmp_path: Path) -> None:
+    """Each matrix of the layers moves by a product of so many rows, nothing else does, and the folder is as ever; a
+    killed one comes to the same."""
+
+    class Killed(BaseException):
+        pass
+
+    def die(progress: TrainingProgress) -> None:
+        if progress.step == 25:
+            raise Killed
+
+    recipe = RECIPE.model_copy(update={"lora_rank": 3, "learning_rate": 0.02})
+    with pytest.raises(Killed):
+        update_version(
+            LANGUAGE, version, "two", NEW, HELD_OUT, tmp_path / "2", recipe, budget=LOOSE, report=die,
+            checkpoint_every_s=0.0,
+        )  # fmt: skip
+    update(version, tmp_path / "2", recipe)
+    update(version, tmp_path / "again", recipe)
+    assert len({file_digest(tmp_path / name / "model.safetensors") for name in ("2", "again")}) == 1
+    verdict = judged(version, tmp_path / "2")
+    assert verdict.new is not None
+    assert verdict.new.high < -0.1
+    before, after = (load_file(folder / "model.safetensors") for folder in (version, tmp_path / "2"))
+    assert before.keys() == after.keys()
+    for name, value in after.items():
+        moved = value - before[name]
+        if name.endswith("_proj.weight"):
+            assert 1 <= np.linalg.matrix_rank(moved, tol=1e-4) <= 3
+        else:
+            assert not moved.any(), name
+
+
 def test_a_part_of_the_way_holds_the_budget_and_passes_the_gate(version: Path, tmp_path: Path) -> None:
     """And the next domain is judged against both before it."""
     found = update(version, tmp_path / "2", most=0.05)

@@ -12,8 +12,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from builders import pipeline
 from builders.__main__ import app
 from builders.checkpoint import load_checkpoint
+from builders.spec import load_spec
 from online.learner.memory import Memory, Reservoir, load_memory, save_memory
 from online.loop.journal import LoopJournal
 from online.loop.learning import TaskLearning
@@ -22,11 +24,11 @@ from online.loop.timeline import row_of, timeline_page
 from online.tasks.opening import open_task
 from runtime.errors import InputError
 from tests.conftest import save_tiny
+from tests.online.encoders import labels, pairs, rows_of
 from tests.online.loop_world import Everything, Samples, loop_spec, ran
 from tests.online.small import WINDOW
 from tests.online.test_loop import lived, require_whole
 from tests.online.test_rollout import NEW, World
-from tests.online.test_tasks import pairs, rows_of
 
 ROWS = list(enumerate(pairs("close", 200, 3), 1))
 SAID = {"request_id": "c", "kind": "correction", "prompt": "a", "answer": None, "text": "b"}
@@ -94,8 +96,6 @@ def test_from_a_file_to_a_version_by_the_commands(
     task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Real learning, and the real pipeline with its proof."""
-    from tests.online.test_tasks import labels
-
     made = pairs if task == "embedding" else labels
     save_tiny(tmp_path / "model", "bert", task)
     (tmp_path / "old").write_text("".join(_old_line(one) for one in made("open", 400, 1)))
@@ -118,7 +118,8 @@ def test_from_a_file_to_a_version_by_the_commands(
     assert _run("online", "status", str(spec), "--json", *where) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["champion"], found["updates"][0]["stage"], found["updates"][0]["task"]) == (2, "promoted", task)
-    assert (tmp_path / "build" / "tiny" / "repository" / "tiny").is_dir()
+    repository = pipeline.repository_path(tmp_path / "build", load_spec(spec), "cpu")
+    assert (repository / "tiny" / "2").is_dir()
 
 
 def _old_line(one: dict[str, Any]) -> str:

@@ -16,10 +16,10 @@ from safetensors.numpy import load_file, save_file
 from builders.checkpoint import load_checkpoint
 from builders.digests import file_digest
 from builders.export.weights import load_encoder
-from builders.spec import DeploymentSpec, ModelSlice
+from builders.spec import DeploymentSpec
 from online.gate.forgetting import NEAR, change_of
 from online.gate.verdict import GateBudget, GateRefusal, GateVerdict, judge_candidate
-from online.learner.memory import FOLDER, Memory, Reservoir, load_memory, save_memory
+from online.learner.memory import Memory, Reservoir, load_memory, save_memory
 from online.learner.recipe import UpdateRecipe
 from online.learner.update import UpdateReport, update_version
 from online.loop import drift
@@ -28,86 +28,10 @@ from online.loop.records import DriftState
 from online.tasks.classifying import ACCURACY, ClassifierTask
 from online.tasks.embedding import FOUND, EmbeddingTask, right_too
 from online.tasks.encoder import EncoderTexts
-from online.tasks.opening import open_task
 from online.tasks.task import LearningTask, Rows, Scores, Training
 from runtime.errors import InputError
 from tests.conftest import save_tiny
-
-WINDOW = 16
-LOOSE = GateBudget(max_forgetting=1e6, max_fall=1.0)
-RECIPE = UpdateRecipe(steps=40, rows=16, learning_rate=0.003)
-NOUNS = (
-    "file",
-    "socket",
-    "thread",
-    "module",
-    "class",
-    "buffer",
-    "stream",
-    "queue",
-    "cache",
-    "token",
-    "string",
-    "number",
-)
-
-
-def model_slice(folder: Path, task: str) -> ModelSlice:
-    pooling = {"pooling": "mean", "normalize": True} if task == "embedding" else {}
-    return ModelSlice.model_validate({"source": str(folder), "task": task, "max_length": 64, **pooling})
-
-
-def opened(folder: Path, task: str) -> LearningTask:
-    found = model_slice(folder, task)
-    return open_task(found, load_checkpoint(found), WINDOW)
-
-
-def pairs(verbs: str, count: int, seed: int) -> list[dict[str, Any]]:
-    """Queries whose right text names the same things in another order."""
-    random = np.random.default_rng(seed)
-    found = []
-    for number in range(count):
-        first, second, third = random.choice(NOUNS, 3, replace=False)
-        found.append(
-            {"request_id": f"{seed}-{number}", "kind": "pair", "query": f"{verbs} {first} {second} {number}",
-             "positive": f"the {second} and {third} of a {first}", "negative": None}
-        )  # fmt: skip
-    return found
-
-
-def labels(verbs: str, count: int, seed: int, wrong: bool = False) -> list[dict[str, Any]]:
-    """The label is that of the first noun, or of another."""
-    random = np.random.default_rng(seed)
-    found = []
-    for number in range(count):
-        place = int(random.integers(3))
-        label = f"LABEL_{(place + wrong) % 3}"
-        found.append(
-            {"request_id": f"{seed}-{number}", "kind": "label", "label": label,
-             "prompt": f"{verbs} {NOUNS[place]} {number}"}
-        )  # fmt: skip
-    return found
-
-
-def rows_of(task: LearningTask, samples: list[dict[str, Any]]) -> Rows:
-    found = gather(enumerate(samples, 1), 0, 0.8, task)
-    assert not found.unread
-    return task.rows(found.documents)
-
-
-def save_first(folder: Path, kind: str) -> Path:
-    """It has learnt one domain, which its memory holds."""
-    task = opened(save_tiny(folder / "raw", "bert", kind), kind)
-    made = pairs if kind == "embedding" else labels
-    bare = Memory(Reservoir.empty(task.width)).with_domain("nothing", rows_of(task, made("when", 60, 9)))
-    save_memory(bare, folder / "raw")
-    old = rows_of(task, made("open", 200, 1))
-    update_version(task, folder / "raw", "one", old, rows_of(task, made("open", 100, 2)), folder / "1",
-                   RECIPE, budget=LOOSE)  # fmt: skip
-    shutil.rmtree(folder / "1" / FOLDER)
-    kept = Reservoir.empty(task.width).offered(old, np.random.default_rng(0))
-    save_memory(Memory(kept).with_domain("one", rows_of(task, made("open", 100, 2))), folder / "1")
-    return folder / "1"
+from tests.online.encoders import LOOSE, RECIPE, labels, model_slice, opened, pairs, rows_of, save_first
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -217,6 +141,17 @@ def test_a_killed_update_comes_to_the_same_weights(version: Version, tmp_path: P
     updated(version, tmp_path / "2", recipe)
     updated(version, tmp_path / "again", recipe)
     assert len({file_digest(tmp_path / name / "model.safetensors") for name in ("2", "again")}) == 1
+
+
+def test_low_rank_matrices_move_nothing_else(version: Version, tmp_path: Path) -> None:
+    folder, *_ = version
+    updated(version, tmp_path / "2", RECIPE.model_copy(update={"lora_rank": 2, "steps": 5}))
+    before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "2"))
+    moved = {name for name, value in after.items() if not np.array_equal(value, before[name])}
+    assert any("attention" in name for name in moved)
+    assert all(before[name].ndim == 2 and "embeddings" not in name for name in moved)
+    for name in moved:
+        assert np.linalg.matrix_rank(after[name] - before[name], tol=1e-5) <= 2
 
 
 def test_a_loss_of_a_batch_is_the_mean_of_its_rows(version: Version) -> None:
