@@ -26,7 +26,7 @@ STOP_LIMIT_S = 10  # for Locust to leave after its last word
 EARLY_END_LIMIT_S = EARLY_DRAIN_S + 30  # for Locust to end early, with the reports of its workers
 
 
-class Door(Record):
+class ThroughGateway(Record):
     """A gateway that requests go through."""
 
     grpc_address: Address | None = None
@@ -42,7 +42,7 @@ class LoadPlan(Record):
     grpc_address: Address = Field("127.0.0.1:8001", description="always needed: statistics are read there")
     http_address: Address = "127.0.0.1:8000"
     metrics_address: Address | None = "127.0.0.1:8002"
-    gateway: Door | None = Field(None, description="none: requests go to the server's own ports")
+    gateway: ThroughGateway | None = Field(None, description="none: requests go to the server's own ports")
     protocol: Literal["grpc", "http", "both"] = Field("grpc", description="both: half of the users each")
     shape: Shape = "constant"
     users: Positive = 8

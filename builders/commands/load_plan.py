@@ -15,7 +15,7 @@ from builders.judging import corpus
 from builders.spec import DeploymentSpec
 from loadtest.drive.run import run_load
 from loadtest.drive.stopping import Stop
-from loadtest.plan import Door, LoadPlan, RunProgress
+from loadtest.plan import ThroughGateway, LoadPlan, RunProgress
 from loadtest.report.page import render_html
 from loadtest.report.record import LoadReport
 from loadtest.report.slo import judge
@@ -127,9 +127,9 @@ def plan_of(spec: DeploymentSpec, request: LoadRequest, texts: Path) -> LoadPlan
         ) from error
 
 
-def _door(request: LoadRequest) -> Door | None:
+def _door(request: LoadRequest) -> ThroughGateway | None:
     if request.gateway is not None or request.gateway_grpc is not None:
-        return Door(
+        return ThroughGateway(
             http_address=request.gateway, grpc_address=request.gateway_grpc, key_file=request.api_key_file
         )  # fmt: skip
     if request.api_key_file is not None:
