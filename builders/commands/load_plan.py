@@ -15,7 +15,7 @@ from builders.judging import corpus
 from builders.spec import DeploymentSpec
 from loadtest.drive.run import run_load
 from loadtest.drive.stopping import Stop
-from loadtest.plan import ThroughGateway, LoadPlan, RunProgress
+from loadtest.plan import LoadPlan, RunProgress, ThroughGateway
 from loadtest.report.page import render_html
 from loadtest.report.record import LoadReport
 from loadtest.report.slo import judge
