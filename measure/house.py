@@ -42,7 +42,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "builders/compress", "builders/export", "builders/quantize", "builders/partition/cut", "builders/engine",
         "builders/repository",
     ),
-    ("builders/partition/prove",),
+    ("builders/partition/prove", "builders/qat"),
     ("builders/pipeline",),
     ("online/feedback/migrations/versions", "online", "online/tasks"),
     ("online/feedback", "online/rollout", "online/gate"),

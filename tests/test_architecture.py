@@ -20,6 +20,7 @@ HEAVY = {"torch", "transformers", "onnx", "onnxruntime", "openvino", "polygraphy
 ABOUT = {
     "loadtest/drive/": {"locust"},
     "builders/partition/": {"onnx"},
+    "builders/qat/layer.py": {"torch"},
     "builders/training/muon.py": {"torch"},
     "online/feedback/": {"sqlalchemy", "alembic"},
     "runtime/ranks/": {"torch"},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from builders.compress.teacher import TeacherStates
 from builders.compress.texts import WATCHED, Batch, CalibrationText, batches, labelled_batches, labelled_requests
 from builders.errors import DivergedError, InputError
 from builders.spec import DistilSlice
-from builders.training.arithmetic import arithmetic, reproducible
+from builders.training.arithmetic import Arithmetic, arithmetic, reproducible
 from builders.training.curve import training_page
 from builders.training.loop import Bounds, Trained, TrainingSettings, TrainingWork, train
 from builders.training.optimiser import Optimiser, rise_and_fall
@@ -39,7 +39,7 @@ _TEMPERATURE = 2.0
 @dataclass(frozen=True)
 class Teaching:
     """`states` is where the teacher's states stay, by text; `scratch` is this run's alone, and `key` tells it from
-    others."""
+    others. Both models compute in `numbers`. `what` is being done, in messages."""
 
     model: Any
     forward: Forward
@@ -48,6 +48,8 @@ class Teaching:
     key: str
     report: Callable[[TrainingProgress], None] = lambda progress: None
     save_every_s: float = EVERY_S
+    numbers: Arithmetic = field(default_factory=arithmetic)
+    what: str = "distil"
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def distil(
 
     if asked.student_layers is not None:
         prune.keep_layers(model, asked.student_layers)
-    if arithmetic() == "bfloat16":  # torch's fused attention takes half of a step in its backward pass there
+    if teaching.numbers == "bfloat16":  # torch's fused attention takes half of a step in its backward pass there
         model.set_attn_implementation("eager")
     forward = as_forward(model)
     lessons, watched = _lessons(asked, checkpoint, texts)
@@ -96,20 +98,19 @@ def distil(
     before, start = cosines(), judged()
     with _frozen(model, asked.words), reproducible(asked.seed):
         work = TrainingWork(model, measure.loss, _endless(lessons, asked.seed), lambda lesson: lesson.tokens, judged)
-        settings = _settings(
-            asked, sum(lesson.tokens for lesson in lessons) / len(lessons), _TOO_MUCH * start or math.inf
-        )
+        tokens_per_step = sum(lesson.tokens for lesson in lessons) / len(lessons)
+        settings = _settings(asked, tokens_per_step, _TOO_MUCH * start or math.inf, teaching.numbers)
         resume = Resume(teaching.scratch / "training.pt", teaching.key, teaching.save_every_s)
         found = train(work, settings, teaching.report, resume)
     after, end = cosines(), judged()
     if not end < start:
         raise DivergedError(
-            f"distil made the student no better: of texts that it was not trained on, the loss was {start:.4g} and is "
-            f"{end:.4g}; lower learning_rate, or train longer"
+            f"{teaching.what} made the model no better: of texts that it was not trained on, the loss was {start:.4g} "
+            f"and is {end:.4g}; lower learning_rate, or train longer"
         )
     notes = _notes(found, lessons, measure.teacher, (before, after), settings.arithmetic)
     teaching.scratch.mkdir(parents=True, exist_ok=True)
-    (teaching.scratch / PAGE).write_text(training_page(f"Student of {checkpoint.source}", notes, found.curve))
+    (teaching.scratch / PAGE).write_text(training_page(f"{teaching.what} of {checkpoint.source}", notes, found.curve))
     return notes
 
 
@@ -145,7 +146,9 @@ def _endless(lessons: Sequence[_Lesson], seed: int) -> Iterator[_Lesson]:
             yield lessons[number]
 
 
-def _settings(asked: DistilSlice, tokens_per_step: float, ceiling: float) -> TrainingSettings:
+def _settings(
+    asked: DistilSlice, tokens_per_step: float, ceiling: float, numbers: Arithmetic
+) -> TrainingSettings:  # fmt: skip
     import torch
 
     return TrainingSettings(
@@ -155,7 +158,7 @@ def _settings(asked: DistilSlice, tokens_per_step: float, ceiling: float) -> Tra
         ),
         rise_and_fall(asked.learning_rate),
         Optimiser(kind=asked.optimiser, weight_decay=asked.weight_decay, betas=(0.9, 0.99)),
-        arithmetic(),
+        numbers,
         asked.clip,
         asked.ema,
         ceiling,
@@ -185,7 +188,9 @@ class _Measure:
             return losses.Wanted(states, [pair[side] for pair in maps])
 
         self._wanted = wanted(0)
-        self.teacher = TeacherStates(teaching.model, teaching.forward, wanted(1), arithmetic(), teaching.states / side)
+        self.teacher = TeacherStates(
+            teaching.model, teaching.forward, wanted(1), teaching.numbers, teaching.states / side
+        )
 
     def loss(self, lesson: _Lesson) -> torch.Tensor:
         wanted = self.teacher.of(lesson.number, lesson.batch)

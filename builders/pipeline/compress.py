@@ -31,6 +31,7 @@ from builders.pipeline.judged import at_fault, judge, missed
 from builders.pipeline.result import Build, Report, done
 from builders.spec import DeploymentSpec, StepSlice
 from builders.store.store import Store
+from builders.training.arithmetic import arithmetic
 
 
 def compress(built: Build, store: Store, report: Report) -> Build:
@@ -101,7 +102,8 @@ def _one(
     }
     if step.distil is not None:
         assert built.original is not None
-        inputs |= teaching.inputs(built.original, spec.precision)
+        teacher = built.original
+        inputs |= teaching.inputs(teacher, spec.precision, arithmetic())
 
     def run(out: Path) -> Checkpoint:
         model, head = load_encoder(checkpoint), head_modules(checkpoint)
@@ -114,7 +116,8 @@ def _one(
             notes = carry_out(step, model, as_forward, checkpoint, texts, spec.parallel.tensor)
             return save(model, checkpoint, spec.model, step, notes, out)
         before = manifest.widths_of_model(model)
-        with teaching.teaching(built, step.distil, inputs, store, report, number) as lesson:
+        line = teaching.lines(report, "compress", f"step {number}: distil")
+        with teaching.teaching(teacher, step.distil, inputs, store, line, "distil", distil) as lesson:
             notes = distil(step.distil, model, as_forward, checkpoint, texts, lesson)
             notes.insert(0, described(before, manifest.widths_of_model(model)))
             return save(model, checkpoint, spec.model, step, notes, out, [lesson.scratch / PAGE])

@@ -9,6 +9,7 @@ from builders.artifacts import OnnxGraph, ServedQuality
 from builders.export import encoder
 from builders.judging import corpus, vectors
 from builders.judging.vectors import HELD_OUT_TEXTS
+from builders.pipeline import qat
 from builders.pipeline.result import Build, Report, done
 from builders.quantize import int8
 from builders.repository import directories
@@ -51,6 +52,8 @@ def quantize(built: Build, store: Store, report: Report) -> Build:
         return built
     budget, checkpoint = built.spec.precision, built.checkpoint
     source, reference = built.graph("fp16"), built.graph("fp32")
+    if budget.qat is not None:
+        qat.require_trainable(checkpoint)
 
     def run(out: Path) -> OnnxGraph:
         calibration, held_out = vectors.calibration_and_held_out(budget)
@@ -65,13 +68,15 @@ def quantize(built: Build, store: Store, report: Report) -> Build:
             "graph": source.digest,
             "reference": reference.digest,
             "checkpoint": checkpoint.digest,
-            "budget": budget.model_dump(mode="json", exclude={"cpu", "gpu", "calibration_texts"}),
+            "budget": budget.model_dump(mode="json", exclude={"cpu", "gpu", "calibration_texts", "qat"}),
             "texts": corpus.corpus_key(budget.calibration_texts),
         },
         OnnxGraph,
         run,
     )
     report("quantize", done(f"int8, {item.bytes / 1e6:.1f} MB, {item.quality.summary}", hit))
+    if budget.qat is not None:
+        item = qat.trained(built, item, budget.qat, store, report)
     return replace(built, graphs=(*built.graphs, item))
 
 

@@ -1,63 +1,69 @@
-"""The original as a teacher, and the folders in which a distillation can be killed and taken up again."""
+"""A model as a teacher, and the folders in which a training towards it can be killed and taken up again."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from builders.artifacts import Checkpoint
-from builders.compress.distil import Teaching, distil
+from builders.compress.distil import Teaching
 from builders.errors import DivergedError
 from builders.export.encoder import graph_module
 from builders.export.sentence import head_modules
 from builders.export.weights import load_encoder
 from builders.judging import corpus
-from builders.pipeline.result import Build, Report
+from builders.pipeline.result import Report, Stage
 from builders.spec import DistilSlice, PrecisionSlice
 from builders.store.closure import code_key
 from builders.store.store import Store, key_of
-from builders.training.arithmetic import arithmetic
+from builders.training.arithmetic import Arithmetic
 from builders.training.progress import losses_text
 from builders.training.recipe import TrainingProgress
 
 _LINES = 100  # of progress, at most
+_OF_STATES = ("labels", "texts", "left out", "teacher", "more texts", "arithmetic")  # of what `inputs` and steps say
+
+Line = Callable[[TrainingProgress], None]
 
 
-def inputs(original: Checkpoint, precision: PrecisionSlice) -> dict[str, Any]:
-    """What a student depends on beside what every step does."""
+def inputs(teacher: Checkpoint, precision: PrecisionSlice, numbers: Arithmetic) -> dict[str, Any]:
+    """What is learnt depends on this, beside what every step depends on."""
     return {
-        "teacher": original.model_dump(mode="json", exclude={"source"}),
+        "teacher": teacher.model_dump(mode="json", exclude={"source"}),
+        "texts": corpus.corpus_key(precision.calibration_texts),
+        "left out": precision.calibration_samples,
         "more texts": corpus.library_key() if precision.calibration_texts is None else None,
-        "arithmetic": arithmetic(),
+        "arithmetic": numbers,
     }
 
 
 @contextmanager
 def teaching(
-    built: Build, asked: DistilSlice, made_from: dict[str, Any], store: Store, report: Report, number: int
-) -> Iterator[Teaching]:
+    teacher: Checkpoint, asked: DistilSlice, made_from: dict[str, Any], store: Store, line: Line, what: str,
+    code: Callable[..., Any],
+) -> Iterator[Teaching]:  # fmt: skip
     """The run's own folder goes when it has ended, well or by diverging; a run that is killed, or interrupted, leaves
-    it. The teacher's states stay: the next student of the same text finds them."""
-    original = built.original
-    assert original is not None
-    model = load_encoder(original)
-    key = key_of({**made_from, "made by": code_key(distil)})
+    it. The teacher's states stay: the next student of the same text finds them. `code` is what trains."""
+    model = load_encoder(teacher)
+    key = key_of({**made_from, "made by": code_key(code)})
     text = {"text_tokens": asked.text_tokens, "batch_tokens": asked.batch_tokens, "match": asked.match_layers}
-    shared = {name: value for name, value in made_from.items() if name not in ("checkpoint", "step", "tensor")}
+    shared = {name: made_from[name] for name in _OF_STATES if name in made_from}
     kept = {} if asked.losses is None else asked.losses.given
     layers = asked.student_layers if {"hidden", "attention"} & set(kept) else None
     states = key_of({**shared, **text, "kept": sorted(kept), "layers": layers, "made by": code_key(_states_code)})
-    scratch = store.root / "distil" / key
+    scratch = store.root / what / key
     lesson = Teaching(
         model,
-        graph_module(model, head_modules(original), original),
+        graph_module(model, head_modules(teacher), teacher),
         store.root / "teacher" / states,
         scratch,
         key,
-        _lines(report, number),
+        line,
+        numbers=made_from["arithmetic"],
+        what=what,
     )
     try:
         yield lesson
@@ -74,13 +80,13 @@ def _states_code(folder: Path) -> Any:
     return TeacherStates, load_encoder, graph_module, head_modules, folder
 
 
-def _lines(report: Report, number: int) -> Any:
+def lines(report: Report, stage: Stage, what: str) -> Line:
     shown = -1
 
     def line(progress: TrainingProgress) -> None:
         nonlocal shown
         if int(progress.share * _LINES) > shown:
             shown = int(progress.share * _LINES)
-            report("compress", f"step {number}: distil {progress.share:.0%}, {losses_text(progress)}")
+            report(stage, f"{what} {progress.share:.0%}, {losses_text(progress)}")
 
     return line

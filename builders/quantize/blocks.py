@@ -76,22 +76,28 @@ def gptq(weight: Floats, hessian: Floats, bits: Bits, dtype: Type = np.float32) 
     come first, and blocks keep the scales of the original weights, so that the order is free. Frantar et al., "GPTQ:
     Accurate Post-Training Quantization for Generative Pre-trained Transformers", 2022.
     """
+    scales, top = block_scales(weight, bits, BLOCK, dtype), 2 ** (bits - 1)
+    return Blocks(compensated(weight, hessian, scales.repeat(BLOCK, axis=0), (-top, top - 1)), scales, bits)
+
+
+def compensated(weight: Floats, hessian: Floats, scales: Floats, ends: tuple[int, int]) -> NDArray[np.int8]:
+    """GPTQ's steps for `weight` [K, N]; `scales` are those of each weight, or of each column, [K or 1, N]."""
+    scales = np.broadcast_to(scales, weight.shape)
     order = np.argsort(-np.diag(hessian), kind="stable")
     inverse = _inverse_factor(hessian[np.ix_(order, order)])
-    scales = block_scales(weight, bits, BLOCK, dtype)
     left = weight[order].astype(np.float32)
     values = np.zeros(weight.shape, np.int8)
     for start in range(0, len(left), _CHUNK):
         stop = min(start + _CHUNK, len(left))
         errors = np.zeros((stop - start, weight.shape[1]), np.float32)
         for row in range(start, stop):
-            scale = scales[order[row] // BLOCK]
-            steps = _steps(left[row], scale, bits)
+            scale = scales[order[row]]
+            steps = np.clip(np.rint(left[row] / scale), *ends)
             error = (left[row] - steps * scale) / inverse[row, row]
             left[row + 1 : stop] -= np.outer(inverse[row, row + 1 : stop], error)
             values[order[row]], errors[row - start] = steps, error
         left[stop:] -= inverse[start:stop, stop:].T @ errors
-    return Blocks(values, scales, bits)
+    return values
 
 
 def _inverse_factor(hessian: Floats) -> Floats:

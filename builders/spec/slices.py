@@ -58,6 +58,32 @@ class ModelSlice(Slice):
     allow_pickle: bool = Field(False, description="load *.bin weights, which can run code on this machine")
 
 
+class QatSlice(Slice):
+    """Quantisation-aware training: the numbers of the INT8 graph, trained towards the model that it was made of."""
+
+    minutes: Annotated[float, Field(gt=0, le=10_000)] | None = Field(
+        None, description="of training on all threads of this machine, by CPU time: a busy machine takes longer"
+    )
+    tokens: Positive | None = Field(
+        None, description="that it is trained on, in all passes; with tokens alone, a run can be repeated"
+    )
+    text_tokens: Positive = Field(
+        200_000,
+        description="of text at most, passed over again and again; fp32's states of it take 2 bytes a number on disk",
+    )
+    batch_tokens: Annotated[int, Field(ge=16)] = Field(1024, description="in a batch, of texts of like length")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(
+        3e-5, description="at its height, of AdamW: it rises over a twentieth of the training, then falls to 0"
+    )
+    seed: NotNegative = Field(0, description="of the order of the batches")
+
+    @model_validator(mode="after")
+    def _bounded(self) -> QatSlice:
+        if self.minutes is None and self.tokens is None:
+            raise ValueError("minutes or tokens is needed to say how long it is trained")
+        return self
+
+
 class PrecisionSlice(Slice):
     """Numbers that the graph computes in, and the quality that must remain."""
 
@@ -85,6 +111,9 @@ class PrecisionSlice(Slice):
     )
     calibration_samples: Annotated[int, Field(ge=8, le=4096)] = Field(
         128, description="texts to calibrate with; those that judge the result come after them and are others"
+    )
+    qat: QatSlice | None = Field(
+        None, description="encoders in int8: the graph is trained before it is judged; off unless given"
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from builders.__main__ import run
 from builders.checkpoint import load_checkpoint
 from builders.commands import show
 from builders.errors import CheckError
+from builders.judging.intervals import of_ratio
 from builders.pipeline.compare import compared
 from builders.pipeline.compress import notes_of
 from builders.pipeline.judged import StepFigures, figures, missed
@@ -65,6 +66,17 @@ def verdict(recipe: BenchRecipe, judged: StepFigures) -> str:
         return f"refused: {said}"
     there = figures(judged, executor)
     return "meets " + ", ".join(f"{key} {limit} ({there[key]:.3f})" for key, limit in recipe.aim.items())
+
+
+def lessened(row: BenchRow, before: BenchRow) -> str:
+    """How much of the distance to the original, 1 - cosine, is gone: of the means, on the same draws of texts."""
+    if row.judged is None or before.judged is None:
+        return row.verdict
+    distances = [[1 - cosine for cosine in each.judged.cosines] for each in (before, row) if each.judged is not None]
+    left = sum(distances[1]) / sum(distances[0])
+    found = of_ratio(*distances)
+    said = f"{1 - left:.0%} of the distance of {before.name} gone ({1 - found.high:.0%} to {1 - found.low:.0%})"
+    return f"{row.verdict}; {said}" if row.verdict else said
 
 
 def without_layers(root: Path, report: Report) -> BenchRow:
@@ -122,11 +134,13 @@ def main() -> None:
     parser.add_argument("--only", default="", help="recipes whose name holds this text")
     options = parser.parse_args()
     asked: list[Any] = [each for each in recipes() if (each.quick or not options.quick) and options.only in each.name]
-    rows = []
+    rows: list[BenchRow] = []
     with show.build_progress(quiet=False) as report:
         for number, recipe in enumerate(asked, 1):
             report("compress", f"recipe {number} of {len(asked)}: {recipe.name}")
-            rows.append(measured(recipe, options.quick, options.build_dir, report))
+            row = measured(recipe, options.quick, options.build_dir, report)
+            before = next((each for each in rows if each.name == recipe.against), None)
+            rows.append(row if before is None else replace(row, verdict=lessened(row, before)))
         if not options.only:
             rows.append(without_layers(options.build_dir, report))
     text = page(rows, options.quick)

@@ -17,14 +17,16 @@ _SMALLER = {"prune": {"what": ["ffn"], "ffn": 1152, "refit": "least_squares"}}
 
 @dataclass(frozen=True)
 class BenchRecipe:
-    """`steps` as a spec has them. `aim`: keys of a spec's `budget`; a recipe that misses one is refused. `quick`: a
-    quick run has it too."""
+    """`steps` and `qat` as a spec has them. `aim`: keys of a spec's `budget`; a recipe that misses one is refused.
+    `against`: the recipe whose distance to the original it is to lessen. `quick`: a quick run has it too."""
 
     name: str
     steps: tuple[dict[str, Any], ...] = ()
     precision: str = "fp32"
     aim: dict[str, float] = field(default_factory=dict)
     quick: bool = False
+    qat: dict[str, Any] | None = None
+    against: str = ""
 
     def spec(self, quick: bool = False) -> DeploymentSpec:
         """On the model, the texts and the executor of the preset."""
@@ -36,10 +38,17 @@ class BenchRecipe:
                 "model": preset.model.model_dump(),
                 "compress": steps,
                 "budget": {"min_mean_cosine": 0.0, **self.aim} if steps else None,
-                "precision": {"cpu": self.precision, "min_mean_cosine": 0.9, "min_worst_cosine": 0.8},
+                "precision": {
+                    "cpu": self.precision, "min_mean_cosine": 0.9, "min_worst_cosine": 0.8, "qat": self._training(quick)
+                },
                 "serving": {"executor": preset.serving.executor, "length_buckets": preset.serving.length_buckets},
             }
-        )
+        )  # fmt: skip
+
+    def _training(self, quick: bool) -> dict[str, Any] | None:
+        if self.qat is None or not quick:
+            return self.qat
+        return {**self.qat, "minutes": min(self.qat["minutes"], QUICK_MINUTES)}
 
 
 def _shortened(step: dict[str, Any]) -> dict[str, Any]:
@@ -57,6 +66,9 @@ def recipes() -> tuple[BenchRecipe, ...]:
         BenchRecipe("original", quick=True),
         BenchRecipe("original, bf16", precision="bf16"),
         BenchRecipe("original, int8", precision="int8", quick=True),
+        BenchRecipe(
+            "original, int8, QAT 3 min", precision="int8", qat={"minutes": 3}, against="original, int8"
+        ),
         BenchRecipe("layers 0, 2, 5, untrained", (_layers(0, 2, 5),), quick=True),
         BenchRecipe("layers 0, 2, 3, 5, untrained", (_layers(0, 2, 3, 5),)),
         BenchRecipe(

@@ -38,6 +38,7 @@ def test_the_model_can_take_every_recipe() -> None:
             steps = recipe.spec(quick).compress
             check(steps, WIDTHS, 1, teacher=Teacher(WIDTHS, "embedding"))
             minutes = [step.distil.minutes for step in steps if step.distil is not None]
+            minutes += [asked.minutes for asked in [recipe.spec(quick).precision.qat] if asked is not None]
             assert not quick or all(each is not None and each <= QUICK_MINUTES for each in minutes)
     whole = sum(step.distil.minutes or 0 for recipe in found for step in _own(recipe) if step.distil is not None)
     assert whole <= 30  # of the hour that a run may take
@@ -69,6 +70,20 @@ def test_a_recipe_that_misses_its_aim_is_refused_with_the_figure() -> None:
     assert compression.verdict(recipe, _judged(0.87, 2.0)) == "refused: min_mean_cosine 0.870 of 0.94"
     assert compression.verdict(recipe, _judged(0.95, 2.0)).startswith("meets min_mean_cosine 0.94 (0.950)")
     assert compression.verdict(BenchRecipe("free", (step,)), _judged(0.1, 0.1)) == ""
+
+
+def test_how_much_of_another_recipes_distance_is_gone() -> None:
+    found = [recipe for recipe in recipes() if recipe.against]
+    names = [recipe.name for recipe in recipes()]
+    assert found
+    for recipe in found:
+        assert recipe.against in names[: names.index(recipe.name)]  # judged before
+    before, after = (
+        BenchRow(name, _judged(0.9, 1.0).model_copy(update={"cosines": cosines}), "")
+        for name, cosines in (("int8", (0.99, 0.98, 0.97)), ("trained", (0.995, 0.99, 0.985)))
+    )
+    assert compression.lessened(after, before) == "50% of the distance of int8 gone (50% to 50%)"
+    assert compression.lessened(BenchRow("trained", None, "refused: diverged"), before) == "refused: diverged"
 
 
 def test_the_table_has_a_cell_for_every_heading() -> None:

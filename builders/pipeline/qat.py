@@ -1,0 +1,60 @@
+"""The INT8 graph of an encoder, trained towards the model that it was made of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from builders.artifacts import Checkpoint, OnnxGraph
+from builders.checkpoint.widths import FAMILIES
+from builders.compress.importance import Forward
+from builders.errors import UnsupportedError
+from builders.export.encoder import graph_module
+from builders.export.sentence import head_modules
+from builders.export.weights import load_encoder
+from builders.judging import vectors
+from builders.pipeline import teaching
+from builders.pipeline.result import Build, Report, done
+from builders.qat.train import as_training, train_int8
+from builders.spec import QatSlice
+from builders.store.store import Store
+
+
+def require_trainable(checkpoint: Checkpoint) -> None:
+    """Raises UnsupportedError for a model whose layers training does not know."""
+    if checkpoint.model_type not in FAMILIES:
+        raise UnsupportedError(
+            f"precision.qat: checkpoint {checkpoint.source}", got=f"model type {checkpoint.model_type}",
+            expected=f"one of {', '.join(FAMILIES)}", fix="remove precision.qat, or use a model of these types",
+        )  # fmt: skip
+
+
+def trained(built: Build, graph: OnnxGraph, asked: QatSlice, store: Store, report: Report) -> OnnxGraph:
+    """`graph`, as post-training quantisation left it, with other numbers. It stays in the store, whatever comes of
+    this. The teacher is the model in fp32: what `compress` left, where it did anything."""
+    checkpoint, budget, reference = built.checkpoint, built.spec.precision, built.graph("fp32")
+    training = as_training(asked)
+    inputs = {
+        "graph": graph.digest,
+        "reference": reference.digest,
+        "budget": budget.model_dump(mode="json", exclude={"cpu", "gpu", "calibration_texts"}),
+        **teaching.inputs(checkpoint, budget, "float32"),
+    }
+
+    def run(out: Path) -> OnnxGraph:
+        _, held_out = vectors.calibration_and_held_out(budget)
+        model, head = load_encoder(checkpoint), head_modules(checkpoint)
+
+        def as_forward(found: Any) -> Forward:
+            return graph_module(found, head, checkpoint)
+
+        line = teaching.lines(report, "quantize", "qat")
+        with teaching.teaching(checkpoint, training, inputs, store, line, "qat", train_int8) as lesson:
+            return train_int8(
+                graph, reference, checkpoint, (model, as_forward), training, budget, lesson, held_out, out
+            )
+
+    report("quantize", "int8, trained")
+    item, hit = store.get_or_build("quantize", inputs, OnnxGraph, run)
+    report("quantize", done(f"int8, trained, {item.quality.summary}", hit))
+    return item
