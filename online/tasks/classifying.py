@@ -125,5 +125,5 @@ class ClassifierTask:
 
 
 def _labelled(label: int, text: str) -> Document:
-    """Its name is the text, so that one that comes twice is not held out and learnt at once."""
-    return Document(text, (str(label), text))
+    """Its name is of the text, so that one that comes twice is not held out and learnt at once."""
+    return Document(f"text {text}", (str(label), text))

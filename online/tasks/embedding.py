@@ -147,12 +147,13 @@ class EmbeddingTask:
 
 
 def pair_document(query: str, positive: str, negative: str) -> Document | str:
-    """Its name is the query, so that one that is asked twice is not held out and learnt at once. Or why it is none."""
+    """Its name is of the query, so that one that is asked twice is not held out and learnt at once; and not the query
+    itself, as pairs may have been chosen by its digest. Or why it is none."""
     if not query.strip() or not positive.strip():
         return "a pair of which one text is blank"
     if positive == negative:
         return "a pair whose negative is its positive"
-    return Document(query, (query, positive, negative if negative.strip() else ""))
+    return Document(f"query {query}", (query, positive, negative if negative.strip() else ""))
 
 
 def right_too(rows: Rows) -> NDArray[np.bool_]:

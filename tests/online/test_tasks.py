@@ -16,7 +16,9 @@ from safetensors.numpy import load_file, save_file
 from builders.checkpoint import load_checkpoint
 from builders.digests import file_digest
 from builders.export.weights import load_encoder
+from builders.judging.corpus import mixed
 from builders.spec import DeploymentSpec
+from builders.training import text
 from online.gate.forgetting import NEAR, change_of
 from online.gate.verdict import GateBudget, GateRefusal, GateVerdict, judge_candidate
 from online.learner.memory import Memory, Reservoir, load_memory, save_memory
@@ -26,7 +28,7 @@ from online.loop import drift
 from online.loop.gathered import gather
 from online.loop.records import DriftState
 from online.tasks.classifying import ACCURACY, ClassifierTask
-from online.tasks.embedding import FOUND, EmbeddingTask, right_too
+from online.tasks.embedding import FOUND, EmbeddingTask, pair_document, right_too
 from online.tasks.encoder import EncoderTexts
 from online.tasks.task import LearningTask, Rows, Scores, Training
 from runtime.errors import InputError
@@ -199,6 +201,15 @@ def test_a_wrong_text_is_learnt_from(embedding: Path) -> None:
     harder = rows_of(task, samples)
     losses = [task.scores(model, rows).losses.mean() for rows in (plain, harder)]
     assert losses[1] > losses[0]
+
+
+def test_pairs_chosen_by_digest_are_held_out_as_asked() -> None:
+    """As those of Python's docstrings are: the first of an order that is mixed by digest."""
+    queries = mixed(f"what is number {number}" for number in range(2000))[:600]
+    documents = [pair_document(query, "a text", "") for query in queries]
+    learnt, held_out = text.split([one for one in documents if not isinstance(one, str)], 0.2)
+    assert len(learnt) + len(held_out) == 600
+    assert 80 <= len(held_out) <= 160
 
 
 def test_what_says_nothing_is_counted_by_why(embedding: Path, classifier: Path) -> None:
