@@ -43,10 +43,6 @@ class Wrong(Exception):
     """An answer that is not what it must be."""
 
 
-class LackingHere(Exception):
-    """What this machine lacks for it."""
-
-
 @dataclass(frozen=True)
 class ServedPair:
     """The two services that clients ask, and what their models give by themselves.

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
-from measure.clients.asking import LackingHere, ServedPair, Wrong
+from measure.clients.asking import ServedPair, Wrong
 
 
 def main() -> None:
@@ -27,8 +27,6 @@ def _result(ask: Callable[[], None]) -> dict[str, str]:
         ask()
     except Wrong as wrong:
         return {"fault": str(wrong)}
-    except LackingHere as lacking:
-        return {"result": f"not run: {lacking}"}
     except Exception as error:  # noqa: BLE001 - whatever a client raises is what its users would see
         traceback.print_exc()
         return {"fault": f"{type(error).__name__}: {str(error)[:600]}"}

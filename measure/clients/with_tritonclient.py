@@ -1,17 +1,11 @@
-"""Triton's own clients of an older release, HTTP and gRPC, streams too; and perf_analyzer, which came with them."""
+"""Triton's own clients of an older release, HTTP and gRPC, streams too."""
 
 from __future__ import annotations
 
-import json
-import os
 import queue
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
-from measure.clients.asking import Asks, LackingHere, ServedPair, near, raised, require, same
+from measure.clients.asking import Asks, ServedPair, near, raised, require, same
 
 CLIENT = "tritonclient"
 
@@ -78,29 +72,5 @@ def asks(served: ServedPair) -> Asks:
 
     return {
         "http: infer, binary and JSON": over_http, "grpc: infer, plain and gzip": over_grpc,
-        "grpc: a generator's stream": stream, "perf_analyzer, http and grpc": lambda: _perf_analyzer(served),
+        "grpc: a generator's stream": stream,
     }  # fmt: skip
-
-
-def _perf_analyzer(served: ServedPair) -> None:
-    """Its binary wants two libraries beside it: CUDA's run time, which is a wheel too, and libb64."""
-    program = Path(sys.executable).parent / "perf_analyzer"
-    own = [Path(one) / "nvidia" / "cuda_runtime" / "lib" for one in sys.path]
-    given = [os.environ.get("LD_LIBRARY_PATH", ""), *(str(one) for one in own if one.is_dir())]
-    environment = {**os.environ, "LD_LIBRARY_PATH": ":".join(one for one in given if one)}
-    tried = subprocess.run([program, "--version"], env=environment, capture_output=True, text=True, check=False)
-    if tried.returncode == 127:
-        raise LackingHere(tried.stderr.strip().splitlines()[-1].rpartition("libraries: ")[2][:120])
-    places = {"http": served.vectors.removeprefix("http://"), "grpc": served.vectors_grpc}
-    with tempfile.TemporaryDirectory() as folder:
-        rows = Path(folder) / "rows.json"
-        rows.write_text(json.dumps({"data": [{"text": {"content": [served.embedded[0][0]], "shape": [1]}}]}))
-        for protocol, place in places.items():
-            name = "Authorization" if protocol == "http" else "authorization"
-            command = [
-                str(program), "-m", "minilm", "-u", place, "-i", protocol, "-H", f"{name}:Bearer {served.key}",
-                "--input-data", str(rows), "--concurrency-range", "2", "--request-count", "60", "-b", "1",
-            ]  # fmt: skip
-            ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=90, check=False)
-            said = f"{protocol}: {ran.stdout[-300:]}{ran.stderr[-300:]}"
-            require(ran.returncode == 0 and "Throughput:" in ran.stdout, said)

@@ -140,6 +140,10 @@ class CompletionRequest(Sampled, kw_only=True):
         asked = {"return_log_probs": True, "top_log_probs": self.logprobs} if self.told else {}
         if self.echo and (self.told or self.max_tokens == 0):
             asked["return_prompt_log_probs"] = True
+        if self.echo and self.told and self.max_tokens != 0:
+            # lm-evaluation-harness leaves the last token out of its sum, for the one that was made. An end of the text
+            # has no place in the lists: without another token it would leave out one of the prompt's.
+            asked["min_length"] = self.min_tokens or 1
         return asked
 
     @property

@@ -119,6 +119,17 @@ def test_an_echo_as_lm_evaluation_harness_asks_for_it(door: Door, triton: Tellin
     assert triton.asked[0]["return_prompt_log_probs"] is True
 
 
+def test_a_scored_prompt_is_followed_by_a_token(door: Door, triton: Telling) -> None:
+    """lm-evaluation-harness takes the last one for it, also where the text would end at once."""
+    for asks, least in (
+        ({"echo": True, "logprobs": 1, "max_tokens": 1}, 1), ({"echo": True, "logprobs": 0, "min_tokens": 2}, 2),
+        ({"echo": True, "logprobs": 1, "max_tokens": 0}, None), ({"echo": True}, None), ({"logprobs": 1}, None),
+    ):  # fmt: skip
+        triton.asked.clear()
+        _complete(door, **asks)
+        assert triton.asked[0].get("min_length") == least, asks
+
+
 def test_an_echo_alone(door: Door, triton: Telling) -> None:
     assert _complete(door, echo=True).json["choices"][0]["text"] == "a caté"
     assert "return_prompt_log_probs" not in triton.asked[0], "its text is known"
