@@ -134,7 +134,7 @@ def make_doors(
     if files.control_secret is not None:
         control = VersionControl(versions, files.control_secret, limits)
         table += [("/control/versions", "GET", control.look, True), ("/control/versions", "PUT", control.set, True)]
-    described = [(method, path, public) for path, method, _, public in table]
+    described = [(method, path, public or keys is None) for path, method, _, public in table]
     table.append(("/openapi.json", "GET", OpenApi(described), False))
     routes = [route(path, method, handler, guards, public) for path, method, handler, public in table]
     http = Door(routes, guards, counters, log, feedback, gone=versions.forget)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import jsonschema
 import pytest
 
+from runtime.gateway.keys import Keys
 from tests.gateway.asking import FakeTriton, door_of, get, post
 
 DOOR = door_of(FakeTriton(generates=True))
@@ -25,8 +27,19 @@ def test_every_path_is_there_and_takes_its_methods() -> None:
         for method in methods:
             assert get(DOOR, asked, method=method.upper()).status not in (404, 405) or "feedback" in path, path
         assert get(DOOR, asked, method="PATCH").status == 405
-    public = {path for path, methods in PAGE["paths"].items() if not next(iter(methods.values()))["security"]}
-    assert public == {"/healthz", "/readyz", "/v2/health/live", "/v2/health/ready"}
+
+
+def test_which_paths_want_a_key() -> None:
+    """Without keys, none."""
+    key = "a" * 20
+    door = door_of(FakeTriton(), keys=Keys({hashlib.sha256(key.encode()).digest(): "ann"}))
+    keyed = get(door, "/openapi.json", {"authorization": f"Bearer {key}"}).json
+    assert _open(keyed) == {"/healthz", "/readyz", "/v2/health/live", "/v2/health/ready"}
+    assert _open(PAGE) == set(PAGE["paths"])
+
+
+def _open(page: Any) -> set[str]:
+    return {path for path, methods in page["paths"].items() if not next(iter(methods.values()))["security"]}
 
 
 @pytest.mark.parametrize(
