@@ -153,12 +153,14 @@ def _losses(built: Build, graph: OnnxGraph) -> NDArray[np.float32]:
     return losses
 
 
+@pytest.mark.slow
 def test_training_brings_the_graph_nearer_on_texts_that_it_never_saw(rounded_only: Build, trained: Build) -> None:
     before, after = (_losses(built, built.graph("int8")) for built in (rounded_only, trained))
     assert after.mean() < 0.95 * before.mean()
     assert trained.graph("int8").quality.mean_cosine == pytest.approx(1 - after.mean(), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_the_graph_has_the_nodes_that_it_had(rounded_only: Build, trained: Build) -> None:
     old, new = (onnx.load(str(built.graph("int8").file_path)).graph for built in (rounded_only, trained))
     assert [(node.op_type, list(node.input), list(node.output)) for node in new.node] == [
@@ -179,6 +181,7 @@ def test_the_graph_has_the_nodes_that_it_had(rounded_only: Build, trained: Build
         assert product.scales.min() >= np.finfo(np.float16).tiny
 
 
+@pytest.mark.slow
 def test_a_graph_that_training_brought_no_nearer_is_refused(rounded_only: Build) -> None:
     graph = rounded_only.graph("int8")
     assert isinstance(graph.quality, Quality)
@@ -241,6 +244,7 @@ def test_a_classifiers_scores_are_trained_too(texts: Path, tmp_path: Path) -> No
     assert second.logit_error < first.logit_error
 
 
+@pytest.mark.slow
 def test_a_graph_of_another_model_is_refused(trained: Build, tmp_path: Path) -> None:
     other = Tiny.of(save_tiny(tmp_path / "other", "bert", seed=1))
     with pytest.raises(ParityError, match=r"a product \[32, 32\] that no layer of the model has"):
