@@ -13,7 +13,7 @@ from pathlib import Path
 from builders.__main__ import run
 from measure.clients.served import serving
 
-CLIENTS = ("openai", "langchain", "llama_index", "litellm", "cohere", "tritonclient", "schemathesis")
+CLIENTS = ("openai", "langchain", "llama_index", "litellm", "cohere", "tritonclient", "lm_eval", "schemathesis")
 _SECONDS = 240  # of one client
 # Some fetch lists of prices or models, or send what they were asked, unless they are told not to.
 _QUIET = {
