@@ -11,7 +11,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-generate demo-online test test-slow check format bench-serving bench-gateway chaos clients bench-feedback bench-canary bench-shard bench-compression bench-generation bench-install bench-tools golden docs bench-online-pairs \
+.PHONY: help install demo demo-generate demo-online test test-slow check format bench-serving bench-gateway chaos clients bench-feedback bench-federated bench-canary bench-shard bench-compression bench-generation bench-install bench-tools golden docs bench-online-pairs \
 	gpu-proof gpu-proof-dry gpu-bundle house clean
 
 help: ## list the targets
@@ -117,6 +117,9 @@ bench-canary: install ## simulated rollouts: false rollbacks and promotions, bes
 
 bench-online-pairs: install ## MiniLM learns to find man pages, and keeps docstrings, with and without the guards
 	$(BIN)/python -m measure.online_pairs
+
+bench-federated: install ## five clients of unlike text against training on all of it, in nats
+	$(BIN)/python -m measure.bench.federated --build-dir $(BUILD)
 
 bench-feedback: install ## rows/s into the feedback store, against one commit a row
 	$(BIN)/python -m measure.bench.feedback --folder $(BUILD)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import typer
 
 from builders.commands import building, cluster, compressing, generating, manifests, partitioning, searching, service
+from builders.commands.federating import federate
 from builders.commands.online import online
 from builders.commands.options import fail
 from builders.commands.plan import plan
@@ -51,6 +52,7 @@ for command in (
 ):
     app.command()(command)
 app.command("status")(cluster.cluster_status)
+online.add_typer(federate, name="federate")
 app.add_typer(online, name="online")
 
 

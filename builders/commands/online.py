@@ -63,14 +63,14 @@ def run_loop(
         show.build_progress(quiet=as_json) as report,
     ):
         serving = None if gateway is None else _serving(loaded, build_dir, gateway, triton, control_secret_file)
-        loop = _loop(loaded, build_dir, journal, serving, report, without_canary)
+        loop = open_loop(loaded, build_dir, journal, serving, report, without_canary)
         say = (lambda said: None) if as_json else (lambda said: print(said, flush=True))
         try:
-            found = run(loop, RunBounds(once, max_updates, minutes), say, lambda update: _draw(loaded, journal))
+            found = run(loop, RunBounds(once, max_updates, minutes), say, lambda update: draw_timeline(loaded, journal))
         finally:
             loop.close()
         state = journal.load()
-        _draw(loaded, journal)
+        draw_timeline(loaded, journal)
     if as_json:
         print(json.dumps({"updates": [one.model_dump(mode="json") for one in found], **_aliases(state)}, indent=2))
     if found and found[-1].stage != "promoted":
@@ -94,7 +94,7 @@ def loop_status(spec: SpecArgument, build_dir: BuildDir = DEFAULT_BUILD, as_json
         print(f"no loop was begun: `trireme online run {spec}`")
         return
     _print_status(state, ended)
-    _draw(loaded, files)
+    draw_timeline(loaded, files)
     print(files.page)
 
 
@@ -126,12 +126,12 @@ def roll_back(
         return
     with journal, show.build_progress(quiet=False) as report:
         serving = None if gateway is None else _serving(loaded, build_dir, gateway, triton, control_secret_file)
-        loop = _loop(loaded, build_dir, journal, serving, report)
+        loop = open_loop(loaded, build_dir, journal, serving, report)
         try:
             print(loop.step().said)
         finally:
             loop.close()
-        _draw(loaded, journal)
+        draw_timeline(loaded, journal)
 
 
 @feedback.command("add")
@@ -151,7 +151,7 @@ def add_feedback(
     loaded = load_spec(spec)
     state = LoopFiles(build_dir, loaded.name).load()
     version = 1 if state is None else state.champion.version
-    store = _store(loaded, build_dir, KeptTraffic(share=1.0))
+    store = open_store(loaded, build_dir, KeptTraffic(share=1.0))
     try:
         with file.open("rb") as lines:
             added = add_lines(store, lines, loaded.name, version, learnt_task(loaded))
@@ -171,7 +171,7 @@ def export_feedback(spec: SpecOption, build_dir: BuildDir = DEFAULT_BUILD) -> No
     """Every sample as a line of JSON on standard output, oldest first, with its request's texts where they are kept."""
     from builders.spec import load_spec
 
-    store = _store(load_spec(spec), build_dir)
+    store = open_store(load_spec(spec), build_dir)
     try:
         for line in store.export():
             print(line)
@@ -188,7 +188,7 @@ def delete_feedback(
     """Deletes a user's rows. Versions that learnt from them keep what they learnt, and rows of it in their memory."""
     from builders.spec import load_spec
 
-    store = _store(load_spec(spec), build_dir)
+    store = open_store(load_spec(spec), build_dir)
     try:
         gone = store.forget_user(user)
     finally:
@@ -198,7 +198,7 @@ def delete_feedback(
     )
 
 
-def _loop(
+def open_loop(
     spec: DeploymentSpec, build_dir: Path, journal: LoopJournal, serving: Serving | None, report: Any,
     without_canary: bool = False,
 ) -> Loop:  # fmt: skip
@@ -209,7 +209,7 @@ def _loop(
 
     online_of(spec)
     return Loop(
-        spec, journal, PipelineBuilds(spec, build_dir, report), lambda: _store(spec, build_dir), serving,
+        spec, journal, PipelineBuilds(spec, build_dir, report), lambda: open_store(spec, build_dir), serving,
         without_canary, learning=TaskLearning(_training_lines(report)),
     )  # fmt: skip
 
@@ -229,7 +229,7 @@ def _training_lines(report: Any) -> Callable[[TrainingProgress], None]:
     return line
 
 
-def _store(spec: DeploymentSpec, build_dir: Path, traffic: KeptTraffic | None = None) -> FeedbackStore:
+def open_store(spec: DeploymentSpec, build_dir: Path, traffic: KeptTraffic | None = None) -> FeedbackStore:
     """Raises MachineError where the extra `online` is not installed."""
     from online.loop.opening import feedback_store
 
@@ -262,7 +262,7 @@ def _require_one_way(gateway: str | None, without_canary: bool) -> None:
         )
 
 
-def _draw(spec: DeploymentSpec, files: LoopFiles) -> None:
+def draw_timeline(spec: DeploymentSpec, files: LoopFiles) -> None:
     from online.files import replace_file
     from online.loop.timeline import timeline_page
 

@@ -9,7 +9,7 @@ reading     from YAML, with errors that name the key, the value and the mending
 from builders.spec.compress import BudgetSlice, DistilSlice, LossesSlice, LowRankSlice, PruneSlice, StepSlice
 from builders.spec.deployment import DeploymentSpec
 from builders.spec.kubernetes import KubernetesSlice
-from builders.spec.online import CanarySlice, GateSlice, LearnerSlice, OnlineSlice, WhenSlice
+from builders.spec.online import CanarySlice, FederatedSlice, GateSlice, LearnerSlice, OnlineSlice, WhenSlice
 from builders.spec.reading import PRESETS, load_spec, resolve_spec_path
 from builders.spec.slices import (
     POOLINGS,
@@ -44,6 +44,7 @@ __all__ = [
     "DeploymentSpec",
     "DistilSlice",
     "EngineSlice",
+    "FederatedSlice",
     "Flavour",
     "GateSlice",
     "GenerationSlice",

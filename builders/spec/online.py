@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
@@ -121,6 +122,72 @@ class CanarySlice(Slice):
         return self
 
 
+class FederatedSlice(Slice):
+    """How clients learn together, on text that stays with them: `trireme online federate`. The coordinator's spec
+    decides; steps, batches and learning rate are those of the learner."""
+
+    rounds: Positive = Field(18, description="each has its share of learner.steps, which this must divide")
+    min_clients: Positive = Field(
+        2, description="a round with fewer sound answers counts for nothing, and is tried again from the same weights"
+    )
+    clients: Positive | None = Field(None, description="so many are waited for before the first round, for gather_s")
+    gather_s: NotNegative = Field(60, description="how long; then min_clients are enough")
+    deadline_s: Over = Field(600.0, description="of a round: who has not answered by then is left out of it")
+    attempts: Positive = Field(3, description="tries of a round; then the command ends, and goes on when run again")
+    share_moments: bool = Field(
+        True,
+        description="clients send Adam's moments with each update, and all go on from their mean: they drift apart "
+        "less, for three times the bytes; false: each keeps its own",
+    )
+    prox: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="FedProx: weight of the squared distance from the weights that a round began with"
+    )
+    outer_momentum: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.5, description="Nesterov momentum of the rounds' steps"
+    )
+    outer_rate: Over = Field(1.0, description="how much of a round's step is taken; 1 with no momentum is plain FedAvg")
+    trim: Annotated[float, Field(ge=0, lt=0.5)] = Field(
+        0.0,
+        description="instead of a mean by samples: of each weight, the mean without this share of the lowest and of "
+        "the highest, all clients alike",
+    )
+    max_share: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.5, description="of a round's step that one client may make, however many samples it counts"
+    )
+    max_samples: Positive = Field(1_000_000, description="rows that a client may count; with more it is refused")
+    max_norm: Over = Field(1.0, description="length of an update, over that of the weights; a longer one is rejected")
+    outlier: Annotated[float, Field(gt=1)] = Field(
+        5.0, description="length of an update, over the median of its round; a longer one is rejected (from 3 clients)"
+    )
+    most_clients: Positive = Field(64, description="that may join")
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> FederatedSlice:
+        if not self.min_clients <= (self.clients or self.min_clients) <= self.most_clients:
+            raise ValueError(
+                f"min_clients={self.min_clients}, clients={self.clients} and most_clients={self.most_clients} must "
+                "not fall"
+            )
+        if self.max_share * self.min_clients < 1 - 1e-9:
+            raise ValueError(
+                f"max_share={self.max_share} of min_clients={self.min_clients} is no whole step; give at least "
+                f"{_share_of(self.min_clients)}"
+            )
+        if self.trim and not int(self.trim * self.min_clients + 1e-9):
+            raise ValueError(
+                f"trim={self.trim} of min_clients={self.min_clients} is not one client: nothing would be trimmed; give "
+                f"at least {_share_of(self.min_clients)}"
+            )
+        if self.gather_s > self.deadline_s:
+            raise ValueError(f"gather_s={self.gather_s} must be at most deadline_s={self.deadline_s}")
+        return self
+
+
+def _share_of(clients: int) -> float:
+    """One client's, rounded up: so that as many of it are one client, or the whole."""
+    return math.ceil(1e4 / clients) / 1e4
+
+
 class OnlineSlice(Slice):
     """Online learning, for language models, embeddings and classifiers: `trireme online` reads it, and `trireme serve`
     and `build` then take the version that was promoted last."""
@@ -141,6 +208,7 @@ class OnlineSlice(Slice):
     learner: LearnerSlice = LearnerSlice()
     gate: GateSlice = GateSlice()
     canary: CanarySlice = CanarySlice()
+    federated: FederatedSlice = FederatedSlice()
 
     def require_task(self, task: str, longest: int) -> None:
         """Raises ValueError for a task that is not learnt, and for keys that say nothing to it."""

@@ -84,11 +84,20 @@ class Trained:
     cpu_s: float
 
 
+@dataclass
+class CarriedOptimisers:
+    """States of the optimisers, from one training of the same parameters to the next: `train` begins with them, where
+    there are some, and leaves its own."""
+
+    states: list[dict[str, Any]] | None = None
+
+
 def train(
     work: TrainingWork[B],
     settings: TrainingSettings,
     report: Callable[[TrainingProgress], None] = lambda progress: None,
     resume: Resume | None = None,
+    carried: CarriedOptimisers | None = None,
 ) -> Trained:
     """Trains the parameters of `work.model` that require gradients, in place; it ends in fp32, in the mode it had.
 
@@ -96,6 +105,8 @@ def train(
     weights. Call under `reproducible`. With a bound in steps alone the same weights come out each time.
     """
     run = _Run(work.model, settings)
+    if carried is not None and carried.states is not None:
+        run.take_up(carried.states)
     if resume is not None:
         run.restore(resume.load())
     for batch in itertools.islice(work.batches, run.steps, None):
@@ -108,7 +119,10 @@ def train(
         report(TrainingProgress(run.steps, settings.bounds.steps, loss, held_out, run.share()))
         if resume is not None and resume.due() and run.finite():
             resume.save(run.state())
-    return run.end(work.judge)
+    found = run.end(work.judge)
+    if carried is not None:
+        carried.states = run.optimiser_states()
+    return found
 
 
 class _Run:
@@ -218,7 +232,7 @@ class _Run:
             "masters": [master.detach() for master in self._masters],
             "average": self._average,
             "buffers": list(self._model.buffers()),
-            "optimisers": [optimiser.state_dict() for optimiser in self._optimisers],
+            "optimisers": self.optimiser_states(),
             "random": torch.get_rng_state(),
         }
 
@@ -237,10 +251,17 @@ class _Run:
             for own, saved in kept:
                 for target, value in zip(own, saved, strict=True):
                     target.copy_(value)
-        for optimiser, saved in zip(self._optimisers, state["optimisers"], strict=True):
-            optimiser.load_state_dict(saved)
+        self.take_up(state["optimisers"])
         torch.set_rng_state(state["random"])
         self._write(self._masters)
+
+    def optimiser_states(self) -> list[dict[str, Any]]:
+        return [optimiser.state_dict() for optimiser in self._optimisers]
+
+    def take_up(self, states: list[dict[str, Any]]) -> None:
+        """The tensors of `states` are moved on, not copied. How fast they move is this training's word."""
+        for optimiser, saved in zip(self._optimisers, states, strict=True):
+            optimiser.load_state_dict({**optimiser.state_dict(), "state": saved["state"]})
 
     def _diverged(self, got: str) -> DivergedError:
         step, weights = self._good or (self.steps, [master.detach() for master in self._masters])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,12 @@ def _beside(previous: Path, candidate: Path) -> list[str]:
 
 def _optional(file: Path) -> bytes | None:
     return file.read_bytes() if file.is_file() else None
+
+
+def fingerprint(folder: Path) -> str:
+    """A digest of all that `differences` compares: the same where it finds none."""
+    parts = [_config(folder), hashlib.sha256(_read(folder, "tokenizer.json")).hexdigest(), _shapes(folder)]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def _config(folder: Path) -> dict[str, Any]:

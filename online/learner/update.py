@@ -82,7 +82,7 @@ def update_version(
         previous = copy.deepcopy(model).eval()
         with low_rank(model, recipe.lora_rank):
             trained = _train(task, (model, previous), (rows, memory.reservoir.rows), recipe, report, resume)
-    step = _step_back(task, model, previous, memory, budget)
+    step = step_back(task, model, previous, memory, budget)
     grown = memory.reservoir.offered(rows, np.random.default_rng([recipe.seed, 2]))
     found = UpdateReport(
         recipe=recipe,
@@ -97,7 +97,7 @@ def update_version(
         cpu_s=round(trained.cpu_s, 1),
     )
     with atomic_directory(out) as work:
-        _write(model.eval(), version, work, Memory(grown, after.held_out))
+        write_version(model.eval(), version, work, Memory(grown, after.held_out))
         (work / REPORT).write_text(found.model_dump_json(indent=2) + "\n")
     resume.drop()
     return found
@@ -124,7 +124,7 @@ def _train(
     return loop.train(work, settings, report, resume)
 
 
-def _step_back(task: LearningTask, model: Any, previous: Any, memory: Memory, budget: GateBudget) -> PartialStep:
+def step_back(task: LearningTask, model: Any, previous: Any, memory: Memory, budget: GateBudget) -> PartialStep:
     """Leaves in `model` the weights of the largest step that every old domain bears."""
     old, new = previous.state_dict(), copy.deepcopy(model.state_dict())
     chosen_by = {name: halves(rows)[0] for name, rows in memory.held_out.items()}
@@ -141,7 +141,7 @@ def _step_back(task: LearningTask, model: Any, previous: Any, memory: Memory, bu
     return step
 
 
-def _write(model: Any, version: Path, work: Path, memory: Memory) -> None:
+def write_version(model: Any, version: Path, work: Path, memory: Memory) -> None:
     """The previous folder with other weights: tokenizer and configuration are the version's own files."""
     for file in version.iterdir():
         if file.is_dir() and file.name != FOLDER:

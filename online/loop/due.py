@@ -71,7 +71,7 @@ def look(state: LoopState, online: OnlineSlice, store: Samples, known: LearningF
     """Reads what has come since the last update. Raises FeedbackUnavailable; InputError for a memory that does not go
     with the spec."""
     learner, memory = online.learner, load_memory(known.champion)
-    _require_window(memory, known.task, learner.window)
+    require_window(memory, known.task, learner.window)
     gathered = gather(store.read(state.fed_to), state.fed_to, learner.min_rating, known.task)
     if not gathered.documents:
         more = f" (but {unread_text(gathered.unread)})" if gathered.unread else ""
@@ -110,7 +110,7 @@ def _scored(state: LoopState, gathered: Gathered, known: LearningFrom, memory: M
     return state.model_copy(update={"drift": found})
 
 
-def _require_window(memory: Memory, task: LearningTask, window: int) -> None:
+def require_window(memory: Memory, task: LearningTask, window: int) -> None:
     width = memory.reservoir.rows.shape[1]
     if width != task.width:
         raise InputError(

@@ -114,7 +114,11 @@ class LoopJournal(LoopFiles):
     def tidy(self, keep: set[int]) -> None:
         """While no update is under way: all rows go, and the weights of updates that are not among `keep`."""
         for folder in self.folder.glob("updates/[0-9]*"):
-            for file in (*(folder / name for name in _ROWS), *folder.glob(".*.update")):
+            for file in (
+                *(folder / name for name in _ROWS),
+                *folder.glob(".*.update"),
+                *folder.glob("federated/*.safetensors"),
+            ):
                 file.unlink(missing_ok=True)
             if folder.name.isdigit() and int(folder.name) not in keep:
                 shutil.rmtree(folder / "checkpoint", ignore_errors=True)

@@ -6,6 +6,7 @@ from enum import StrEnum
 
 from pydantic import Field
 
+from online.federated.plan import FederatedPlan
 from online.gate.verdict import GateBudget, GateVerdict
 from online.learner.recipe import UpdateRecipe
 from online.learner.update import UpdateReport
@@ -49,6 +50,7 @@ class UpdateRecord(Record):
     fed_to: int
     recipe: UpdateRecipe
     budget: GateBudget
+    federated: FederatedPlan | None = None  # clients train it, in rounds
     policy: RolloutPolicy
     report: UpdateReport | None = None
     verdict: GateVerdict | None = None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from builders.spec import CanarySlice, DeploymentSpec, GateSlice, OnlineSlice
+from builders.spec import CanarySlice, DeploymentSpec, FederatedSlice, GateSlice, LearnerSlice, OnlineSlice
 from builders.training.optimiser import Optimiser
+from online.federated.plan import FederatedPlan
 from online.gate.verdict import GateBudget
 from online.learner.recipe import UpdateRecipe
 from online.rollout.policy import Metric, RolloutPolicy
@@ -54,6 +55,31 @@ def recipe_of(spec: DeploymentSpec) -> UpdateRecipe:
         lora_rank=learner.lora_rank,
         seed=learner.seed,
     )
+
+
+def plan_of(federated: FederatedSlice, learner: LearnerSlice) -> FederatedPlan:
+    """Raises InputError for a learner that cannot learn in such rounds."""
+    if learner.steps % federated.rounds:
+        raise InputError(
+            "online.federated.rounds", got=f"{federated.rounds}, which does not divide learner.steps={learner.steps}",
+            expected="as many steps in each round", fix="change one of the two",
+        )  # fmt: skip
+    if learner.kl:
+        raise InputError(
+            "online.learner.kl", got=learner.kl, expected="0 for federated rounds: a client holds the weights of its "
+            "round, not the champion's", fix="leave it out; replay and online.federated.prox are there",
+        )  # fmt: skip
+    if learner.lora_rank is not None:
+        raise InputError(
+            "online.learner.lora_rank", got=learner.lora_rank, expected="none for federated rounds: all weights are "
+            "joined", fix="leave it out",
+        )  # fmt: skip
+    if federated.share_moments and learner.optimiser != "adamw":
+        raise InputError(
+            "online.federated.share_moments", got=f"true, with learner.optimiser: {learner.optimiser}",
+            expected="adamw: its moments have a bound that can be checked", fix="set it to false",
+        )  # fmt: skip
+    return FederatedPlan(**federated.model_dump(), local_steps=learner.steps // federated.rounds)
 
 
 def budget_of(gate: GateSlice) -> GateBudget:

@@ -54,6 +54,7 @@ class Loop:
     store: Callable[[], Samples]
     serving: Serving | None = None
     without_canary: bool = False
+    federates: bool = False  # its `learning` is that of clients
     clock: Clock = field(default_factory=Clock)
     learning: Learning = field(default_factory=TaskLearning)
     _rollout: Rollout | None = field(default=None, init=False)
@@ -72,6 +73,9 @@ class Loop:
         if update is None:
             return self._gather(state)
         if update.stage is UpdateStage.GATHERED:
+            if update.federated is not None and not self.federates:
+                said = f"update {update.number} is one of clients: `trireme online federate serve` goes on with it"
+                return Stepped(said, waits=True)
             return self._train(state, update)
         if update.stage is UpdateStage.TRAINED:
             return self._judge(state, update)
