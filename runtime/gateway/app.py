@@ -124,7 +124,7 @@ def make_doors(
 ) -> Doors:  # fmt: skip
     guards, counters, log = Guards(limits, keys), DoorCounters(), AccessLog(files.access_log)
     mirror = Mirror(LineFile(files.mirror_log, mode=0o600), limits.answer_s)
-    versions = ServedVersions(triton, files.repository, connect, mirror, closed=lambda: readiness.closed)
+    versions = ServedVersions(triton, files.repository, connect, mirror, opens=readiness.opens)
     feedback = Feedback(files.feedback, limits.depth)
     own = Own(versions, readiness, counters, guards, feedback, int(time.time()), files.vllm_metrics)
     tokenizers = ServedTokenizers(versions.repository, triton.model)

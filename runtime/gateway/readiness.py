@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from runtime.told import CLOSED, READY
+
+_WORD_S = 1.0
 
 
 class Readiness:
@@ -16,9 +20,26 @@ class Readiness:
         self.draining = False
         self.closed = supervised
         self._reason: str | None = "starting" if supervised else None
+        self._waiting: list[asyncio.Future[None]] = []
+
+    async def opens(self) -> bool:
+        """Whether answers may be used. A supervisor tells the world that it serves, and us, at about the same time: so
+        who comes first waits a moment for the word."""
+        if self.closed:
+            one = asyncio.get_running_loop().create_future()
+            self._waiting.append(one)
+            await asyncio.wait([one], timeout=_WORD_S)
+            if one in self._waiting:
+                self._waiting.remove(one)
+        return not self.closed
 
     def told(self, line: str) -> None:
         self.closed = line.startswith(CLOSED)
+        if not self.closed:
+            for one in self._waiting:
+                if not one.done():
+                    one.set_result(None)
+            self._waiting.clear()
         self._reason = None if line == READY else line.removeprefix(CLOSED)[:200] or "not ready"
 
     @property

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -135,11 +135,11 @@ class ServedVersions:
         connect: Callable[[Place], Triton],
         mirror: Mirror,
         chance: Callable[[], float] = random.random,
-        closed: Callable[[], bool] = lambda: False,
+        opens: Callable[[], Awaitable[bool]] | None = None,
     ) -> None:
-        """`closed`: whether no answer of the main server may be used."""
+        """`opens`: whether answers of the main server may be used; None: always."""
         self._main = Lane(main, 0, repository)
-        self._connect, self._mirror, self._chance, self._closed = connect, mirror, chance, closed
+        self._connect, self._mirror, self._chance, self._opens = connect, mirror, chance, opens
         self.traffic = Traffic((self._main,), (1.0,))
         self._setting = asyncio.Lock()
         self._gone: list[Lane] = []  # which get no requests any more
@@ -176,7 +176,8 @@ class ServedVersions:
 
     async def _inferring(self) -> Lane:
         lane = await self._lane()
-        if self._closed() and (lane.place is None or lane.place.ports is None):
+        here = lane.place is None or lane.place.ports is None
+        if here and self._opens is not None and not await self._opens():
             raise Refused(503, "the model's server starts, and is not proven yet")
         TRIP.get().inferred = True
         return lane

@@ -52,6 +52,7 @@ def serve_repository(
                 supervisor.wait_ready(ready_timeout_s, asked_to_stop)
                 if not asked_to_stop.is_set():
                     health.observed(None)
+                    beside()  # the gateway hears of it before the world does
                     _announce(server, gateway, time.monotonic() - started, as_json)
                 supervisor.watch(asked_to_stop, ready_timeout_s, _log)
             except NotProven as error:

@@ -41,21 +41,21 @@ def test_it_goes_on_where_it_was_and_writes_a_spec(
     tiny_bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = _file(tmp_path, tiny_bert, LOOSE)
-    search(str(file), trials=2, minutes=9, seed=0, build_dir=tmp_path, as_json=True)
+    search(str(file), trials=1, minutes=9, seed=0, build_dir=tmp_path, as_json=True)
     first = json.loads(capsys.readouterr().out)
-    assert (len(first["trials"]), first["resumed"]) == (2, 0)
+    assert (len(first["trials"]), first["resumed"]) == (1, 0)
     _leave_one_running(load_spec(file), tmp_path)
-    search(str(file), trials=4, minutes=9, seed=0, build_dir=tmp_path, as_json=True)
+    search(str(file), trials=2, minutes=9, seed=0, build_dir=tmp_path, as_json=True)
     found = json.loads(capsys.readouterr().out)
-    assert (len(found["trials"]), found["resumed"]) == (4, 2)
-    assert found["trials"][:2] == first["trials"]
+    assert (len(found["trials"]), found["resumed"]) == (2, 1)
+    assert found["trials"][:1] == first["trials"]
     assert found["trials"][0]["steps"] == []
     assert found["trials"][0]["cosine"] == pytest.approx(1, abs=1e-6)
     assert found["own"]["steps"][0]["prune"]["ffn"] == 32
     recipe = tmp_path / "tiny" / "search" / "recipe.yaml"
     chosen = next(each for each in found["trials"] if each["number"] == found["chosen"])
     assert [step.model_dump(mode="json", exclude_none=True) for step in load_spec(recipe).compress] == chosen["steps"]
-    assert Path(found["page"]).read_text().count("<circle") >= 5
+    assert Path(found["page"]).read_text().count("<circle") >= 3
     assert {each["number"] for each in found["finalists"]} <= {each["number"] for each in found["trials"]}
 
 
@@ -79,6 +79,7 @@ def _leave_one_running(spec: DeploymentSpec, root: Path) -> None:
     study.ask()
 
 
+@pytest.mark.slow
 def test_no_minutes_no_trials(tiny_bert: Path, tmp_path: Path) -> None:
     file = _file(tmp_path, tiny_bert, LOOSE)
     with pytest.raises(QualityError, match="none of 0 trials is within the budget"):

@@ -139,6 +139,7 @@ def test_an_encoder_with_wrong_numbers_is_never_ready(encoder: Build, tmp_path: 
         assert shown == pytest.approx({figure.name: figure.value for figure in server.proven.figures}, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_the_file_of_another_rank(tiny_bert: Path, tmp_path: Path) -> None:
     spec = tiny_spec(tiny_bert, parallel={"tensor": 2}, serving=RANKS)
     repository = _copy(pipeline.build(spec, "cpu", tmp_path, "repository"), tmp_path)

@@ -121,6 +121,7 @@ def test_stages_of_the_pipeline_reach_what_their_results_depend_on(stage: Callab
     assert not {"builders.commands.show", "builders.pipeline.one_file", "builders.__main__"} & set(reached)
 
 
+@pytest.mark.slow
 def test_keys_graphs_and_programs_are_the_same_in_every_process(tiny_bert: Path, tmp_path: Path) -> None:
     """Sets of strings have another order under each seed."""
     script = Path(__file__).with_name("digests_of_a_build.py")
