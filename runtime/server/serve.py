@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from runtime.errors import NotProven
@@ -46,7 +47,7 @@ def serve_repository(
             gateway = None if doorway is None else GatewayProcess(doorway, server, health)
             if gateway is not None:
                 _pass_on_hangups(gateway)
-            beside = (lambda: None) if gateway is None else gateway.turn
+            beside: Callable[[], None] = (lambda: None) if gateway is None else gateway.turn
             supervisor = Supervisor(server, versions, health, report=_log, beside=beside)
             try:
                 supervisor.wait_ready(ready_timeout_s, asked_to_stop)
