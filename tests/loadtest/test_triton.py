@@ -217,11 +217,14 @@ def test_failures_are_counted_by_kind(server: TritonServer, texts: Path) -> None
     assert missed.startswith("Error rate is ")
     ledger = report.requests
     assert ledger is not None
-    assert ledger.started == ledger.answered + sum(ledger.failed.values())
-    assert (
-        ledger.server_failed == 2 * ledger.failed["INVALID_ARGUMENT"]
-    )  # Triton 2.51 counts those of an ensemble twice
-    assert ledger.server_succeeded == ledger.answered + ledger.failed["BAD_OUTPUT"]  # the server thought them good
+    late = ledger.under_way  # on a busy machine; the server may have ended it all the same
+    assert ledger.started == ledger.answered + sum(ledger.failed.values()) + late
+    assert ledger.server_failed is not None
+    assert ledger.server_succeeded is not None
+    # Triton 2.51 counts those of an ensemble twice.
+    assert 0 <= ledger.server_failed - 2 * ledger.failed["INVALID_ARGUMENT"] <= 2 * late
+    good = ledger.answered + ledger.failed["BAD_OUTPUT"]  # the server thought them good
+    assert 0 <= ledger.server_succeeded - good <= late
     assert not any("over the whole run" in note for note in report.notes)
 
 

@@ -34,7 +34,6 @@ from measure.gpu_proof.timing import NotRun, in_time
 from runtime.gpu import visible_targets
 from tests import ROOT
 from tests.conftest import wait_until
-from tests.measure import gpu_proof_parts
 
 LIMITS = DeviceLimits(bytes_per_s=4e12, flops_per_s=8e14)
 no_gpu = pytest.mark.skipif(bool(visible_targets()), reason="this machine has a GPU")
@@ -120,18 +119,30 @@ def test_a_section_that_does_not_fit_the_budget_is_not_begun(tiny: setting.Setti
     assert not section.rows
 
 
-def test_a_signal_keeps_what_the_section_under_way_has_measured(tiny: setting.Setting) -> None:
-    part = replace(_part("interrupting"), arguments=(str(os.getpid()),))
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a script in the background ignores it
-    try:
-        found = run_parts([part, _part("sound")], tiny, 300)
-        ended = next(found)
-        with pytest.raises(KeyboardInterrupt):
-            next(found)
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert (ended.name, ended.status, ended.reason) == ("interrupting", "not run", sections.ENDED)
-    assert ended.rows[0] == gpu_proof_parts.ROW
+_INTERRUPTED = """
+import os, signal, sys
+from pathlib import Path
+from measure.gpu_proof import sections, setting
+from tests.measure.gpu_proof_parts import ROW
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a script in the background ignores it
+names = ("interrupting", "sound")
+parts = [sections.Part(name, f"tests.measure.gpu_proof_parts.{name}", most_s=60.0) for name in names]
+first = sections.Part(parts[0].name, parts[0].function, most_s=60.0, arguments=(str(os.getpid()),))
+found = sections.run_parts([first, parts[1]], setting.dry(Path(sys.argv[1])), 300)
+ended = next(found)
+print(ended.name, ended.status, ended.reason == sections.ENDED, ended.rows[0] == ROW)
+try:
+    next(found)
+except KeyboardInterrupt:
+    print("raised")
+"""
+
+
+def test_a_signal_keeps_what_the_section_under_way_has_measured(tmp_path: Path) -> None:
+    """In a process of its own: a signal that goes astray ends that, and no other tests."""
+    command = [sys.executable, "-c", _INTERRUPTED, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=ROOT)
+    assert done.stdout.splitlines() == ["interrupting not run True True", "raised"], done.stderr
 
 
 def _proof(*sections: Section) -> Proof:
