@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -172,7 +174,21 @@ def _prepare(connection: Any, record: object) -> None:
         "synchronous = FULL",
         "secure_delete = ON",
     ):
-        connection.execute(f"PRAGMA {pragma}").fetchall()
+        _patiently(connection, f"PRAGMA {pragma}")
+
+
+def _patiently(connection: Any, statement: str) -> None:
+    """SQLite does not wait for another process that makes the same database a WAL one just now: it says at once that it
+    is locked."""
+    end = time.monotonic() + _BUSY_MS / 1e3
+    while True:
+        try:
+            connection.execute(statement).fetchall()
+            return
+        except sqlite3.OperationalError:
+            if time.monotonic() >= end:
+                raise
+            time.sleep(0.02)
 
 
 def _begin(connection: Connection) -> None:
