@@ -152,11 +152,16 @@ def _check_door(plan: LoadPlan) -> None:
                 expected=f"protocol {name} or both",
                 fix="leave the address out, or choose another --protocol",
             )
-    if plan.key_file is not None:
-        try:
-            plan.key_file.read_text()
-        except (OSError, ValueError) as error:
-            raise LoadInputError(
-                f"the key in {plan.key_file}", got=str(error), expected="a file with the key on a line",
-                fix="give --api-key-file a file that can be read",
-            ) from error  # fmt: skip
+
+
+def key_of(plan: LoadPlan) -> str | None:
+    """That a gateway asks for. Raises LoadInputError for a file that cannot be read."""
+    if plan.key_file is None:
+        return None
+    try:
+        return plan.key_file.read_text().strip()
+    except (OSError, ValueError) as error:
+        raise LoadInputError(
+            f"the key in {plan.key_file}", got=str(error), expected="a file with the key on a line",
+            fix="give --api-key-file a file that can be read",
+        ) from error  # fmt: skip

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import sys
 import threading
 import time
 import urllib.error
@@ -17,12 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from builders.errors import MachineError
+from measure.serving import PORTS, start_serving
 
 USERS = 2
 _TOKENS = 8  # of an answer
 _PROMPTS = ("Return the number of", "Raised when a", "The with statement", "Print the names of")
 _ASK_S = 30.0
-_END_S = 90.0  # for the server to drain
 
 
 @dataclass
@@ -54,28 +51,16 @@ def served(spec_file: Path, name: str, build_dir: Path) -> Iterator[Live]:
     secret, log = folder / "control-secret", folder / "serve.log"
     secret.touch(mode=0o600)
     secret.write_text("only-of-this-demo-0123456789")
-    ports = [f"--{kind}-port=0" for kind in ("http", "grpc", "metrics", "gateway")]
     control = ["--control-secret-file", str(secret), "--model-control"]
-    command = [sys.executable, "-m", "builders", "serve", str(spec_file), "--json", "--build-dir", str(build_dir)]
     with log.open("w") as words:
-        process = subprocess.Popen([*command, *ports, *control], stdout=subprocess.PIPE, stderr=words, text=True)
+        started = start_serving(spec_file, build_dir, *control, ports=PORTS[:4], words=words)
     try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        if not line:
-            raise MachineError("trireme serve", got="it ended", expected="a server", fix=f"see {log}")
-        facts = json.loads(line)
-        live = Live(f"http://{facts['gateway']}", facts["grpc"], secret.read_text())
+        live = Live(f"http://{started.facts['gateway']}", started.facts["grpc"], secret.read_text())
         _await_gateway(live)
         with _asking(live, name):
             yield live
     finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(_END_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        started.end()
 
 
 def _await_gateway(live: Live) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from builders.commands.online import draw_timeline, open_loop, open_store
+from builders.commands.online import draw_timeline, open_loop, open_store, speaker
 from builders.commands.options import DEFAULT_BUILD, BuildDir, JsonFlag, SpecArgument
 from builders.errors import InputError
 
@@ -58,7 +58,7 @@ def serve_rounds(
     host_and_port(listen, "--listen")
     identity = TlsIdentity(tls_cert, tls_key, tls_ca)
     identity.parts()  # refused before anything is begun
-    say = _say(as_json)
+    say = speaker(as_json)
     with LoopJournal(build_dir, loaded.name) as journal, show.build_progress(quiet=as_json) as report:
         loop = open_loop(loaded, build_dir, journal, None, report)
         loop.learning, loop.federates = FederatedLearning(listen, identity, say), True
@@ -109,7 +109,7 @@ def join_rounds(
     identity.parts()
     files = LoopFiles(build_dir, loaded.name)
     documents = own_documents(loaded, files.checkpoint(0), texts, lambda: open_store(loaded, build_dir))
-    found = take_part(loaded, files, documents, coordinator, identity, _say(as_json), 60 * minutes)
+    found = take_part(loaded, files, documents, coordinator, identity, speaker(as_json), 60 * minutes)
     if as_json:
         print(json.dumps({"done": found.done, "rounds": found.rounds, "lost": found.lost}, indent=2))
     if not found.rounds:
@@ -150,7 +150,3 @@ def _until_judged(
         if last.ended is not None or now is None or now.update is None or now.update.stage is UpdateStage.PASSED:
             break
     return last
-
-
-def _say(quiet: bool) -> Callable[[str], None]:
-    return (lambda said: None) if quiet else (lambda said: print(said, flush=True))

@@ -64,7 +64,7 @@ def run_loop(
     ):
         serving = None if gateway is None else _serving(loaded, build_dir, gateway, triton, control_secret_file)
         loop = open_loop(loaded, build_dir, journal, serving, report, without_canary)
-        say = (lambda said: None) if as_json else (lambda said: print(said, flush=True))
+        say = speaker(as_json)
         try:
             found = run(loop, RunBounds(once, max_updates, minutes), say, lambda update: draw_timeline(loaded, journal))
         finally:
@@ -196,6 +196,10 @@ def delete_feedback(
     print(
         f"{gone} rows deleted; versions that learnt from them stay: `trireme online rollback` takes the last one back"
     )
+
+
+def speaker(quiet: bool) -> Callable[[str], None]:
+    return (lambda said: None) if quiet else (lambda said: print(said, flush=True))
 
 
 def open_loop(

@@ -18,7 +18,16 @@ from pathlib import Path
 from loadtest.drive.ledger import counts_before, with_ledgers
 from loadtest.drive.stopping import Stop
 from loadtest.errors import LoadRunError
-from loadtest.plan import EARLY_END_LIMIT_S, START_LIMIT_S, STOP_LIMIT_S, Evidence, LoadPlan, RunProgress, check_plan
+from loadtest.plan import (
+    EARLY_END_LIMIT_S,
+    START_LIMIT_S,
+    STOP_LIMIT_S,
+    Evidence,
+    LoadPlan,
+    RunProgress,
+    check_plan,
+    key_of,
+)
 from loadtest.report.record import LoadReport
 from loadtest.requests.prompts import longest_prompts
 from loadtest.requests.texts import read_texts
@@ -45,12 +54,12 @@ def run_load(
     from loadtest.report.assemble import report_from_evidence
 
     check_plan(plan)
+    key = key_of(plan)
     texts = read_texts(plan.texts_file)
     longest_first = sorted(texts, key=len, reverse=True)
     trial = [longest_first[number % len(texts)] for number in range(plan.texts_per_request)]
     prompts = () if plan.stream is None else longest_prompts(texts, plan.stream)
     before = counts_before(plan)
-    key = None if plan.key_file is None else plan.key_file.read_text().strip()
     target = probe(plan.model, plan.addresses, plan.grpc_address, trial, prompts, key)
     with tempfile.TemporaryDirectory(prefix="trireme-load-") as folder:
         evidence = _drive(plan, texts, target, Path(folder), on_progress or (lambda _: None), stop or Stop())

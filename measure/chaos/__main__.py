@@ -7,14 +7,12 @@ answer was wrong, a part did not come back, fuzz was answered or ended a process
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from builders.spec import load_spec
+from builders.spec import DeploymentSpec
 from builders.training.recipe import TrainingRecipe
 from measure.bench.random_llama import random_llama
 from measure.chaos import blows
@@ -22,9 +20,11 @@ from measure.chaos.act import ChaosAct, in_act
 from measure.chaos.fuzz import fuzz
 from measure.chaos.load import CompletionLoad, EmbeddingLoad
 from measure.chaos.page import write_page
+from measure.serving import minilm_in_fp32, write_spec
 
 STUB, TRITON, GATEWAY, RANK = "triton_python_backend_stub", "tritonserver", "runtime.gateway", "runtime.ranks.worker"
 FULL = {"stub": 20, "Triton": 10, "rank": 10, "gateway": 5}
+_PLACES = 32  # in a queue
 _SMALL = TrainingRecipe(
     vocabulary=1024, hidden=128, layers=2, heads=4, kv_heads=2, ffn=256, context=256, tokens_per_step=256
 )
@@ -91,11 +91,10 @@ def main() -> None:
 
 
 def _encoder_spec(folder: Path) -> Path:
-    """MiniLM in fp32, which every CPU serves, and which is not searched for; few places in its queue."""
-    data: dict[str, Any] = load_spec("minilm").model_dump(mode="json")
-    data["precision"]["cpu"] = "fp32"
-    data["serving"]["queue_size"] = 32
-    return _written(folder / "chaos-encoder.yaml", data)
+    """With few places in its queue."""
+    spec = minilm_in_fp32()
+    spec = spec.model_copy(update={"serving": spec.serving.model_copy(update={"queue_size": _PLACES})})
+    return write_spec(spec, folder / "chaos-encoder.yaml")
 
 
 def _generator_spec(folder: Path) -> Path:
@@ -106,15 +105,10 @@ def _generator_spec(folder: Path) -> Path:
         "model": {"source": source, "task": "generation", "max_length": 256},
         "precision": {"cpu": "fp32"},
         "generation": {"slots": 4, "cache_lengths": [64, 256]},
-        "serving": {"queue_size": 32},
+        "serving": {"queue_size": _PLACES},
         "parallel": {"tensor": 2},
-    }  # fmt: skip
-    return _written(folder / "chaos-lm.yaml", data)
-
-
-def _written(file: Path, data: dict[str, Any]) -> Path:
-    file.write_text(json.dumps(data))  # JSON is YAML
-    return file
+    }
+    return write_spec(DeploymentSpec.model_validate(data), folder / "chaos-lm.yaml")
 
 
 if __name__ == "__main__":

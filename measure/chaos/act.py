@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from builders.spec import load_spec
 from measure.chaos.blows import BETWEEN_S, Blow
 from measure.chaos.fuzz import Fuzzed
 from measure.chaos.load import WRONG, SteadyLoad
@@ -43,7 +44,7 @@ def in_act(
     name: str, spec: Path, build_dir: Path, kind: type[SteadyLoad], users: int
 ) -> Iterator[tuple[ChaosAct, StruckService]]:
     service = StruckService(spec, build_dir)
-    load = kind(service.port, json.loads(spec.read_text())["name"])
+    load = kind(service.port, load_spec(spec).name)
     try:
         load.start(users)
         load.await_known(_KNOWN_S)

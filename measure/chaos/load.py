@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from builders.errors import MachineError
 from builders.judging import corpus
@@ -33,6 +34,7 @@ class SteadyLoad(ABC):
     seconds: dict[int, Counter[str]] = field(default_factory=dict)
     answered: float = 0.0  # when the last request that succeeded was sent
     began: float = field(default_factory=time.monotonic)
+    _first: dict[str, Any] = field(default_factory=dict)  # answers by their text
     _stopped: threading.Event = field(default_factory=threading.Event)
     _threads: list[threading.Thread] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -47,21 +49,18 @@ class SteadyLoad(ABC):
         for thread in self._threads:
             thread.start()
 
-    @property
-    @abstractmethod
-    def known(self) -> int:
-        """Texts whose answer is known."""
-
     def await_known(self, seconds: float) -> None:
         """Until each text was answered once, so that what is known came from an untouched service. Raises MachineError
         where that takes longer."""
         end = time.monotonic() + seconds
-        while self.known < _TEXTS:
+        while len(self._first) < _TEXTS:
             if time.monotonic() > end:
                 raise MachineError(
-                    "the load", got=f"answers to {self.known} of {_TEXTS} texts in {seconds:.0f} s", expected="all",
+                    "the load",
+                    got=f"answers to {len(self._first)} of {_TEXTS} texts in {seconds:.0f} s",
+                    expected="all",
                     fix="run on a machine with less else to do",
-                )  # fmt: skip
+                )
             time.sleep(0.1)
 
     def stop(self) -> None:
@@ -95,12 +94,6 @@ class SteadyLoad(ABC):
 
 @dataclass
 class EmbeddingLoad(SteadyLoad):
-    _first: dict[str, list[float]] = field(default_factory=dict)
-
-    @property
-    def known(self) -> int:
-        return len(self._first)
-
     def ask(self, connection: http.client.HTTPConnection, text: str) -> str:
         answer = _posted(connection, "/v1/embeddings", {"model": self.model, "input": text})
         body = answer.read()
@@ -115,12 +108,6 @@ class EmbeddingLoad(SteadyLoad):
 class CompletionLoad(SteadyLoad):
     """Greedy completions. One that ends with an event of an error was failed with a status; one that ends without its
     last event was lost; whatever text came must be the beginning of the first answer to the same prompt."""
-
-    _first: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def known(self) -> int:
-        return len(self._first)
 
     def ask(self, connection: http.client.HTTPConnection, text: str) -> str:
         fields = {"model": self.model, "prompt": text[:60], "max_tokens": _TOKENS, "temperature": 0, "stream": True}

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import signal
 import subprocess
-import sys
 import time
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
-from builders.errors import MachineError
+from measure.serving import start_serving
 
-_START_S, _END_S = 600, 120.0
+_START_S = 600
 DISK_MB = 512  # for the files that a service writes while it runs
 # The service's own disk, which goes with the service: nobody else sees it.
 _OWN_DISK = ["unshare", "--user", "--map-root-user", "--mount"]
@@ -40,21 +37,17 @@ class StruckService:
 
     def __init__(self, spec: Path, build_dir: Path) -> None:
         """Raises MachineError where it does not start."""
-        ports = [f"--{name}-port=0" for name in ("http", "grpc", "metrics", "gateway", "gateway-grpc")]
-        command = [sys.executable, "-m", "builders", "serve", str(spec), "--json", "--build-dir", str(build_dir)]
-        command += [*ports, f"--ready-timeout-s={_START_S}"]
         folder = build_dir / "chaos-disk"
         folder.mkdir(parents=True, exist_ok=True)
         self.disk = folder.resolve() if _can_mount(folder) else None
+        before: list[str] = []
         if self.disk is not None:
-            command = [*_OWN_DISK, "sh", "-c", _MOUNT.format(megabytes=DISK_MB), "sh", *command]
+            before = [*_OWN_DISK, "sh", "-c", _MOUNT.format(megabytes=DISK_MB), "sh"]
         environment = {**os.environ, **({} if self.disk is None else {"TMPDIR": str(self.disk)})}
-        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise MachineError("trireme serve", got="it ended", expected="a server", fix="see what it said above")
-        facts = json.loads(line)
+        self._started = start_serving(
+            spec, build_dir, f"--ready-timeout-s={_START_S}", before=before, environment=environment
+        )
+        facts, self._pid = self._started.facts, self._started.process.pid
         self.port, self.grpc = int(facts["gateway"].split(":")[1]), str(facts["gateway_grpc"])
 
     def pids(self, part: str) -> list[int]:
@@ -62,7 +55,7 @@ class StruckService:
         import psutil
 
         found = []
-        for one in psutil.Process(self._process.pid).children(recursive=True):
+        for one in psutil.Process(self._pid).children(recursive=True):
             try:
                 program, *rest = one.cmdline() or [""]
                 if part in (Path(program).name, *rest[:2]) and one.status() != psutil.STATUS_ZOMBIE:
@@ -84,7 +77,7 @@ class StruckService:
     def held(self) -> Held:
         import psutil
 
-        own = psutil.Process(self._process.pid)
+        own = psutil.Process(self._pid)
         memory = 0
         for one in (own, *own.children(recursive=True)):
             try:
@@ -92,24 +85,16 @@ class StruckService:
             except psutil.NoSuchProcess:  # it has just ended
                 continue
         gateways = self.pids("runtime.gateway")
-        shared = len(list(Path("/dev/shm").glob(f"trireme_{self._process.pid}_*")))
+        shared = len(list(Path("/dev/shm").glob(f"trireme_{self._pid}_*")))
         return Held(memory / 1e6, psutil.Process(gateways[-1]).num_fds() if gateways else 0, shared)
 
     def seen_disk(self) -> Path:
         """The disk as it is seen from outside of the service."""
         assert self.disk is not None
-        return Path("/proc", str(self._process.pid), "root", *self.disk.parts[1:])
+        return Path("/proc", str(self._pid), "root", *self.disk.parts[1:])
 
     def close(self) -> int:
-        self._process.send_signal(signal.SIGTERM)
-        try:
-            code = self._process.wait(_END_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            code = self._process.wait()
-        assert self._process.stdout is not None
-        self._process.stdout.close()
-        return code
+        return self._started.end()
 
 
 def _can_mount(folder: Path) -> bool:

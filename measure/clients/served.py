@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,10 +10,11 @@ from typing import Any
 
 from builders import pipeline
 from builders.judging import corpus
-from builders.spec import DeploymentSpec, load_spec
+from builders.spec import DeploymentSpec
 from measure.bench.peers import reference
 from measure.clients.asking import STORY_BEGINS, ServedPair
 from measure.clients.model import CONTEXT, make_model
+from measure.serving import minilm_in_fp32, start_serving, write_spec
 
 _KEY = "the-key-of-the-clients"
 _TOKENS = 12  # of a greedy answer
@@ -30,10 +28,10 @@ def serving(build_dir: Path) -> Iterator[ServedPair]:
     folder = make_model(build_dir / "talker")
     keys = build_dir / "clients-keys"
     keys.write_text(f"clients:{hashlib.sha256(_KEY.encode()).hexdigest()}\n")
-    encoder = _encoder()
+    encoder = minilm_in_fp32()
     with (
-        _service(_written(_talker(folder), build_dir), build_dir, keys) as text,
-        _service(_written(encoder, build_dir), build_dir, keys) as vectors,
+        _service(_talker(folder), build_dir, keys) as text,
+        _service(encoder, build_dir, keys) as vectors,
     ):
         embedded = _embedded(encoder, build_dir)
         greedy, likelihoods = _by_transformers(folder)
@@ -55,37 +53,15 @@ def _talker(folder: Path) -> DeploymentSpec:
     )
 
 
-def _encoder() -> DeploymentSpec:
-    """MiniLM in fp32, which every CPU serves, and which is not searched for."""
-    spec = load_spec("minilm")
-    return spec.model_copy(update={"precision": spec.precision.model_copy(update={"cpu": "fp32"})})
-
-
-def _written(spec: DeploymentSpec, build_dir: Path) -> Path:
-    import yaml
-
-    file = build_dir / f"clients-{spec.name}.yaml"
-    file.write_text(yaml.safe_dump(spec.model_dump(mode="json")))
-    return file
-
-
 @contextmanager
-def _service(spec: Path, build_dir: Path, keys: Path) -> Iterator[dict[str, Any]]:
+def _service(spec: DeploymentSpec, build_dir: Path, keys: Path) -> Iterator[dict[str, Any]]:
     """What `trireme serve --json` says of itself."""
-    ports = [f"--{name}-port=0" for name in ("http", "grpc", "metrics", "gateway", "gateway-grpc")]
-    options = [*ports, f"--build-dir={build_dir}", f"--api-keys-file={keys}", "--ready-timeout-s=600"]
-    command = [sys.executable, "-m", "builders", "serve", str(spec), "--json", *options]
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
+    file = write_spec(spec, build_dir / f"clients-{spec.name}.yaml")
+    started = start_serving(file, build_dir, f"--api-keys-file={keys}", "--ready-timeout-s=600")
     try:
-        line = process.stdout.readline()
-        if not line:
-            raise SystemExit(f"{spec.stem} did not start; it has said why")
-        yield json.loads(line)
+        yield started.facts
     finally:
-        process.terminate()
-        process.wait(120)
-        process.stdout.close()
+        started.end()
 
 
 def _embedded(spec: DeploymentSpec, build_dir: Path) -> list[tuple[str, list[float]]]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
+
+from online.files import replace_file
 
 Floats = NDArray[np.float32]
 Tensors = Mapping[str, Floats]
@@ -51,12 +52,7 @@ def write_tensors(tensors: Tensors, file: Path) -> str:
     from safetensors.numpy import save
 
     content = save({name: np.ascontiguousarray(value, np.float32) for name, value in tensors.items()})
-    partial = file.with_name(f".{file.name}.new")
-    with partial.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(file)
+    replace_file(file, content)
     return hashlib.sha256(content).hexdigest()
 
 

@@ -125,10 +125,11 @@ from pathlib import Path
 from measure.gpu_proof import sections, setting
 from tests.measure.gpu_proof_parts import ROW
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a script in the background ignores it
-names = ("interrupting", "sound")
-parts = [sections.Part(name, f"tests.measure.gpu_proof_parts.{name}", most_s=60.0) for name in names]
-first = sections.Part(parts[0].name, parts[0].function, most_s=60.0, arguments=(str(os.getpid()),))
-found = sections.run_parts([first, parts[1]], setting.dry(Path(sys.argv[1])), 300)
+parts = [
+    sections.Part(name, f"tests.measure.gpu_proof_parts.{name}", most_s=60.0, arguments=arguments)
+    for name, arguments in (("interrupting", (str(os.getpid()),)), ("sound", ()))
+]
+found = sections.run_parts(parts, setting.dry(Path(sys.argv[1])), 300)
 ended = next(found)
 print(ended.name, ended.status, ended.reason == sections.ENDED, ended.rows[0] == ROW)
 try:

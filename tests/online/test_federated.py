@@ -27,7 +27,6 @@ from tests.online.federated_world import (
     by_hand,
     clients,
     hello,
-    issue,
     moved,
     offer,
     plan,
@@ -36,13 +35,6 @@ from tests.online.federated_world import (
 )
 
 NAMES = tuple(SAMPLES)
-
-
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("certificates")
-    issue(folder, ["coordinator", *NAMES])
-    return folder
 
 
 @dataclass

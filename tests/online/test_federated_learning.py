@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,19 +37,10 @@ from tests.online.federated_world import issue
 from tests.online.loop_world import Everything, Samples, loop_spec, save_first
 from tests.online.small import LANGUAGE, WINDOW, save_small, speech
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROWS = speech(2, 60, 10)
 RECIPE = UpdateRecipe(steps=12, rows=4, learning_rate=0.01)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Threads for matrices of this size cost more than they bring."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -40,13 +40,6 @@ from tests.online.federated_world import (
 NAMES = tuple(SAMPLES)
 
 
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("certificates")
-    issue(folder, ["coordinator", *NAMES])
-    return folder
-
-
 def test_certificates_of_another_authority_are_refused_on_both_sides(tmp_path: Path, certificates: Path) -> None:
     strangers = tmp_path / "strangers"
     issue(strangers, ["amber", "coordinator"], trustme.CA(key_type=trustme.KeyType.ECDSA))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -29,20 +29,11 @@ from online.tasks.task import Scores, Training
 from runtime.errors import InputError
 from tests.online.small import LANGUAGE, WINDOW, save_small, speech
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NEW, HELD_OUT = speech(2, 400, 10), speech(2, 160, 11)
 RECIPE = UpdateRecipe(steps=40, rows=16, learning_rate=0.01)
 LOOSE = GateBudget(max_forgetting=10.0)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Threads for matrices of this size cost more than they bring."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
