@@ -202,6 +202,7 @@ class Supervisor:
             self._client.load(self._server.settings.load_order, self._server.control_headers)
             return Event.REPAIRED, ""
         self._health.restarting(action.reason)
+        self._turn()  # the gateway hears it before the time that ending the server takes
         self._server.kill()
         self._forget_probe()
         if self._versions is not None:

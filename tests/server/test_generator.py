@@ -45,6 +45,12 @@ class Supervised:
     health: Health
     said: list[str] = field(default_factory=list)
     stopped_s: float = 0.0
+    heard: list[int] = field(default_factory=list)  # the server's process, at each turn in which no answer may be used
+
+    def turn(self) -> None:
+        """As what lives beside the server does several times a second."""
+        if self.health.closed() and psutil.pid_exists(self.server.pid):
+            self.heard.append(self.server.pid)
 
     @property
     def repairs(self) -> int:
@@ -110,7 +116,7 @@ def _supervised(root: Path, pace: ProbePace | None = None, health: Health | None
     asked_to_stop = threading.Event()
     with TritonServer(root, Ports.free()) as server:
         running = Supervised(server, health or Health())
-        supervisor = Supervisor(server, None, running.health, pace)
+        supervisor = Supervisor(server, None, running.health, pace, beside=running.turn)
         supervisor.wait_ready(PATIENCE_S, asked_to_stop)
         running.health.observed(None)
         watching = threading.Thread(target=supervisor.watch, args=(asked_to_stop, PATIENCE_S, running.said.append))
@@ -180,8 +186,12 @@ def test_who_waits_hears_of_a_death_and_the_next_is_served(repository: Path, vic
 def test_readiness_says_restarting_at_once(repository: Path) -> None:
     with _supervised(repository) as running:
         assert running.health.ready() is None
+        running.heard.clear()
+        first = running.server.pid
         running.stub().send_signal(signal.SIGKILL)
         assert wait_until(lambda: (running.health.ready() or "").startswith("restarting: a Python stub"), PATIENCE_S)
+        assert wait_until(lambda: bool(running.heard), PATIENCE_S)
+        assert running.heard[0] == first, "what lives beside the server heard it only after the end of the server"
         assert running.health.live() is None
         assert wait_until(lambda: running.health.ready() is None, PATIENCE_S)
 
