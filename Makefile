@@ -11,7 +11,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-generate demo-online test test-slow check format bench-serving bench-gateway chaos clients bench-feedback bench-federated bench-canary bench-shard bench-compression bench-generation bench-install bench-tools golden docs bench-online-pairs \
+.PHONY: help install demo demo-generate demo-online test test-slow check check-types check-files format bench-serving bench-gateway chaos clients bench-feedback bench-federated bench-canary bench-shard bench-compression bench-generation bench-install bench-tools golden docs bench-online-pairs \
 	gpu-proof gpu-proof-dry gpu-bundle house clean
 
 help: ## list the targets
@@ -47,7 +47,12 @@ test-slow: install ## the slow tests
 check: install ## lint, format, types, architecture, generated pages, Kubernetes manifests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync check-types check-files
+
+check-types: install
 	$(BIN)/mypy
+
+check-files: install
 	$(BIN)/python -m pytest -m "not slow" tests/test_architecture.py tests/manifests/test_k8s_folder.py tests/manifests/test_overlay.py \
 		tests/manifests/test_lint.py tests/docs/test_spec_page.py tests/docs/test_house.py
 
