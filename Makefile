@@ -4,6 +4,7 @@ VENV ?= .venv
 BUILD ?= build
 TOOLS ?= $(BUILD)/openvino-tools
 CLIENTS ?= $(BUILD)/clients-env
+FLOWER ?= $(BUILD)/flower-env
 # The first interpreter that works here and that every dependency supports (3.11 or 3.12).
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && { echo $$p; break; }; done)
@@ -11,7 +12,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-generate demo-online test test-slow check check-types check-files format bench-serving bench-gateway chaos clients bench-feedback bench-federated bench-canary bench-shard bench-compression bench-generation bench-install bench-tools golden docs bench-online-pairs \
+.PHONY: help install demo demo-generate demo-online test test-slow check check-types check-files format bench-serving bench-gateway chaos clients flower bench-feedback bench-federated bench-canary bench-shard bench-compression bench-generation bench-install bench-tools golden docs bench-online-pairs \
 	gpu-proof gpu-proof-dry gpu-bundle house clean
 
 help: ## list the targets
@@ -116,6 +117,15 @@ $(CLIENTS)/.installed: measure/clients/requirements.txt measure/clients/constrai
 
 clients: install $(CLIENTS)/.installed ## clients that others wrote against served models; exit 1 where one is answered wrongly
 	$(BIN)/python -m measure.clients --build-dir $(BUILD) --python $(CLIENTS)/bin/python
+
+# Its pins of typer, rich, packaging and certifi are older than ours.
+$(FLOWER)/.installed: tests/online/flower-requirements.txt
+	test -x $(FLOWER)/bin/python || $(PYTHON) -m venv $(FLOWER)
+	$(FLOWER)/bin/python -m pip --disable-pip-version-check install --quiet -r tests/online/flower-requirements.txt
+	@touch $@
+
+flower: install $(FLOWER)/.installed ## federated rounds over a Flower fleet on this machine: a SuperLink, two SuperNodes, our app
+	FLOWER_BIN=$(abspath $(FLOWER)/bin) $(BIN)/python -m pytest -m slow tests/online/test_flower.py
 
 bench-canary: install ## simulated rollouts: false rollbacks and promotions, beside a z-test that is watched
 	$(BIN)/python -m measure.bench.canary

@@ -47,7 +47,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("online/feedback/migrations/versions", "online", "online/tasks"),
     ("online/feedback", "online/rollout", "online/gate"),
     ("online/feedback/migrations", "online/learner", "online/serving", "online/doorway"),
-    ("online/federated",),
+    ("online/federated", "online/flower"),
     ("online/loop",),
     ("builders/commands",),
     ("builders/__main__.py",),

@@ -16,6 +16,7 @@ from builders.errors import InputError
 if TYPE_CHECKING:
     from builders.spec import DeploymentSpec
     from online.loop.journal import LoopJournal
+    from online.loop.learning import Learning
     from online.loop.steps import Stepped
 
 federate = typer.Typer(
@@ -46,7 +47,6 @@ def serve_rounds(
 
     Exit 1 where too few clients answer, or the gate refuses.
     """
-    from builders.commands import show
     from builders.spec import load_spec
     from online.federated.client import host_and_port
     from online.federated.tls import TlsIdentity
@@ -58,23 +58,9 @@ def serve_rounds(
     host_and_port(listen, "--listen")
     identity = TlsIdentity(tls_cert, tls_key, tls_ca)
     identity.parts()  # refused before anything is begun
-    say = speaker(as_json)
-    with LoopJournal(build_dir, loaded.name) as journal, show.build_progress(quiet=as_json) as report:
-        loop = open_loop(loaded, build_dir, journal, None, report)
-        loop.learning, loop.federates = FederatedLearning(listen, identity, say), True
-        try:
-            last = _until_judged(loaded, journal, loop.step, held_out, spec, say)
-        finally:
-            loop.close()
-            draw_timeline(loaded, journal)
-        state = journal.load()
-    assert state is not None
-    update = last.ended or state.update
-    if as_json:
-        print(json.dumps(None if update is None else update.model_dump(mode="json"), indent=2))
-    if last.ended is not None:
-        raise SystemExit(1)
-    say(f"`trireme online run {spec}` builds it and rolls it out")
+    with LoopJournal(build_dir, loaded.name) as journal:
+        learning = FederatedLearning(listen, identity, speaker(as_json))
+        _judged(loaded, journal, spec, build_dir, learning, held_out, as_json)
 
 
 @federate.command("join")
@@ -117,11 +103,115 @@ def join_rounds(
         raise CheckError(f"no update of this client counted in any round{': ' if why else ''}{why}")
 
 
-def _until_judged(
+@federate.command("offer")
+def offer_rounds(
+    spec: SpecArgument,
+    out: Annotated[Path, typer.Option("--out", "-o", help="folder for offer.json and weights.safetensors")],
+    held_out: Annotated[
+        Path | None, typer.Option(help="UTF-8 file, a text a line: judges the candidate; no client may train on it")
+    ] = None,
+    build_dir: BuildDir = DEFAULT_BUILD,
+    as_json: JsonFlag = False,
+) -> None:
+    """Begins an update whose rounds another system drives, such as Flower, and writes what it starts from. `trireme
+    online federate take` judges what comes of it."""
+    from builders.commands import show
+    from builders.spec import load_spec
+    from online.loop.federating import require_language_model
+    from online.loop.journal import LoopJournal
+    from online.loop.lessons import write_offer
+
+    loaded = load_spec(spec)
+    require_language_model(loaded)
+    say = speaker(as_json)
+    with LoopJournal(build_dir, loaded.name) as journal, show.build_progress(quiet=as_json) as report:
+        loop = open_loop(loaded, build_dir, journal, None, report)
+        try:
+            _begin(loaded, journal, loop.step, held_out, spec, say)
+            offer = write_offer(loaded, journal, out)
+        finally:
+            loop.close()
+    if as_json:
+        print(offer.model_dump_json(indent=2))
+    say(f"{out} has the offer: {offer.plan.rounds} rounds of {offer.plan.local_steps} steps")
+
+
+@federate.command("lesson")
+def learn_lesson(
+    spec: SpecArgument,
+    offer: Annotated[Path, typer.Option(help="offer.json of `trireme online federate offer`")],
+    weights: Annotated[Path, typer.Option(help="safetensors that the round begins with")],
+    number: Annotated[int, typer.Option("--round", min=1, help="the first is 1")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="safetensors after this client's steps")],
+    texts: Annotated[
+        Path | None, typer.Option(help="UTF-8 file, a text a line, to learn from; default: the spec's feedback")
+    ] = None,
+    build_dir: BuildDir = DEFAULT_BUILD,
+) -> None:
+    """One round of a client whose rounds another system drives: files in, a file and a line of JSON out."""
+    from builders.spec import load_spec
+    from online.loop import lessons
+    from online.loop.joining import own_documents
+    from online.loop.journal import LoopFiles
+
+    loaded = load_spec(spec)
+    asked = lessons.read_offer(offer)
+    files = LoopFiles(build_dir, loaded.name)
+    documents = own_documents(loaded, files.checkpoint(0), texts, lambda: open_store(loaded, build_dir))
+    found = lessons.learn_lesson(loaded, files, documents, asked, number - 1, weights, out)
+    print(found.model_dump_json())
+
+
+@federate.command("take")
+def take_rounds(
+    spec: SpecArgument,
+    weights: Annotated[Path, typer.Option(help="safetensors that the last round ended with")],
+    build_dir: BuildDir = DEFAULT_BUILD,
+    as_json: JsonFlag = False,
+) -> None:
+    """Judges at the gate what rounds that another system drove have made of an offer; `trireme online run` then builds
+    the candidate and rolls it out. Exit 1 where the gate refuses."""
+    from builders.spec import load_spec
+    from online.loop.journal import LoopJournal
+    from online.loop.lessons import BroughtLearning, waiting
+
+    loaded = load_spec(spec)
+    with LoopJournal(build_dir, loaded.name) as journal:
+        waiting(journal.load())
+        _judged(loaded, journal, spec, build_dir, BroughtLearning(weights), None, as_json)
+
+
+def _judged(
+    spec: DeploymentSpec, journal: LoopJournal, name: str, build_dir: Path, learning: Learning,
+    held_out: Path | None, as_json: bool,
+) -> None:  # fmt: skip
+    from builders.commands import show
+
+    say = speaker(as_json)
+    with show.build_progress(quiet=as_json) as report:
+        loop = open_loop(spec, build_dir, journal, None, report)
+        loop.learning, loop.federates = learning, True
+        try:
+            _begin(spec, journal, loop.step, held_out, name, say)
+            last = _until_judged(journal, loop.step, say)
+        finally:
+            loop.close()
+            draw_timeline(spec, journal)
+        state = journal.load()
+    assert state is not None
+    update = last.ended or state.update
+    if as_json:
+        print(json.dumps(None if update is None else update.model_dump(mode="json"), indent=2))
+    if last.ended is not None:
+        raise SystemExit(1)
+    say(f"`trireme online run {name}` builds it and rolls it out")
+
+
+def _begin(
     spec: DeploymentSpec, journal: LoopJournal, step: Callable[[], Stepped], held_out: Path | None, name: str,
     say: Callable[[str], None],
-) -> Stepped:  # fmt: skip
-    """Steps of the loop from where it stands until the gate has spoken."""
+) -> None:  # fmt: skip
+    """An update of clients is under way when it returns."""
     from online.loop.federating import begin_federated
     from online.loop.records import UpdateStage
 
@@ -143,6 +233,12 @@ def _until_judged(
         )  # fmt: skip
     elif held_out is not None:
         say(f"update {state.update.number} goes on; it is judged by the texts that it began with, not by {held_out}")
+
+
+def _until_judged(journal: LoopJournal, step: Callable[[], Stepped], say: Callable[[str], None]) -> Stepped:
+    """Steps of the loop from where it stands until the gate has spoken."""
+    from online.loop.records import UpdateStage
+
     for _ in range(2):  # trained, and judged
         last = step()
         say(last.said)

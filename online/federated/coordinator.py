@@ -17,13 +17,13 @@ from online.federated.plan import FederatedPlan
 from online.federated.rounds import RoundPhase, Rounds, UpdateAnswer
 from online.federated.tensors import TensorFile, Tensors, length_of, parted, shapes_of
 from online.learner.recipe import UpdateRecipe
+from runtime.record import Record
 
 _LONGEST_WHY = 500
 _LOOK_S = 0.5  # between two looks at the clock
 
 
-@dataclass(frozen=True)
-class Offer:
+class Offer(Record):
     """What is trained. A client fits when its own model has this `architecture` and cuts its text by this `window`."""
 
     key: str

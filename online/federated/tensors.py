@@ -41,6 +41,9 @@ class TensorFile(Mapping[str, Floats]):
     def __len__(self) -> int:
         return len(self._names)
 
+    def metadata(self) -> dict[str, str]:
+        return dict(self._open.metadata() or {})
+
     def kinds(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Type, in the format's own word, and shape of each; no tensor is read."""
         slices = {name: self._open.get_slice(name) for name in self._names}

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,13 +24,14 @@ from online.federated.door import listening
 from online.federated.keeping import RoundFiles, RoundRecord
 from online.federated.moments import no_moments
 from online.federated.plan import FederatedPlan
-from online.federated.tensors import put_weights, weights_of
+from online.federated.tensors import Floats, Tensors, put_weights, weights_of
 from online.federated.tls import TlsIdentity
 from online.gate.architecture import fingerprint
 from online.gate.verdict import GateVerdict
 from online.learner.memory import load_memory
 from online.learner.recipe import UpdateRecipe
 from online.learner.update import REPORT, UpdateReport, step_back, write_version
+from online.learner.weights import WEIGHTS
 from online.loop.due import require_window
 from online.loop.first import adopt
 from online.loop.gathered import FEWEST_HELD_OUT, MOST_HELD_OUT, thinned
@@ -109,40 +111,20 @@ class FederatedLearning:
         if out.is_dir():
             return UpdateReport.model_validate_json((out / REPORT).read_bytes())
         assert update.federated is not None
-        memory = load_memory(champion)
-        after = memory.with_domain(update.domain, rows[1])
-        model, digest = task.load(champion), file_digest(champion / "model.safetensors")
-        window = rows[1].shape[1] - 1
-        offer = Offer(
-            _key(digest, update.domain, update.recipe, update.federated), fingerprint(champion), window,
-            update.recipe, update.federated,
-        )  # fmt: skip
-        files = RoundFiles(out.parent / FOLDER)
         started = time.process_time()
-        moments = no_moments(model, update.recipe) if update.federated.share_moments else {}
-        coordinator = Coordinator(offer, files, {**weights_of(model), **moments}, self.say)
+        offer, first = offer_of(task.load(champion), champion, update, rows[1].shape[1] - 1)
+        files = RoundFiles(out.parent / FOLDER)
+        coordinator = Coordinator(offer, files, first, self.say)
         with listening(coordinator, self.address, self.identity) as port:
             self.say(f"clients may join at port {port}, from round {coordinator.state.complete + 1} on")
             weights = coordinator.run()
-        previous = copy.deepcopy(model).eval()
-        put_weights(model, weights)
-        step = step_back(task, model, previous, memory, update.budget)
         history = coordinator.state.history
-        found = UpdateReport(
-            recipe=update.recipe,
-            max_forgetting=update.budget.max_forgetting,
-            max_fall=update.budget.max_fall,
-            domain=update.domain,
-            new_rows=sum({one.client: one.samples for record in history for one in record.accepted}.values()),
-            replayed_rows=update.recipe.replayed(len(memory.reservoir.rows)),
-            previous_sha256=digest,
-            curve=curve_of(history, update.federated, update.recipe, window),
-            step=step,
-            cpu_s=round(time.process_time() - started, 1),
+        joined = Joined(
+            weights,
+            rows=sum({one.client: one.samples for record in history for one in record.accepted}.values()),
+            curve=curve_of(history, update.federated, update.recipe, offer.window),
         )
-        with atomic_directory(out) as work:
-            write_version(model.eval(), champion, work, after)
-            (work / REPORT).write_text(found.model_dump_json(indent=2) + "\n")
+        found = write_candidate(task, champion, update, rows[1], joined, out, started)
         files.drop()
         return found
 
@@ -150,6 +132,54 @@ class FederatedLearning:
         self, task: LearningTask, champion: Path, update: UpdateRecord, held_out: Rows, candidate: Path
     ) -> GateVerdict:
         return judge_update(task, champion, update.domain, held_out, candidate, update.budget)
+
+
+def offer_of(model: Any, champion: Path, update: UpdateRecord, window: int) -> tuple[Offer, dict[str, Floats]]:
+    """What clients are offered, and what the first round begins with: the weights of the champion, which `model` has,
+    and moments where they are shared."""
+    assert update.federated is not None
+    digest = file_digest(champion / WEIGHTS)
+    offer = Offer(
+        key=_key(digest, update.domain, update.recipe, update.federated), architecture=fingerprint(champion),
+        window=window, recipe=update.recipe, plan=update.federated,
+    )  # fmt: skip
+    moments = no_moments(model, update.recipe) if update.federated.share_moments else {}
+    return offer, {**weights_of(model), **moments}
+
+
+@dataclass(frozen=True)
+class Joined:
+    """What the rounds made of the champion's weights, from how many rows of all clients."""
+
+    weights: Tensors
+    rows: int
+    curve: tuple[LossPoint, ...]
+
+
+def write_candidate(
+    task: LearningTask, champion: Path, update: UpdateRecord, held_out: Rows, joined: Joined, out: Path, started: float
+) -> UpdateReport:
+    """As much of the way from the champion as the budget allows. `started`: by the process's time."""
+    memory = load_memory(champion)
+    model = task.load(champion)
+    previous = copy.deepcopy(model).eval()
+    put_weights(model, joined.weights)
+    found = UpdateReport(
+        recipe=update.recipe,
+        max_forgetting=update.budget.max_forgetting,
+        max_fall=update.budget.max_fall,
+        domain=update.domain,
+        new_rows=joined.rows,
+        replayed_rows=update.recipe.replayed(len(memory.reservoir.rows)),
+        previous_sha256=file_digest(champion / WEIGHTS),
+        curve=joined.curve,
+        step=step_back(task, model, previous, memory, update.budget),
+        cpu_s=round(time.process_time() - started, 1),
+    )
+    with atomic_directory(out) as work:
+        write_version(model.eval(), champion, work, memory.with_domain(update.domain, held_out))
+        (work / REPORT).write_text(found.model_dump_json(indent=2) + "\n")
+    return found
 
 
 def curve_of(

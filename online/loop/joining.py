@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from builders.judging import corpus
@@ -31,6 +31,19 @@ def take_part(
 ) -> PartTaken:  # fmt: skip
     """Joins, and learns each round from `documents`, of which a part is held out: it only judges. Raises InputError,
     Unavailable, and MachineError while another process takes part from this build folder."""
+    with own_learner(spec, files, documents) as own:
+        hello = JoinHello(
+            architecture=fingerprint(files.checkpoint(0)), window=online_of(spec).learner.window, samples=len(own.rows)
+        )
+        found = FederatedClient(address, identity, hello, own, say).run(most_s)
+        if found.done:
+            own.forget()
+    return found
+
+
+@contextmanager
+def own_learner(spec: DeploymentSpec, files: LoopFiles, documents: Sequence[Document]) -> Iterator[LocalLearner]:
+    """Of this machine's `documents`, a part of which is held out; nobody else learns in this build folder meanwhile."""
     require_language_model(spec)
     learner, base = online_of(spec).learner, files.checkpoint(0)
     _, task = adopt(spec, base)
@@ -43,12 +56,7 @@ def take_part(
         )  # fmt: skip
     folder = files.folder / FOLDER
     with lock_beside(folder / "client", "federated client in"):
-        own = LocalLearner(task, base, learnt, held_out, folder)
-        hello = JoinHello(architecture=fingerprint(base), window=learner.window, samples=len(learnt))
-        found = FederatedClient(address, identity, hello, own, say).run(most_s)
-        if found.done:
-            own.forget()
-    return found
+        yield LocalLearner(task, base, learnt, held_out, folder)
 
 
 def own_documents(

@@ -38,7 +38,8 @@ def plan(**given: object) -> FederatedPlan:
 
 
 def offer(of: FederatedPlan) -> Offer:
-    return Offer("k" * 64, "architecture", 16, UpdateRecipe(steps=of.rounds * of.local_steps), of)
+    recipe = UpdateRecipe(steps=of.rounds * of.local_steps)
+    return Offer(key="k" * 64, architecture="architecture", window=16, recipe=recipe, plan=of)
 
 
 def moved(client: str, weights: Tensors) -> dict[str, Floats]:

@@ -203,7 +203,7 @@ def test_commands_of_three_machines(tmp_path: Path) -> None:
             "precision": {"cpu": "fp32"}, "online": online}  # fmt: skip
     file = tmp_path / "spec.yaml"
     file.write_text(yaml.safe_dump(spec))
-    _begun(file, tmp_path / "coordinator")
+    begun(file, tmp_path / "coordinator")
     known = issue(tmp_path / "certificates", ["coordinator", "amber", "birch"])
     (port,) = free_ports(1)
     address = f"127.0.0.1:{port}"
@@ -242,13 +242,13 @@ def test_commands_of_three_machines(tmp_path: Path) -> None:
     assert [record["number"] for record in history["history"]] == [0, 1, 2, 3]
 
 
-def _begun(spec: Path, build_dir: Path) -> None:
+def begun(spec: Path, build_dir: Path) -> None:
     """As if the first version had been built: that takes minutes, and other tests do it."""
     from builders.spec import load_spec
 
     loaded = load_spec(str(spec))
     with LoopJournal(build_dir, loaded.name) as journal:
-        checkpoint = adopt(loaded, journal.checkpoint(0))
+        checkpoint, _ = adopt(loaded, journal.checkpoint(0))
         first = PromotedVersion(version=1, update=0, since="2026-01-01T00:00:00+00:00", settings="{}")
         journal.save(LoopState(origin=checkpoint.digest, promoted=(first,), highest=1, learnt_at=0.0))
 
