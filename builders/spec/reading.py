@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -107,10 +108,12 @@ def _reason(error: Exception) -> str:
 
 def _spec_error(path: Path, error: ValidationError) -> SpecError:
     """The first faults of a validation, in the user's terms: key path, value, what would be right."""
-    faults = error.errors()
+    by_key: dict[str, list[Any]] = {}  # a value that fits no type of several has a fault for each
+    for fault in error.errors():
+        by_key.setdefault(_key(fault), []).append(fault)
+    (key, faults), *others = by_key.items()
     first = faults[0]
-    key = ".".join(str(part) for part in first["loc"]) or "the spec as a whole"
-    more = f" (and {len(faults) - 1} more: {', '.join(_key(f) for f in faults[1:5])})" if len(faults) > 1 else ""
+    more = f" (and {len(others)} more: {', '.join(other for other, _ in others[:4])})" if others else ""
     if first["type"] == "extra_forbidden":
         known = known_keys(first["loc"][:-1])
         near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
@@ -122,16 +125,27 @@ def _spec_error(path: Path, error: ValidationError) -> SpecError:
     if not first["loc"]:
         message = first["msg"].removeprefix("Value error, ")
         return SpecError(f"{path}", got=message, expected="a combination that can be served", fix="change one of these")
+    prefixes = ("Value error, ", "Input should be ")
+    said = dict.fromkeys(fault["msg"].removeprefix(prefixes[0]).removeprefix(prefixes[1]) for fault in faults)
     return SpecError(
-        f"{path}: {key}",
-        got=repr(first["input"]) + more,
-        expected=first["msg"].removeprefix("Value error, "),
-        fix=f"correct {key}",
+        f"{path}: {key}", got=repr(first["input"]) + more, expected=" or ".join(said), fix=f"correct {key}"
     )
 
 
 def _key(fault: Any) -> str:
-    return ".".join(str(part) for part in fault["loc"])
+    """Without the names that pydantic gives the types of which a value may be one."""
+    kept: list[str] = []
+    annotation: Any = DeploymentSpec
+    for part in fault["loc"]:
+        slice_type = _slice_in(annotation)
+        if isinstance(part, int):
+            kept.append(str(part))
+        elif slice_type is not None and part in slice_type.model_fields:
+            kept.append(part)
+            annotation = slice_type.model_fields[part].annotation
+        elif (fault["type"] == "extra_forbidden" and slice_type is not None) or _maps(annotation):
+            kept.append(part)
+    return ".".join(kept) or "the spec as a whole"
 
 
 def known_keys(location: tuple[int | str, ...]) -> list[str]:
@@ -141,10 +155,18 @@ def known_keys(location: tuple[int | str, ...]) -> list[str]:
         if isinstance(part, int):
             continue
         annotation = slice_type.model_fields[part].annotation
-        slice_type = next((t for t in _flatten(annotation) if isinstance(t, type) and issubclass(t, Slice)), None)
+        slice_type = _slice_in(annotation)
         if slice_type is None:
             return []
     return sorted(slice_type.model_fields)
+
+
+def _maps(annotation: Any) -> bool:
+    return any(get_origin(each) in (dict, Mapping) for each in _flatten(annotation))
+
+
+def _slice_in(annotation: Any) -> type[Slice] | None:
+    return next((t for t in _flatten(annotation) if isinstance(t, type) and issubclass(t, Slice)), None)
 
 
 def _flatten(annotation: Any) -> list[Any]:

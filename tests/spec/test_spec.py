@@ -54,6 +54,14 @@ def test_the_digest_follows_the_content(tmp_path: Path) -> None:
         ({"serving": {"response_cache_bytes": 10}}, "1048576"),
         ({"serving": {"executor": "onnxruntime"}, "precision": {"cpu": "bf16"}}, "needs serving.executor=openvino"),
         ({"engine": {"targets": ["8.9"]}}, "engine.targets.0"),
+        (
+            {"precision": {"cpu": "int9"}},
+            "precision.cpu: got 'int9'; expected 'fp32', 'bf16',",
+        ),
+        (
+            {"kubernetes": {"monitoring_labels": {"a": 3}}},
+            "monitoring_labels.a: got 3; expected a valid string",
+        ),
         ({"engine": {"targets": []}}, "engine.targets"),
         ({"model": {"task": "translation"}}, "model.task"),
         ({"model": {"task": "classification", "pooling": "mean"}}, "apply to task embedding"),
