@@ -147,7 +147,10 @@ def _engine(url: URL) -> Engine:
         return sqlalchemy.create_engine(url, pool_pre_ping=True, connect_args={"connect_timeout": 5})
     except (ImportError, NoSuchModuleError) as error:
         raise MachineError(
-            "driver of PostgreSQL", got=str(error), expected="the package psycopg", fix="pip install 'psycopg[binary]'"
+            "driver of PostgreSQL",
+            got=str(error),
+            expected="the package psycopg",
+            fix="install Trireme with the extra `postgres`, or psycopg[binary]",
         ) from error
 
 

@@ -15,7 +15,7 @@ from online.feedback.store import FeedbackStore
 from tests import ROOT
 
 
-def _write_and_kill(url: str, run: str, acknowledgements: int) -> list[str]:
+def write_and_kill(url: str, run: str, acknowledgements: int) -> list[str]:
     """What a writer acknowledged before kill -9, which comes after so many; nobody has read a line cut short."""
     command = [sys.executable, "-m", "tests.online.feedback_writer", url, run]
     with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as process:
@@ -33,7 +33,7 @@ def test_no_acknowledged_row_is_lost(tmp_path: Path, kills: int) -> None:
     acknowledged: list[str] = []
     for run in range(kills):
         # The first kills come while the tables are made, or just after.
-        found = _write_and_kill(url, str(run), draw.choice((0, 1, 5, 50, 200)))
+        found = write_and_kill(url, str(run), draw.choice((0, 1, 5, 50, 200)))
         acknowledged += found
     assert len(acknowledged) > kills
     store = FeedbackStore(url)

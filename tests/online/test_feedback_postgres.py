@@ -9,6 +9,7 @@ import pwd
 import shutil
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +19,13 @@ import pytest
 from alembic import command
 from sqlalchemy.dialects import postgresql
 
-from online.feedback.database import migrations
-from online.feedback.errors import FeedbackRefused, FeedbackUnavailable
-from online.feedback.samples import Rating, ServedRequest
-from online.feedback.store import FeedbackStore
+from online.feedback.database import Database, migrations
+from online.feedback.errors import FeedbackFull, FeedbackRefused, FeedbackUnavailable
+from online.feedback.samples import Correction, Rating, ServedRequest
+from online.feedback.store import FeedbackStore, StoreBounds
 from online.feedback.tables import FEEDBACK, SERVED, TOTALS
 from runtime.ports import free_ports
+from tests.online.test_feedback_kill import write_and_kill
 
 
 def _programs() -> Path | None:
@@ -124,8 +126,15 @@ def test_its_tables_and_statements_are_valid_there(server: Server) -> None:
     assert server.sql("SELECT rows, bytes FROM totals").strip() == "2|5"
 
 
-def test_the_store_by_its_driver(server: Server) -> None:
+@pytest.fixture
+def driven(server: Server) -> Server:
+    """Reached by its driver."""
     pytest.importorskip("psycopg", reason="PostgreSQL's driver psycopg is not installed here")
+    return server
+
+
+def test_the_store_by_its_driver(driven: Server) -> None:
+    server = driven
     stores = [FeedbackStore(server.url), FeedbackStore(server.url)]
     try:
         served = [
@@ -146,3 +155,41 @@ def test_the_store_by_its_driver(server: Server) -> None:
     finally:
         for store in stores:
             store.close()
+
+
+def test_a_writer_that_is_killed_loses_nothing_acknowledged_and_a_new_database_is_opened_by_many(
+    driven: Server,
+) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        for database in pool.map(lambda _: Database(driven.url), range(4)):
+            database.close()
+    seen = [key for run, count in enumerate((1, 40, 200)) for key in write_and_kill(driven.url, str(run), count)]
+    store = FeedbackStore(driven.url)
+    try:
+        kept = {row["request_id"]: row["text"] for row in map(json.loads, store.export())}
+        assert {key: f"text of {key}" for key in seen}.items() <= kept.items()
+        counted = [int(driven.sql(f"SELECT count(*) FROM {table}")) for table in ("feedback", "served")]
+        assert store.size()[0] == sum(counted)
+    finally:
+        store.close()
+
+
+def test_bounds_retention_and_a_users_wish_hold_there_too(driven: Server) -> None:
+    now = [1000.0]
+    bounds = StoreBounds(max_rows=4, keep_s=100)
+    store = FeedbackStore(driven.url, bounds, wall=lambda: now[0], monotonic=lambda: now[0])
+    try:
+        for key, user in (("a", "ann"), ("b", "bob")):
+            store.note_served(ServedRequest(request_id=key, model="m", version=1, user=user)).result(30)
+        now[0] = 1050.0
+        assert store.add(Correction(request_id="a", text="by nobody, of hers"))
+        assert store.add(Correction(request_id="b", text="hers, of his", user="ann"))
+        with pytest.raises(FeedbackFull, match="4 rows of at most 4"):
+            store.add(Rating(request_id="b", score=1))
+        assert store.forget_user("ann") == 3
+        assert list(store.export()) == []
+        now[0] = 1120.0
+        assert store.expire() == 1
+        assert store.size() == (0, 0)
+    finally:
+        store.close()
