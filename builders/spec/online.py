@@ -61,6 +61,16 @@ class LearnerSlice(Slice):
         description="weight of the distance to the champion on replayed rows: the KL divergence from its own words or "
         "labels; of an embedding, one minus the cosine to the champion's vectors",
     )
+    ewc: Annotated[float, Field(ge=0)] = Field(
+        0.0,
+        description="elastic weight consolidation, for where old rows may not be kept: weight of the squared distance "
+        "from the champion's weights, each as it matters to what was learnt before; 1 is little, 100 is much",
+    )
+    keep_old: bool = Field(
+        True,
+        description="whether a version keeps some of the rows that it learnt, for later ones to replay; with false, "
+        "replay_share and kl must be 0, and ewc is what keeps the old; what is held out stays, to judge by",
+    )
     temperature: Over | None = Field(
         None, description="embedding only: of similarities while a pair is told from the others; default: 0.05"
     )
@@ -73,6 +83,18 @@ class LearnerSlice(Slice):
         "stands",
     )
     seed: NotNegative = Field(0, description="of batches")
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> LearnerSlice:
+        if not self.keep_old and (self.replay_share or self.kl):
+            raise ValueError(
+                f"keep_old=false keeps no rows for replay_share={self.replay_share:g} and kl={self.kl:g}; set both to 0"
+            )
+        if self.ewc and self.lora_rank is not None:
+            raise ValueError(
+                f"ewc={self.ewc:g} holds weights that lora_rank={self.lora_rank} does not move; leave one of them out"
+            )
+        return self
 
 
 class GateSlice(Slice):

@@ -28,7 +28,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 class Slice(BaseModel):
     """A part of the spec: frozen, and closed to keys that it does not know."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelSlice(Slice):

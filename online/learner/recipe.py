@@ -16,6 +16,8 @@ class UpdateRecipe(Record):
     rows: int = Field(default=8, ge=1)  # of each batch, replayed ones included
     replay_share: float = Field(default=0.5, ge=0, lt=1)  # of the rows, where the version has a reservoir
     kl: float = Field(default=0.0, ge=0)  # weight of the distance to the previous version on replayed rows
+    ewc: float = Field(default=0.0, ge=0, allow_inf_nan=False)  # weight of the distance from weights that matter
+    keep_old: bool = True  # rows of what is learnt, for later updates to replay
     temperature: float = Field(default=0.05, gt=0)  # of similarities, where texts are told apart
     learning_rate: float = Field(default=0.0015, gt=0, lt=1)
     rise: float = Field(default=0.1, gt=0, lt=1)

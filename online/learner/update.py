@@ -7,7 +7,7 @@ import hashlib
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,13 +22,18 @@ from online.gate.forgetting import change_of, halves
 from online.gate.verdict import GateBudget
 from online.learner.batches import update_batches
 from online.learner.blend import PartialStep, TriedShare, blend, largest_step
+from online.learner.importance import FILE as IMPORTANCE
+from online.learner.importance import Importance, added, held, importance_of, known_importance, save_importance
 from online.learner.low_rank import low_rank
-from online.learner.memory import FOLDER, Memory, load_memory, save_memory
+from online.learner.memory import FOLDER, Memory, Reservoir, load_memory, save_memory
 from online.learner.recipe import UpdateRecipe
 from online.learner.weights import WEIGHTS, require_writable, save_weights
 from online.tasks.task import LearningTask, Rows, Training
 from runtime.errors import InputError
 from runtime.record import Record
+
+if TYPE_CHECKING:
+    import torch
 
 REPORT = f"{FOLDER}/update.json"  # beside the memory: no setting of the model, of which its digest is made
 
@@ -73,17 +78,24 @@ def update_version(
     after = memory.with_domain(domain, held_out)  # refused before anything is trained
     _require_rows(task, memory, {"new": rows, "held out": held_out}, out)
     _require_past(memory, recipe)
+    _require_one_guard(recipe)
     model = task.load(version)
     require_writable(model, version)
     digest = file_digest(version / WEIGHTS)
-    key = _key(digest, domain, rows, memory, recipe)
+    guard = _guard(task, version, model, memory, recipe)
+    key = _key(digest, domain, rows, memory, recipe, version)
     resume = Resume(out.with_name(f".{out.name}.update"), key, checkpoint_every_s)
     with reproducible(recipe.seed):
         previous = copy.deepcopy(model).eval()
         with low_rank(model, recipe.lora_rank):
-            trained = _train(task, (model, previous), (rows, memory.reservoir.rows), recipe, report, resume)
+            trained = _train(task, (model, previous), (rows, memory.reservoir.rows), recipe, report, resume, guard)
     step = step_back(task, model, previous, memory, budget)
-    grown = memory.reservoir.offered(rows, np.random.default_rng([recipe.seed, 2]))
+    grown = Reservoir.empty(task.width)
+    if recipe.keep_old:
+        grown = memory.reservoir.offered(rows, np.random.default_rng([recipe.seed, 2]))
+    if guard is not None:
+        with reproducible(recipe.seed):
+            guard = added(guard, importance_of(task, model, rows, recipe))
     found = UpdateReport(
         recipe=recipe,
         max_forgetting=budget.max_forgetting,
@@ -98,6 +110,8 @@ def update_version(
     )
     with atomic_directory(out) as work:
         write_version(model.eval(), version, work, Memory(grown, after.held_out))
+        if guard is not None:
+            save_importance(guard, work)
         (work / REPORT).write_text(found.model_dump_json(indent=2) + "\n")
     resume.drop()
     return found
@@ -110,15 +124,19 @@ def _train(
     recipe: UpdateRecipe,
     report: Callable[[TrainingProgress], None],
     resume: Resume,
+    guard: Importance | None,
 ) -> loop.Trained:
     """`models`: the one that is trained, and the previous one; `rows`: new ones, and those that are replayed."""
-    training = Training(*models, recipe.replayed(len(rows[1])), recipe.kl, recipe.temperature)
-    work = loop.TrainingWork(models[0], task.loss(training), update_batches(*rows, recipe), task.tokens)
+    loss = task.loss(Training(*models, recipe.replayed(len(rows[1])), recipe.kl, recipe.temperature))
+    if guard is not None:
+        loss = held(loss, models[0], guard, recipe.ewc)
+    work = loop.TrainingWork(models[0], loss, update_batches(*rows, recipe), task.tokens)
     settings = loop.TrainingSettings(
         loop.Bounds(steps=recipe.steps),
         rise_and_fall(recipe.learning_rate, recipe.rise),
         recipe.optimiser,
-        arithmetic=arithmetic(),
+        # A distance is no number in bf16: what a few steps move is below its last bit.
+        arithmetic=arithmetic() if guard is None else "float32",
         clip=recipe.clip,
     )
     return loop.train(work, settings, report, resume)
@@ -152,10 +170,21 @@ def write_version(model: Any, version: Path, work: Path, memory: Memory) -> None
     save_memory(memory, work)
 
 
-def _key(previous: str, domain: str, rows: Rows, memory: Memory, recipe: UpdateRecipe) -> str:
+def _guard(
+    task: LearningTask, version: Path, model: Any, memory: Memory, recipe: UpdateRecipe
+) -> dict[str, torch.Tensor] | None:
+    if not recipe.ewc:
+        return None
+    with reproducible(recipe.seed):
+        return known_importance(task, version, model, memory.reservoir.rows, recipe)
+
+
+def _key(previous: str, domain: str, rows: Rows, memory: Memory, recipe: UpdateRecipe, version: Path) -> str:
     """All that the training depends on. How far back it goes is decided after it. `previous`: the weights' digest."""
     parts = [previous, domain, recipe.model_dump_json(), arithmetic()]
     kept = memory.reservoir.rows.tobytes()
+    if recipe.ewc and (version / IMPORTANCE).is_file():
+        parts.append(file_digest(version / IMPORTANCE))
     return hashlib.sha256("|".join(parts).encode() + rows.tobytes() + kept).hexdigest()
 
 
@@ -192,3 +221,11 @@ def _require_past(memory: Memory, recipe: UpdateRecipe) -> None:
             expected="rows of its past: the pull is measured on them",
             fix="offer rows to its reservoir, or leave it at 0",
         )
+
+
+def _require_one_guard(recipe: UpdateRecipe) -> None:
+    if recipe.ewc and recipe.lora_rank is not None:
+        raise InputError(
+            "recipe.ewc", got=f"{recipe.ewc:g} with lora_rank={recipe.lora_rank}",
+            expected="one of the two: a weight that does not move is far from nothing", fix="leave one out",
+        )  # fmt: skip

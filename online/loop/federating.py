@@ -6,7 +6,7 @@ import copy
 import hashlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from online.federated.tensors import Floats, Tensors, put_weights, weights_of
 from online.federated.tls import TlsIdentity
 from online.gate.architecture import fingerprint
 from online.gate.verdict import GateVerdict
-from online.learner.memory import load_memory
+from online.learner.memory import Reservoir, load_memory
 from online.learner.recipe import UpdateRecipe
 from online.learner.update import REPORT, UpdateReport, step_back, write_version
 from online.learner.weights import WEIGHTS
@@ -176,8 +176,11 @@ def write_candidate(
         step=step_back(task, model, previous, memory, update.budget),
         cpu_s=round(time.process_time() - started, 1),
     )
+    after = memory.with_domain(update.domain, held_out)
+    if not update.recipe.keep_old:
+        after = replace(after, reservoir=Reservoir.empty(task.width))
     with atomic_directory(out) as work:
-        write_version(model.eval(), champion, work, memory.with_domain(update.domain, held_out))
+        write_version(model.eval(), champion, work, after)
         (work / REPORT).write_text(found.model_dump_json(indent=2) + "\n")
     return found
 

@@ -11,11 +11,13 @@ from builders.artifacts import Checkpoint
 from builders.checkpoint import load_checkpoint
 from builders.spec import DeploymentSpec
 from builders.store.atomic import atomic_directory
+from builders.training.arithmetic import reproducible
 from builders.training.recipe import TrainingRecipe
+from online.learner.importance import importance_of, save_importance
 from online.learner.memory import FOLDER, Memory, Reservoir, save_memory
 from online.learner.weights import WEIGHTS
 from online.loop.gathered import require_enough, split_rows
-from online.loop.settings import noun_of, online_of
+from online.loop.settings import noun_of, online_of, recipe_of
 from online.tasks.opening import open_task
 from online.tasks.task import LearningTask
 from runtime.errors import InputError
@@ -53,11 +55,11 @@ def adopt(spec: DeploymentSpec, out: Path) -> tuple[Checkpoint, LearningTask]:
         if (checkpoint.directory / FOLDER).is_dir():
             shutil.copytree(checkpoint.directory / FOLDER, work / FOLDER)
         else:
-            save_memory(_memory(spec, task), work)
+            _remember(spec, task, work)
     return checkpoint, task
 
 
-def _memory(spec: DeploymentSpec, task: LearningTask) -> Memory:
+def _remember(spec: DeploymentSpec, task: LearningTask, work: Path) -> None:
     """Of Python's own text the share that is held out is that of our small model's training, so that a model that
     learnt it is judged by what it has not seen."""
     online = online_of(spec)
@@ -66,5 +68,10 @@ def _memory(spec: DeploymentSpec, task: LearningTask) -> Memory:
     share = TrainingRecipe().held_out_share if file is None and spec.generates else online.learner.held_out_share
     learnt, held_out = split_rows(documents, share, task)
     require_enough(learnt, held_out, online.learner.rows, what, noun_of(spec))
-    kept = Reservoir.empty(task.width).offered(learnt, np.random.default_rng(online.learner.seed))
-    return Memory(kept).with_domain(_DOMAIN, held_out)
+    kept, recipe = Reservoir.empty(task.width), recipe_of(spec)
+    if recipe.keep_old:
+        kept = kept.offered(learnt, np.random.default_rng(recipe.seed))
+    save_memory(Memory(kept).with_domain(_DOMAIN, held_out), work)
+    if recipe.ewc:
+        with reproducible(recipe.seed):
+            save_importance(importance_of(task, task.load(work), learnt, recipe), work)

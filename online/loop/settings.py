@@ -48,6 +48,8 @@ def recipe_of(spec: DeploymentSpec) -> UpdateRecipe:
         rows=learner.rows,
         replay_share=learner.replay_share,
         kl=learner.kl,
+        ewc=learner.ewc,
+        keep_old=learner.keep_old,
         temperature=learner.temperature or UpdateRecipe().temperature,
         learning_rate=learner.learning_rate or words_of(spec).rate,
         clip=learner.clip,
@@ -68,6 +70,11 @@ def plan_of(federated: FederatedSlice, learner: LearnerSlice) -> FederatedPlan:
         raise InputError(
             "online.learner.kl", got=learner.kl, expected="0 for federated rounds: a client holds the weights of its "
             "round, not the champion's", fix="leave it out; replay and online.federated.prox are there",
+        )  # fmt: skip
+    if learner.ewc:
+        raise InputError(
+            "online.learner.ewc", got=learner.ewc, expected="0 for federated rounds: a client does not know what the "
+            "champion's weights matter to", fix="leave it out; replay and online.federated.prox are there",
         )  # fmt: skip
     if learner.lora_rank is not None:
         raise InputError(

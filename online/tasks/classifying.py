@@ -49,6 +49,14 @@ class ClassifierTask:
     def width(self) -> int:
         return 1 + self.texts.window
 
+    @property
+    def together(self) -> int:
+        return 1
+
+    @property
+    def predictions(self) -> int:
+        return 1
+
     def window_of(self, width: int) -> int:
         return width - 1
 

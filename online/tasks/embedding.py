@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 TEMPERATURE = 0.05  # that hold-outs are judged at, whatever an update is trained at: so figures stay comparable
 FOUND = "found first"
+_TOGETHER = 16  # pairs of which a loss is made where no batch is trained
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,15 @@ class EmbeddingTask:
     @property
     def width(self) -> int:
         return 3 * self.texts.window
+
+    @property
+    def together(self) -> int:
+        """A text is the right one among others."""
+        return _TOGETHER
+
+    @property
+    def predictions(self) -> int:
+        return 1
 
     def window_of(self, width: int) -> int:
         return width // 3

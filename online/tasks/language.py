@@ -48,6 +48,14 @@ class LanguageTask:
     def width(self) -> int:
         return self.window + 1
 
+    @property
+    def together(self) -> int:
+        return 1
+
+    @property
+    def predictions(self) -> int:
+        return self.window
+
     def window_of(self, width: int) -> int:
         return width - 1
 

@@ -52,6 +52,14 @@ class LearningTask(Protocol):
     def width(self) -> int:
         """Of a row."""
 
+    @property
+    def together(self) -> int:
+        """Rows of the smallest batch that has a loss."""
+
+    @property
+    def predictions(self) -> int:
+        """Of a row, over which a loss is the mean."""
+
     def window_of(self, width: int) -> int:
         """The window that makes rows of this width."""
 
