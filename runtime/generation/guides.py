@@ -169,5 +169,6 @@ def _costly(said: str) -> BadRequest:
 
 
 def _brief(said: object) -> str:
-    lines = str(said).strip().splitlines()
-    return lines[0][:200] if lines else "no reason was given"
+    """On one line; of a regular expression, which one and why stand on lines of their own, about one of carets."""
+    words = " ".join(line.strip() for line in str(said).splitlines() if line.strip(" ^"))
+    return words[:200] or "no reason was given"

@@ -16,6 +16,7 @@ from builders.repository.generator_config import generator_config
 from runtime.generation.cache import SlotCache
 from runtime.generation.engine import GenerationEngine
 from runtime.generation.executor.onnxruntime import OnnxRuntimeStepExecutor
+from runtime.generation.guides import Guide
 from runtime.generation.request import Limits, Tokens
 from runtime.generation.scheduler import Scheduler
 from runtime.model_config import to_pbtxt
@@ -136,3 +137,17 @@ def write_proof(version: Path, graph: Path) -> str:
     proof = GeneratorProof(rows=tuple(rows), at_once=len(rows), max_perplexity_ratio=1.03)
     (version / PROOF_FILE).write_text(proof.model_dump_json())
     return file_digest(version / PROOF_FILE)
+
+
+def accepts(guide: Guide, tokens: Sequence[int], end: int) -> bool:
+    """Whether these tokens can come, and the output can end behind them."""
+    for place, token in enumerate(tokens, 1):
+        logits = np.zeros(VOCABULARY, np.float32)
+        guide.bar(logits)
+        if not np.isfinite(logits[token]):
+            return False
+        if guide.complete_with(token):
+            return place == len(tokens)
+    logits = np.zeros(VOCABULARY, np.float32)
+    guide.bar(logits)
+    return bool(np.isfinite(logits[end]))
