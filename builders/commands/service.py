@@ -48,6 +48,10 @@ def serve(
     vllm_metrics: Annotated[
         bool, typer.Option("--vllm-metrics", help="of the gateway: a generator's figures under vLLM's names as well")
     ] = False,
+    otlp_endpoint: Annotated[
+        str | None,
+        typer.Option(help="of the gateway: a span for each request goes to this collector, by OTLP over HTTP"),
+    ] = None,
     feedback_database: Annotated[
         str | None,
         typer.Option(
@@ -75,6 +79,7 @@ def serve(
     asked: dict[str, Any] = {
         "grpc_port": gateway_grpc_port, "keys_file": api_keys_file, "no_auth": no_auth, "tls_cert": tls_cert,
         "tls_key": tls_key, "control_secret_file": control_secret_file, "vllm_metrics": vllm_metrics,
+        "otlp_endpoint": otlp_endpoint,
         "feedback": _feedback(feedback_database, sample_share, sample_redact),
     }  # fmt: skip
     doorway = None
@@ -84,8 +89,8 @@ def serve(
     elif any(value not in (None, False) for value in asked.values()):
         raise InputError(
             "--gateway-grpc-port, --api-keys-file, --no-auth, --tls-cert, --tls-key, --control-secret-file, "
-            "--vllm-metrics, --feedback-database", got="no --gateway-port", expected="a gateway, which these are about",
-            fix="give --gateway-port",
+            "--vllm-metrics, --otlp-endpoint, --feedback-database",
+            got="no --gateway-port", expected="a gateway, which these are about", fix="give --gateway-port",
         )  # fmt: skip
     if model_control and control_secret_file is None:
         raise InputError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from urllib.parse import urlsplit
 
 from builders.manifests.parts import KEYS, serving_pod
 from builders.manifests.patches import Patch, api_keys_secret, merge, replace
@@ -25,6 +26,8 @@ def access(spec: DeploymentSpec) -> list[Patch]:
         patches += _over_tls(spec, chosen.tls_secret)
     if chosen.vllm_metrics:
         patches.append(_more_arguments("vllm-metrics.yaml", "--vllm-metrics"))
+    if chosen.otlp_endpoint is not None:
+        patches += _spans(chosen.otlp_endpoint)
     return patches
 
 
@@ -36,6 +39,25 @@ def _pod(file: str, *, container: dict[str, Any], volumes: list[dict[str, Any]])
 def _more_arguments(file: str, *words: str) -> Patch:
     added = [{"op": "add", "path": f"{_ARGS}/-", "value": word} for word in words]
     return Patch(file, {"kind": "Deployment", "name": "serving"}, added)
+
+
+def _spans(endpoint: str) -> list[Patch]:
+    """The argument, and the one connection that serving pods start: to that port, in the collector's namespace where
+    its name says which."""
+    parts = urlsplit(endpoint)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    rule: dict[str, Any] = {"ports": [{"protocol": "TCP", "port": port}]}
+    names = (parts.hostname or "").split(".")
+    if len(names) > 2 and names[2] == "svc":
+        namespace = {"matchLabels": {"kubernetes.io/metadata.name": names[1]}}
+        rule["to"] = [{"namespaceSelector": namespace}]
+    opened = [
+        replace("/spec/policyTypes", ["Ingress", "Egress"]), {"op": "add", "path": "/spec/egress", "value": [rule]},
+    ]  # fmt: skip
+    return [
+        _more_arguments("spans.yaml", f"--otlp-endpoint={endpoint}"),
+        Patch("spans-policy.yaml", {"kind": "NetworkPolicy", "name": "serving"}, opened),
+    ]
 
 
 def _without_keys() -> list[Patch]:

@@ -113,6 +113,12 @@ class AccessSlice(Slice):
         None, description="Secret of type kubernetes.io/tls: both ports of the pods speak TLS; default: plain"
     )
     vllm_metrics: bool = Field(False, description="a generator's figures under vLLM's names as well")
+    otlp_endpoint: str | None = Field(
+        None,
+        pattern=r"^https?://[A-Za-z0-9.-]+(:[1-9][0-9]{0,4})?(/[A-Za-z0-9._/-]*)?$",
+        description="a span for each request goes to this collector, by OTLP over HTTP; pods may connect to its port; "
+        "the serving image is built with `EXTRAS` that name `otlp`; default: none",
+    )
 
     @model_validator(mode="after")
     def _one_way(self) -> AccessSlice:

@@ -41,6 +41,7 @@ def make_parser(program: str = "python -m runtime.gateway") -> argparse.Argument
     parser.add_argument("--control-secret-file", type=Path, help="opens /control/versions to who sends what is in it")
     parser.add_argument("--mirror-log", type=Path, help="what a mirrored version answered")
     parser.add_argument("--vllm-metrics", action="store_true", help="a generator's figures under vLLM's names as well")
+    parser.add_argument("--otlp-endpoint", help="a span for each request goes to this collector, by OTLP over HTTP")
     parser.add_argument("--drain-s", type=float, default=30.0, help="what is running may take so long after SIGTERM")
     parser.add_argument("--connection-age-s", type=int, help="close gRPC connections gently after this long")
     parser.add_argument("--supervised", action="store_true", help="standard input says what is ready, and ends with us")

@@ -15,7 +15,7 @@ import orjson
 from runtime.gateway.trip import Trip
 
 _TOGETHER_S = 0.2  # lines are written so often; a write for each would cost a tenth of the gateway's time
-_PROBED = ("/healthz", "/readyz")  # a probe every few seconds is not news while all is well
+PROBED = ("/healthz", "/readyz")  # a probe every few seconds is not news while all is well
 STANDARD_ERROR = Path("-")
 _LARGEST = 64 << 20  # then the file becomes FILE.1, and the one that was there goes
 
@@ -94,7 +94,7 @@ class AccessLog(LineFile):
     """One line a request; none for a probe while all is well."""
 
     def ended(self, request: Logged, seconds: float) -> None:
-        if self.is_open and not (request.label in _PROBED and request.status == 200):
+        if self.is_open and not (request.label in PROBED and request.status == 200):
             self.write(
                 {
                     "time": datetime.now(UTC), "id": request.id, "caller": request.caller, "address": request.address,

@@ -15,7 +15,7 @@ from runtime.gateway.classifying import Classifying
 from runtime.gateway.completions import Completions
 from runtime.gateway.control import VersionControl, version_lines
 from runtime.gateway.counters import DoorCounters
-from runtime.gateway.door import Door, Handler, route
+from runtime.gateway.door import Door, Handler, Witnesses, route
 from runtime.gateway.embeddings import Embeddings
 from runtime.gateway.exchange import Exchange
 from runtime.gateway.feedback import Feedback, FeedbackSink
@@ -30,6 +30,7 @@ from runtime.gateway.openapi import OpenApi
 from runtime.gateway.ranking import Ranking
 from runtime.gateway.readiness import Readiness
 from runtime.gateway.refused import Refused, require_model
+from runtime.gateway.spans import Spans
 from runtime.gateway.tokenizing import Tokenizing
 from runtime.gateway.tokens import ServedTokenizers
 from runtime.gateway.triton import Triton
@@ -47,9 +48,8 @@ class Own:
 
     triton: ServedVersions
     readiness: Readiness
-    counters: DoorCounters
+    witnesses: Witnesses
     guards: Guards
-    feedback: Feedback
     began: int
     vllm_metrics: bool
 
@@ -71,9 +71,11 @@ class Own:
             return False
 
     async def metrics(self, exchange: Exchange) -> None:
-        page = self.counters.page(self.guards.bytes, self.readiness.draining)
+        page = self.witnesses.counters.page(self.guards.bytes, self.readiness.draining)
         await self.triton.look()
-        page += "\n".join([*version_lines(self.triton), *self.feedback.lines(), ""]).encode()
+        spans = self.witnesses.spans
+        sent = [] if spans is None else spans.lines()
+        page += "\n".join([*version_lines(self.triton), *self.witnesses.feedback.lines(), *sent, ""]).encode()
         try:
             behind = await self.triton.metrics_page()
             page += behind
@@ -116,17 +118,19 @@ class DoorFiles:
     control_secret: bytes | None = None
     vllm_metrics: bool = False
     feedback: FeedbackSink | None = None
+    spans: Spans | None = None
 
 
 def make_doors(
     triton: Triton, limits: DoorLimits, keys: Keys | None, readiness: Readiness, files: DoorFiles,
     connect: Callable[[Place], Triton],
 ) -> Doors:  # fmt: skip
-    guards, counters, log = Guards(limits, keys), DoorCounters(), AccessLog(files.access_log)
+    guards, log = Guards(limits, keys), AccessLog(files.access_log)
     mirror = Mirror(LineFile(files.mirror_log, mode=0o600), limits.answer_s)
     versions = ServedVersions(triton, files.repository, connect, mirror, opens=readiness.opens)
     feedback = Feedback(files.feedback, limits.depth)
-    own = Own(versions, readiness, counters, guards, feedback, int(time.time()), files.vllm_metrics)
+    witnesses = Witnesses(DoorCounters(), log, feedback, files.spans)
+    own = Own(versions, readiness, witnesses, guards, int(time.time()), files.vllm_metrics)
     tokenizers = ServedTokenizers(versions.repository, triton.model)
     generate = Generate(versions, tokenizers, limits)
     templates = ChatTemplates(versions.repository, triton.model, limits.rendered)
@@ -137,8 +141,8 @@ def make_doors(
     described = [(method, path, public or keys is None) for path, method, _, public in table]
     table.append(("/openapi.json", "GET", OpenApi(described), False))
     routes = [route(path, method, handler, guards, public) for path, method, handler, public in table]
-    http = Door(routes, guards, counters, log, feedback, gone=versions.forget)
-    grpc = GrpcDoor(versions, generate, guards, counters, log, feedback, own.is_ready)
+    http = Door(routes, guards, witnesses, gone=versions.forget)
+    grpc = GrpcDoor(versions, generate, guards, witnesses, own.is_ready)
     return Doors(http, grpc, guards, versions, feedback, (log, mirror.file))
 
 
@@ -163,7 +167,7 @@ def _table(
         ("/tokenize", "POST", tokenizing.tokenize, False),
         ("/detokenize", "POST", tokenizing.detokenize, False),
         ("/decode", "POST", tokenizing.detokenize, False),
-        ("/v1/feedback", "POST", own.feedback, False),
+        ("/v1/feedback", "POST", own.witnesses.feedback, False),
         ("/v1/models", "GET", own.models, False),
         ("/v1/models/{name}", "GET", own.model, False),
         ("/healthz", "GET", own.live, True),

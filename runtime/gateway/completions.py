@@ -21,6 +21,7 @@ from runtime.gateway.limits import DoorLimits
 from runtime.gateway.openai_requests import CompletionRequest, Sampled
 from runtime.gateway.refused import Refused, require_model
 from runtime.gateway.tools import call_schema
+from runtime.gateway.trip import TRIP
 from runtime.gateway.triton import Triton
 
 _DEFAULT_TOKENS = 16  # OpenAI's, of a completion; a chat gets the model's own default
@@ -109,6 +110,7 @@ class Completions:
             await work[0]
         else:
             await together(work)
+        TRIP.get().tokens_in = _read_tokens(choices, count)
 
     async def _of_prompt(self, fields: Fields, choices: list[AnswerChoice], take: Take) -> None:
         """The prompt is read once: the other choices begin when the first has, and find it in the cache."""
@@ -193,10 +195,14 @@ def _guide(asked: ChatRequest, tools: Sequence[Tool], form: CallForm | None) -> 
     return {f"{_GUIDE}_type": kind, _GUIDE: guide}
 
 
-def _usage(choices: Sequence[AnswerChoice], count: int) -> Fields:
+def _read_tokens(choices: Sequence[AnswerChoice], count: int) -> int:
     """Each prompt counts once, however many choices it has."""
+    return sum(int(choice.last["prompt_tokens"]) for choice in choices[::count])
+
+
+def _usage(choices: Sequence[AnswerChoice], count: int) -> Fields:
     firsts = [choice.last for choice in choices[::count]]
-    prompt = sum(last["prompt_tokens"] for last in firsts)
+    prompt = _read_tokens(choices, count)
     completion = sum(choice.last["completion_tokens"] for choice in choices)
     return {
         "prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion,

@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -24,6 +25,7 @@ from runtime.gateway.exchange import GONE_STATUS, VERSION_HEADER, ClientGone, Ex
 from runtime.gateway.feedback import Feedback
 from runtime.gateway.guards import Guards
 from runtime.gateway.refused import Refused, as_refused
+from runtime.gateway.spans import Spans
 from runtime.gateway.trip import TRIP
 from runtime.gateway.upstream import UpstreamGone
 
@@ -54,16 +56,47 @@ def route(path: str, method: str, handler: Handler, guards: Guards, public: bool
     return Route(path, Endpoint(handler, path, guards, public), methods=[method])
 
 
+@dataclass(frozen=True)
+class Witnesses:
+    """Who hears of every request, over HTTP and gRPC. `spans` None: none are sent."""
+
+    counters: DoorCounters
+    log: AccessLog
+    feedback: Feedback
+    spans: Spans | None = None
+
+    @contextmanager
+    def counted(self, request: Logged) -> Iterator[None]:
+        """A request from here to its end: it is written down with the status that it has then."""
+        started = time.monotonic()
+        self.counters.running += 1
+        TRIP.set(request.trip)
+        self.feedback.begun(request.trip)
+        if self.spans is not None:
+            self.spans.begun(request.trip)
+        try:
+            yield
+        finally:
+            self.counters.running -= 1
+            seconds = time.monotonic() - started
+            self.counters.ended(request.label, request.status, seconds, request.bytes_in, request.bytes_out)
+            request.trip.ended(request.status, seconds)
+            self.feedback.ended(request.trip, request.caller, request.status)
+            self.log.ended(request, seconds)
+            if self.spans is not None:
+                self.spans.ended(request, seconds)
+
+
 class Door:
     """`gone`: told when the model's server has broken off."""
 
-    def __init__(
-        self, routes: list[Route], guards: Guards, counters: DoorCounters, log: AccessLog, feedback: Feedback,
-        gone: Callable[[], None],
-    ) -> None:  # fmt: skip
+    def __init__(self, routes: list[Route], guards: Guards, witnesses: Witnesses, gone: Callable[[], None]) -> None:
         self._router = Router(routes, redirect_slashes=False, default=_not_found)
-        self._guards, self._counters, self.log, self._gone = guards, counters, log, gone
-        self._feedback = feedback
+        self._guards, self._witnesses, self._gone = guards, witnesses, gone
+
+    @property
+    def log(self) -> AccessLog:
+        return self._witnesses.log
 
     async def __call__(
         self, scope: Message, receive: Callable[[], Awaitable[Message]], send: Callable[[Message], Awaitable[None]]
@@ -73,7 +106,7 @@ class Door:
         exchange = Exchange(scope, receive, send, self._guards, secrets.token_hex(12))
         # With an `app`, Starlette raises for a method that a route does not have, where it would else answer itself.
         scope.update(exchange=exchange, app=self)
-        with counted(exchange, self._counters, self.log, self._feedback):
+        with self._witnesses.counted(exchange):
             try:
                 await self._answer(scope, exchange)
             finally:
@@ -100,24 +133,6 @@ def _pinned(exchange: Exchange) -> str:
     if header and path and header != path:
         raise Refused(400, f"{VERSION_HEADER.decode()} names version {header[:16]!r}, the path {path[:16]!r}")
     return header or path
-
-
-@contextmanager
-def counted(request: Logged, counters: DoorCounters, log: AccessLog, feedback: Feedback) -> Iterator[None]:
-    """A request from here to its end: it is written down with the status that it has then."""
-    started = time.monotonic()
-    counters.running += 1
-    TRIP.set(request.trip)
-    feedback.begun(request.trip)
-    try:
-        yield
-    finally:
-        counters.running -= 1
-        seconds = time.monotonic() - started
-        counters.ended(request.label, request.status, seconds, request.bytes_in, request.bytes_out)
-        request.trip.ended(request.status, seconds)
-        feedback.ended(request.trip, request.caller, request.status)
-        log.ended(request, seconds)
 
 
 def refusal(error: Exception, gone: Callable[[], None]) -> Refused:

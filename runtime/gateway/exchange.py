@@ -140,6 +140,7 @@ class Exchange:
 
     async def start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         self.started, self.status = True, status
+        self.trip.answers()
         # A body that nobody reads would be received and thrown away for as long as it comes.
         told = any(name == b"connection" for name, _ in headers)
         closing = [] if told or self._nothing_comes() else [(b"connection", b"close")]

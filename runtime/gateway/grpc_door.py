@@ -15,11 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from runtime.errors import BadEnvironment
-from runtime.gateway.access_log import AccessLog
-from runtime.gateway.counters import DoorCounters
-from runtime.gateway.door import counted, refusal
+from runtime.gateway.door import Witnesses, refusal
 from runtime.gateway.exchange import GONE_STATUS, VERSION_HEADER
-from runtime.gateway.feedback import Feedback
 from runtime.gateway.generate import Generate, read_fields
 from runtime.gateway.grpc_kserve import (
     InferCall,
@@ -68,6 +65,7 @@ class GrpcCall:
 
     async def write(self, message: bytes) -> None:
         self.bytes_out += len(message)
+        self.trip.answers()
         await self.context.write(message)
 
 
@@ -75,11 +73,11 @@ class GrpcDoor:
     """`generate` is the HTTP side's: streams of generators are its pieces."""
 
     def __init__(
-        self, triton: Triton, generate: Generate, guards: Guards, counters: DoorCounters, log: AccessLog,
-        feedback: Feedback, is_ready: Callable[[], Awaitable[bool]],
+        self, triton: Triton, generate: Generate, guards: Guards, witnesses: Witnesses,
+        is_ready: Callable[[], Awaitable[bool]],
     ) -> None:  # fmt: skip
         self._triton, self._generate, self._guards = triton, generate, guards
-        self._counters, self._log, self._feedback, self._is_ready = counters, log, feedback, is_ready
+        self._witnesses, self._is_ready = witnesses, is_ready
         self._methods: dict[str, Method] = {
             "ServerLive": self._live, "ServerReady": self._ready, "ModelReady": self._model_ready,
             "ServerMetadata": self._server_metadata, "ModelMetadata": self._model_metadata,
@@ -131,6 +129,7 @@ class GrpcDoor:
 
     async def _serve(self, name: str, context: Any) -> None:
         call = GrpcCall(context, f"{_SERVICE}{name}", _address(context.peer()))
+        call.trip.trace = read_trace(_texts(context).get("traceparent", ""))
         context.set_trailing_metadata((("x-request-id", call.id),))
         try:
             async with self._answering(call):
@@ -143,7 +142,7 @@ class GrpcDoor:
     async def _answering(self, call: GrpcCall) -> AsyncIterator[None]:
         """Raises Refused for whatever went wrong in it, but for a client that has gone."""
         call.trip.id = call.id
-        with counted(call, self._counters, self._log, self._feedback):
+        with self._witnesses.counted(call):
             try:
                 yield
                 call.status = 200
@@ -154,7 +153,6 @@ class GrpcDoor:
 
     async def _admitted(self, name: str, call: GrpcCall) -> None:
         headers = _headers(call.context)
-        call.trip.trace = read_trace(headers.get("traceparent", ""))
         call.trip.pinned = headers.get(VERSION_HEADER.decode(), "")
         if name in _OPEN:
             await self._methods[name](call)
@@ -333,9 +331,13 @@ def _handlers(serve: Callable[[str, Any], Awaitable[None]], names: Any) -> Any:
     return Handlers()
 
 
+def _texts(context: Any) -> dict[str, str]:
+    return {name: value for name, value in context.invocation_metadata() if isinstance(value, str)}
+
+
 def _headers(context: Any) -> dict[str, str]:
     """Raises Refused for those that ask for what is not done here. None of them goes on to Triton."""
-    found = {name: value for name, value in context.invocation_metadata() if isinstance(value, str)}
+    found = _texts(context)
     if found.get("triton_grpc_error", "false").lower() != "false":
         raise Refused(400, "triton_grpc_error is not taken: errors of a stream are its messages")
     return found

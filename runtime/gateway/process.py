@@ -26,10 +26,12 @@ from runtime.gateway.keys import Keys
 from runtime.gateway.limits import DoorLimits
 from runtime.gateway.protocol import bounded
 from runtime.gateway.readiness import Readiness
+from runtime.gateway.spans import OtlpSpans
 from runtime.gateway.tls import Certificate
 from runtime.gateway.triton import TritonHttp
 from runtime.gateway.upstream import Upstream
 from runtime.gateway.versions import Place
+from runtime.otlp import traces_url
 from runtime.secrets_file import read_secret
 
 _LOOPBACK = "127.0.0.1"
@@ -52,8 +54,9 @@ async def serve(arguments: argparse.Namespace, limits: DoorLimits, sink: Feedbac
         return TritonHttp(http, metrics, arguments.model, place.model)
 
     secret = None if arguments.control_secret_file is None else read_secret(arguments.control_secret_file).encode()
+    spans = None if arguments.otlp_endpoint is None else OtlpSpans(traces_url(arguments.otlp_endpoint), arguments.model)
     files = DoorFiles(
-        arguments.repository, arguments.access_log, arguments.mirror_log, secret, arguments.vllm_metrics, sink
+        arguments.repository, arguments.access_log, arguments.mirror_log, secret, arguments.vllm_metrics, sink, spans
     )  # fmt: skip
     doors = make_doors(connect(Place()), limits, keys, readiness, files, connect)
     server = _http_server(doors, limits, certificate, arguments.drain_s)
@@ -79,6 +82,8 @@ async def serve(arguments: argparse.Namespace, limits: DoorLimits, sink: Feedbac
             one.close()
         for file in doors.files:
             file.close()
+        if spans is not None:
+            spans.close()
 
 
 def _keys(arguments: argparse.Namespace) -> Keys | None:

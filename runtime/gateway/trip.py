@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import orjson
 
@@ -30,7 +31,8 @@ class Taken(Protocol):
 class Trip:
     """`id`: the request's. `pinned`: the version that was asked for, empty for any; `lane`: the one that was taken,
     once there is one; `inferred`: it was asked for more than what it is. `salt`: whose prompts these are, empty where
-    nobody is told from others."""
+    nobody is told from others. `started`, and `answered` when its answer began, 0 before: by the monotonic clock.
+    `tokens_in`, `tokens_out`: that a model read and made for it, None where no model told."""
 
     id: str = ""
     trace: str = ""
@@ -39,6 +41,21 @@ class Trip:
     inferred: bool = False
     salt: str = ""
     heard: list[tuple[str, str]] | None = None  # prompts and answers, where they are to be sampled
+    started: float = field(default_factory=time.monotonic)
+    answered: float = 0.0
+    tokens_in: int | None = None
+    tokens_out: int | None = None
+    span: Any = None  # OpenTelemetry's, where spans are sent
+
+    def answers(self) -> None:
+        """Its answer begins, or goes on."""
+        self.answered = self.answered or time.monotonic()
+
+    def spent(self, read: int, made: int | None = None) -> None:
+        """Tokens, of one of the things that were asked for it."""
+        self.tokens_in = (self.tokens_in or 0) + read
+        if made is not None:
+            self.tokens_out = (self.tokens_out or 0) + made
 
     def ended(self, status: int, seconds: float) -> None:
         if self.lane is None:

@@ -208,6 +208,8 @@ class ServedVersions:
         if mirror is not None and mirror is not lane:
             again = mirror.triton.infer(inputs, outputs, request_id, parameters)
             self._mirror.infer(again, mirror.copied, found, request_id, (lane.version, mirror.version))
+        if (counts := found.get("token_count")) is not None:
+            TRIP.get().spent(int(counts.array().sum()))
         if (heard := TRIP.get().heard) is not None and (texts := _texts(inputs)):
             heard.append((texts, _numbers(found)))
         return found
@@ -220,6 +222,8 @@ class ServedVersions:
             async for piece in pieces:
                 if mirror is not None or heard is not None:
                     texts.append(str(piece.get("text_output", "")))
+                if "completion_tokens" in piece:
+                    TRIP.get().spent(int(piece["prompt_tokens"]), int(piece["completion_tokens"]))
                 yield piece
         if mirror is not None and mirror is not lane:
             again, versions = mirror.triton.generate(fields), (lane.version, mirror.version)

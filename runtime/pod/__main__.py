@@ -94,6 +94,7 @@ def _gateway_arguments(serve: argparse.ArgumentParser) -> None:
     serve.add_argument("--tls-cert", type=Path, help="of the gateway, both ports: certificate chain in PEM")
     serve.add_argument("--tls-key", type=Path, help="its key, in PEM")
     serve.add_argument("--vllm-metrics", action="store_true", help="a generator's figures under vLLM's names as well")
+    serve.add_argument("--otlp-endpoint", help="a span for each request goes to this collector, by OTLP over HTTP")
     serve.add_argument("--connection-age-s", type=int, help="close gRPC connections gently after this long")
 
 
@@ -147,6 +148,7 @@ def _serve(options: argparse.Namespace) -> None:
     doorway = Doorway(
         options.gateway_port, options.gateway_address, options.api_keys_file, options.no_auth, options.exit_timeout_s,
         options.gateway_grpc_port, options.tls_cert, options.tls_key, vllm_metrics=options.vllm_metrics,
+        otlp_endpoint=options.otlp_endpoint,
         withdraw_s=options.withdraw_s, connection_age_s=options.connection_age_s, follow_files=True,
     )  # fmt: skip
     doorway.require_closed()

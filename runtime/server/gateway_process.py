@@ -18,6 +18,7 @@ from pathlib import Path
 from runtime.backoff import pause_s
 from runtime.errors import BadEnvironment, ServerFault
 from runtime.exposed import require_keys
+from runtime.otlp import traces_url
 from runtime.server.health import Health
 from runtime.server.launch import LOOPBACK, TritonServer
 from runtime.server.pulse import Pulse
@@ -67,6 +68,7 @@ class Doorway:
     tls_key: Path | None = None
     control_secret_file: Path | None = None
     vllm_metrics: bool = False
+    otlp_endpoint: str | None = None
     withdraw_s: float = 0.0
     connection_age_s: int | None = None
     follow_files: bool = False
@@ -82,6 +84,8 @@ class Doorway:
             raise BadEnvironment(f"--api-keys-file {self.keys_file} cannot be read; give a file of lines name:sha256")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise BadEnvironment("--tls-cert and --tls-key belong together; give both")
+        if self.otlp_endpoint is not None:
+            traces_url(self.otlp_endpoint)
         for option, file in self._files.items():
             if not os.access(file, os.R_OK):
                 raise BadEnvironment(f"--{option} {file} cannot be read")
@@ -148,6 +152,7 @@ class Doorway:
         given += [f"--{name}" for name, wanted in flags.items() if wanted]
         if self.connection_age_s is not None:
             given += ["--connection-age-s", str(self.connection_age_s)]
+        given += [] if self.otlp_endpoint is None else ["--otlp-endpoint", self.otlp_endpoint]
         given += [] if self.feedback is None else self.feedback.options()
         return ["--address", self.address, "--drain-s", str(self.drain_s), *given]
 

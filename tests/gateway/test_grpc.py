@@ -226,7 +226,7 @@ def test_a_stream_tells_each_request_its_own_fault_and_goes_on() -> None:
     assert found["1"].error_message.startswith("NOT_FOUND: no model 'other'")
     assert found["2"].error_message == ""
     assert found["2"].infer_response.parameters["triton_final_response"].bool_param
-    page = doors.http._counters.page(0, False).decode()
+    page = doors.http._witnesses.counters.page(0, False).decode()
     assert f'requests_total{{route="{STREAM}/request",status="404"}} 1' in page
 
 

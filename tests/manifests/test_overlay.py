@@ -87,9 +87,12 @@ SPECS: dict[str, tuple[Platform, dict[str, Any]]] = {
         {"kubernetes": {"gpus_by": "dra"}, "parallel": {"tensor": 2}, "serving": {"executor": "onnxruntime"},
          "engine": {"flavour": "tensorrt", "targets": ["sm90"]}, "precision": {"cpu": "fp32"}},
     ),
-    "keys and a certificate of others, vLLM's names": (
+    "keys and a certificate of others, vLLM's names, spans": (
         "cpu",
-        {"kubernetes": {"access": {"api_keys_secret": "team", "tls_secret": "models-tls", "vllm_metrics": True}}},
+        {"kubernetes": {"access": {
+            "api_keys_secret": "team", "tls_secret": "models-tls", "vllm_metrics": True,
+            "otlp_endpoint": "http://collector.watching.svc:4318",
+        }}},
     ),
     "open to whoever reaches it": ("cpu", {"kubernetes": {"access": {"no_auth": True}}}),
     "HTTP from outside too": (
@@ -188,11 +191,18 @@ def test_the_gateway_is_all_that_a_pod_shows() -> None:
 
 
 def test_keys_and_a_certificate_are_secrets_by_name() -> None:
-    objects = made("keys and a certificate of others, vLLM's names")
+    objects = made("keys and a certificate of others, vLLM's names, spans")
     pod, (monitor,) = _pod_of(objects), objects.of("PodMonitor")
     (box,) = pod["containers"]
     assert {"--tls-cert=/etc/trireme/tls/tls.crt", "--tls-key=/etc/trireme/tls/tls.key"} < set(box["args"])
-    assert "--vllm-metrics" in box["args"]
+    assert {"--vllm-metrics", "--otlp-endpoint=http://collector.watching.svc:4318"} < set(box["args"])
+    (policy,) = (
+        one.data["spec"] for one in objects.of("NetworkPolicy") if one.data["metadata"]["name"] == "minilm-serving"
+    )
+    (rule,) = policy["egress"]  # the one connection that the pods start
+    assert set(policy["policyTypes"]) == {"Ingress", "Egress"}
+    assert rule["ports"] == [{"protocol": "TCP", "port": 4318}]
+    assert rule["to"] == [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "watching"}}}]
     named = {volume["name"]: volume["secret"]["secretName"] for volume in pod["volumes"] if "secret" in volume}
     assert named == {"keys": "team", "tls": "models-tls", "control": "minilm-triton-control"}
     assert {row["name"] for row in box["volumeMounts"]} >= {"keys", "tls"}
