@@ -319,6 +319,7 @@ class GenerationEngine:
             kept=cache.kept,
             cache_tokens=tokens,
             cache_use=tokens / (cache.slots * cache.capacities[-1]),
+            recovering=int(self._recovery.under_way),
         )
 
 

@@ -70,6 +70,7 @@ class Gauges:
     kept: int  # finished sequences whose cache can still be shared
     cache_tokens: int  # positions that running sequences fill
     cache_use: float  # of all positions that they may fill
+    recovering: int  # 1 while the executor is lost and another one starts
 
 
 class Exporter:

@@ -21,6 +21,12 @@ class Recovery:
         self._executor, self._clock = executor, clock
         self._faults = 0
         self._again_at: float | None = None
+        self._resetting = False
+
+    @property
+    def under_way(self) -> bool:
+        """Whether there is no executor yet, and somebody sees to it. Any thread may ask."""
+        return self._resetting or self.pending
 
     @property
     def pending(self) -> bool:
@@ -53,7 +59,7 @@ class Recovery:
         self._faults += 1
         if self._faults > MOST_FAULTS:
             raise ServerFault(f"the executor failed {self._faults} times, and no step between them worked")
-        self._again_at = None
+        self._resetting, self._again_at = True, None
         try:
             self._executor.reset()
         except DeviceLost:
@@ -63,4 +69,6 @@ class Recovery:
             pause = pause_s(self._faults, _FIRST_PAUSE_S, _LONGEST_PAUSE_S)
             self._again_at = self._clock() + pause
             return f"the executor has failed and is not ready again; send the request again in {pause:.1f} s"
+        finally:
+            self._resetting = False
         return None

@@ -14,6 +14,7 @@ import numpy as np
 
 from runtime.channel import connect, infer_input
 from runtime.generation.interface import split_status
+from runtime.told import STARTS_AGAIN
 
 PROBE_TEXT = "trireme readiness probe"
 PROBE_TIMEOUT_S = 5.0
@@ -29,12 +30,14 @@ _CHANNEL = [
 @dataclass(frozen=True)
 class Failure:
     """Why a probe failed. `busy`: the server refused or was slow, as a full queue does; nothing need be broken.
-    `moving`: and it was seen to work for others meanwhile. `wrong`: the version that answers is not proven on this
+    `moving`: and it was seen to work for others meanwhile. `recovering`: it has lost its executor, and another one
+    starts. `wrong`: the version that answers is not proven on this
     machine, so no answer of it may be used."""
 
     reason: str
     busy: bool = False
     moving: bool = False
+    recovering: bool = False
     wrong: bool = False
 
 
@@ -108,7 +111,8 @@ class Probe:
 
 
 def failure_of(error: Any) -> Failure:
-    """`busy` for a server that refuses work, as a full queue does."""
+    """`busy` for a server that refuses work, as a full queue does. Encoders over ranks say why."""
     status, reason = split_status(str(error.message()))
     overloaded = any(code in (status or str(error.status())) for code in ("UNAVAILABLE", "DEADLINE_EXCEEDED"))
-    return Failure(reason, busy=overloaded and "is not healthy" not in reason)
+    busy = overloaded and "is not healthy" not in reason
+    return Failure(reason, busy, recovering=busy and STARTS_AGAIN in reason)

@@ -114,7 +114,8 @@ class Supervisor:
         answer = self._client.ask(self._server.settings.ensemble)
         failure = answer if isinstance(answer, Failure) else self._unproven(answer)
         if failure is not None and failure.busy:
-            return replace(failure, moving=self._progress.moved())
+            seen = self._progress.look()
+            return replace(failure, moving=seen.moved, recovering=failure.recovering or seen.recovering)
         return failure
 
     def _unproven(self, version: int) -> Failure | None:
@@ -179,6 +180,8 @@ class Supervisor:
             return Event.WRONG, failure.reason
         if failure.moving:
             return Event.MOVING, failure.reason
+        if failure.recovering:
+            return Event.RECOVERING, failure.reason
         if failure.busy:
             return Event.BUSY, failure.reason
         return Event.FAILED, f"inferences failed ({failure.reason.strip().splitlines()[0]})"

@@ -17,6 +17,9 @@ from runtime.backoff import pause_s
 FAILURES_BEFORE_REPAIR = 2  # one wrong answer may pass
 # With work waiting and nothing done. Longer than any step or batch should take: a step reads at most `chunk_tokens`.
 STANDSTILL_S = 30.0
+# With its executor lost and another one starting. Executors have limits of their own, which are shorter: three times
+# 600 s for ranks whose engines have many gigabytes.
+RECOVERING_S = 2000.0
 MOST_REPAIRS = 20  # within the window: a server that needs more is not repaired by them
 WINDOW_S = 600.0
 MOST_FAILED_REPAIRS = 5  # one after another
@@ -26,6 +29,7 @@ class Event(Enum):
     ANSWERED = auto()  # the probe's inference succeeded
     MOVING = auto()  # the probe was refused or not answered in time, and others' work was done meanwhile
     BUSY = auto()  # the same, and nothing was seen to be done
+    RECOVERING = auto()  # the same, and the model says that it gets a new executor
     FAILED = auto()  # the probe got no sound answer
     WRONG = auto()  # the version that answers is not proven on this machine
     DIED = auto()  # the server's process has gone, or one of its stubs
@@ -63,6 +67,7 @@ class Supervision:
     _failed_repairs: int = 0
     _recent: list[float] = field(default_factory=list)
     _moved: float = 0.0
+    _recovering: float | None = None  # since
 
     def __post_init__(self) -> None:
         self._moved = self.began
@@ -79,7 +84,11 @@ class Supervision:
 
     def _hear_serving(self, event: Event, now: float, reason: str) -> Action:
         if event in (Event.ANSWERED, Event.MOVING):
-            self._moved = now
+            self._moved, self._recovering = now, None
+        elif event is Event.RECOVERING:
+            self._recovering = now if self._recovering is None else self._recovering
+            if now - self._recovering < RECOVERING_S:
+                self._moved = now
         if event is Event.ANSWERED:
             self._failures = 0
         elif event is Event.FAILED:
@@ -87,7 +96,7 @@ class Supervision:
         still_s = now - self._moved
         if event in (Event.DIED, Event.WRONG) or self._failures >= FAILURES_BEFORE_REPAIR:
             return self._repair(now, reason)
-        if event is Event.BUSY and still_s >= self.standstill_s:
+        if event in (Event.BUSY, Event.RECOVERING) and still_s >= self.standstill_s:
             return self._repair(now, f"nothing was done for {still_s:.0f} s with work waiting ({reason})")
         return NOTHING
 
@@ -95,6 +104,7 @@ class Supervision:
         """Whatever is still heard of the server of before is out of date."""
         if event is Event.REPAIRED:
             self._repairing, self._failures, self._failed_repairs, self._moved = False, 0, 0, now
+            self._recovering = None
         elif event is Event.NOT_REPAIRED:
             self._failed_repairs += 1
             return self._repair(now, reason)

@@ -197,7 +197,15 @@ def test_requests_are_refused_until_a_reset_works() -> None:
     run.step()
     waiting = [run.ask([number], 2) for number in range(8)]
     run.calls.update(run=[RuntimeError("a fault")], reset=[OSError("no processes")] * 2)
+    during, real = list[int](), run.executor.reset
+
+    def reset() -> None:
+        during.append(run.engine.gauges().recovering)
+        real()
+
+    run.executor.reset = reset  # type: ignore[method-assign]
     run.step()
+    assert (during, run.engine.gauges().recovering) == ([1], 1)  # for whoever watches
     assert all(isinstance(run.error(number), Unavailable) for number in waiting)
     refused = run.ask([5], 2)
     run.now -= 0.9  # before the pause is over
@@ -206,6 +214,7 @@ def test_requests_are_refused_until_a_reset_works() -> None:
     run.calls.pop("run", None)
     for _ in range(4):
         run.step()
+    assert run.engine.gauges().recovering == 0
     served = run.ask([5], 2)
     run.finish()
     assert run.error(served) is None

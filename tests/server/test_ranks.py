@@ -21,7 +21,7 @@ from builders.judging.vectors import graph_outputs, sample_requests
 from builders.pipeline import Build
 from builders.spec import load_spec
 from runtime.server.launch import TritonServer
-from runtime.server.supervise import ready_server
+from runtime.server.supervise import ProbePace, Supervisor, ready_server
 from tests.conftest import tiny_spec, wait_until
 
 pytestmark = pytest.mark.triton
@@ -45,6 +45,26 @@ def _serving(built: Build) -> Iterator[TritonServer]:
     assert wait_until(
         lambda: not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks), 30
     )
+
+
+@contextmanager
+def _watched(server: TritonServer) -> Iterator[list[str]]:
+    """By a supervisor that is soon out of patience; what it says."""
+    asked_to_stop, said = threading.Event(), list[str]()
+    supervisor = Supervisor(server, pace=ProbePace(interval_s=0.1, timeout_s=5.0, standstill_s=0.5))
+    supervisor.wait_ready(60, asked_to_stop)
+    watching = threading.Thread(target=supervisor.watch, args=(asked_to_stop, 60, said.append))
+    watching.start()
+    try:
+        yield said
+    finally:
+        asked_to_stop.set()
+        watching.join(60)
+        supervisor.close()
+
+
+def _client(server: TritonServer) -> triton_grpc.InferenceServerClient:
+    return triton_grpc.InferenceServerClient(server.grpc_address)
 
 
 def _ranks(server: TritonServer) -> list[psutil.Process]:
@@ -130,7 +150,8 @@ def test_a_rank_that_dies_under_load_refuses_clearly_and_comes_back(two_by_two: 
 
 
 def test_a_rank_that_dies_while_nobody_asks_is_replaced_before_anybody_does(two_by_two: Build) -> None:
-    with _serving(two_by_two) as server, triton_grpc.InferenceServerClient(server.grpc_address) as client:
+    """And nobody takes the new ranks' start, which is longer than a server may stand still here, for a hang."""
+    with _serving(two_by_two) as server, _watched(server) as said, _client(server) as client:
         before = _ranks(server)
         before[1].kill()
         assert wait_until(lambda: not any(rank.is_running() for rank in before) and len(_ranks(server)) == 4, 60)
@@ -145,4 +166,5 @@ def test_a_rank_that_dies_while_nobody_asks_is_replaced_before_anybody_does(two_
                 return False
 
         assert wait_until(answers, 60)
+        assert said == []
         assert set(refusals) <= {"StatusCode.UNAVAILABLE"}

@@ -23,6 +23,7 @@ from runtime.server.supervision import (
     MOST_FAILED_REPAIRS,
     MOST_REPAIRS,
     NOTHING,
+    RECOVERING_S,
     STANDSTILL_S,
     WINDOW_S,
     Act,
@@ -53,6 +54,17 @@ def test_a_server_that_stands_still_with_work_waiting_is_repaired() -> None:
     action = plan.hear(Event.BUSY, STANDSTILL_S, "no token")
     assert action.act is Act.REPAIR
     assert "nothing was done for 30 s with work waiting (no token)" in action.reason
+
+
+def test_a_model_that_gets_a_new_executor_has_its_time_and_no_more() -> None:
+    """Ranks with all their weights start for longer than a server may stand still."""
+    plan = Supervision(0.0)
+    for second in range(1, int(RECOVERING_S), 5):
+        assert plan.hear(Event.RECOVERING, second, "no token") == NOTHING
+    assert plan.hear(Event.BUSY, RECOVERING_S + 5) == NOTHING, "it stands still from here on"
+    assert plan.hear(Event.RECOVERING, RECOVERING_S + STANDSTILL_S + 5, "no token").act is Act.REPAIR
+    plan.hear(Event.REPAIRED, RECOVERING_S + 60)
+    assert plan.hear(Event.RECOVERING, RECOVERING_S + 60 + 2 * STANDSTILL_S) == NOTHING
 
 
 def test_repairs_that_fail_are_made_at_growing_intervals_and_end() -> None:
@@ -87,7 +99,7 @@ _STEP = st.tuples(st.sampled_from(list(Event)), st.floats(0, 60))
 @given(st.lists(_STEP, max_size=200))
 def test_whatever_happens(steps: list[tuple[Event, float]]) -> None:
     plan, now = Supervision(0.0), 0.0
-    repairing, over, since_sound = False, None, 0.0
+    repairing, over, since_sound, recovering = False, None, 0.0, None
     failures, failed_repairs = 0, 0
     repairs: list[float] = []
     for event, pause in steps:
@@ -102,12 +114,16 @@ def test_whatever_happens(steps: list[tuple[Event, float]]) -> None:
             assert (action == NOTHING) == (event is not Event.NOT_REPAIRED), "what is heard of the old server is stale"
         else:
             failures = 0 if event is Event.ANSWERED else failures + (event is Event.FAILED)
-            since_sound = now if event in (Event.ANSWERED, Event.MOVING) else since_sound
-            still = event is Event.BUSY and now - since_sound >= STANDSTILL_S
+            if event in (Event.ANSWERED, Event.MOVING):
+                since_sound, recovering = now, None
+            if event is Event.RECOVERING:
+                recovering = now if recovering is None else recovering
+                since_sound = now if now - recovering < RECOVERING_S else since_sound
+            still = event in (Event.BUSY, Event.RECOVERING) and now - since_sound >= STANDSTILL_S
             wrong = event in (Event.DIED, Event.WRONG) or failures >= FAILURES_BEFORE_REPAIR or still
             assert (action.act in (Act.REPAIR, Act.GIVE_UP)) == wrong
         if repairing and event is Event.REPAIRED:
-            repairing, failures, failed_repairs, since_sound = False, 0, 0, now
+            repairing, failures, failed_repairs, since_sound, recovering = False, 0, 0, now, None
         if repairing and event is Event.NOT_REPAIRED:
             failed_repairs += 1
         if action.act is Act.REPAIR:
@@ -167,14 +183,17 @@ def page() -> Iterator[tuple[str, list[str]]]:
 def test_progress_is_a_change_since_the_last_look(page: tuple[str, list[str]]) -> None:
     address, texts = page
     progress = ServerProgress(address, "lm")
-    assert not progress.moved(), "nothing to compare with"
-    assert not progress.moved()
+    assert not progress.look().moved, "nothing to compare with"
+    assert not progress.look().moved
     texts.append(GENERATOR.replace("2.5", "2.75"))
-    assert progress.moved()
-    assert not progress.moved()
+    assert progress.look().moved
+    assert not progress.look().moved
+    assert not progress.look().recovering
+    texts.append(f'{texts[-1]}trireme_generation_recovering{{model="lm",version="1"}} 1\n')
+    assert progress.look() == (False, True)
     texts.append("a page of somebody else")
-    assert not progress.moved()
-    assert not ServerProgress("127.0.0.1:9", "lm").moved()
+    assert not progress.look().moved
+    assert not ServerProgress("127.0.0.1:9", "lm").look().moved
 
 
 def _process(proc: Path, number: int, parent: int, state: str) -> None:

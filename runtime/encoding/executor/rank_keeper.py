@@ -16,6 +16,7 @@ from runtime.graph import Tensors
 from runtime.ranks.group import RankGroup, RankStep
 from runtime.ranks.step_group import STEP_SECONDS, start_group
 from runtime.ranks.stored import load_programs
+from runtime.told import STARTS_AGAIN
 
 _POLL_SECONDS = 0.2
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.5, 30.0
@@ -70,13 +71,13 @@ class RankExecutor:
     def _run(self, batches: Sequence[Tensors]) -> list[NDArray[np.float32]]:
         with self._running:
             if self._group is None:
-                raise Unavailable("the rank group is starting again; try again shortly")
+                raise Unavailable(f"the rank group {STARTS_AGAIN}; try again shortly")
             try:
                 results = self._group.run_steps([self._step(batch) for batch in batches], seconds=STEP_SECONDS)
             except ServerFault as fault:
                 _log(str(fault))
                 self._group = None  # it has ended itself; the keeper starts another
-                raise Unavailable("a rank of the model has failed; the group is starting again") from fault
+                raise Unavailable(f"a rank of the model has failed; the group {STARTS_AGAIN}") from fault
         return [np.asarray(step[self._maker][self._output], np.float32) for step in results]
 
     def close(self) -> None:
