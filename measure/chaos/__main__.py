@@ -7,8 +7,10 @@ answer was wrong, a part did not come back, fuzz was answered or ended a process
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,7 +44,9 @@ def _encoder(spec: Path, arguments: argparse.Namespace, rounds: Callable[[str], 
         act.struck(blows.crowd(service, load, "/v1/embeddings", {"model": load.model, "input": texts}))
         act.struck(blows.fill_disk(service, load))
         pids = {name: service.pids(part) for name, part in parts.items()}
+        began = time.monotonic() - load.began
         act.fuzzed = fuzz(service.port, service.grpc, load.model, arguments.fuzzed, random.Random(7))
+        act.fuzz_s = began, time.monotonic() - load.began
         act.faults += act.fuzzed.faults
         act.faults += [f"fuzz ended {name}" for name, part in parts.items() if service.pids(part) != pids[name]]
         print(f"{act.name:<10} fuzz: {act.fuzzed.text}", flush=True)
@@ -74,6 +78,7 @@ def main() -> None:
     if arguments.full:
         arguments.fuzzed = 5000
     arguments.build_dir.mkdir(parents=True, exist_ok=True)
+    load_average = os.getloadavg()
 
     def rounds(name: str) -> int:
         return FULL[name] if arguments.full else int(arguments.rounds)
@@ -83,7 +88,7 @@ def main() -> None:
         _streams(_generator_spec(arguments.build_dir), arguments, rounds),
     ]
     page = arguments.page or arguments.build_dir / "chaos.html"
-    write_page(page, acts)
+    write_page(page, acts, load_average)
     faults = [f"{act.name}: {fault}" for act in acts for fault in act.faults]
     print("\n".join(f"FAULT    {fault}" for fault in faults) or "no fault")
     print(f"page     {page}")

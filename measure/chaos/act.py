@@ -31,6 +31,7 @@ class ChaosAct:
     after: Held | None = None
     blows: list[Blow] = field(default_factory=list)
     fuzzed: Fuzzed | None = None
+    fuzz_s: tuple[float, float] | None = None  # of the run: from when to when
     faults: list[str] = field(default_factory=list)
 
     def struck(self, blow: Blow) -> None:
