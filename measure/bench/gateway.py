@@ -156,7 +156,7 @@ def _through(door: Upstream, model: str) -> Ask:
     import orjson
 
     async def ask(text: str) -> NDArray[np.float32]:
-        body = orjson.dumps({"model": model, "input": text, "encoding_format": "base64"})
+        body = orjson.dumps({"model": model, "input": text, "encoding_format": "base64", "truncate": True})
         async with door.ask(b"POST", "/v1/embeddings", _HEAD, (body,)) as answer:
             told = orjson.loads(await answer.read())
         return np.frombuffer(base64.b64decode(told["data"][0]["embedding"]), np.float32)

@@ -95,7 +95,7 @@ class SteadyLoad(ABC):
 @dataclass
 class EmbeddingLoad(SteadyLoad):
     def ask(self, connection: http.client.HTTPConnection, text: str) -> str:
-        answer = _posted(connection, "/v1/embeddings", {"model": self.model, "input": text})
+        answer = _posted(connection, "/v1/embeddings", {"model": self.model, "input": text, "truncate": True})
         body = answer.read()
         if answer.status != 200:
             return str(answer.status)

@@ -75,14 +75,10 @@ def require_unicode(text: str, name: str) -> None:
         raise Refused(400, f"{name} holds half of a surrogate pair, which is no text", param=name) from error
 
 
-def require_whole(truncated: NDArray[Any], name: str, longest: int) -> None:
-    """Raises Refused for texts that the model read only the beginning of, where nobody said that it may. `longest`: 0
-    for texts that are read with a query."""
-    cut = [int(place) for place in np.flatnonzero(truncated)]
-    if cut:
-        said = (
-            f"{name}[{cut[0]}] has more than the {longest} tokens that the model takes"
-            if longest
-            else f"{name}[{cut[0]}] has more tokens than the model takes, or the query has"
-        )
+def require_whole(truncated: NDArray[Any], name: str, or_else: str = "") -> None:
+    """Raises Refused for texts that the model read only the beginning of, where nobody said that it may. `or_else`:
+    what it may be instead that is too long."""
+    cut = np.flatnonzero(truncated)
+    if cut.size:
+        said = f"{name}[{int(cut[0])}] has more tokens than the model takes{or_else}"
         raise Refused(413, f"{said}; shorten it, or send truncate: true", param=name)

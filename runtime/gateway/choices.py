@@ -69,6 +69,11 @@ class AnswerChoice:
         """The field of a request that holds the answer to a schema."""
         return "response_format" if self._shape.calls is None else "tools"
 
+    @property
+    def source(self) -> str:
+        """The field of a request that the text to go on from comes in."""
+        return "messages" if self._shape.chat else "prompt"
+
     def whole(self) -> Fields:
         """Of what `add` has taken."""
         text, finish = "".join(self._texts), self.last["finish_reason"]

@@ -88,7 +88,7 @@ class Classifying:
         work = encoded(self._triton, facts, {"text": texts}, ("logits", *READ), exchange.id)
         found = await exchange.unless_gone(work)
         if not truncate:
-            require_whole(found["truncated"].ravel(), name, model.max_length)
+            require_whole(found["truncated"].ravel(), name, f", which are {model.max_length}")
         return found["logits"].astype(np.float64), model, int(found["token_count"].sum())
 
 

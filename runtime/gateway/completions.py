@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
@@ -27,6 +28,16 @@ from runtime.gateway.triton import Triton
 _DEFAULT_TOKENS = 16  # OpenAI's, of a completion; a chat gets the model's own default
 _COMPLETION, _CHAT = msgspec.json.Decoder(CompletionRequest), msgspec.json.Decoder(ChatRequest)
 _GUIDE = "guided_decoding_guide"
+# Inputs of the generator's model that have another name in a request, and fields of a request that are such inputs.
+_FIELDS = {
+    "stop_words": "stop", "random_seed": "seed", "min_length": "min_tokens", "logit_bias_ids": "logit_bias",
+    "logit_bias_values": "logit_bias", "return_prompt_log_probs": "echo", "top_log_probs": "logprobs",
+}  # fmt: skip
+_SAME = (
+    "max_tokens", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
+    "repetition_penalty", "stop_token_ids",
+)  # fmt: skip
+_NAME = re.compile(r"[a-z]+(?:_[a-z]+)+")
 _SEED_STEP = 0x9E3779B97F4A7C15  # between the seeds of a prompt's choices: odd, so no two of them meet
 Take = Callable[[AnswerChoice, Fields], Awaitable[None]]
 
@@ -139,7 +150,7 @@ class Completions:
                     if begun is not None and (piece["text_output"] or "finish_reason" in piece):
                         begun.set()
         except Refused as refused:
-            raise _by_its_own_name(refused, choice.form) from None
+            raise _by_its_own_name(refused, choice) from None
 
     async def _stream(
         self, exchange: Exchange, shape: Shape, inputs: list[Fields], choices: list[AnswerChoice], usage: bool
@@ -164,11 +175,17 @@ class Completions:
         await exchange.piece(event(b"[DONE]"), last=True)
 
 
-def _by_its_own_name(refused: Refused, form: str) -> Refused:
-    """A refusal of a schema names the field that it came in."""
-    if refused.status != 400 or not refused.message.startswith(_GUIDE):
+def _by_its_own_name(refused: Refused, choice: AnswerChoice) -> Refused:
+    """A model names its inputs; their sender knows the fields that they came in."""
+    if refused.status != 400:
         return refused
-    return Refused(400, refused.message.replace(_GUIDE, form), param=form)
+    if refused.message.startswith(_GUIDE):  # words of a schema are its sender's own
+        return Refused(400, refused.message.replace(_GUIDE, choice.form), param=choice.form)
+    names = {**_FIELDS, "text_input": choice.source, "input_ids": choice.source}
+    said = _NAME.sub(lambda found: names.get(found[0], found[0]), refused.message)
+    first = said.removeprefix("the ").partition(" ")[0].partition("=")[0]
+    known = {"prompt": choice.source, **{name: name for name in (*_SAME, *names.values())}}
+    return Refused(400, said, param=known.get(first, refused.param))
 
 
 def _unmade(fields: Fields) -> bool:

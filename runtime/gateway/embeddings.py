@@ -9,7 +9,7 @@ import msgspec
 import orjson
 from numpy.typing import NDArray
 
-from runtime.gateway.batches import encoded, require_texts
+from runtime.gateway.batches import READ, encoded, require_texts, require_whole
 from runtime.gateway.bodies import read_json
 from runtime.gateway.exchange import Exchange
 from runtime.gateway.limits import DoorLimits
@@ -38,13 +38,15 @@ class Embeddings:
         if asked.dimensions not in (None, facts.width):
             said = f"dimensions: vectors of this model have {facts.width} and are not cut here; leave it out"
             raise Refused(400, said, param="dimensions", code="unsupported_parameter")
-        outputs = ("embedding", "token_count")
+        outputs = ("embedding", *READ)
         work = encoded(self._triton, facts, {"text": rows}, outputs, exchange.id, asked.prompt_name)
         try:
             found = await exchange.unless_gone(work)
         except Refused as refused:
             named = _by_its_own_name(refused)
             raise _about_ids(named) if isinstance(rows[0], bytes) and named.status == 400 else named from None
+        if not asked.truncate:
+            require_whole(found["truncated"].ravel(), "input")
         vectors, tokens = found["embedding"], int(found["token_count"].sum())
         await exchange.answer(_reply(self._triton.model, vectors, tokens, asked.encoding_format == "base64"))
 
@@ -71,6 +73,8 @@ def _by_its_own_name(refused: Refused) -> Refused:
     """The model's input is the request's `input`."""
     if refused.message.startswith("text["):
         return Refused(refused.status, "input" + refused.message.removeprefix("text"), param="input")
+    if refused.message.startswith("prompt_name "):
+        return Refused(refused.status, refused.message, param="prompt_name")
     return refused
 
 

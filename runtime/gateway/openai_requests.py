@@ -44,7 +44,8 @@ def _nothing(name: str, value: Any) -> bool:
 
 
 class EmbeddingRequest(Closed, kw_only=True):
-    """`prompt_name` chooses one of the model's own prompts; it is not of OpenAI."""
+    """`prompt_name` chooses one of the model's own prompts, `truncate` lets it read the beginning of a text that is too
+    long; they are TEI's."""
 
     model: Name
     input: str | list[str | Token | list[Token]]
@@ -52,6 +53,7 @@ class EmbeddingRequest(Closed, kw_only=True):
     dimensions: Count | None = None
     user: str | None = None
     prompt_name: Name | None = None
+    truncate: bool | None = None
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):

@@ -20,6 +20,7 @@ from runtime.gateway.openai_requests import Name
 from runtime.gateway.refused import Refused, require_model
 from runtime.gateway.triton import Facts, Triton
 
+_QUERY_TOO = ", or the query has"
 Direction = Literal["Right", "right"]  # which end is cut; the models cut no other
 
 
@@ -90,7 +91,7 @@ class Ranking:
         require_texts(asked.texts, "texts", self._limits.items)
         found = await self._scored(exchange, [asked.query] * len(asked.texts), asked.texts, asked.raw_scores, "texts")
         if not asked.truncate:
-            require_whole(found.truncated, "texts", 0)
+            require_whole(found.truncated, "texts", _QUERY_TOO)
         ranks = [
             {"index": place, "score": float(found.scores[place])}
             | ({"text": asked.texts[place]} if asked.return_text else {})
@@ -130,7 +131,7 @@ class Ranking:
             raise Refused(400, f"{len(left)} texts against {len(right)}: send one, or as many", param="text_1")
         found = await self._scored(exchange, left, right, False, "text_2")
         if not asked.truncate:
-            require_whole(found.truncated, "text_2", 0)
+            require_whole(found.truncated, "text_2", _QUERY_TOO)
         data = [{"index": at, "object": "score", "score": float(one)} for at, one in enumerate(found.scores)]
         told = {
             "id": f"score-{exchange.id}", "object": "list", "created": int(time.time()), "model": self._triton.model,

@@ -333,3 +333,25 @@ def test_a_template_that_does_not_show_tools(triton: Telling, tmp_path: Path) ->
     got = _chat(door, tools=TOOLS, tool_choice="required")
     assert (got.status, got.json["error"]["param"]) == (400, "tools")
     assert "does not show tools" in got.json["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("said", "chat", "told", "param"),
+    [
+        ("text_input has 9 characters, too many", False, "prompt has 9 characters, too many", "prompt"),
+        ("text_input has no tokens of this model", True, "messages has no tokens of this model", "messages"),
+        ("input_ids holds 9; token ids are 0 to 8", False, "prompt holds 9; token ids are 0 to 8", "prompt"),
+        ("the prompt has 9 tokens", True, "the prompt has 9 tokens", "messages"),
+        ("max_tokens=9 and min_length=0 after 3", False, "max_tokens=9 and min_tokens=0 after 3", "max_tokens"),
+        ("top_p is 9.0; expected 0 to 1", True, "top_p is 9.0; expected 0 to 1", "top_p"),
+        ("guided_decoding_guide: no min_length here", True, "response_format: no min_length here", "response_format"),
+        ("of another kind", False, "of another kind", None),
+    ],
+)  # fmt: skip
+def test_what_the_model_refuses_has_the_names_of_the_request(
+    door: Door, triton: Telling, said: str, chat: bool, told: str, param: str | None
+) -> None:
+    triton.asked.append({})
+    triton.error = upstream_refusal(400, f"INVALID_ARGUMENT: {said}")
+    error = (_chat(door) if chat else _complete(door)).json["error"]
+    assert (error["message"], error["param"]) == (told, param)

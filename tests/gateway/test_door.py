@@ -46,6 +46,14 @@ def test_token_ids_reach_the_model_as_such(given: list[Any], rows: list[list[int
     assert [unpack_ids(row) for row in unpack_texts(item.data, len(rows))] == rows
 
 
+def test_a_text_that_the_model_would_cut_is_told_by_its_place_unless_it_may_be() -> None:
+    given = {**TEXT, "input": ["a", "b", "c" * 11]}
+    got = post(door_of(FakeTriton()), "/v1/embeddings", given)
+    assert (got.status, _error(got)["param"]) == (413, "input")
+    assert _error(got)["message"].startswith("input[2] has more tokens than the model takes; shorten it")
+    assert post(door_of(FakeTriton()), "/v1/embeddings", {**given, "truncate": True}).status == 200
+
+
 class _SecondBatch(FakeTriton):
     """Refuses the first text of the second batch, as a model would number it."""
 

@@ -54,7 +54,7 @@ def client(port: int) -> Iterator[openai.OpenAI]:
 def test_vectors_are_those_of_triton(client: openai.OpenAI, server: TritonServer, minilm: Build) -> None:
     """More texts than one batch; base64, which this client asks for by itself, and numbers."""
     direct = _triton_vectors(server.http_address, TEXTS[:64])
-    coded = client.embeddings.create(model="minilm", input=TEXTS)
+    coded = client.embeddings.create(model="minilm", input=TEXTS, extra_body={"truncate": True})  # two are longer
     plain = client.embeddings.create(model="minilm", input=TEXTS[0], encoding_format="float")
     assert len(coded.data) == 70
     got = np.array([item.embedding for item in coded.data], np.float32)
@@ -106,9 +106,23 @@ def test_what_the_model_refuses_is_the_callers_fault(client: openai.OpenAI, text
     assert said in caught.value.message
 
 
+def test_a_text_that_is_too_long_is_cut_only_where_that_is_asked(client: openai.OpenAI) -> None:
+    words = "word " * 2000
+    with pytest.raises(openai.BadRequestError, match="prompt_name is 'of nobody'") as strange:
+        client.embeddings.create(model="minilm", input="x", extra_body={"prompt_name": "of nobody"})
+    assert strange.value.body["param"] == "prompt_name"  # type: ignore[index]
+    with pytest.raises(openai.APIStatusError, match=r"input\[1\] has more tokens than the model takes") as caught:
+        client.embeddings.create(model="minilm", input=["short", words])
+    assert (caught.value.status_code, caught.value.body["param"]) == (413, "input")  # type: ignore[index]
+    cut = client.embeddings.create(model="minilm", input=words, extra_body={"truncate": True})
+    assert len(cut.data[0].embedding) == 384
+    assert cut.usage.prompt_tokens == 256
+
+
 def test_many_at_once_get_their_own(client: openai.OpenAI) -> None:
     def vector(text: str) -> np.ndarray:
-        return np.array(client.embeddings.create(model="minilm", input=text).data[0].embedding)
+        made = client.embeddings.create(model="minilm", input=text, extra_body={"truncate": True})
+        return np.array(made.data[0].embedding)
 
     alone = [vector(text) for text in TEXTS[:16]]
     with ThreadPoolExecutor(16) as pool:
