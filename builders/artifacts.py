@@ -178,6 +178,24 @@ class GenerationQuality(Record):
         return f"perplexity {self.perplexity:.3f}, {self.ratio:.4f} of the fp32 checkpoint's ({self.executor})"
 
 
+class RoundingChoice(Record):
+    """How the weights of an INT8 graph were rounded. Where both ways were tried, their distances to fp32 on `texts`
+    texts by which neither rounded: 1 minus the mean cosine, or the error of logits. The nearer one is taken, and
+    `nearest` also where GPTQ's graph misses the budget on the held-out texts."""
+
+    asked: Literal["auto", "nearest", "gptq"]
+    taken: Literal["nearest", "gptq"]
+    nearest: float | None = None
+    gptq: float | None = None
+    texts: int = 0
+
+    @property
+    def summary(self) -> str:
+        said = "weights rounded to the nearest" if self.taken == "nearest" else "weights rounded by GPTQ"
+        tried = self.nearest is not None and self.gptq is not None
+        return f"{said} (off by {self.gptq:.5f} by GPTQ, {self.nearest:.5f} to the nearest)" if tried else said
+
+
 class OnnxGraph(Artifact):
     """One ONNX file with its weights inside or beside it."""
 
@@ -189,6 +207,7 @@ class OnnxGraph(Artifact):
     operators: dict[str, int]
     quality: Quality | GenerationQuality
     source_digest: str
+    rounding: RoundingChoice | None = None
 
     @property
     def file_path(self) -> Path:

@@ -65,12 +65,17 @@ def _agreement(reference: NDArray[Any], candidate: NDArray[Any]) -> float:
     return float((order == found)[order != 0].mean()) if order.any() else 1.0
 
 
-def require_budget(quality: Quality, budget: PrecisionSlice, what: str) -> None:
-    """Raises QualityError with the figures when `quality` misses the spec's budget."""
+def within_budget(quality: Quality, budget: PrecisionSlice) -> bool:
     error = quality.logit_error
     near = error is None or error <= budget.max_logit_error
-    if near and quality.mean_cosine >= budget.min_mean_cosine and quality.worst_cosine >= budget.min_worst_cosine:
+    return near and quality.mean_cosine >= budget.min_mean_cosine and quality.worst_cosine >= budget.min_worst_cosine
+
+
+def require_budget(quality: Quality, budget: PrecisionSlice, what: str) -> None:
+    """Raises QualityError with the figures when `quality` misses the spec's budget."""
+    if within_budget(quality, budget):
         return
+    error = quality.logit_error
     scores = "" if error is None or quality.agreement is None else (
         f", logits off by {error:.1%} of their spread (budget {budget.max_logit_error:.0%}), "
         f"{quality.agreement:.1%} of the decisions the same"

@@ -17,6 +17,7 @@ Bits = Literal[4, 8]
 BLOCK = 32  # the shortest in use
 _SHRINK = np.linspace(0.72, 1.0, 15, dtype=np.float32)  # of a block's range, tried for the smallest error
 _DAMPING = 0.01  # of the mean diagonal, added to the Hessian: keeps directions that calibration never saw stable
+HESSIAN_BYTES = 1 << 31  # held at a time; calibration runs once for each such share
 _CHUNK = 128  # rows of the weight between two updates of all rows behind them
 
 

@@ -4,26 +4,30 @@ Weights are INT8 per output channel, activations INT8 per tensor after SmoothQua
 constant weight are quantised; their outputs stay in floating point. Which of them lose too much is measured, not
 guessed: each group that reads one activation is quantised alone, the groups are ordered by the loss per weight, and
 as many as the quality budget bears are taken. The search runs on the fp32 graph, which ONNX Runtime computes far
-faster on CPU; the choice is then carried out on the fp16 graph.
+faster on CPU; the choice is then carried out on the fp16 graph. Weights are rounded to the nearest step, or by GPTQ
+where that comes nearer to fp32 on texts by which it did not round.
 """
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 
-from builders.artifacts import Checkpoint, OnnxGraph, Quality
+from builders.artifacts import Checkpoint, OnnxGraph, Quality, RoundingChoice
 from builders.errors import ParityError, QualityError, UnsupportedError
 from builders.graph import GRAPH_FILE, record_graph, require_standard
-from builders.judging.vectors import graph_outputs, measure, require_budget, sample_requests
+from builders.judging.vectors import graph_outputs, measure, require_budget, sample_requests, within_budget
+from builders.quantize.linears import BATCH, Group, activations, groups_of, input_of, linears_of, weight_of
+from builders.quantize.rounding import JUDGED, gptq_weights, to_round_by
 from builders.quantize.scales import Floats
 from builders.quantize.smoothquant import (
     Calibration,
+    QuantizedLinear,
     activation_scale,
     best_smoothing,
     quantize_weight,
@@ -31,26 +35,16 @@ from builders.quantize.smoothquant import (
 )
 from builders.spec import PrecisionSlice
 from runtime.graph import Tensors
-from runtime.session import open_session
 
 _SENSITIVITY_TEXTS = 32
 _ROWS_KEPT = 1024
-_BATCH = 16
 # Shares of the budget that the search may use up on the calibration texts; held-out texts get the rest. The worst of
 # a sample says less about the worst of another than the mean does.
 _MEAN_MARGIN = 0.75
 _WORST_MARGIN = 0.5
 _LOGIT_MARGIN = 0.85  # a root: about that of the mean's margin
 _MIN_QUANTISED = 0.5  # below this share of the weights the graph is INT8 in name only
-
-
-@dataclass(frozen=True)
-class Group:
-    """The linear layers that read one activation, by their position among all linear layers of the graph."""
-
-    members: tuple[int, ...]
-    weights: int
-    loss: float = 0.0
+Weights = Mapping[int, QuantizedLinear]  # by position among all linear layers; those that are not there: to the nearest
 
 
 def quantize_int8(
@@ -74,36 +68,52 @@ def quantize_int8(
     smoothing = _smoothing(reference.file_path, calibrations)
     file = out / GRAPH_FILE
 
-    def rewrite(source: OnnxGraph, groups: Sequence[Group]) -> None:
+    def rewrite(source: OnnxGraph, groups: Sequence[Group], weights: Weights) -> None:
         members = {member for group in groups for member in group.members}
-        _rewrite(source.file_path, members, calibrations, smoothing, file)
+        _rewrite(source.file_path, members, calibrations, smoothing, file, weights)
+
+    def by_gptq(groups: Sequence[Group]) -> Weights:
+        seen = to_round_by(requests)
+        return gptq_weights(reference.file_path, groups, smoothing, seen, graph.file_path, progress)
 
     search = _Search(reference, checkpoint, budget, requests, file, rewrite)
-    groups = _groups(ir.load(reference.file_path))
+    groups = groups_of(ir.load(reference.file_path))
     count = total = len(groups)
     if not search.good_enough(groups, total, progress):
         groups = search.order(groups, progress)
-        count = _largest_under(total, lambda number: search.good_enough(groups[:number], total, progress))
-    share = sum(group.weights for group in groups[:count]) / sum(group.weights for group in groups)
+        count = largest_under(
+            total, lambda number: search.good_enough(groups[:number], total, progress), _guess(groups, budget)
+        )
+    chosen = groups[:count]
+    _require_most(chosen, groups, checkpoint, budget)
+    weights, rounding = search.rounding(chosen, by_gptq, progress)
+    held_out = sample_requests(checkpoint, held_out_texts)
+    expected = graph_outputs(reference.file_path, held_out, checkpoint)
+
+    def written(weights: Weights) -> Quality:
+        rewrite(graph, chosen, weights)
+        require_standard(file)
+        progress("checking on held-out texts")
+        return measure(expected, graph_outputs(file, held_out, checkpoint), checkpoint.task, "ONNX Runtime")
+
+    quality = written(weights)
+    if weights and budget.rounding == "auto" and not within_budget(quality, budget):
+        quality, rounding = written({}), rounding.model_copy(update={"taken": "nearest"})
+    require_budget(quality, budget, f"INT8 graph of {checkpoint.source}")
+    return record_graph(out, "int8", quality, graph.digest).model_copy(update={"rounding": rounding})
+
+
+def _require_most(
+    chosen: Sequence[Group], groups: Sequence[Group], checkpoint: Checkpoint, budget: PrecisionSlice
+) -> None:
+    share = sum(group.weights for group in chosen) / sum(group.weights for group in groups)
     if share < _MIN_QUANTISED:
         scores = "" if checkpoint.task == "embedding" else f" and max_logit_error={budget.max_logit_error}"
         raise QualityError(
-            f"INT8 of {checkpoint.source}: only {count} of {len(groups)} groups of matrix products ({share:.0%} of "
-            f"their weights) stay within min_mean_cosine={budget.min_mean_cosine} and "
+            f"INT8 of {checkpoint.source}: only {len(chosen)} of {len(groups)} groups of matrix products ({share:.0%} "
+            f"of their weights) stay within min_mean_cosine={budget.min_mean_cosine} and "
             f"min_worst_cosine={budget.min_worst_cosine}{scores}; use bf16 or fp16, or lower the budget knowingly"
         )
-    rewrite(graph, groups[:count])
-    require_standard(file)
-    progress("checking on held-out texts")
-    held_out = sample_requests(checkpoint, held_out_texts)
-    quality = measure(
-        graph_outputs(reference.file_path, held_out, checkpoint),
-        graph_outputs(file, held_out, checkpoint),
-        checkpoint.task,
-        "ONNX Runtime",
-    )
-    require_budget(quality, budget, f"INT8 graph of {checkpoint.source}")
-    return record_graph(out, "int8", quality, graph.digest)
 
 
 class _Search:
@@ -116,7 +126,7 @@ class _Search:
         budget: PrecisionSlice,
         requests: Sequence[Tensors],
         file: Path,
-        rewrite: Callable[[OnnxGraph, Sequence[Group]], None],
+        rewrite: Callable[[OnnxGraph, Sequence[Group], Weights], None],
     ) -> None:
         self._reference, self._checkpoint, self._budget = reference, checkpoint, budget
         self._requests, self._file, self._rewrite = requests, file, rewrite
@@ -139,113 +149,88 @@ class _Search:
         )
         return (
             (quality.logit_error or 0.0) <= _LOGIT_MARGIN * self._budget.max_logit_error
-            and 1 - quality.mean_cosine <= _MEAN_MARGIN * (1 - self._budget.min_mean_cosine)
+            and 1 - quality.mean_cosine <= _mean_allowed(self._budget)
             and 1 - quality.worst_cosine <= _WORST_MARGIN * (1 - self._budget.min_worst_cosine)
         )  # fmt: skip
 
+    def rounding(
+        self,
+        groups: Sequence[Group],
+        by_gptq: Callable[[Sequence[Group]], Weights],
+        progress: Callable[[str], None],
+    ) -> tuple[Weights, RoundingChoice]:
+        """What the spec asks for; or what is nearer to fp32 on texts by which GPTQ did not round."""
+        asked = self._budget.rounding
+        if asked == "nearest":
+            return {}, RoundingChoice(asked=asked, taken="nearest")
+        weights = by_gptq(groups)
+        if asked == "gptq":
+            return weights, RoundingChoice(asked=asked, taken="gptq")
+        nearest, gptq = (self._distance(groups, each) for each in ({}, weights))
+        choice = RoundingChoice(
+            asked=asked,
+            taken="gptq" if gptq < nearest else "nearest",
+            nearest=nearest,
+            gptq=gptq,
+            texts=len(self._requests[::JUDGED]),
+        )
+        progress(choice.summary)
+        return (weights if choice.taken == "gptq" else {}), choice
+
+    def _distance(self, groups: Sequence[Group], weights: Weights) -> float:
+        self._rewrite(self._reference, groups, weights)
+        outputs = graph_outputs(self._file, self._requests[::JUDGED], self._checkpoint)
+        quality = measure(self._expected[::JUDGED], outputs, self._checkpoint.task, "ONNX Runtime")
+        return 1 - quality.mean_cosine if quality.logit_error is None else quality.logit_error
+
     def _quality(self, groups: Sequence[Group], texts: int) -> Quality:
-        self._rewrite(self._reference, groups)
+        self._rewrite(self._reference, groups, {})
         outputs = graph_outputs(self._file, self._requests[:texts], self._checkpoint)
         return measure(self._expected[:texts], outputs, self._checkpoint.task, "ONNX Runtime")
 
 
-def _largest_under(total: int, good_enough: Callable[[int], bool]) -> int:
-    """The largest count that is good enough, by bisection: quality falls as more is quantised, and `total` fell."""
-    low, high = 0, total  # low is good (nothing quantised), high is not
+def _guess(ordered: Sequence[Group], budget: PrecisionSlice) -> int:
+    """How many groups the mean cosine would bear if losses added up."""
+    return sum(lost <= _mean_allowed(budget) for lost in accumulate(group.loss for group in ordered))
+
+
+def _mean_allowed(budget: PrecisionSlice) -> float:
+    return _MEAN_MARGIN * (1 - budget.min_mean_cosine)
+
+
+def largest_under(total: int, good_enough: Callable[[int], bool], guess: int) -> int:
+    """The largest count that is good enough: quality falls as more is quantised, and `total` fell. By bisection whose
+    steps begin small, at the guess, since each costs a run over all calibration texts."""
+    low, high, step = 0, total, 1  # low is good (nothing quantised), high is not
+    at = guess
     while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if good_enough(middle) else (low, middle)
+        at = min(max(at, low + 1), high - 1)
+        if good_enough(at):
+            low = at
+            at = min(low + step, max((low + high) // 2, low + 1))
+        else:
+            high = at
+            at = max(high - step, min((low + high) // 2, high - 1))
+        step *= 2
     return low
 
 
-def _linears(model: ir.Model) -> list[ir.Node]:
-    return [
-        node
-        for node in model.graph
-        if node.op_type == "MatMul"
-        and (weight := node.inputs[1]) is not None
-        and weight.is_initializer()
-        and weight.shape is not None
-        and len(weight.shape) == 2
-    ]
-
-
 def _calibrate(file: Path, requests: Sequence[Tensors]) -> list[Calibration]:
-    """What each linear layer reads, in graph order: a run with every such activation as an extra output."""
-    model = ir.load(file)
-    read = [_input(node, 0) for node in _linears(model)]
+    """What each linear layer reads, in graph order."""
+    read = [str(input_of(node, 0).name) for node in linears_of(ir.load(file))]
     if not read:
         raise UnsupportedError(
             f"graph {file.name}", got="no MatMul with a constant weight", expected="linear layers to quantise",
             fix="use fp16 for this model",
         )  # fmt: skip
-    wanted = {str(value.name): value for value in read}
-    by_token = {name for name, value in wanted.items() if _is_by_token(model, value)}
-    model.graph.outputs.extend(value for value in wanted.values() if value not in model.graph.outputs)
-    names = list(wanted)
     maxima: dict[str, Floats] = {}
-    rows: dict[str, list[Floats]] = {name: [] for name in names}
-    with tempfile.TemporaryDirectory(prefix="trireme-calibration-") as folder:
-        probe = Path(folder) / "probe.onnx"
-        ir.save(model, probe, external_data="probe.onnx.data")
-        session = open_session(probe)
-        for feeds in _stack(requests):
-            real = feeds["attention_mask"].astype(bool)
-            for name, array in zip(names, session.run(names, feeds), strict=True):
-                # A layer on pooled vectors is [batch, K]; one on tokens is [batch, length, K], padding left out.
-                tokens = array[real] if name in by_token else array.reshape(-1, array.shape[-1])
-                peak = np.abs(tokens).max(axis=0).astype(np.float32)
-                maxima[name] = np.maximum(maxima.get(name, peak), peak)
-                rows[name].append(thin_out(tokens.astype(np.float32), _ROWS_KEPT * _BATCH // len(requests) + 1))
-    kept = {name: Calibration(maxima[name], np.concatenate(rows[name])) for name in names}
-    return [kept[str(value.name)] for value in read]
-
-
-def _is_by_token(model: ir.Model, value: ir.Value) -> bool:
-    """Whether `value` begins with the batch and the length of the ids: by the names of the dimensions, since sizes may
-    be the same by chance."""
-    ids = next(given for given in model.graph.inputs if given.name == "input_ids")
-    if value.shape is None or ids.shape is None:
-        raise ParityError(f"activation {value.name} has no shape in the graph, so its tokens cannot be told")
-    return len(value.shape) > 2 and list(value.shape[:2]) == list(ids.shape)
-
-
-def _stack(requests: Sequence[Tensors]) -> list[dict[str, np.ndarray]]:  # type: ignore[type-arg]
-    """Requests of one row each in batches of alike lengths, padded with zeros."""
-    ordered = sorted(requests, key=lambda feeds: feeds["input_ids"].shape[1])
-    batches = []
-    for start in range(0, len(ordered), _BATCH):
-        group = ordered[start : start + _BATCH]
-        longest = group[-1]["input_ids"].shape[1]
-        batches.append(
-            {
-                name: np.concatenate([np.pad(f[name], ((0, 0), (0, longest - f[name].shape[1]))) for f in group])
-                for name in group[0]
-            }
-        )
-    return batches
-
-
-def _groups(model: ir.Model) -> list[Group]:
-    """Linear layers that read the same activation share its smoothing factors and its quantised form."""
-    readers: dict[str, list[int]] = {}
-    sizes = []
-    for index, node in enumerate(_linears(model)):
-        readers.setdefault(str(_input(node, 0).name), []).append(index)
-        sizes.append(_weight(node).size)
-    return [Group(tuple(members), sum(sizes[i] for i in members)) for members in readers.values()]
-
-
-def _input(node: ir.Node, index: int) -> ir.Value:
-    value = node.inputs[index]
-    assert value is not None
-    return value
-
-
-def _weight(node: ir.Node) -> Floats:
-    tensor = _input(node, 1).const_value
-    assert tensor is not None
-    return tensor.numpy().astype(np.float32)
+    rows: dict[str, list[Floats]] = {name: [] for name in read}
+    for name, tokens in activations(file, rows, requests):
+        peak = np.abs(tokens).max(axis=0)
+        maxima[name] = np.maximum(maxima.get(name, peak), peak)
+        rows[name].append(thin_out(tokens, _ROWS_KEPT * BATCH // len(requests) + 1))
+    kept = {name: Calibration(maxima[name], np.concatenate(rows[name])) for name in rows}
+    return [kept[name] for name in read]
 
 
 def _rewrite(
@@ -254,6 +239,7 @@ def _rewrite(
     calibrations: Sequence[Calibration],
     smoothing: Mapping[int, Floats],
     target: Path,
+    weights: Weights,
 ) -> None:
     """Saves `source` with the chosen linear layers quantised; the others keep reading the activation itself.
 
@@ -261,16 +247,16 @@ def _rewrite(
     `smoothing` holds the factors of each group, by its first member.
     """
     model = ir.load(source)
-    linears = _linears(model)
+    linears = linears_of(model)
     if len(linears) != len(calibrations):
         raise ParityError(f"{source}: {len(linears)} linear layers, but {len(calibrations)} were calibrated")
-    for group in _groups(model):
+    for group in groups_of(model):
         first = group.members[0]
         if first not in chosen:
             continue
         smoothed = _insert_activation(model.graph, linears[first], smoothing[first], calibrations[first].channel_max)
         for index in group.members:
-            _insert_weight(model.graph, linears[first], linears[index], smoothing[first])
+            _insert_weight(model.graph, linears[first], linears[index], smoothing[first], weights.get(index))
             linears[index].replace_input_with(0, smoothed)
     for value in [v for v in model.graph.initializers.values() if not v.uses()]:
         del model.graph.initializers[str(value.name)]
@@ -281,19 +267,19 @@ def _rewrite(
 def _smoothing(source: Path, calibrations: Sequence[Calibration]) -> dict[int, Floats]:
     """The best factors of every group, by its first member."""
     model = ir.load(source)
-    linears = _linears(model)
+    linears = linears_of(model)
     return {
         group.members[0]: best_smoothing(
-            calibrations[group.members[0]], [_weight(linears[index]) for index in group.members]
+            calibrations[group.members[0]], [weight_of(linears[index]) for index in group.members]
         )
-        for group in _groups(model)
+        for group in groups_of(model)
     }
 
 
 def _insert_activation(graph: ir.Graph, before: ir.Node, factors: Floats, channel_max: Floats) -> ir.Value:
     """activation -> Mul(1 / factors) -> QuantizeLinear -> DequantizeLinear."""
-    activation = _input(before, 0)
-    name, dtype = str(activation.name), _input(before, 1).const_value.numpy().dtype  # type: ignore[union-attr]
+    activation = input_of(before, 0)
+    name, dtype = str(activation.name), input_of(before, 1).const_value.numpy().dtype  # type: ignore[union-attr]
     inverse = _constant(graph, f"{name}_smooth", (1 / factors).astype(dtype))
     scale_value = _constant(graph, f"{name}_scale", np.array(activation_scale(channel_max, factors, dtype), dtype))
     zero = _constant(graph, f"{name}_zero", np.zeros((), np.int8))
@@ -306,11 +292,13 @@ def _insert_activation(graph: ir.Graph, before: ir.Node, factors: Floats, channe
     return dequantize.outputs[0]
 
 
-def _insert_weight(graph: ir.Graph, before: ir.Node, node: ir.Node, factors: Floats) -> None:
+def _insert_weight(
+    graph: ir.Graph, before: ir.Node, node: ir.Node, factors: Floats, given: QuantizedLinear | None
+) -> None:
     """INT8 weight -> DequantizeLinear along the output channels, as the new weight of `node`."""
-    old = _input(node, 1)
+    old = input_of(node, 1)
     name, dtype = str(old.name), old.const_value.numpy().dtype  # type: ignore[union-attr]
-    quantized = quantize_weight(_weight(node), factors, dtype)
+    quantized = given or quantize_weight(weight_of(node), factors, dtype)
     inputs = [
         _constant(graph, f"{name}_int8", quantized.weight),
         _constant(graph, f"{name}_scale", quantized.weight_scale.astype(dtype)),

@@ -37,12 +37,11 @@ from builders.judging.perplexity import (
     token_rows,
     within_budget,
 )
-from builders.quantize.blocks import BLOCK, Bits, Blocks, block_size, gptq, round_to_nearest
+from builders.quantize.blocks import BLOCK, HESSIAN_BYTES, Bits, Blocks, block_size, gptq, round_to_nearest
 from builders.quantize.scales import Floats, Type
 
 _MIN_QUANTISED = 0.5  # below this share of the product weights the graph is quantised in name only
 _BEHIND_HEAD = ("Cast", "Identity", "Add", "Mul", "Div", "Tanh", "Clip", "Gather", "Reshape", "Squeeze")  # soft caps
-_HESSIAN_BYTES = 1 << 31  # held at a time; calibration runs once for each such share
 
 
 @dataclass(frozen=True)
@@ -274,7 +273,7 @@ def _shares(products: Sequence[Product]) -> list[list[int]]:
     for index, item in enumerate(products):
         if not item.fits:
             continue
-        if sum(held.values()) > _HESSIAN_BYTES and item.input_name not in held:
+        if sum(held.values()) > HESSIAN_BYTES and item.input_name not in held:
             shares.append([])
             held = {}
         held[item.input_name] = 4 * item.shape[0] ** 2

@@ -36,7 +36,7 @@ UNREAD: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "embedding": {"precision": ("max_logit_error",)},
     "generator": {
-        "precision": ("min_mean_cosine", "min_worst_cosine", "max_logit_error", "qat"),
+        "precision": ("min_mean_cosine", "min_worst_cosine", "max_logit_error", "rounding", "qat"),
         "engine": ("profiles",),
         "serving": (
             "max_batch_size", "length_buckets", "tokens_per_batch", "instances", "queue_delay_us", "queue_timeout_us",
@@ -78,7 +78,7 @@ class DeploymentSpec(Slice):
                     f"use one of {', '.join(precisions[platform])}"
                 )
         self._require_read_keys()
-        self._require_trainable()
+        self._require_int8()
         self._require_compressible()
         if self.online is not None:
             self.online.require_task(self.model.task, self.model.max_length)
@@ -106,14 +106,16 @@ class DeploymentSpec(Slice):
                         f"{slice_name}.{key}={value} says nothing to model.task={self.model.task}; remove it"
                     )
 
-    def _require_trainable(self) -> None:
-        """Only a graph in INT8 is trained."""
+    def _require_int8(self) -> None:
+        """For what is said of a graph in INT8."""
         cpu, gpu = self.precision.cpu, self.precision.gpu
-        if self.precision.qat is not None and cpu not in ("int8", "auto") and gpu != "int8":
-            raise ValueError(
-                f"precision.qat says nothing to precision.cpu={cpu} and precision.gpu={gpu}: it trains INT8 graphs; "
-                "use int8, or remove it"
-            )
+        given = {"qat": self.precision.qat is not None, "rounding": self.precision.rounding != "auto"}
+        for key in (key for key, is_given in given.items() if is_given):
+            if cpu not in ("int8", "auto") and gpu != "int8":
+                raise ValueError(
+                    f"precision.{key} says nothing to precision.cpu={cpu} and precision.gpu={gpu}: it is for INT8 "
+                    "graphs; use int8, or remove it"
+                )
 
     def _require_compressible(self) -> None:
         """Techniques for a kind of model that they are built for, and a budget for something."""

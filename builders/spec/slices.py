@@ -112,6 +112,11 @@ class PrecisionSlice(Slice):
     calibration_samples: Annotated[int, Field(ge=8, le=4096)] = Field(
         128, description="texts to calibrate with; those that judge the result come after them and are others"
     )
+    rounding: Literal["auto", "nearest", "gptq"] = Field(
+        "auto",
+        description="encoders in int8: weights to the nearest step; or gptq, so that later weights make up for earlier "
+        "ones on the calibration texts. auto: gptq where that is nearer to fp32 on those of them that it does not see",
+    )
     qat: QatSlice | None = Field(
         None, description="encoders in int8: the graph is trained before it is judged; off unless given"
     )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,16 +20,22 @@ from builders import pipeline
 from builders.errors import QualityError
 from builders.judging import corpus
 from builders.pipeline import Build
-from builders.quantize.int8 import _calibrate
+from builders.quantize import int8
+from builders.quantize.int8 import Weights, _calibrate
+from builders.quantize.linears import Group, groups_of, linears_of
 from builders.quantize.smoothquant import (
     ALPHAS,
     Calibration,
+    QuantizedLinear,
     activation_scale,
     best_smoothing,
     quantize_weight,
     smoothing_factors,
 )
+from builders.spec import DeploymentSpec
 from tests.conftest import tiny_spec
+
+LOOSE = {"min_mean_cosine": 0.9, "min_worst_cosine": 0.5}
 
 
 @pytest.fixture(scope="module")
@@ -185,3 +193,106 @@ def test_outlier_channels_get_most_of_the_smoothing() -> None:
     assert factors.argmax() == 3
     plain = activation_scale(calibration.channel_max, np.ones(16, np.float32))
     assert activation_scale(calibration.channel_max, factors) < plain / 4
+
+
+def test_the_better_rounding_is_taken_and_recorded(quantised: Build, root: Path) -> None:
+    choice = quantised.graph("int8").rounding
+    assert choice is not None
+    assert choice.asked == "auto"
+    assert choice.nearest is not None
+    assert choice.gptq is not None
+    assert choice.texts == 8
+    assert choice.taken == ("gptq" if choice.gptq < choice.nearest else "nearest")
+    said: list[str] = []
+    again = pipeline.build(quantised.spec, "cpu", root, "quantize", lambda stage, message: said.append(message))
+    assert again.graph("int8").rounding == choice  # from the store
+    assert choice.summary in said[-1]
+
+
+def _pinned(quantised: Build, rounding: str) -> DeploymentSpec:
+    precision = quantised.spec.precision.model_copy(update={"rounding": rounding})
+    return quantised.spec.model_copy(update={"precision": precision})
+
+
+def test_a_spec_pins_one_and_the_graph_is_the_same_node_for_node(quantised: Build, root: Path) -> None:
+    nearest, gptq = (
+        pipeline.build(_pinned(quantised, each), "cpu", root, "quantize").graph("int8") for each in ("nearest", "gptq")
+    )
+    for graph, taken in ((nearest, "nearest"), (gptq, "gptq")):
+        assert graph.rounding is not None
+        assert (graph.rounding.asked, graph.rounding.taken, graph.rounding.texts) == (taken, taken, 0)
+    old, new = (onnx.load(str(each.file_path)).graph for each in (nearest, gptq))
+    assert list(map(str, old.node)) == list(map(str, new.node))
+    before, after = ({item.name: item for item in graph.initializer} for graph in (old, new))
+    moved = {name for name in before if before[name] != after[name]}
+    assert moved
+    assert moved == {name for name in before if name.endswith("_int8")}
+    assert quantised.graph("int8").digest in (nearest.digest, gptq.digest)
+
+
+def _search(quantised: Build, tmp_path: Path, **given: Any) -> tuple[int8._Search, list[Group]]:
+    """On the tiny model; a fake puts other weights into its file than GPTQ would."""
+    from builders.judging.vectors import sample_requests
+
+    reference, requests = quantised.graph("fp32"), sample_requests(quantised.checkpoint, corpus.texts(None, 16))
+    calibrations = int8._calibrate(reference.file_path, requests)
+    smoothing, groups = int8._smoothing(reference.file_path, calibrations), groups_of(ir.load(reference.file_path))
+    file = tmp_path / "graph.onnx"
+
+    def rewrite(source: Any, taken: Sequence[Group], weights: Weights) -> None:
+        members = {member for group in taken for member in group.members}
+        int8._rewrite(source.file_path, members, calibrations, smoothing, file, weights)
+
+    budget = quantised.spec.precision.model_copy(update={**LOOSE, **given})
+    return int8._Search(reference, quantised.checkpoint, budget, requests, file, rewrite), groups
+
+
+def test_weights_that_are_no_better_are_not_taken(quantised: Build, tmp_path: Path) -> None:
+    search, groups = _search(quantised, tmp_path)
+    linears = linears_of(ir.load(quantised.graph("fp32").file_path))
+    shapes = [tuple(map(int, node.inputs[1].shape)) for node in linears]  # type: ignore[union-attr, arg-type]
+    zeros = {
+        index: QuantizedLinear(np.zeros(shape, np.int8), np.ones(shape[1], np.float32))
+        for index, shape in enumerate(shapes)
+    }
+    said: list[str] = []
+    weights, choice = search.rounding(groups, lambda groups: zeros, said.append)
+    assert weights == {}
+    assert choice.taken == "nearest"
+    assert choice.gptq is not None
+    assert choice.nearest is not None
+    assert choice.gptq > choice.nearest
+    assert said == [choice.summary]
+    assert "weights rounded to the nearest (off by" in said[0]
+    pinned, _ = _search(quantised, tmp_path, rounding="gptq")
+    assert pinned.rounding(groups, lambda groups: zeros, said.append)[0] is zeros  # as asked; the budget judges it
+
+
+def test_where_gptq_alone_misses_the_budget_the_nearest_is_written(
+    quantised: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The calibration texts that judge may say other than the held-out ones do."""
+    found = _quantised(quantised, tmp_path / "free")
+    assert found.rounding is not None
+
+    def better_there_and_wrong_here(self: Any, groups: Any, by_gptq: Any, progress: Any) -> Any:
+        weights = by_gptq(groups)
+        wrong = {index: QuantizedLinear(-each.weight, each.weight_scale) for index, each in weights.items()}
+        return wrong, found.rounding.model_copy(update={"taken": "gptq", "nearest": 2.0, "gptq": 1.0})
+
+    monkeypatch.setattr(int8._Search, "rounding", better_there_and_wrong_here)
+    kept = _quantised(quantised, tmp_path / "kept")
+    assert kept.rounding is not None
+    assert kept.rounding.taken == "nearest"
+    assert kept.quality.mean_cosine > 0.9
+    with pytest.raises(QualityError, match="misses the quality budget"):
+        _quantised(quantised, tmp_path / "pinned", rounding="gptq")
+
+
+def _quantised(quantised: Build, out: Path, **given: Any) -> Any:
+    out.mkdir()
+    texts = corpus.texts(None, 48)
+    budget = quantised.spec.precision.model_copy(update={**LOOSE, **given})
+    return int8.quantize_int8(
+        quantised.graph("fp16"), quantised.graph("fp32"), quantised.checkpoint, budget, texts[:16], texts[16:], out
+    )
