@@ -148,7 +148,7 @@ class FederatedSlice(Slice):
     """How clients learn together, on text that stays with them: `trireme online federate`. The coordinator's spec
     decides; steps, batches and learning rate are those of the learner."""
 
-    rounds: Positive = Field(18, description="each has its share of learner.steps, which this must divide")
+    rounds: Positive = Field(30, description="each has its share of learner.steps, which this must divide")
     min_clients: Positive = Field(
         2, description="a round with fewer sound answers counts for nothing, and is tried again from the same weights"
     )
@@ -158,14 +158,16 @@ class FederatedSlice(Slice):
     attempts: Positive = Field(3, description="tries of a round; then the command ends, and goes on when run again")
     share_moments: bool = Field(
         True,
-        description="clients send Adam's moments with each update, and all go on from their mean: they drift apart "
-        "less, for three times the bytes; false: each keeps its own",
+        description="clients send Adam's moments with each update, and all go on from those of one training on all of "
+        "their rows: they drift apart less and step as far, for three times the bytes; false: each keeps its own",
     )
     prox: Annotated[float, Field(ge=0)] = Field(
         0.0, description="FedProx: weight of the squared distance from the weights that a round began with"
     )
     outer_momentum: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.5, description="Nesterov momentum of the rounds' steps"
+        0.0,
+        description="Nesterov momentum of the rounds' steps; where share_moments is false 0.5 is better, where it is "
+        "true it steps too far",
     )
     outer_rate: Over = Field(1.0, description="how much of a round's step is taken; 1 with no momentum is plain FedAvg")
     trim: Annotated[float, Field(ge=0, lt=0.5)] = Field(

@@ -46,7 +46,8 @@ _MAX_SHARE = 0.5
 
 @dataclass(frozen=True)
 class FederatedSetting:
-    """`kept`: clients keep their optimisers' state from round to round; `shared`: all go on from the mean of them."""
+    """`kept`: clients keep their optimisers' state from round to round; `shared`: all go on from one state, whose
+    second moments are of the mean gradient, or, where they are not `pooled`, the mean of the clients'."""
 
     name: str
     rounds: int = 18
@@ -56,6 +57,7 @@ class FederatedSetting:
     prox: float = 0.0
     peak: float = 0.003
     shared: bool = False
+    pooled: bool = True
 
 
 SETTINGS = (
@@ -64,10 +66,12 @@ SETTINGS = (
     FederatedSetting("outer momentum 0.5, optimisers begin anew", kept=False, momentum=0.5),
     FederatedSetting("outer momentum 0.5, optimisers kept", momentum=0.5),
     FederatedSetting("outer momentum 0.5, kept, 45 rounds of 2", rounds=45, momentum=0.5),
-    FederatedSetting("FedAvg, moments shared", shared=True),
-    FederatedSetting("outer momentum 0.7, moments shared", shared=True, momentum=0.7),
-    FederatedSetting("outer momentum 0.5, moments shared", shared=True, momentum=0.5),
-    FederatedSetting("outer momentum 0.5, moments shared", shared=True, momentum=0.5, peak=0.006),
+    FederatedSetting("outer momentum 0.5, moments averaged", shared=True, pooled=False, momentum=0.5, peak=0.006),
+    FederatedSetting("moments shared", shared=True),
+    FederatedSetting("moments shared", shared=True, peak=0.006),
+    FederatedSetting("moments shared, outer momentum 0.3", shared=True, momentum=0.3, peak=0.006),
+    FederatedSetting("moments shared, 30 rounds of 3", shared=True, rounds=30, peak=0.006),
+    FederatedSetting("moments shared, 45 rounds of 2", shared=True, rounds=45, peak=0.006),
 )
 
 
@@ -157,7 +161,10 @@ def _federated(folder: Path, start: dict[str, Floats], split: Split, setting: Fe
                 updates[name] = client.learn(lesson, {**weights, **moments}).update
             step = aggregate.weighted_mean(updates, share)
             weights, momentum = aggregate.outer_step(weights, step, momentum, setting.rate, setting.momentum)
-            moments = parted(step)[1]
+            ended = parted(step)[1]
+            if setting.pooled:
+                ended = aggregate.pooled_moments(moments, ended, share, lesson.local_steps, recipe.optimiser.betas)
+            moments = ended
     return weights
 
 

@@ -12,6 +12,8 @@ import numpy as np
 
 from online.federated.tensors import Floats, Tensors
 
+_FIRST, _SQUARES = "/exp_avg", "/exp_avg_sq"
+
 
 def shares(samples: Mapping[str, int], most: float) -> dict[str, float]:
     """By samples, none above `most`: what is over goes to the others, by their samples. They sum to 1. `most` times the
@@ -64,3 +66,28 @@ def outer_step(
     }
     moved = {name: (weights[name] + rate * (step[name] + decay * kept[name])).astype(np.float32) for name in weights}
     return moved, kept
+
+
+def pooled_moments(
+    before: Tensors, mean: Tensors, weights: Mapping[str, float], steps: int, betas: tuple[float, float]
+) -> dict[str, Floats]:
+    """Adam's moments after a round of so many steps, as one training on all clients' rows would have them. `before`:
+    those that the round began with; `mean`: of those that it ended with. `weights` of the clients sum to 1.
+
+    A mean of squared gradients is larger than the square of a mean gradient: by as much the clients' steps would be
+    too short, most where their rows or texts differ. What a client's squares and the mean gradient are is known from
+    how the moments moved; the rest is the variance of a mean.
+    """
+    own = sum(weight * weight for weight in weights.values())
+    found: dict[str, Floats] = {}
+    for name in mean:
+        if not name.endswith(_SQUARES):
+            found[name] = mean[name]
+            continue
+        first = name.removesuffix(_SQUARES) + _FIRST
+        kept = [beta**steps for beta in betas]
+        gradient = (mean[first] - kept[0] * before[first]) / (1 - kept[0])
+        squares = np.maximum(mean[name] - kept[1] * before[name], 0) / (1 - kept[1])
+        pooled = np.minimum(own * squares + (1 - own) * gradient**2, squares)
+        found[name] = (kept[1] * before[name] + (1 - kept[1]) * pooled).astype(np.float32)
+    return found

@@ -260,8 +260,11 @@ class Coordinator:
         else:
             share = aggregate.shares({client: upload.samples for client, upload in chosen.items()}, plan.max_share)
             step = aggregate.weighted_mean(updates, share)
+        first, moments = parted(weights)
+        betas = self.offer.recipe.optimiser.betas
+        moments = aggregate.pooled_moments(moments, parted(step)[1], share, plan.local_steps, betas)
         moved, momentum = aggregate.outer_step(
-            parted(weights)[0], step, self.files.momentum(self.state), plan.outer_rate, plan.outer_momentum
+            first, step, self.files.momentum(self.state), plan.outer_rate, plan.outer_momentum
         )
         record = RoundRecord(
             number=rounds.number,
@@ -276,7 +279,7 @@ class Coordinator:
             length=length_of(step),
         )  # fmt: skip
         after = self.state.model_copy(update={"complete": rounds.number + 1, "history": (*self.state.history, record)})
-        self.state = self.files.save(after, {**moved, **parted(step)[1]}, momentum)
+        self.state = self.files.save(after, {**moved, **moments}, momentum)
         self.say(told(record, plan.rounds))
 
     def _lengths(self) -> dict[str, float]:

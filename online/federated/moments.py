@@ -1,4 +1,4 @@
-"""Adam's moments as tensors beside the weights: clients send theirs, and all go on from the mean.
+"""Adam's moments as tensors beside the weights: clients send theirs, and all go on from those of the mean gradient.
 
 A client then steps where all of them go, and not only where its own text pulls it. Karimireddy et al., 2020 (Mime).
 """

@@ -10,8 +10,8 @@ from runtime.record import Record
 class FederatedPlan(Record):
     """`rounds` times `local_steps` are the steps of the recipe. Keys as `online.federated` of the spec has them."""
 
-    rounds: int = Field(default=18, ge=1)
-    local_steps: int = Field(default=5, ge=1)
+    rounds: int = Field(default=30, ge=1)
+    local_steps: int = Field(default=3, ge=1)
     min_clients: int = Field(default=2, ge=1)
     clients: int | None = Field(default=None, ge=1)
     gather_s: float = Field(default=60.0, ge=0)
@@ -19,7 +19,7 @@ class FederatedPlan(Record):
     attempts: int = Field(default=3, ge=1)
     share_moments: bool = True
     prox: float = Field(default=0.0, ge=0)
-    outer_momentum: float = Field(default=0.5, ge=0, lt=1)
+    outer_momentum: float = Field(default=0.0, ge=0, lt=1)
     outer_rate: float = Field(default=1.0, gt=0)
     trim: float = Field(default=0.0, ge=0, lt=0.5)
     max_share: float = Field(default=0.5, gt=0, le=1)

@@ -68,6 +68,46 @@ def test_momentum_of_rounds_is_nesterovs() -> None:
     assert plain["w"][0] == pytest.approx(expected + 2)
 
 
+_BETAS = (0.9, 0.95)
+
+
+def _moments(gradients: np.ndarray, first: float, squares: float) -> dict[str, np.ndarray]:
+    """Adam's, after steps along gradients [steps, weights]."""
+    mean, square = np.full(gradients.shape[1], first), np.full(gradients.shape[1], squares)
+    for gradient in gradients:
+        mean = _BETAS[0] * mean + (1 - _BETAS[0]) * gradient
+        square = _BETAS[1] * square + (1 - _BETAS[1]) * gradient**2
+    return {"moments/0/0/exp_avg": mean.astype(np.float32), "moments/0/0/exp_avg_sq": square.astype(np.float32)}
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+def test_pooled_moments_are_those_of_one_training_on_all_rows(steps: int) -> None:
+    """Its gradient is the mean of the clients': over many weights of like gradients, its squares are found again."""
+    random = np.random.default_rng(0)
+    own = random.normal(0.3, 1.0, (4, steps, 40_000))  # [clients, steps, weights]
+    share = {"a": 0.4, "b": 0.3, "c": 0.2, "d": 0.1}
+    before = _moments(own[0, :0], 0.1, 0.5)
+    ended = {client: _moments(own[place], 0.1, 0.5) for place, client in enumerate(CLIENTS)}
+    mean = aggregate.weighted_mean(ended, share)
+    found = aggregate.pooled_moments(before, mean, share, steps, _BETAS)
+    one = _moments(np.tensordot(list(share.values()), own, 1), 0.1, 0.5)
+    np.testing.assert_allclose(found["moments/0/0/exp_avg"], one["moments/0/0/exp_avg"], rtol=1e-3, atol=1e-5)
+    pooled, plain, expected = (float(one["moments/0/0/exp_avg_sq"].mean()) for one in (found, mean, one))
+    assert pooled == pytest.approx(expected, rel=0.06)
+    assert abs(plain - expected) > 3 * abs(pooled - expected)
+
+
+def test_pooled_moments_of_clients_that_agree_or_lie_stay_means() -> None:
+    gradients = np.random.default_rng(1).normal(size=(1, 50))
+    before, ended = _moments(gradients[:0], 0.1, 0.5), _moments(gradients, 0.1, 0.5)
+    found = aggregate.pooled_moments(before, ended, {"a": 0.5, "b": 0.5}, 1, _BETAS)
+    for name in ended:
+        np.testing.assert_allclose(found[name], ended[name], rtol=1e-4, atol=1e-6)
+    lie = {name: np.zeros_like(value) for name, value in ended.items()}  # squares below what they were must not be so
+    found = aggregate.pooled_moments(before, lie, {"a": 0.5, "b": 0.5}, 1, _BETAS)
+    assert (found["moments/0/0/exp_avg_sq"] >= 0).all()
+
+
 SOUND = {"w": np.ones((2, 3), np.float32), "b": np.zeros(3, np.float32)}
 
 
@@ -275,7 +315,7 @@ def test_what_rounds_would_not_honour_is_refused_by_name() -> None:
         plan_of(FederatedSlice(rounds=20), LearnerSlice(steps=90))
     with pytest.raises(InputError, match="share_moments"):
         plan_of(FederatedSlice(), LearnerSlice(optimiser="sgd"))
-    assert plan_of(FederatedSlice(share_moments=False), LearnerSlice(optimiser="sgd")).rounds == 18
+    assert plan_of(FederatedSlice(share_moments=False), LearnerSlice(optimiser="sgd")).rounds == 30
     with pytest.raises(InputError, match=r"online\.learner\.kl"):
         plan_of(FederatedSlice(), LearnerSlice(kl=0.5))
 
