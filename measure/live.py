@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import subprocess
+import sys
 import threading
 import time
-import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
@@ -17,9 +17,7 @@ from builders.errors import MachineError
 from measure.serving import PORTS, start_serving
 
 USERS = 2
-_TOKENS = 8  # of an answer
-_PROMPTS = ("Return the number of", "Raised when a", "The with statement", "Print the names of")
-_ASK_S = 30.0
+_READY_S = 30.0
 
 
 @dataclass
@@ -45,8 +43,8 @@ class Live:
 
 @contextmanager
 def served(spec_file: Path, name: str, build_dir: Path) -> Iterator[Live]:
-    """`trireme serve` with a gateway and model control on free ports, with USERS asking it from the first answer to the
-    end of the block. Raises MachineError where it does not start."""
+    """`trireme serve` with a gateway and model control on free ports; USERS of Locust ask it from the first answer to
+    the end of the block. Raises MachineError where it does not start."""
     folder = build_dir / name
     secret, log = folder / "control-secret", folder / "serve.log"
     secret.touch(mode=0o600)
@@ -64,46 +62,35 @@ def served(spec_file: Path, name: str, build_dir: Path) -> Iterator[Live]:
 
 
 def _await_gateway(live: Live) -> None:
-    for _ in range(int(_ASK_S / 0.2)):
+    for _ in range(int(_READY_S / 0.2)):
         try:
-            with urllib.request.urlopen(f"{live.gateway}/readyz", timeout=_ASK_S):
+            with urllib.request.urlopen(f"{live.gateway}/readyz", timeout=_READY_S):
                 return
         except OSError:
             time.sleep(0.2)
-    raise MachineError("the gateway", got=f"not ready within {_ASK_S:.0f} s", expected="ready", fix="see its log")
+    raise MachineError("the gateway", got=f"not ready within {_READY_S:.0f} s", expected="ready", fix="see its log")
 
 
 @contextmanager
 def _asking(live: Live, model: str) -> Iterator[None]:
-    stop, lock = threading.Event(), threading.Lock()
+    """Raises MachineError where the users ended before the block."""
+    command = [sys.executable, "-m", "measure.live_users", live.gateway, model, f"--users={USERS}"]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as users:
 
-    def user(first: int) -> None:
-        number = first
-        while not stop.is_set():
-            answer = _ask(live.gateway, model, _PROMPTS[number % len(_PROMPTS)])
-            number += 1
-            with lock:
-                live.answers[answer] += 1
+        def count() -> None:
+            assert users.stdout is not None
+            for line in users.stdout:
+                status, _, version = line.strip().partition(" ")
+                live.answers[int(status), version] += 1
 
-    users = [threading.Thread(target=user, args=(number,)) for number in range(USERS)]
-    for one in users:
-        one.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        for one in users:
-            one.join()
-
-
-def _ask(gateway: str, model: str, prompt: str) -> tuple[int, str]:
-    body = json.dumps({"model": model, "prompt": prompt, "max_tokens": _TOKENS, "temperature": 0}).encode()
-    request = urllib.request.Request(f"{gateway}/v1/completions", body, {"content-type": "application/json"})
-    try:
-        with urllib.request.urlopen(request, timeout=_ASK_S) as answer:
-            answer.read()
-            return int(answer.status), str(answer.headers["x-trireme-version"])
-    except urllib.error.HTTPError as error:
-        return error.code, ""
-    except OSError:
-        return 0, ""
+        reader = threading.Thread(target=count)
+        reader.start()
+        try:
+            yield
+            code = users.poll()
+        finally:
+            users.terminate()
+            reader.join()
+    if code is not None:
+        raise MachineError("Locust", got=f"exit code {code} while it was to ask", expected="users who ask",
+                           fix="see its output above")  # fmt: skip

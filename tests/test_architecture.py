@@ -22,6 +22,7 @@ ABOUT = {
     "builders/partition/": {"onnx"},
     "builders/qat/layer.py": {"torch"},
     "builders/training/muon.py": {"torch"},
+    "measure/live_users.py": {"locust"},
     "online/feedback/": {"sqlalchemy", "alembic"},
     "runtime/ranks/": {"torch"},
     "runtime/tensorrt/rank_worker.py": {"torch"},

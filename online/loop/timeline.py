@@ -28,7 +28,7 @@ def timeline_page(name: str, state: LoopState, ended: Sequence[UpdateRecord]) ->
     notes = [
         f"champion: version {state.champion.version}, since {state.champion.since}; "
         + (f"challenger: version {state.challenger}" if state.challenger else "no challenger"),
-        f"{len(ended)} updates have ended, {sum(one.stage is UpdateStage.PROMOTED for one in ended)} of them stand; "
+        f"updates that ended: {len(ended)}; promoted: {sum(one.stage is UpdateStage.PROMOTED for one in ended)}; "
         f"feedback is read to number {state.fed_to}",
         f"Perplexity is of {WORDS[learnt].loss}: of what is new on its hold-out, of earlier domains on halves that the "
         "update was not chosen by; bounds are one-sided at 95 %.",
