@@ -86,15 +86,15 @@ def _walk(documents: Documents, title: str, path: str) -> tuple[Any, Any]:
 
 EDITS = [
     # references
-    Edit("a Service that selects nothing", "selector", put("Service/serving", "spec selector app", "x")),
+    Edit("a Service that selects nothing", "not-here", put("Service/serving", "spec selector app", "x")),
     Edit(
         "a selector that is not the template's",
         "selector",
         put("Deployment/serving", "spec selector matchLabels a", "b"),
     ),
-    Edit("a budget for nobody", "selector", put(PDB, "spec selector matchLabels a", "b")),
-    Edit("a policy for nobody", "selector", put("NetworkPolicy/serving", "spec podSelector matchLabels a", "b")),
-    Edit("a monitor of nobody", "selector", put("PodMonitor/serving", "spec selector matchLabels a", "b")),
+    Edit("a budget for nobody", "not-here", put(PDB, "spec selector matchLabels a", "b")),
+    Edit("a policy for nobody", "not-here", put("NetworkPolicy/serving", "spec podSelector matchLabels a", "b")),
+    Edit("a monitor of nobody", "not-here", put("PodMonitor/serving", "spec selector matchLabels a", "b")),
     Edit("a target port that is not there", "port", put("Service/serving", "spec ports 0 targetPort", "web")),
     Edit(
         "two ports of one name",
@@ -109,15 +109,15 @@ EDITS = [
     Edit("container ports of one name", "port", put("Deployment/serving", "@triton ports 0 name", "grpc")),
     Edit(
         "a ConfigMap that is not there",
-        "missing-reference",
+        "not-here",
         put("Deployment/serving", "@triton envFrom 0 configMapRef name", "gone"),
     ),
     Edit(
         "a claim that is not there",
-        "missing-reference",
+        "not-here",
         put("Deployment/serving", "@pod volumes 0 persistentVolumeClaim claimName", "gone"),
     ),
-    Edit("an account that is not there", "missing-reference", remove("ServiceAccount/serving")),
+    Edit("an account that is not there", "not-here", remove("ServiceAccount/serving")),
     Edit("a volume that is not there", "mount", put("Deployment/serving", "@triton volumeMounts 0 name", "gone")),
     Edit("two mounts at one path", "mount", put("Deployment/serving", "@triton volumeMounts 1 mountPath", "/models")),
     Edit(
@@ -221,12 +221,12 @@ EDITS = [
     ),
     Edit("no readiness behind a Service", "probe", drop("Deployment/serving", "@triton readinessProbe")),
     Edit("a budget of no pod", "budget", put(PDB, "spec maxUnavailable", 0)),
-    Edit("a budget of no number", "budget", put(PDB, "spec maxUnavailable", "half")),
-    Edit("a budget with both bounds", "budget", put(PDB, "spec minAvailable", 1)),
+    Edit("a budget of no number", "value", put(PDB, "spec maxUnavailable", "half")),
+    Edit("a budget with both bounds", "value", put(PDB, "spec minAvailable", 1)),
     Edit("a budget that broken pods block", "budget", drop(PDB, "spec unhealthyPodEvictionPolicy")),
     Edit("an autoscaler upside down", "autoscaler", put(HPA, "spec minReplicas", 9)),
-    Edit("replicas beside an autoscaler", "autoscaler", put("Deployment/serving", "spec replicas", 3)),
-    Edit("an autoscaler of nothing", "missing-reference", put(HPA, "spec scaleTargetRef name", "gone")),
+    Edit("replicas beside an autoscaler", "autoscaled-replicas", put("Deployment/serving", "spec replicas", 3)),
+    Edit("an autoscaler of nothing", "not-here", put(HPA, "spec scaleTargetRef name", "gone")),
     Edit(
         "a share of a request that is not there",
         "autoscaler",
@@ -254,7 +254,7 @@ EDITS = [
         ),
         TP,
     ),
-    Edit("KEDA of nothing", "missing-reference", put("ScaledObject/serving", "spec scaleTargetRef name", "gone"), TP),
+    Edit("KEDA of nothing", "not-here", put("ScaledObject/serving", "spec scaleTargetRef name", "gone"), TP),
     Edit("KEDA upside down", "autoscaler", put("ScaledObject/serving", "spec minReplicaCount", 20), TP),
     # security
     Edit("privileged", "pod-security", put("Deployment/serving", "@triton securityContext privileged", True)),
@@ -315,7 +315,7 @@ EDITS = [
     ),
     # what an API server or a controller would refuse
     Edit("an API that is gone", "removed-api", put(HPA, "apiVersion", "autoscaling/v2beta2")),
-    Edit("a version that never was", "no-schema", put("Deployment/serving", "apiVersion", "apps/v3")),
+    Edit("a version that never was", "unknown-kind", put("Deployment/serving", "apiVersion", "apps/v3")),
     Edit("a group with a known beginning", "no-schema", put(PDB, "apiVersion", "policy.example.com/v1")),
     Edit("an unknown kind", "no-schema", add(apiVersion="example.com/v1", kind="Thing", metadata={"name": "x"})),
     Edit("a misspelt field", "schema", put("Deployment/serving", "spec replica", 3)),
@@ -338,12 +338,12 @@ EDITS = [
     Edit("a misspelt field of KEDA", "unknown-field", put("ScaledObject/serving", "spec maxReplicas", 64), TP),
     Edit(
         "a route to no Service",
-        "missing-reference",
+        "not-here",
         put("GRPCRoute/serving", "spec rules 0 backendRefs 0 name", "gone"),
         TP,
     ),
     Edit("a route to no port", "port", put("GRPCRoute/serving", "spec rules 0 backendRefs 0 port", 9), TP),
-    Edit("a route of no Gateway", "missing-reference", put("GRPCRoute/serving", "spec parentRefs 0 name", "gone"), TP),
+    Edit("a route of no Gateway", "not-here", put("GRPCRoute/serving", "spec parentRefs 0 name", "gone"), TP),
     Edit(
         "a route of no listener",
         "missing-reference",
@@ -360,7 +360,7 @@ EDITS = [
     ),
     Edit(
         "a ConfigMap that a worker misses",
-        "missing-reference",
+        "not-here",
         put(LWS, "@worker envFrom 0 configMapRef name", "settings"),
         "multi-node",
     ),

@@ -56,7 +56,7 @@ def test_a_rule_is_left_out_by_name(tmp_path: Path) -> None:
     file = tmp_path / "web.yaml"
     file.write_text(BAD_SERVICE)
     run(lambda: lint_manifests([file], ignore=["value"]))
-    with pytest.raises(InputError, match="expected a rule: autoscaler"):
+    with pytest.raises(InputError, match="expected a rule: autoscaled-replicas, autoscaler"):
         lint_manifests([file], ignore=["values"])
 
 

@@ -3,7 +3,9 @@
 resources   quantities, devices, memory       references  ConfigMaps, claims, volumes, variables
 traffic     selectors, ports, probes          lifecycle   grace, rollouts, budgets, autoscalers
 security    Pod Security, tokens, rights      versions    removed APIs, which `check` asks before schemas
-values      names, ranges, fixed words        severities  error or warning, by rule
+values      names, ranges, words, formats     tables      of these, field by field
+formats     names, addresses, schedules       pod_fields, kind_fields, admin_fields  fields that go together
+severities  error or warning, by rule
 schemas     what an API server would refuse   custom_resources  the same for kinds that are not built in
 objects     YAML to objects, strictly         check       all of it over a set of files
 definitions schemas from given CRDs           sarif       findings for code scanning
@@ -11,7 +13,17 @@ definitions schemas from given CRDs           sarif       findings for code scan
 
 from __future__ import annotations
 
-from builders.manifests.lint import lifecycle, references, resources, security, traffic, values
+from builders.manifests.lint import (
+    admin_fields,
+    kind_fields,
+    lifecycle,
+    pod_fields,
+    references,
+    resources,
+    security,
+    traffic,
+    values,
+)
 from builders.manifests.lint.objects import Finding, ObjectSet
 
 # Of one object, which may be one that lost what its schema refused.
@@ -21,7 +33,12 @@ _ALONE = (
     values.labels,
     values.fixed_words,
     values.ranges,
-    values.claims,
+    values.texts,
+    pod_fields.pods,
+    pod_fields.containers,
+    pod_fields.expressions,
+    kind_fields.kinds,
+    admin_fields.admin_kinds,
     resources.quantities,
     resources.devices,
     resources.requests_within_limits,

@@ -23,7 +23,7 @@ _COUNT: Schema = {"type": "integer", "minimum": 0}
 _PORT: Schema = {"type": "integer", "minimum": 1, "maximum": 65535}
 _COUNT_OR_SHARE: Schema = {"anyOf": [_COUNT, {"type": "string", "pattern": "^[0-9]+%$"}]}
 _TEXTS: Schema = {"type": "object", "additionalProperties": {"type": "string"}}
-_SECONDS: Schema = {"type": "string", "pattern": "^([0-9]+(ms|s|m|h|d|w|y))+$"}  # Prometheus' durations
+_SECONDS: Schema = {"type": "string", "pattern": "^(0|([0-9]+(ms|s|m|h|d|w|y))+)$"}  # Prometheus' durations
 
 
 def _built_in(name: str) -> Schema:
@@ -68,17 +68,20 @@ _LEADER_WORKER_SET = _object(
     replicas=_COUNT,
     startupPolicy=_enum("LeaderCreated", "LeaderReady"),
     rolloutStrategy=_object(
-        "type",
+        "",
         type=_enum("RollingUpdate"),
         rollingUpdateConfiguration=_object(maxSurge=_COUNT_OR_SHARE, maxUnavailable=_COUNT_OR_SHARE, partition=_COUNT),
     ),
-    networkConfig=_object("subdomainPolicy", subdomainPolicy=_enum("Shared", "UniquePerReplica")),
+    networkConfig=_object("", subdomainPolicy=_enum("Shared", "UniquePerReplica")),
     leaderWorkerTemplate=_object(
         "workerTemplate",
         size={"type": "integer", "minimum": 1},
-        restartPolicy=_enum("RecreateGroupOnPodRestart", "RecreateGroupAfterStart", "None"),
+        restartPolicy=_enum("RecreateGroupOnPodRestart", "RecreateGroupAfterStart", "None", "Default"),
         leaderTemplate=_built_in("api.core.v1.PodTemplateSpec"),
         workerTemplate=_built_in("api.core.v1.PodTemplateSpec"),
+        subGroupPolicy=_object("", subGroupPolicyType=_enum("LeaderWorker", "LeaderExcluded"), subGroupSize=_COUNT),
+        volumeClaimTemplates=_list(_built_in("api.core.v1.PersistentVolumeClaim")),
+        persistentVolumeClaimRetentionPolicy=_built_in("api.apps.v1.StatefulSetPersistentVolumeClaimRetentionPolicy"),
     ),
 )
 
@@ -120,7 +123,7 @@ _SCALED_OBJECT = _object(
 )
 
 _POD_MONITOR = _object(
-    "selector podMetricsEndpoints",
+    "selector",
     jobLabel=_TEXT,
     podTargetLabels=_list(_TEXT),
     selector=_SELECTOR,
@@ -138,15 +141,14 @@ _POD_MONITOR = _object(
             authorization=_object("credentials", type=_TEXT, credentials=_object("name key", name=_TEXT, key=_TEXT)),
             tlsConfig=_object("", insecureSkipVerify=_BOOL, serverName=_TEXT),
         ),
-        least=1,
     ),
 )
 
 _PROMETHEUS_RULE = _object(
-    "groups",
+    "",
     groups=_list(
         _object(
-            "name rules",
+            "name",
             name=_TEXT,
             interval=_SECONDS,
             labels=_TEXTS,
@@ -156,7 +158,7 @@ _PROMETHEUS_RULE = _object(
                         "expr",
                         alert=_TEXT,
                         record=_TEXT,
-                        expr=_TEXT,
+                        expr={"anyOf": [_TEXT, {"type": "number"}]},
                         **{"for": _SECONDS},
                         keep_firing_for=_SECONDS,
                         labels=_TEXTS,
@@ -164,16 +166,12 @@ _PROMETHEUS_RULE = _object(
                     ),
                     "oneOf": [{"required": ["alert"]}, {"required": ["record"]}],
                 },
-                least=1,
             ),
         ),
-        least=1,
     ),
 )
 
-_PARENTS = _list(
-    _object("name", group=_GROUP, kind=_TEXT, name=_TEXT, namespace=_TEXT, sectionName=_TEXT, port=_PORT), least=1
-)
+_PARENTS = _list(_object("name", group=_GROUP, kind=_TEXT, name=_TEXT, namespace=_TEXT, sectionName=_TEXT, port=_PORT))
 _BACKENDS = _list(_object("name", group=_GROUP, kind=_TEXT, name=_TEXT, namespace=_TEXT, port=_PORT, weight=_COUNT))
 _HEADERS = _list(_object("name value", name=_TEXT, value=_TEXT, type=_enum("Exact", "RegularExpression")))
 
@@ -186,14 +184,14 @@ _GATEWAY = _object(
             name=_TEXT,
             hostname=_TEXT,
             port=_PORT,
-            protocol=_enum("HTTP", "HTTPS", "TLS", "TCP", "UDP"),
+            protocol={"anyOf": [_enum("HTTP", "HTTPS", "TLS", "TCP", "UDP"), {"type": "string", "pattern": "^.+/.+$"}]},
             tls=_object(
                 mode=_enum("Terminate", "Passthrough"),
                 certificateRefs=_list(_object("name", group=_GROUP, kind=_TEXT, name=_TEXT, namespace=_TEXT)),
                 options=_TEXTS,
             ),
             allowedRoutes=_object(
-                namespaces=_object("", **{"from": _enum("All", "Selector", "Same")}, selector=_SELECTOR),
+                namespaces=_object("", **{"from": _enum("All", "Selector", "Same", "None")}, selector=_SELECTOR),
                 kinds=_list(_object("kind", group=_GROUP, kind=_TEXT)),
             ),
         ),
@@ -203,12 +201,12 @@ _GATEWAY = _object(
 )
 
 _GRPC_ROUTE = _object(
-    "parentRefs rules",
+    "",
     parentRefs=_PARENTS,
     hostnames=_list(_TEXT),
     rules=_list(
         _object(
-            "backendRefs",
+            "",
             name=_TEXT,
             matches=_list(
                 _object(
@@ -223,16 +221,16 @@ _GRPC_ROUTE = _object(
 )
 
 _HTTP_ROUTE = _object(
-    "parentRefs rules",
+    "",
     parentRefs=_PARENTS,
     hostnames=_list(_TEXT),
     rules=_list(
         _object(
-            "backendRefs",
+            "",
             name=_TEXT,
             matches=_list(
                 _object(
-                    path=_object("value", type=_enum("Exact", "PathPrefix", "RegularExpression"), value=_TEXT),
+                    path=_object("", type=_enum("Exact", "PathPrefix", "RegularExpression"), value=_TEXT),
                     method=_enum("GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"),
                     headers=_HEADERS,
                 )

@@ -106,18 +106,14 @@ def budgets(objects: ObjectSet) -> Iterator[Finding]:
             if pod.owner.namespace == budget.namespace and matches(selector, pod.labels)
         }
         least, most = at(budget.data, "spec.minAvailable"), at(budget.data, "spec.maxUnavailable")
-        if not owners:
+        if not owners and any(pod.owner.namespace == budget.namespace for pod in objects.pods()):
             got = f"{selector}, which no pod here carries"
-            yield Finding("selector", budget.title, "spec.selector", got, "labels of a pod", "correct the selector")
-        if (least is None) == (most is None):
-            got = "both" if least is not None else "neither"
-            yield Finding("budget", budget.title, "spec", got, "one of minAvailable and maxUnavailable", "keep one")
+            expected = "labels of a pod: without one in the cluster it guards nothing"
+            yield Finding("not-here", budget.title, "spec.selector", got, expected, "correct the selector")
+        if least is None and most is None:
+            expected = "one of minAvailable and maxUnavailable: nothing is guarded else"
+            yield Finding("budget", budget.title, "spec", "neither", expected, "give one")
         replicas = min((_least_replicas(objects, owner) for owner in owners.values()), default=0)
-        for key, bound in (("minAvailable", least), ("maxUnavailable", most)):
-            if bound is not None and not _BOUND.fullmatch(str(bound)):
-                yield Finding(
-                    "budget", budget.title, f"spec.{key}", str(bound), "a number or a percentage", "correct it"
-                )
         if owners and not _evictable(least, most, replicas):
             got = f"minAvailable {least}" if least is not None else f"maxUnavailable {most}"
             fix = "use maxUnavailable: 1, or run more replicas"
@@ -171,12 +167,14 @@ def autoscalers(objects: ObjectSet) -> Iterator[Finding]:
         kind, name = _target(scaler)
         target, where = objects.find(kind, name, scaler.namespace), "spec.scaleTargetRef"
         if target is None:
-            got, fix = f"{kind}/{name}, which is not here", "correct kind and name"
-            yield Finding("missing-reference", scaler.title, where, got, "a workload here", fix)
+            if any(item.namespace == scaler.namespace for item in objects.of(*_SCALED)):
+                got, fix = f"{kind}/{name}, which is not here", "correct kind and name"
+                expected = "a workload here: without one in the cluster nothing is scaled"
+                yield Finding("not-here", scaler.title, where, got, expected, fix)
         elif target.kind in _SCALED and at(target.data, "spec.replicas") is not None:
             got, fix = f"replicas {at(target.data, 'spec.replicas')} beside {scaler.title}", "remove replicas"
             expected = "no replicas: each apply would undo what the autoscaler did"
-            yield Finding("autoscaler", target.title, "spec.replicas", got, expected, fix)
+            yield Finding("autoscaled-replicas", target.title, "spec.replicas", got, expected, fix)
         other = seen.setdefault((scaler.namespace, kind, name), scaler.title)
         if other != scaler.title:
             got, fix = f"{scaler.title} and {other} on {kind}/{name}", "keep one: KEDA makes an HPA of its own"
@@ -214,7 +212,8 @@ def shared_claims(objects: ObjectSet) -> Iterator[Finding]:
             if modes and not set(modes) & {"ReadWriteMany", "ReadOnlyMany"}:
                 where, fix = f"{pod.path}.volumes[{name}]", "use ReadWriteMany, or ReadOnlyMany for a filled store"
                 got = f"{', '.join(modes)} for several replicas"
-                yield Finding("claim", pod.owner.title, where, got, "a claim that several nodes can mount", fix)
+                expected = "a claim that several nodes can mount, or replicas on other nodes wait for ever"
+                yield Finding("claim", pod.owner.title, where, got, expected, fix)
 
 
 def _most_replicas(objects: ObjectSet, owner: KubeObject) -> int:
@@ -227,6 +226,8 @@ def _most_replicas(objects: ObjectSet, owner: KubeObject) -> int:
 def duplicates(objects: ObjectSet) -> Iterator[Finding]:
     seen: set[tuple[str, str, str, str]] = set()
     for item in objects.objects:
+        if not at(item.data, "metadata.name"):
+            continue  # the server makes up a name of its own for each
         group = item.api_version.rpartition("/")[0]
         key = (group, item.kind, item.namespace, item.name)
         if key in seen:

@@ -35,6 +35,11 @@ class Finding:
         return f"{where}: got {self.got}; expected {self.expected}. Fix: {self.fix}"
 
 
+def refused(item: KubeObject, path: str, got: str, expected: str) -> Finding:
+    """A value that the API server does not take."""
+    return Finding("value", item.title, path, got, expected, "correct it: the API server refuses this")
+
+
 class ManifestError(InputError):
     """A file that is no Kubernetes YAML."""
 
@@ -306,8 +311,10 @@ def _open(document: Any, source: str, line: int, ignored: frozenset[str]) -> Ite
             expected="Kubernetes objects",
             fix="give manifests only; Helm templates must be rendered first",
         )
-    if document["kind"] == "List":
-        for item in document.get("items") or []:
-            yield from _open(item, source, line, ignored)
+    kind, items = document["kind"], document.get("items")
+    if kind == "List" or (kind.endswith("List") and isinstance(items, list)):
+        shared = {"apiVersion": document["apiVersion"], "kind": kind.removesuffix("List")} if kind != "List" else {}
+        for item in items or []:
+            yield from _open({**shared, **item} if isinstance(item, dict) else item, source, line, ignored)
         return
     yield KubeObject(document, source, line, ignored)

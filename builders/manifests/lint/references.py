@@ -11,7 +11,8 @@ from typing import Any
 
 from builders.manifests.lint.objects import Finding, ObjectSet, Pod, at, mapping, rows, words
 
-_SHELL = re.compile(r"(^|/)(ba|da|k|z)?sh$")
+_SHELL = re.compile(r"(^|/)(ba|da|k|z|a)?sh$")
+_COMMAND = re.compile(r"-[a-zA-Z]*c[a-zA-Z]*")  # as in `sh -ec`
 _VARIABLE = re.compile(r"\$\$|\$\(([A-Za-z_.][A-Za-z0-9_.-]*)\)")
 # Set by the LeaderWorkerSet controller in every container of a group.
 _GROUP_VARIABLES = {"LWS_LEADER_ADDRESS", "LWS_GROUP_SIZE", "LWS_WORKER_INDEX"}
@@ -53,7 +54,7 @@ def _config_map_uses(pod: Pod) -> Iterator[tuple[str, str, str | None]]:
 def claims_and_accounts(objects: ObjectSet) -> Iterator[Finding]:
     for pod in objects.pods():
         namespace = pod.owner.namespace
-        templates = {at(row, "metadata.name") for row in rows(pod.owner.data, "spec.volumeClaimTemplates")}
+        templates = {at(row, "metadata.name") for row in _claim_templates(pod)}
         for name, volume in pod.volumes().items():
             claim = at(volume, "persistentVolumeClaim.claimName")
             if claim and claim not in templates and objects.find("PersistentVolumeClaim", claim, namespace) is None:
@@ -86,9 +87,7 @@ def device_claims(objects: ObjectSet) -> Iterator[Finding]:
 
 def mounts(objects: ObjectSet) -> Iterator[Finding]:
     for pod in objects.pods():
-        volumes = set(pod.volumes()) | {
-            str(at(r, "metadata.name")) for r in rows(pod.owner.data, "spec.volumeClaimTemplates")
-        }
+        volumes = set(pod.volumes()) | {str(at(row, "metadata.name")) for row in _claim_templates(pod)}
         used: set[str] = set()
         for path, container in pod.containers():
             taken: set[str] = set()
@@ -103,11 +102,22 @@ def mounts(objects: ObjectSet) -> Iterator[Finding]:
                     yield Finding("mount", pod.owner.title, f"{path}.volumeMounts", got, "one volume a path", fix)
                 taken.add(where)
             used |= {str(row.get("name")) for row in rows(container, "volumeDevices")}
+            used |= {str(at(row, "valueFrom.fileKeyRef.volumeName")) for row in rows(container, "env")}
         for name in sorted(set(pod.volumes()) - used):
             where = f"{pod.path}.volumes[{name}]"
-            yield Finding(
-                "mount", pod.owner.title, where, "a volume that nothing mounts", "a mount", "mount or remove it"
+            got, expected = (
+                "a volume that nothing mounts",
+                "a mount: the pod waits for the volume, and no program has it",
             )
+            yield Finding("unused-volume", pod.owner.title, where, got, expected, "mount or remove it")
+
+
+def _claim_templates(pod: Pod) -> list[Mapping[str, Any]]:
+    return [
+        row
+        for path in ("spec.volumeClaimTemplates", "spec.leaderWorkerTemplate.volumeClaimTemplates")
+        for row in rows(pod.owner.data, path)
+    ]
 
 
 def variables(objects: ObjectSet) -> Iterator[Finding]:
@@ -127,7 +137,7 @@ def variables(objects: ObjectSet) -> Iterator[Finding]:
 def _in_a_shell(container: Mapping[str, Any]) -> bool:
     """`$(date)` is the shell's then: what is no variable is handed on as it stands."""
     line = [*words(container, "command"), *words(container, "args")]
-    return any(_SHELL.search(word) for word in line[:1]) and any(word.endswith("c") for word in line[1:2])
+    return any(_SHELL.search(word) for word in line[:1]) and any(_COMMAND.fullmatch(word) for word in line[1:])
 
 
 def environment(objects: ObjectSet, pod: Pod, container: Mapping[str, Any]) -> dict[str, str | None] | None:
@@ -158,6 +168,5 @@ def expand(word: str, known: Mapping[str, str | None]) -> str:
 def _missing(pod: Pod, path: str, kind: str, name: str) -> Finding:
     namespace = f" in namespace {pod.owner.namespace}" if pod.owner.namespace else ""
     expected = f"{kind}/{name}{namespace} among the manifests"
-    return Finding(
-        "missing-reference", pod.owner.title, path, f"{name}, which is not there", expected, f"add the {kind}"
-    )
+    got, why = f"{name}, which is not there", "without it in the cluster the pod does not start"
+    return Finding("not-here", pod.owner.title, path, got, f"{expected}: {why}", f"add the {kind}")

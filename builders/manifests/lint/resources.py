@@ -25,16 +25,17 @@ def quantities(objects: ObjectSet) -> Iterator[Finding]:
 
 def written_quantities(objects: ObjectSet) -> Iterator[tuple[str, str, object]]:
     for pod in objects.pods():
-        for path, container in pod.containers():
+        for path, container in [*pod.containers(), (pod.path, pod.spec)]:
             for kind in ("requests", "limits"):
                 for resource, value in mapping(container, f"resources.{kind}").items():
                     yield pod.owner.title, f"{path}.resources.{kind}.{resource}", value
         for name, volume in pod.volumes().items():
             if at(volume, "emptyDir.sizeLimit") is not None:
                 yield pod.owner.title, f"{pod.path}.volumes[{name}].sizeLimit", at(volume, "emptyDir.sizeLimit")
-    for claim in objects.of("PersistentVolumeClaim"):
-        for resource, value in mapping(claim.data, "spec.resources.requests").items():
-            yield claim.title, f"spec.resources.requests.{resource}", value
+    for item in objects.of("PersistentVolumeClaim", "PersistentVolume"):
+        for path in ("spec.resources.requests", "spec.capacity"):
+            for resource, value in mapping(item.data, path).items():
+                yield item.title, f"{path}.{resource}", value
     for scaler in objects.of("HorizontalPodAutoscaler"):
         for index, metric in enumerate(rows(scaler.data, "spec.metrics")):
             target = next(
@@ -59,14 +60,14 @@ def devices(objects: ObjectSet) -> Iterator[Finding]:
                     yield Finding(
                         "gpu-request", pod.owner.title, where, got, expected, "set the limit, and the same request"
                     )
-                elif (number := parse_quantity(limit)) is None or number % 1 or number < 1:
+                elif (number := parse_quantity(limit)) is None or number % 1 or number < 0:
                     fix = "share a GPU by MIG or time-slicing, which have resource names of their own"
                     yield Finding("gpu-request", pod.owner.title, where, str(limit), "a whole number of devices", fix)
 
 
 def requests_within_limits(objects: ObjectSet) -> Iterator[Finding]:
     for pod in objects.pods():
-        for path, container in pod.containers():
+        for path, container in [*pod.containers(), (pod.path, pod.spec)]:
             limits = mapping(container, "resources.limits")
             for name, asked in mapping(container, "resources.requests").items():
                 low, high = parse_quantity(asked), parse_quantity(limits.get(name, asked))
@@ -81,6 +82,8 @@ def requests_within_limits(objects: ObjectSet) -> Iterator[Finding]:
 def memory_is_bounded(objects: ObjectSet) -> Iterator[Finding]:
     """A container without a memory limit takes its neighbours down with it. A limit alone is also the request."""
     for pod in objects.pods():
+        if "memory" in mapping(pod.spec, "resources.limits"):
+            continue  # of all its containers together
         for path, container in pod.containers():
             if "memory" not in mapping(container, "resources.limits"):
                 where, fix = f"{path}.resources.limits.memory", "measure it under load, and add a margin"
@@ -100,7 +103,9 @@ def memory_volumes(objects: ObjectSet) -> Iterator[Finding]:
             mounted = {str(mount.get("name")) for mount in rows(container, "volumeMounts")}
             sizes = [parse_quantity(at(memory[name], "emptyDir.sizeLimit")) for name in mounted & memory.keys()]
             total = sum((size for size in sizes if size is not None), start=Decimal(0))
-            limit = parse_quantity(mapping(container, "resources.limits").get("memory"))
+            limit = parse_quantity(
+                {**mapping(pod.spec, "resources.limits"), **mapping(container, "resources.limits")}.get("memory")
+            )
             if sizes and (limit is None or limit <= total):
                 got = f"limit {limit or 'none'} with Memory volumes of {total} bytes"
                 fix = "raise the limit by the size of the volumes: their pages are the container's memory"

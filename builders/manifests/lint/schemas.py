@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from importlib import resources, util
@@ -31,14 +31,15 @@ Definitions = Mapping[tuple[str, str], Mapping[str, Any]]  # (apiVersion, kind) 
 
 
 def schema_findings(
-    item: KubeObject, versions: Iterable[str] = SUPPORTED, given: Definitions | None = None
+    item: KubeObject, versions: Sequence[str] = SUPPORTED, given: Definitions | None = None
 ) -> list[Finding]:
     """Faults of one object at each Kubernetes minor version; the same fault is named once."""
     found: dict[tuple[str, str], Finding] = {}
     for version in versions:
         validator = _chosen(item, version, given)
         if validator is None:
-            return [_no_schema(item, version)]
+            nowhere = all(_chosen(item, other, given) is None for other in versions)
+            return [_no_schema(item, version, nowhere and item.api_version.rpartition("/")[0] in _groups(version))]
         for error in list(validator.iter_errors(item.data))[:_MOST_PER_OBJECT]:
             finding = _fault(item, _shown(error.absolute_path) or "(the object)", error, version)
             if error.validator == "additionalProperties" and error.schema.get(SMALL):
@@ -98,12 +99,17 @@ def _fault(item: KubeObject, path: str, error: Any, version: str) -> Finding:
     )
 
 
-def _no_schema(item: KubeObject, version: str) -> Finding:
+def _no_schema(item: KubeObject, version: str, of_kubernetes: bool) -> Finding:
+    """In a group of Kubernetes' own, in which nobody defines kinds, there is no such kind."""
+    got = f"{item.api_version} {item.kind}, which Kubernetes {version} does not have"
+    if of_kubernetes:
+        fix = "correct apiVersion and kind: the API server refuses them"
+        return Finding("unknown-kind", item.title, "apiVersion", got, "a kind of that group and version", fix)
     return Finding(
         "no-schema",
         item.title,
         "apiVersion",
-        f"{item.api_version} {item.kind}, which Kubernetes {version} does not have",
+        got,
         "a built-in kind, or one of " + ", ".join(sorted(kind for _, kind in CUSTOM_RESOURCES)),
         "correct apiVersion and kind; for other custom resources give their CRDs: --crd DIR",
     )
@@ -157,6 +163,14 @@ def _folder(version: str) -> Any:
             fix="pip install --upgrade kubernetes-validate",
         )
     return folder
+
+
+@cache
+def _groups(version: str) -> frozenset[str]:
+    """API groups of the built-in kinds."""
+    contents = json.loads((_folder(version) / "_definitions.json").read_text())["$defs"]
+    rows = (row for part in contents.values() for row in part.get("x-kubernetes-group-version-kind", []))
+    return frozenset(row["group"] for row in rows)
 
 
 @cache

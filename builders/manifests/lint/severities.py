@@ -9,13 +9,14 @@ from typing import Literal
 
 Severity = Literal["error", "warning"]
 _ERRORS = (
-    "duplicate-key", "ignore-comment", "removed-api", "schema", "value", "quantity", "gpu-request",
-    "request-over-limit", "missing-reference", "mount", "selector", "port", "name", "rollout", "autoscaler", "claim",
-    "duplicate-object", "probe", "memory-volume",
+    "duplicate-key", "ignore-comment", "removed-api", "unknown-kind", "schema", "value", "quantity", "gpu-request",
+    "request-over-limit", "missing-reference", "mount", "selector", "port", "name", "rollout", "autoscaler",
+    "duplicate-object",
 )  # fmt: skip
 _WARNINGS = (
-    "no-schema", "unknown-field", "memory-limit", "volume-size", "variable", "grace", "budget", "pod-security",
-    "read-only-root", "token", "image-tag", "rbac-wildcard",
+    "no-schema", "unknown-field", "not-here", "unused-volume", "port-name", "probe", "memory-limit", "memory-volume",
+    "volume-size", "variable", "grace", "budget", "autoscaled-replicas", "claim", "pod-security", "read-only-root",
+    "token", "image-tag", "rbac-wildcard",
 )  # fmt: skip
 SEVERITIES: dict[str, Severity] = {
     **dict.fromkeys(_ERRORS, "error"),

@@ -35,14 +35,20 @@ def services(objects: ObjectSet) -> Iterator[Finding]:
             continue  # its endpoints are written by hand
         pods = objects.selected(selector, service.namespace)
         if not pods:
-            got, fix = f"{selector}, which no pod here carries", "correct the selector or the pods' labels"
-            yield Finding("selector", service.title, "spec.selector", got, "labels of a pod", fix)
+            yield from _nobody(objects, service, "spec.selector", selector, "it has no endpoints")
             continue
         for index, row in enumerate(ports):
             target = row.get("targetPort", row.get("port"))
             if not any(_listens(pod, target) for pod in pods):
                 where = f"spec.ports[{index}].targetPort"
                 yield Finding("port", service.title, where, str(target), _ports_of(pods), "name a port of the pod")
+
+
+def _nobody(objects: ObjectSet, item: KubeObject, path: str, selector: object, why: str) -> Iterator[Finding]:
+    """Only where pods of that namespace are here, which it could have meant."""
+    if any(pod.owner.namespace == item.namespace for pod in objects.pods()):
+        got, expected = f"{selector}, which no pod here carries", f"labels of a pod: without one in the cluster {why}"
+        yield Finding("not-here", item.title, path, got, expected, "correct the selector or the pods' labels")
 
 
 def _service_ports(service: KubeObject) -> Iterator[Finding]:
@@ -66,11 +72,14 @@ def _ports_of(pods: list[Pod]) -> str:
 
 def container_ports(objects: ObjectSet) -> Iterator[Finding]:
     for pod in objects.pods():
-        names = Counter(row["name"] for _, box in pod.containers() for row in rows(box, "ports") if row.get("name"))
+        names = Counter(
+            name for _, box in pod.containers() for name in {row.get("name") for row in rows(box, "ports")} - {None}
+        )
         for name, count in names.items():
             if count > 1:
-                got = f"{count} ports named {name}"
-                yield Finding("port", pod.owner.title, f"{pod.path}.containers", got, "one", "rename one of them")
+                got, where = f"{name} in {count} containers", f"{pod.path}.containers"
+                expected = "a name of its own for each port: a Service takes the first"
+                yield Finding("port-name", pod.owner.title, where, got, expected, "rename one of them")
         boxes = Counter(str(box.get("name")) for _, box in pod.containers())
         for name, count in boxes.items():
             if count > 1:
@@ -93,7 +102,8 @@ def probes(objects: ObjectSet) -> Iterator[Finding]:
                 timeout, period = number(probe, "timeoutSeconds", 1), number(probe, "periodSeconds", 10)
                 if probe and timeout > period:
                     got, fix = f"timeout {timeout} s every {period} s", "shorten the timeout or probe less often"
-                    yield Finding("probe", pod.owner.title, where, got, "a timeout within the period", fix)
+                    expected = "a timeout within the period: a program that hangs is found later than the period says"
+                    yield Finding("probe", pod.owner.title, where, got, expected, fix)
 
 
 def readiness(objects: ObjectSet) -> Iterator[Finding]:
@@ -105,7 +115,8 @@ def readiness(objects: ObjectSet) -> Iterator[Finding]:
             if not any("readinessProbe" in container for _, container in pod.containers()):
                 where, fix = f"{pod.path}.containers", "probe what a client would ask"
                 got = f"no readinessProbe behind Service/{service.name}"
-                yield Finding("probe", pod.owner.title, where, got, "one", fix)
+                expected = "one: without it requests come from the moment that the process exists"
+                yield Finding("probe", pod.owner.title, where, got, expected, fix)
 
 
 def policies(objects: ObjectSet) -> Iterator[Finding]:
@@ -113,8 +124,7 @@ def policies(objects: ObjectSet) -> Iterator[Finding]:
         selector = mapping(policy.data, "spec.podSelector")
         pods = [p for p in objects.pods() if p.owner.namespace == policy.namespace and matches(selector, p.labels)]
         if selector and not pods:
-            got, fix = f"{selector}, which no pod here carries", "correct the selector"
-            yield Finding("selector", policy.title, "spec.podSelector", got, "labels of a pod", fix)
+            yield from _nobody(objects, policy, "spec.podSelector", selector, "it guards nothing")
             continue
         for index, rule in enumerate(rows(policy.data, "spec.ingress")):
             for row in rows(rule, "ports"):
@@ -129,10 +139,14 @@ def routes(objects: ObjectSet) -> Iterator[Finding]:
         for index, rule in enumerate(rows(route.data, "spec.rules")):
             for row in rows(rule, "backendRefs"):
                 where, name = f"spec.rules[{index}].backendRefs", str(row.get("name"))
-                service = objects.find("Service", name, str(row.get("namespace") or route.namespace))
-                if service is None:
-                    yield Finding("missing-reference", route.title, where, name, "a Service here", "correct the name")
-                elif row.get("port") not in {port.get("port") for port in rows(service.data, "spec.ports")}:
+                place = str(row.get("namespace") or route.namespace)
+                service = objects.find("Service", name, place) if row.get("kind", "Service") == "Service" else None
+                if service is None and any(item.namespace == place for item in objects.of("Service")):
+                    expected = "a Service here: without it requests get 500"
+                    yield Finding("not-here", route.title, where, name, expected, "correct the name")
+                elif service is not None and row.get("port") not in {
+                    port.get("port") for port in rows(service.data, "spec.ports")
+                }:
                     expected = f"a port of Service/{name}"
                     yield Finding("port", route.title, where, str(row.get("port")), expected, "correct the port")
         for row in rows(route.data, "spec.parentRefs"):
@@ -144,9 +158,9 @@ def routes(objects: ObjectSet) -> Iterator[Finding]:
             }:
                 expected = f"a listener of Gateway/{gateway.name}"
                 yield Finding("missing-reference", route.title, "spec.parentRefs", str(section), expected, "correct it")
-            if gateway is None and not row.get("namespace"):
+            if gateway is None and not row.get("namespace") and any(objects.of("Gateway")):
                 got, expected = f"Gateway {row.get('name')}", "a Gateway here, or the namespace where it is"
-                yield Finding("missing-reference", route.title, "spec.parentRefs", got, expected, "add one of them")
+                yield Finding("not-here", route.title, "spec.parentRefs", got, expected, "no request comes else")
 
 
 def monitors(objects: ObjectSet) -> Iterator[Finding]:
@@ -156,8 +170,7 @@ def monitors(objects: ObjectSet) -> Iterator[Finding]:
         if mapping(monitor.data, "spec.namespaceSelector"):
             continue
         if not pods:
-            got = f"{selector}, which no pod here carries"
-            yield Finding("selector", monitor.title, "spec.selector", got, "labels of a pod", "correct the selector")
+            yield from _nobody(objects, monitor, "spec.selector", selector, "nothing is measured")
         for index, row in enumerate(rows(monitor.data, "spec.podMetricsEndpoints")):
             if pods and row.get("port") and not any(row["port"] in pod.port_names for pod in pods):
                 where = f"spec.podMetricsEndpoints[{index}].port"
