@@ -164,7 +164,8 @@ def test_tritons_grpc_client_gets_the_same_through_the_door(ports: dict[str, int
             door.async_stream_infer("minilm", [rows], request_id=str(number), enable_empty_final_response=True)
         found = [answers.get(timeout=60) for _ in range(5)]
         door.stop_stream()
-        assert [result.get_response().id for result, error in found] == list("01234"), "in the order of the requests"
+        assert [error for _, error in found] == [None] * 5
+        assert [result.get_response().id for result, _ in found] == list("01234"), "in the order of the requests"
         assert all(np.allclose(result.as_numpy("embedding"), direct, atol=0.02) for result, _ in found)
         for forbidden in (
             door.get_model_repository_index, door.get_system_shared_memory_status, door.get_trace_settings,
