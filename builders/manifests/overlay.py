@@ -22,8 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from builders.errors import InputError, SpecError
 from builders.manifests.access import access
 from builders.manifests.jobs import jobs
@@ -34,6 +32,7 @@ from builders.manifests.scaling import scaler
 from builders.manifests.sizing import Sizing, size
 from builders.manifests.storage import store
 from builders.manifests.surroundings import DASHBOARD, creates_namespace, dashboard, gateway, monitors
+from builders.manifests.written import written
 from builders.spec import DeploymentSpec, Platform
 from builders.store.atomic import atomic_directory
 from runtime.record import Record
@@ -250,4 +249,4 @@ def _component(name: str, patches: list[Patch], generator: dict[str, Any] | None
 
 
 def _yaml(content: object) -> str:
-    return _HEADER + yaml.safe_dump(content, sort_keys=False, width=120)
+    return _HEADER + written(content)

@@ -165,6 +165,21 @@ def test_keys_for_clusters_of_other_people(tmp_path: Path) -> None:
     assert [row["name"] for row in job["containers"][0]["env"]] == ["HF_TOKEN", "HOME"]
 
 
+def test_words_of_the_spec_stay_texts(tmp_path: Path) -> None:
+    """Unquoted, kustomize and the API server would read numbers and yes or no in them."""
+    words = ["y", "N", "on", "0o17", "017", "1e3", "1.5", "null", "2026-01-01", "1_000", "0x1f", "true"]
+    spec = shared(
+        monitoring_labels={f"l{index}": word for index, word in enumerate(words)},
+        tolerations=[{"key": "k", "value": word, "effect": "NoSchedule"} for word in words],
+    )
+    write_manifests(spec, "cpu", tmp_path / "overlay")
+    objects = objects_of(tmp_path / "overlay")
+    (monitor,) = objects.of("PodMonitor")
+    assert [monitor.labels[f"l{index}"] for index in range(len(words))] == words
+    (deployment,) = (pod.spec for pod in objects.pods() if pod.owner.kind == "Deployment")
+    assert [row["value"] for row in deployment["tolerations"] if row["key"] == "k"] == words
+
+
 def test_every_job_of_several_has_the_token() -> None:
     slices: dict[str, Any] = {"kubernetes": {"huggingface_token": "hub", "tolerations": [{"key": "spot"}]}}
     slices["engine"] = {"flavour": "tensorrt", "targets": ["sm80", "sm90"]}

@@ -244,9 +244,14 @@ _INT = re.compile(r"[-+]?(?:0b[01_]+|0o?[0-7_]+|0x[0-9a-fA-F_]+|0|[1-9][0-9_]*)$
 _FLOAT = re.compile(
     r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$|[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$"
 )
-_Loader.add_implicit_resolver(f"{_TAG}bool", re.compile("[yYnN]$"), list("yYnN"))
-_Loader.add_implicit_resolver(f"{_TAG}int", _INT, list("-+0123456789"))
-_Loader.add_implicit_resolver(f"{_TAG}float", _FLOAT, list("-+0123456789."))
+# What an unquoted word is to Go's reader and not to PyYAML's: its tag, the words, and how they may begin.
+PLAIN_WORDS = (
+    (f"{_TAG}bool", re.compile("[yYnN]$"), list("yYnN")),
+    (f"{_TAG}int", _INT, list("-+0123456789")),
+    (f"{_TAG}float", _FLOAT, list("-+0123456789.")),
+)
+for _tag, _pattern, _first in PLAIN_WORDS:
+    _Loader.add_implicit_resolver(_tag, _pattern, _first)
 _Loader.add_constructor(f"{_TAG}bool", lambda loader, node: str(node.value).lower() in ("y", "yes", "on", "true"))
 _IGNORE = re.compile(r"^\s*#\s*lint-manifests:\s*ignore\s+(.+?)\s*$")
 _Loader.add_constructor("tag:yaml.org,2002:value", lambda loader, node: str(node.value))  # a lone `=`, in many CRDs
