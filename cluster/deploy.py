@@ -64,6 +64,12 @@ def deploy(
         raise RolloutError(f"{error}\n{last}") from error
 
 
+def plan(cluster: Cluster, documents: Sequence[Object], force: bool = False) -> list[Applied]:
+    """What a deployment would do, judged by the server. Raises ClusterError for what it would refuse."""
+    with _nothing_changed():
+        return rehearse(cluster, documents, force)
+
+
 def undo(cluster: Cluster, name: str, patience: Patience, report: Report, *, force: bool = False) -> Deployed:
     """Applies the last set before the current one that became ready, deletes what only the current one has, and waits.
 

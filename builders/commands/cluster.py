@@ -58,14 +58,13 @@ def deploy(
 ) -> None:
     """Server-side apply of the whole set, then waits until it serves. Exit 1 with the pods' own reasons."""
     from cluster import deploy
-    from cluster.preflight import rehearse
     from cluster.rollout import Patience
 
     found = _read(target, platform, name)
     with _connect(found, kubeconfig, context) as cluster:
         if dry_run == "server":
             with status("dry run", as_json):
-                planned = rehearse(cluster, found.documents, force_conflicts)
+                planned = deploy.plan(cluster, found.documents, force_conflicts)
             rows = [{"object": str(item.name), "change": item.change} for item in planned]
             print(json.dumps(rows, indent=2) if as_json else "\n".join(f"{r['change']:<9} {r['object']}" for r in rows))
             return

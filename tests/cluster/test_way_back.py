@@ -10,7 +10,7 @@ import pytest
 
 from cluster.api import Cluster
 from cluster.apply import apply, dry_run
-from cluster.deploy import deploy, undo
+from cluster.deploy import deploy, plan, undo
 from cluster.diff import changes_text
 from cluster.errors import ClusterError, RolloutError
 from cluster.kinds import Resource, conditions
@@ -133,6 +133,9 @@ def test_each_failure_ends_with_the_state_and_undo(fake: FakeCluster, tmp_path: 
         with pytest.raises(ClusterError) as refused:
             deploy(cluster, "demo", [deployment("other"), config_map("more")], PATIENCE, silent)
         assert last_line(refused.value).startswith("State: nothing was changed")
+        with pytest.raises(ClusterError) as tried:
+            plan(cluster, [deployment("other"), config_map("more")])
+        assert last_line(tried.value) == last_line(refused.value)
         assert refused.value.exit_code == 2
 
 
