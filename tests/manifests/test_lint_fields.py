@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from builders.manifests.lint.check import check_text
+from builders.manifests.lint.check import check_text, check_texts
 from builders.manifests.lint.formats import is_schedule
 from builders.manifests.lint.objects import read_objects
 
@@ -182,6 +182,16 @@ def test_a_kind_that_kubernetes_does_not_have() -> None:
     text = "apiVersion: %s\nkind: Deploymnt\nmetadata: {name: a}\n"
     assert rules(text % "apps/v1") == {"unknown-kind"}
     assert rules(text % "apps.example.org/v1") == {"no-schema"}
+
+
+def test_a_namesake_of_another_project_is_checked_by_its_own_schema_alone() -> None:
+    schema = {"type": "object", "properties": {"spec": {"type": "object", "properties": {"type": {"type": "string"}}}}}
+    text = "apiVersion: serving.example.org/v1\nkind: Service\nmetadata: {name: a}\nspec: {type: Function}\n"
+    given = {("serving.example.org/v1", "Service"): {**schema, "additionalProperties": True}}
+    assert check_texts([("x.yaml", text)], given=given).findings == ()
+    assert errors(text.replace("serving.example.org/v1", "v1"))
+    (finding,) = check_texts([("x.yaml", text.replace("Function", "1"))], given=given).findings
+    assert finding.rule == "schema"
 
 
 @pytest.mark.parametrize(

@@ -165,12 +165,23 @@ def _folder(version: str) -> Any:
     return folder
 
 
+def is_namesake(item: KubeObject, version: str = NEWEST) -> bool:
+    """Whether another project's kind has the name of one that rules know: a Service that is no Service."""
+    if item.api_version.rpartition("/")[0] in _groups(version) or (item.api_version, item.kind) in CUSTOM_RESOURCES:
+        return False
+    return item.kind in {*(kind for _, kind in _kinds(version)), *(kind for _, kind in CUSTOM_RESOURCES)}
+
+
+def _groups(version: str) -> set[str]:
+    return {group for group, _ in _kinds(version)}
+
+
 @cache
-def _groups(version: str) -> frozenset[str]:
-    """API groups of the built-in kinds."""
+def _kinds(version: str) -> frozenset[tuple[str, str]]:
+    """API group and name of the built-in kinds."""
     contents = json.loads((_folder(version) / "_definitions.json").read_text())["$defs"]
     rows = (row for part in contents.values() for row in part.get("x-kubernetes-group-version-kind", []))
-    return frozenset(row["group"] for row in rows)
+    return frozenset((row["group"], row["kind"]) for row in rows)
 
 
 @cache
