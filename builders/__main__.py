@@ -35,6 +35,7 @@ for command in (
     building.export,
     building.quantize,
     building.engine,
+    building.package,
     partitioning.shard,
     partitioning.verify,
     service.serve,

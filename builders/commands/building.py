@@ -96,6 +96,35 @@ def quantize(
     _print_graph(output, result, as_json)
 
 
+def package(
+    graph: Annotated[Path, typer.Argument(help="ONNX file of an encoder, written by `trireme export` or `quantize`")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="file to write, ending in .xml; weights go to .bin")],
+    target: Annotated[Literal["openvino"], typer.Option(help="whose format: openvino")],
+    calibration: Annotated[Path | None, typer.Option(help="UTF-8 file, one text a line; its end judges")] = None,
+    min_mean_cosine: Annotated[float, typer.Option(min=0, max=1)] = 0.998,
+    min_worst_cosine: Annotated[float, typer.Option(min=0, max=1)] = 0.98,
+    max_logit_error: Annotated[float, typer.Option(min=0, help="classification, reranking: of the spread")] = 0.2,
+    as_json: JsonFlag = False,
+) -> None:
+    """One graph to OpenVINO's own files, by its converter, judged by its runtime; OUTPUT.json has the figures."""
+    from builders.pipeline import edge
+    from builders.spec import PrecisionSlice
+
+    budget = PrecisionSlice(
+        min_mean_cosine=min_mean_cosine,
+        min_worst_cosine=min_worst_cosine,
+        max_logit_error=max_logit_error,
+        calibration_texts=calibration,
+    )
+    with status(f"package {graph} for {target}", as_json):
+        record = edge.package(graph, budget, output)
+    if as_json:
+        print(record.model_dump_json(indent=2))
+        return
+    size = sum(file.bytes for file in record.files)
+    print(f"{output}: {size / 1e6:.1f} MB with its weights, {record.quality.summary}")
+
+
 def engine(
     graph: Annotated[Path, typer.Argument(help="ONNX file")],
     output: Annotated[Path, typer.Option("-o", "--output", help="plan file to write")],
@@ -122,7 +151,8 @@ def _print_graph(output: Path, graph: OnnxGraph, as_json: bool, checkpoint: Chec
         facts = {"file": str(output), "bytes": graph.bytes, "quality": graph.quality.model_dump()}
         print(json.dumps({**facts, **before}))
         return
-    print(f"{output}: {graph.bytes / 1e6:.1f} MB, {graph.quality.summary}")
+    rounded = "" if graph.rounding is None else f", {graph.rounding.summary}"
+    print(f"{output}: {graph.bytes / 1e6:.1f} MB, {graph.quality.summary}{rounded}")
     if before.get("prompt"):
         print(f"the graph takes ids: put {before['prompt']!r} before each text, as the checkpoint's default prompt")
     if before.get("lower_case"):

@@ -37,11 +37,11 @@ class Sidecar(Record):
 def export(model: ModelSlice, precision: Literal["fp32", "fp16"], output: Path) -> tuple[OnnxGraph, Checkpoint]:
     """Any task's graph; that of an encoder-decoder's encoder lies beside it, as `encoder_beside` names it."""
     checkpoint = load_checkpoint(model)
-    with _beside(output) as work:
-        return _publish(_exported(checkpoint, precision, work), model, output), checkpoint
+    with beside(output) as work:
+        return _publish(exported(checkpoint, precision, work), model, output), checkpoint
 
 
-def _exported(checkpoint: Checkpoint, precision: Literal["fp32", "fp16"], work: Path) -> OnnxGraph:
+def exported(checkpoint: Checkpoint, precision: Literal["fp32", "fp16"], work: Path) -> OnnxGraph:
     if checkpoint.generation is None:
         from builders.export.encoder import export_encoder
 
@@ -58,7 +58,7 @@ def _exported(checkpoint: Checkpoint, precision: Literal["fp32", "fp16"], work: 
 
 def quantize(source: Path, scheme: Scheme | None, budget: PrecisionSlice, output: Path) -> OnnxGraph:
     """The given graph is source and reference at once. Raises QualityError with the figures."""
-    graph, model, checkpoint = _read(source)
+    graph, model, checkpoint = read_recorded(source)
     chosen = scheme or ("int8" if checkpoint.generation is None else "w8")
     if graph.precision not in ("fp32", "fp16"):
         raise InputError(
@@ -71,7 +71,7 @@ def quantize(source: Path, scheme: Scheme | None, budget: PrecisionSlice, output
             expected="int8 for encoders; w8 or w4, weights alone, for language models", fix="choose one of these",
         )  # fmt: skip
     calibration, held_out = calibration_and_held_out(budget)
-    with _beside(output) as work, _beside(output) as staged:
+    with beside(output) as work, beside(output) as staged:
         given = _staged(graph, checkpoint, staged)
         if chosen == "int8":
             from builders.quantize.int8 import quantize_int8
@@ -120,7 +120,7 @@ def engine(source: Path, flavour: Flavour, target: str, batch: str, length: str,
     _require_file(source)
     profile = ProfileSlice(batch=_range("--batch", batch), length=_range("--length", length))
     compiled = compile_plan(source, flavour, target, (profile,), describe(source)[0])
-    with _beside(output) as work:
+    with beside(output) as work:
         (work / output.name).write_bytes(compiled.plan)
         record = EngineRecord(
             file=FileRecord.of(work / output.name),
@@ -145,7 +145,7 @@ def _range(option: str, text: str) -> Range:
         raise InputError(option, got=text, expected="min:opt:max, rising", fix=f"{option} 1:8:32") from error
 
 
-def _read(source: Path) -> tuple[OnnxGraph, ModelSlice, Checkpoint]:
+def read_recorded(source: Path) -> tuple[OnnxGraph, ModelSlice, Checkpoint]:
     _require_file(source)
     sidecar = source.with_name(f"{source.name}.json")
     try:
@@ -178,7 +178,7 @@ def _require_file(source: Path) -> None:
 
 
 @contextmanager
-def _beside(output: Path) -> Iterator[Path]:
+def beside(output: Path) -> Iterator[Path]:
     """A scratch folder on the same disk as `output`."""
     if not output.parent.is_dir():
         raise InputError(f"output {output}", got="no such folder", expected="a folder that exists", fix="create it")

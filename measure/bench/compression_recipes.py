@@ -26,6 +26,7 @@ class BenchRecipe:
     aim: dict[str, float] = field(default_factory=dict)
     quick: bool = False
     qat: dict[str, Any] | None = None
+    rounding: str = "auto"
     against: str = ""
 
     def spec(self, quick: bool = False) -> DeploymentSpec:
@@ -39,7 +40,8 @@ class BenchRecipe:
                 "compress": steps,
                 "budget": {"min_mean_cosine": 0.0, **self.aim} if steps else None,
                 "precision": {
-                    "cpu": self.precision, "min_mean_cosine": 0.9, "min_worst_cosine": 0.8, "qat": self._training(quick)
+                    "cpu": self.precision, "rounding": self.rounding, "qat": self._training(quick),
+                    "min_mean_cosine": 0.9, "min_worst_cosine": 0.8,
                 },
                 "serving": {"executor": preset.serving.executor, "length_buckets": preset.serving.length_buckets},
             }
@@ -65,7 +67,8 @@ def recipes() -> tuple[BenchRecipe, ...]:
     return (
         BenchRecipe("original", quick=True),
         BenchRecipe("original, bf16", precision="bf16"),
-        BenchRecipe("original, int8", precision="int8", quick=True),
+        BenchRecipe("original, int8, to the nearest", precision="int8", rounding="nearest"),
+        BenchRecipe("original, int8", precision="int8", against="original, int8, to the nearest", quick=True),
         BenchRecipe(
             "original, int8, QAT 3 min", precision="int8", qat={"minutes": 3}, against="original, int8"
         ),

@@ -77,6 +77,8 @@ def test_single_stages_chain(tiny_bert: Path, tmp_path: Path) -> None:
         (["export", "/no/such/folder", "-o", "x.onnx"], "no such folder"),
         (["quantize", "no-such.onnx", "-o", "x.onnx"], "no such file"),
         (["engine", "no-such.onnx", "-o", "x.plan", "--target", "sm89"], "no such file"),
+        (["package", "no-such.onnx", "-o", "x.xml", "--target", "openvino"], "no such file"),
+        (["package", "README.md", "-o", "x.xml", "--target", "tflite"], "Invalid value for '--target'"),
         (["report", "no-such.json"], "no-such.json"),
         (["engine", "README.md", "-o", "x.plan", "--target", "sm89"], "no ONNX model"),
         (["loadtest", "minilm", "-o", "x.html"], "FILE.json"),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from builders.errors import InputError
-from builders.pipeline import one_file
+from builders.pipeline import edge, one_file
 from builders.spec import ModelSlice, PrecisionSlice
 from tests.generators import save_generator
 
@@ -33,6 +33,8 @@ def test_language_models_from_checkpoint_to_weights_in_8_bits(
     assert sorted(path.name for path in out.iterdir()) == files
     with pytest.raises(InputError, match="got int8 with a graph of task"):
         one_file.quantize(out / "m.onnx", "int8", BUDGET, small / "m.onnx")
+    with pytest.raises(InputError, match=f"got a graph of task {task}; expected an encoder's"):
+        edge.package(out / "m.onnx", BUDGET, small / "m.xml")
     assert not list(small.iterdir())
     result = one_file.quantize(out / "m.onnx", None, BUDGET, small / "m.onnx")
     assert (graph.precision, result.precision) == ("fp32", "w8")
