@@ -23,7 +23,7 @@ class TritonPythonModel:
         vectors = np.array([[len(text), sum(text) % 97, 1] for text in texts], np.float32)
         {change}
         count = np.full((len(texts), 1), 1, np.int32)
-        made = {"embedding": vectors, "token_count": count}.items()
+        made = {"embedding": vectors, "token_count": count, "truncated": count > 1}.items()
         return pb_utils.InferenceResponse([pb_utils.Tensor(name, values) for name, values in made])
 """
 _CONFIG = """name: "tiny"
@@ -32,6 +32,7 @@ max_batch_size: 8
 input { name: "text" data_type: TYPE_STRING dims: 1 }
 output { name: "embedding" data_type: TYPE_FP32 dims: 3 }
 output { name: "token_count" data_type: TYPE_INT32 dims: 1 }
+output { name: "truncated" data_type: TYPE_BOOL dims: 1 }
 instance_group { count: 1 kind: KIND_CPU }
 """
 SOUND = "pass"

@@ -14,6 +14,7 @@ from builders.errors import InputError, QualityError, UnsupportedError
 from builders.pipeline import edge, one_file
 from builders.pipeline.edge import PackageRecord
 from builders.spec import ModelSlice, PrecisionSlice
+from runtime.session import open_session
 
 BUDGET = PrecisionSlice(calibration_samples=8)
 
@@ -29,7 +30,6 @@ def graph(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_openvino_reads_its_files_and_gives_the_vectors_of_the_graph(graph: Path, tmp_path: Path) -> None:
-    import onnxruntime
     import openvino
 
     record = edge.package(graph, BUDGET, tmp_path / "m.xml")
@@ -39,7 +39,7 @@ def test_openvino_reads_its_files_and_gives_the_vectors_of_the_graph(graph: Path
     assert record.source == FileRecord.of(graph)
     assert "OpenVINO" in record.quality.executor
     assert record.quality.worst_cosine > 0.9999
-    session = onnxruntime.InferenceSession(str(graph))
+    session = open_session(graph)
     ids = np.arange(5, 17)[None]
     feeds = {item.name: np.zeros_like(ids) if "type" in item.name else ids for item in session.get_inputs()}
     feeds["attention_mask"] = np.ones_like(ids)

@@ -258,13 +258,15 @@ def test_a_generator_with_more_than_it_can_do_stays_ready(repository: Path) -> N
         while time.monotonic() < end:
             unready.add(health.ready())
             done.wait(0.1)
+        # Before any leave, who can take Triton 2.51 with them: see `Stream.leave`.
+        under_load, repaired = list(health.failures), list(running.said)
         done.set()
         for thread in asking:
             thread.join(PATIENCE_S)
-        assert all(failure.busy for failure in health.failures)
-        assert sum(failure.moving for failure in health.failures) > 3
+        assert all(failure.busy for failure in under_load), under_load
+        assert sum(failure.moving for failure in under_load) > 3
         assert unready == {None}
-        assert running.said == []
+        assert repaired == []
 
 
 def test_nobody_else_can_be_taken_for_the_probe(repository: Path) -> None:
