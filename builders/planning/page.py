@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from html import escape
@@ -9,6 +10,8 @@ from html import escape
 from builders.artifacts import Partition, PipelineStage
 from builders.planning.picture import STYLE, DrawnStage, Map, Rank, amount, draw, milliseconds
 from builders.planning.plan import CONTEXT_BYTES, Candidate, StagePlan
+
+_FIGURE = re.compile(r"[-+]?\d[\d.,]*(e[-+]?\d+)?( ?[^\s\d]{1,9})?")  # and its unit
 
 _PAGE_STYLE = """
 body { margin: 2rem auto; max-width: 72rem; padding: 0 1rem; font: 15px/1.5 system-ui, sans-serif; color: var(--ink);
@@ -114,4 +117,5 @@ def table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 
 
 def _cell(told: str) -> str:
-    return f'<td class="figure">{escape(told)}</td>' if told[:1].isdigit() else f"<td>{escape(told)}</td>"
+    """A text that begins with a number, such as a date, is no figure."""
+    return f'<td class="figure">{escape(told)}</td>' if _FIGURE.fullmatch(told) else f"<td>{escape(told)}</td>"
