@@ -210,6 +210,10 @@ class OnnxGraph(Artifact):
     rounding: RoundingChoice | None = None
 
     @property
+    def judged(self) -> str:
+        return ", ".join(each.summary for each in (self.quality, self.rounding) if each is not None)
+
+    @property
     def file_path(self) -> Path:
         return self.path(self.file)
 

@@ -151,8 +151,7 @@ def _print_graph(output: Path, graph: OnnxGraph, as_json: bool, checkpoint: Chec
         facts = {"file": str(output), "bytes": graph.bytes, "quality": graph.quality.model_dump()}
         print(json.dumps({**facts, **before}))
         return
-    rounded = "" if graph.rounding is None else f", {graph.rounding.summary}"
-    print(f"{output}: {graph.bytes / 1e6:.1f} MB, {graph.quality.summary}{rounded}")
+    print(f"{output}: {graph.bytes / 1e6:.1f} MB, {graph.judged}")
     if before.get("prompt"):
         print(f"the graph takes ids: put {before['prompt']!r} before each text, as the checkpoint's default prompt")
     if before.get("lower_case"):

@@ -27,6 +27,12 @@ federate = typer.Typer(
 Cert = Annotated[Path, typer.Option(help="this side's certificate with what leads to its root, in PEM")]
 Key = Annotated[Path, typer.Option(help="its key, in PEM, without a password")]
 Authority = Annotated[Path, typer.Option(help="authority that signed the other side's certificates, in PEM")]
+HeldOut = Annotated[
+    Path | None, typer.Option(help="UTF-8 file, a text a line: judges the candidate; no client may train on it")
+]
+Texts = Annotated[
+    Path | None, typer.Option(help="UTF-8 file, a text a line, to learn from; default: the spec's feedback")
+]
 
 
 @federate.command("serve")
@@ -36,9 +42,7 @@ def serve_rounds(
     tls_key: Key,
     tls_ca: Authority,
     listen: Annotated[str, typer.Option(help="host:port where clients come")] = "127.0.0.1:7443",
-    held_out: Annotated[
-        Path | None, typer.Option(help="UTF-8 file, a text a line: judges the candidate; no client may train on it")
-    ] = None,
+    held_out: HeldOut = None,
     build_dir: BuildDir = DEFAULT_BUILD,
     as_json: JsonFlag = False,
 ) -> None:
@@ -70,9 +74,7 @@ def join_rounds(
     tls_key: Key,
     tls_ca: Authority,
     coordinator: Annotated[str, typer.Option(help="host:port of `trireme online federate serve`")] = "127.0.0.1:7443",
-    texts: Annotated[
-        Path | None, typer.Option(help="UTF-8 file, a text a line, to learn from; default: the spec's feedback")
-    ] = None,
+    texts: Texts = None,
     minutes: Annotated[float, typer.Option(min=0, help="end after this time, between two rounds")] = 1440.0,
     build_dir: BuildDir = DEFAULT_BUILD,
     as_json: JsonFlag = False,
@@ -107,9 +109,7 @@ def join_rounds(
 def offer_rounds(
     spec: SpecArgument,
     out: Annotated[Path, typer.Option("--out", "-o", help="folder for offer.json and weights.safetensors")],
-    held_out: Annotated[
-        Path | None, typer.Option(help="UTF-8 file, a text a line: judges the candidate; no client may train on it")
-    ] = None,
+    held_out: HeldOut = None,
     build_dir: BuildDir = DEFAULT_BUILD,
     as_json: JsonFlag = False,
 ) -> None:
@@ -143,9 +143,7 @@ def learn_lesson(
     weights: Annotated[Path, typer.Option(help="safetensors that the round begins with")],
     number: Annotated[int, typer.Option("--round", min=1, help="the first is 1")],
     out: Annotated[Path, typer.Option("--out", "-o", help="safetensors after this client's steps")],
-    texts: Annotated[
-        Path | None, typer.Option(help="UTF-8 file, a text a line, to learn from; default: the spec's feedback")
-    ] = None,
+    texts: Texts = None,
     build_dir: BuildDir = DEFAULT_BUILD,
 ) -> None:
     """One round of a client whose rounds another system drives: files in, a file and a line of JSON out."""

@@ -74,8 +74,7 @@ def quantize(built: Build, store: Store, report: Report) -> Build:
         OnnxGraph,
         run,
     )
-    rounded = "" if item.rounding is None else f", {item.rounding.summary}"
-    report("quantize", done(f"int8, {item.bytes / 1e6:.1f} MB, {item.quality.summary}{rounded}", hit))
+    report("quantize", done(f"int8, {item.bytes / 1e6:.1f} MB, {item.judged}", hit))
     if budget.qat is not None:
         item = qat.trained(built, item, budget.qat, store, report)
     return replace(built, graphs=(*built.graphs, item))

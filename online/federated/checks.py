@@ -11,6 +11,7 @@ import numpy as np
 
 from online.federated.errors import UpdateRejected
 from online.federated.tensors import MOMENT, Shapes, TensorFile, Tensors, length_of
+from runtime.errors import InputError
 
 _FEWEST_TO_COMPARE = 3  # of two, nobody can tell which is the outlier
 _SHOWN = 3
@@ -41,6 +42,15 @@ def require_update(file: Path, shapes: Shapes, longest: float, clip: float = mat
     if not length <= longest:
         raise UpdateRejected(f"its length is {length:.4g}; at most {longest:.4g} is taken")
     return length
+
+
+def opened_weights(file: Path, shapes: Shapes, what: str, expected: str, fix: str) -> TensorFile:
+    """Weights of any length that came from elsewhere. Raises InputError in the caller's words."""
+    try:
+        require_update(file, shapes, math.inf)
+    except UpdateRejected as error:
+        raise InputError(what, got=str(error), expected=expected, fix=fix) from error
+    return TensorFile(file)
 
 
 def _require_moments(tensors: Tensors, clip: float) -> None:

@@ -12,8 +12,7 @@ from typing import Any, Protocol
 
 from builders.errors import DivergedError
 from online.federated import wire
-from online.federated.checks import require_update
-from online.federated.errors import UpdateRejected
+from online.federated.checks import opened_weights
 from online.federated.local import Learnt, Lesson
 from online.federated.rounds import UpdateAnswer
 from online.federated.tensors import Shapes, TensorFile, Tensors
@@ -125,14 +124,10 @@ class FederatedClient:
 
     def _opened(self, file: Path, lesson: Lesson) -> TensorFile:
         """Raises InputError for weights that are not of this client's model."""
-        try:
-            require_update(file, self.learner.shapes(lesson), _NO_LIMIT)
-        except UpdateRejected as error:
-            raise InputError(
-                f"weights from {self.address}", got=str(error), expected="those of this client's model",
-                fix="name the coordinator's model in the spec",
-            ) from error  # fmt: skip
-        return TensorFile(file)
+        return opened_weights(
+            file, self.learner.shapes(lesson), f"weights from {self.address}", "those of this client's model",
+            "name the coordinator's model in the spec",
+        )  # fmt: skip
 
 
 class _Calls:

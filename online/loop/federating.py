@@ -27,8 +27,7 @@ from online.federated.plan import FederatedPlan
 from online.federated.tensors import Floats, Tensors, put_weights, weights_of
 from online.federated.tls import TlsIdentity
 from online.gate.architecture import fingerprint
-from online.gate.verdict import GateVerdict
-from online.learner.memory import Reservoir, load_memory
+from online.learner.memory import Memory, Reservoir, load_memory
 from online.learner.recipe import UpdateRecipe
 from online.learner.update import REPORT, UpdateReport, step_back, write_version
 from online.learner.weights import WEIGHTS
@@ -36,7 +35,7 @@ from online.loop.due import require_window
 from online.loop.first import adopt
 from online.loop.gathered import FEWEST_HELD_OUT, MOST_HELD_OUT, thinned
 from online.loop.journal import LoopJournal
-from online.loop.learning import judge_update
+from online.loop.learning import JudgedAtTheGate
 from online.loop.records import LoopState, UpdateRecord
 from online.loop.settings import budget_of, learnt_task, online_of, plan_of, policy_of, recipe_of
 from online.tasks.task import LearningTask, Rows
@@ -97,7 +96,7 @@ def _judging_rows(spec: DeploymentSpec, journal: LoopJournal, state: LoopState, 
 
 
 @dataclass(frozen=True)
-class FederatedLearning:
+class FederatedLearning(JudgedAtTheGate):
     """`address`: host:port where clients come; it is heard at while rounds go on, and no longer."""
 
     address: str
@@ -110,11 +109,9 @@ class FederatedLearning:
         """Raises TooFewClients; called again, it goes on from the last complete round."""
         if out.is_dir():
             return UpdateReport.model_validate_json((out / REPORT).read_bytes())
-        assert update.federated is not None
-        started = time.process_time()
-        offer, first = offer_of(task.load(champion), champion, update, rows[1].shape[1] - 1)
+        start = RoundsStart.of(task, champion, update, rows[1])
         files = RoundFiles(out.parent / FOLDER)
-        coordinator = Coordinator(offer, files, first, self.say)
+        coordinator = Coordinator(start.offer, files, start.first, self.say)
         with listening(coordinator, self.address, self.identity) as port:
             self.say(f"clients may join at port {port}, from round {coordinator.state.complete + 1} on")
             weights = coordinator.run()
@@ -122,29 +119,11 @@ class FederatedLearning:
         joined = Joined(
             weights,
             rows=sum({one.client: one.samples for record in history for one in record.accepted}.values()),
-            curve=curve_of(history, update.federated, update.recipe, offer.window),
+            curve=curve_of(history, start.offer.plan, update.recipe, start.offer.window),
         )
-        found = write_candidate(task, champion, update, rows[1], joined, out, started)
+        found = start.candidate(joined, out)
         files.drop()
         return found
-
-    def judge(
-        self, task: LearningTask, champion: Path, update: UpdateRecord, held_out: Rows, candidate: Path
-    ) -> GateVerdict:
-        return judge_update(task, champion, update.domain, held_out, candidate, update.budget)
-
-
-def offer_of(model: Any, champion: Path, update: UpdateRecord, window: int) -> tuple[Offer, dict[str, Floats]]:
-    """What clients are offered, and what the first round begins with: the weights of the champion, which `model` has,
-    and moments where they are shared."""
-    assert update.federated is not None
-    digest = file_digest(champion / WEIGHTS)
-    offer = Offer(
-        key=_key(digest, update.domain, update.recipe, update.federated), architecture=fingerprint(champion),
-        window=window, recipe=update.recipe, plan=update.federated,
-    )  # fmt: skip
-    moments = no_moments(model, update.recipe) if update.federated.share_moments else {}
-    return offer, {**weights_of(model), **moments}
 
 
 @dataclass(frozen=True)
@@ -156,33 +135,58 @@ class Joined:
     curve: tuple[LossPoint, ...]
 
 
-def write_candidate(
-    task: LearningTask, champion: Path, update: UpdateRecord, held_out: Rows, joined: Joined, out: Path, started: float
-) -> UpdateReport:
-    """As much of the way from the champion as the budget allows. `started`: by the process's time."""
-    memory = load_memory(champion)
-    model = task.load(champion)
-    previous = copy.deepcopy(model).eval()
-    put_weights(model, joined.weights)
-    found = UpdateReport(
-        recipe=update.recipe,
-        max_forgetting=update.budget.max_forgetting,
-        max_fall=update.budget.max_fall,
-        domain=update.domain,
-        new_rows=joined.rows,
-        replayed_rows=update.recipe.replayed(len(memory.reservoir.rows)),
-        previous_sha256=file_digest(champion / WEIGHTS),
-        curve=joined.curve,
-        step=step_back(task, model, previous, memory, update.budget),
-        cpu_s=round(time.process_time() - started, 1),
-    )
-    after = memory.with_domain(update.domain, held_out)
-    if not update.recipe.keep_old:
-        after = replace(after, reservoir=Reservoir.empty(task.width))
-    with atomic_directory(out) as work:
-        write_version(model.eval(), champion, work, after)
-        (work / REPORT).write_text(found.model_dump_json(indent=2) + "\n")
-    return found
+@dataclass(frozen=True)
+class RoundsStart:
+    """What the rounds of an update begin with: `first`, which are the champion's weights, as `model` has them, and
+    moments where they are shared. `began`: by the process's time."""
+
+    task: LearningTask
+    champion: Path
+    update: UpdateRecord
+    model: Any
+    digest: str
+    memory: Memory
+    after: Memory
+    offer: Offer
+    first: dict[str, Floats]
+    began: float
+
+    @staticmethod
+    def of(task: LearningTask, champion: Path, update: UpdateRecord, held_out: Rows) -> RoundsStart:
+        assert update.federated is not None
+        began, memory = time.process_time(), load_memory(champion)
+        after = memory.with_domain(update.domain, held_out)  # refused before anything is trained
+        if not update.recipe.keep_old:
+            after = replace(after, reservoir=Reservoir.empty(task.width))
+        model, digest = task.load(champion), file_digest(champion / WEIGHTS)
+        offer = Offer(
+            key=_key(digest, update.domain, update.recipe, update.federated), architecture=fingerprint(champion),
+            window=held_out.shape[1] - 1, recipe=update.recipe, plan=update.federated,
+        )  # fmt: skip
+        moments = no_moments(model, update.recipe) if update.federated.share_moments else {}
+        first = {**weights_of(model), **moments}
+        return RoundsStart(task, champion, update, model, digest, memory, after, offer, first, began)
+
+    def candidate(self, joined: Joined, out: Path) -> UpdateReport:
+        """As much of the way from the champion as the budget allows. Once: `model` moves."""
+        update, previous = self.update, copy.deepcopy(self.model).eval()
+        put_weights(self.model, joined.weights)
+        found = UpdateReport(
+            recipe=update.recipe,
+            max_forgetting=update.budget.max_forgetting,
+            max_fall=update.budget.max_fall,
+            domain=update.domain,
+            new_rows=joined.rows,
+            replayed_rows=update.recipe.replayed(len(self.memory.reservoir.rows)),
+            previous_sha256=self.digest,
+            curve=joined.curve,
+            step=step_back(self.task, self.model, previous, self.memory, update.budget),
+            cpu_s=round(time.process_time() - self.began, 1),
+        )
+        with atomic_directory(out) as work:
+            write_version(self.model.eval(), self.champion, work, self.after)
+            (work / REPORT).write_text(found.model_dump_json(indent=2) + "\n")
+        return found
 
 
 def curve_of(

@@ -30,8 +30,17 @@ class Learning(Protocol):
     ) -> GateVerdict: ...
 
 
+class JudgedAtTheGate:
+    """However it was trained."""
+
+    def judge(
+        self, task: LearningTask, champion: Path, update: UpdateRecord, held_out: Rows, candidate: Path
+    ) -> GateVerdict:
+        return judge_update(task, champion, update.domain, held_out, candidate, update.budget)
+
+
 @dataclass(frozen=True)
-class TaskLearning:
+class TaskLearning(JudgedAtTheGate):
     report: Callable[[TrainingProgress], None] = lambda progress: None
 
     def train(
@@ -42,11 +51,6 @@ class TaskLearning:
         return update_version(
             task, champion, update.domain, *rows, out, update.recipe, budget=update.budget, report=self.report
         )
-
-    def judge(
-        self, task: LearningTask, champion: Path, update: UpdateRecord, held_out: Rows, candidate: Path
-    ) -> GateVerdict:
-        return judge_update(task, champion, update.domain, held_out, candidate, update.budget)
 
 
 def judge_update(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,20 +12,18 @@ from pydantic import Field, ValidationError
 from builders.judging.corpus import Document
 from builders.spec import DeploymentSpec
 from builders.training.recipe import LossPoint
-from online.federated.checks import require_update
+from online.federated.checks import opened_weights
 from online.federated.coordinator import Offer
-from online.federated.errors import UpdateRejected
 from online.federated.local import Lesson
 from online.federated.tensors import Shapes, TensorFile, parted, shapes_of, write_tensors
 from online.files import replace_file
 from online.gate.architecture import fingerprint
-from online.gate.verdict import GateVerdict
 from online.learner.update import REPORT, UpdateReport
-from online.loop.federating import Joined, offer_of, write_candidate
+from online.loop.federating import Joined, RoundsStart
 from online.loop.first import adopt
 from online.loop.joining import own_learner
 from online.loop.journal import LoopFiles, LoopJournal
-from online.loop.learning import judge_update
+from online.loop.learning import JudgedAtTheGate
 from online.loop.records import LoopState, UpdateRecord
 from online.loop.settings import online_of
 from online.tasks.task import LearningTask, Rows
@@ -61,11 +57,11 @@ def write_offer(spec: DeploymentSpec, journal: LoopJournal, out: Path) -> Offer:
     assert state is not None
     _, task = adopt(spec, journal.checkpoint(0))
     champion, held_out = journal.checkpoint(state.champion.update), journal.rows(update.number)[1]
-    offer, first = offer_of(task.load(champion), champion, update, held_out.shape[1] - 1)
+    start = RoundsStart.of(task, champion, update, held_out)
     out.mkdir(parents=True, exist_ok=True)
-    write_tensors(first, out / WEIGHTS)
-    replace_file(out / OFFER, (offer.model_dump_json(indent=2) + "\n").encode())
-    return offer
+    write_tensors(start.first, out / WEIGHTS)
+    replace_file(out / OFFER, (start.offer.model_dump_json(indent=2) + "\n").encode())
+    return start.offer
 
 
 def waiting(state: LoopState | None) -> UpdateRecord:
@@ -130,18 +126,14 @@ def _require_same(spec: DeploymentSpec, files: LoopFiles, offer: Offer) -> None:
 
 
 def _opened(file: Path, shapes: Shapes) -> TensorFile:
-    try:
-        require_update(file, shapes, math.inf)
-    except UpdateRejected as error:
-        raise InputError(
-            f"weights {file}", got=str(error), expected="those that the offer begins with, after some rounds",
-            fix="name a file that the rounds have made",
-        ) from error  # fmt: skip
-    return TensorFile(file)
+    return opened_weights(
+        file, shapes, f"weights {file}", "those that the offer begins with, after some rounds",
+        "name a file that the rounds have made",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class BroughtLearning:
+class BroughtLearning(JudgedAtTheGate):
     """An update whose rounds others drove; `weights`: the file that they ended with."""
 
     weights: Path
@@ -152,21 +144,14 @@ class BroughtLearning:
         """Raises InputError for weights of another offer."""
         if out.is_dir():
             return UpdateReport.model_validate_json((out / REPORT).read_bytes())
-        started = time.process_time()
-        offer, first = offer_of(task.load(champion), champion, update, rows[1].shape[1] - 1)
-        brought = _opened(self.weights, shapes_of(first))
-        facts = _facts(self.weights, brought, offer)
+        start = RoundsStart.of(task, champion, update, rows[1])
+        brought = _opened(self.weights, shapes_of(start.first))
+        facts = _facts(self.weights, brought, start.offer)
         curve = tuple(
-            LossPoint(step=(number + 1) * offer.plan.local_steps, tokens=0, train=loss, held_out=None)
+            LossPoint(step=(number + 1) * start.offer.plan.local_steps, tokens=0, train=loss, held_out=None)
             for number, loss in enumerate(facts.losses)
         )
-        joined = Joined(parted(brought)[0], facts.rows, curve)
-        return write_candidate(task, champion, update, rows[1], joined, out, started)
-
-    def judge(
-        self, task: LearningTask, champion: Path, update: UpdateRecord, held_out: Rows, candidate: Path
-    ) -> GateVerdict:
-        return judge_update(task, champion, update.domain, held_out, candidate, update.budget)
+        return start.candidate(Joined(parted(brought)[0], facts.rows, curve), out)
 
 
 def _facts(file: Path, brought: TensorFile, offer: Offer) -> JoinedFacts:

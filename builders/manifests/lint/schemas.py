@@ -169,11 +169,17 @@ def is_namesake(item: KubeObject, version: str = NEWEST) -> bool:
     """Whether another project's kind has the name of one that rules know: a Service that is no Service."""
     if item.api_version.rpartition("/")[0] in _groups(version) or (item.api_version, item.kind) in CUSTOM_RESOURCES:
         return False
-    return item.kind in {*(kind for _, kind in _kinds(version)), *(kind for _, kind in CUSTOM_RESOURCES)}
+    return item.kind in _names(version)
 
 
-def _groups(version: str) -> set[str]:
-    return {group for group, _ in _kinds(version)}
+@cache
+def _names(version: str) -> frozenset[str]:
+    return frozenset(kind for _, kind in {*_kinds(version), *CUSTOM_RESOURCES})
+
+
+@cache
+def _groups(version: str) -> frozenset[str]:
+    return frozenset(group for group, _ in _kinds(version))
 
 
 @cache
