@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from statistics import median
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,15 +25,11 @@ Work = Callable[[], object]
 Clock = Callable[[], float]
 
 
-def speed_ratio(reference: Work, candidate: Work, clock: Clock = time.process_time) -> float:
-    """2.0: `candidate` does the work in half the time of `reference`. The median of several rounds of both."""
-    return median(speed_ratios(reference, candidate, FEWEST_ROUNDS, clock))
-
-
 def speed_ratios(
     reference: Work, candidate: Work, fewest: int = FEWEST_ROUNDS, clock: Clock = time.process_time
 ) -> list[float]:
-    """The ratio in each round: at least `fewest`, and up to `ROUNDS` while there is time."""
+    """2.0: `candidate` does the work in half the time of `reference`. One of each round: at least `fewest`, and up to
+    `ROUNDS` while there is time."""
     reference(), candidate()  # kernels are made for shapes when these are first seen
     began, ratios = clock(), list[float]()
     while len(ratios) < fewest or (len(ratios) < ROUNDS and clock() - began < LIMIT_SECONDS):

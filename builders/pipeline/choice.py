@@ -52,7 +52,7 @@ def weigh(built: Build, store: Store, report: Report) -> Build:
 
     def run(out: Path) -> PrecisionChoice:
         found = built.served or built.served_graph.quality
-        ratio = _speed(_alone(built, "fp32"), _alone(built, named))
+        ratio = _speed(_in(built, "fp32"), _in(built, named))
         asked = PrecisionCandidate(precision=named, quality=found, speed=ratio, reason="taken: asked for by name")
         plain = PrecisionCandidate(
             precision="fp32", quality=built.graph("fp32").quality, speed=1.0, reason="the yardstick"
@@ -102,13 +102,20 @@ def _qualified(built: Build, name: CpuPrecision, store: Store, report: Report) -
     return found
 
 
-def _alone(built: Build, name: CpuPrecision) -> Build:
-    """The same graphs, served in another precision and without ranks."""
-    return replace(built, spec=built.spec.with_cpu_precision(name), partition=None, ranks=None)
+def _in(built: Build, name: CpuPrecision) -> Build:
+    """The same graphs, served in another precision."""
+    return replace(built, spec=built.spec.with_cpu_precision(name))
 
 
 def _speed(reference: Build, candidate: Build) -> float:
-    return (_decoder_speed if reference.spec.generates else encoder_speed)(reference, candidate)
+    return median(speeds(reference, candidate))
+
+
+def speeds(reference: Build, candidate: Build, fewest: int = speed.FEWEST_ROUNDS) -> list[float]:
+    """Of rounds by turns; 2.0: the candidate's graph takes half the CPU time of the reference's, each by the executor
+    that serves it. Graphs are whole, whatever ranks share them."""
+    plain, other = (replace(each, partition=None, ranks=None) for each in (reference, candidate))
+    return (_decoder_speeds if reference.spec.generates else encoder_speeds)(plain, other, fewest)
 
 
 def encoder_speed(reference: Build, candidate: Build) -> float:
@@ -131,14 +138,16 @@ def _encoder(built: Build) -> contextlib.closing[Encoder]:
     return contextlib.closing(open_encoder(settings, {key: part.path(name) for key, name in settings.files.items()}))
 
 
-def _decoder_speed(reference: Build, candidate: Build) -> float:
+def _decoder_speeds(reference: Build, candidate: Build, fewest: int) -> list[float]:
     _, held_out = vectors.calibration_and_held_out(reference.spec.precision)
     count = min(speed.DECODE_ROWS, reference.spec.generation.slots)
     rows = perplexity.token_rows(reference.checkpoint, held_out, rows=count)
     capacities, encodes = reference.spec.cache_lengths_on("cpu"), reference.checkpoint.task == "seq2seq"
     with _decoder(reference, len(rows)) as plain, _decoder(candidate, len(rows)) as other:
-        return speed.speed_ratio(
-            speed.decoder_work(plain, capacities, rows, encodes), speed.decoder_work(other, capacities, rows, encodes)
+        return speed.speed_ratios(
+            speed.decoder_work(plain, capacities, rows, encodes),
+            speed.decoder_work(other, capacities, rows, encodes),
+            fewest,
         )
 
 

@@ -98,8 +98,8 @@ class LearnerSlice(Slice):
 
 
 class GateSlice(Slice):
-    """What a candidate must show before it is built, by bounds at 95 % on what nobody trained on. Perplexity is of the
-    next token, of the right text among those of a hold-out, or of the right label."""
+    """What a candidate must show before it is rolled out, by bounds at 95 % on what nobody trained on. Perplexity is of
+    the next token, of the right text among those of a hold-out, or of the right label."""
 
     max_forgetting: Fraction = Field(
         0.03, description="by which the perplexity of each earlier domain may rise; the update goes back until it holds"
@@ -111,6 +111,11 @@ class GateSlice(Slice):
     )
     min_gain: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="by which the perplexity of the new domain must fall, as a share"
+    )
+    min_speed: Fraction = Field(
+        0.8,
+        description="of the champion's speed that a built candidate must have: rounds by turns, by CPU time, on the "
+        "executor that serves; refused where the whole interval of the rounds lies below; 0: not measured",
     )
 
 

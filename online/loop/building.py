@@ -3,24 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Protocol
 
 from builders import pipeline
-from builders.pipeline import Report
+from builders.errors import QualityError
+from builders.judging import intervals
+from builders.pipeline import Build, Report, choice
 from builders.repository.publish import hold_back, missing_models, take_back
 from builders.spec import DeploymentSpec
+from online.loop.records import SpeedFound
 from online.rollout.drive import CanaryDoor, LoadedVersions
 from runtime.settings import FILE_NAME, ServerSettings
 
 
 @dataclass(frozen=True)
 class BuiltVersion:
-    """`settings`: of the server, as they were published; with them the version can be made current again."""
+    """`settings`: of the server, as they were published; with them the version can be made current again. `speed`:
+    where a champion was named."""
 
     version: int
     settings: str
+    speed: SpeedFound | None = None
+
+
+@dataclass(frozen=True)
+class Champion:
+    """What a candidate's speed is held against. `checkpoint` is None for the spec's own model."""
+
+    checkpoint: Path | None
+    min_speed: float
 
 
 class VersionBuilds(Protocol):
@@ -29,9 +43,12 @@ class VersionBuilds(Protocol):
     def first(self) -> BuiltVersion:
         """Of the spec's own model."""
 
-    def build(self, checkpoint: Path, keep: Collection[int], least: int) -> BuiltVersion:
+    def build(
+        self, checkpoint: Path, keep: Collection[int], least: int, champion: Champion | None = None
+    ) -> BuiltVersion:
         """Beside those of `keep`; a server starts with it until `hold_back`, and until then the same again gives the
-        same version. Raises CheckError for a candidate that a stage refuses, by its figures."""
+        same version. Raises CheckError for a candidate that a stage refuses, by its figures, or that is slower than
+        `champion` allows; nothing is published then."""
 
     def hold_back(self, champion: str) -> None:
         """A server starts with the champion, whatever lies beside it."""
@@ -54,8 +71,12 @@ class PipelineBuilds:
     def first(self) -> BuiltVersion:
         return self._built(self.spec, (), 1)
 
-    def build(self, checkpoint: Path, keep: Collection[int], least: int) -> BuiltVersion:
-        return self._built(with_checkpoint(self.spec, checkpoint), keep, least)
+    def build(
+        self, checkpoint: Path, keep: Collection[int], least: int, champion: Champion | None = None
+    ) -> BuiltVersion:
+        spec = with_checkpoint(self.spec, checkpoint)
+        speed = None if champion is None else self._fast_enough(spec, champion)
+        return replace(self._built(spec, keep, least), speed=speed)
 
     def hold_back(self, champion: str) -> None:
         hold_back(self.repository, ServerSettings.model_validate_json(champion))
@@ -70,6 +91,25 @@ class PipelineBuilds:
         built = pipeline.build(spec, "cpu", self.build_dir, "repository", self.report, keep=keep, least=least)
         assert built.entry is not None
         return BuiltVersion(built.entry.version, (self.repository / FILE_NAME).read_text())
+
+    def _fast_enough(self, spec: DeploymentSpec, champion: Champion) -> SpeedFound:
+        """As both are served here. Raises QualityError only where no round had a candidate fast enough: one slow round
+        is the machine's."""
+        before = self.spec if champion.checkpoint is None else with_checkpoint(self.spec, champion.checkpoint)
+        reference, candidate = (self._qualified(each) for each in (before, spec))
+        rounds = choice.speeds(reference, candidate, intervals.MEDIAN_ROUNDS)
+        found = intervals.of_median(rounds)
+        speed = SpeedFound(ratio=median(rounds), low=found.low, high=found.high)
+        if speed.high < champion.min_speed:
+            taken = " and ".join(str(each.spec.precision.cpu) for each in (reference, candidate))
+            raise QualityError(
+                f"the candidate has {speed}; online.gate.min_speed={champion.min_speed:g} is asked for ({taken}, "
+                f"{self.spec.cpu_executor})"
+            )
+        return speed
+
+    def _qualified(self, spec: DeploymentSpec) -> Build:
+        return pipeline.build(spec, "cpu", self.build_dir, "qualify", self.report)
 
     @property
     def repository(self) -> Path:

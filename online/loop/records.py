@@ -29,6 +29,17 @@ class UpdateStage(StrEnum):
     ROLLED_BACK = "rolled_back"
 
 
+class SpeedFound(Record):
+    """Of a candidate, over the champion's: the median of rounds by turns, by CPU time, and the interval around it."""
+
+    ratio: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.ratio:.2f} of the champion's speed ({self.low:.2f} to {self.high:.2f})"
+
+
 class UpdateRecord(Record):
     """One update. It keeps the settings that it began with, whatever becomes of the spec meanwhile.
 
@@ -54,6 +65,8 @@ class UpdateRecord(Record):
     policy: RolloutPolicy
     report: UpdateReport | None = None
     verdict: GateVerdict | None = None
+    min_speed: float = 0.0  # that a built candidate must have, of the champion's; 0: not measured
+    speed: SpeedFound | None = None
     version: int | None = None
     settings: str = ""  # of the server, as the publication of this version wrote them
     decisions: tuple[Decision, ...] = ()

@@ -15,7 +15,7 @@ from builders.errors import CheckError
 from builders.spec import DeploymentSpec
 from online.gate.forgetting import Change
 from online.loop.asked import going_back
-from online.loop.building import Serving, VersionBuilds
+from online.loop.building import Champion, Serving, VersionBuilds
 from online.loop.due import Clock, LearningFrom, Samples, look
 from online.loop.first import adopt
 from online.loop.gathered import unread_text
@@ -133,6 +133,7 @@ class Loop:
             fed_to=due.gathered.fed_to,
             recipe=recipe_of(self.spec),
             budget=budget_of(online.gate),
+            min_speed=online.gate.min_speed,
             policy=policy_of(online.canary),
         )
         self.journal.set_aside(update.number, *due.rows)
@@ -173,7 +174,8 @@ class Loop:
             state, update = self._built(state, update)
         except CheckError as error:
             return self._end(state, update, UpdateStage.REFUSED, f"the pipeline: {error}")
-        return Stepped(f"update {update.number} is built as version {update.version}, with its proof")
+        speed = f"; it has {update.speed}" if update.speed else ""
+        return Stepped(f"update {update.number} is built as version {update.version}, with its proof{speed}")
 
     def _built(self, state: LoopState, update: UpdateRecord) -> tuple[LoopState, UpdateRecord]:
         """Again where somebody has removed it since. Written down before the champion is put in front of it again: so
@@ -181,14 +183,23 @@ class Loop:
         if update.version is None or not self.builds.has(update.settings):
             keep = [item.version for item in state.promoted[-KEPT:]]
             least = update.version or state.highest + 1
-            built = self.builds.build(self.journal.checkpoint(update.number), keep, least)
-            stage = UpdateStage.BUILT if update.stage is UpdateStage.PASSED else update.stage
+            judged = update.stage is not UpdateStage.PASSED  # and built: this is the same again
+            champion = None if judged else self._to_beat(state, update)
+            built = self.builds.build(self.journal.checkpoint(update.number), keep, least, champion)
+            stage = update.stage if judged else UpdateStage.BUILT
+            update = update.model_copy(update={"speed": built.speed or update.speed})
             state = state.model_copy(update={"highest": max(state.highest, built.version)})
             state = self._save(state, update, stage=stage, version=built.version, settings=built.settings)
             assert state.update is not None
             update = state.update
         self.builds.hold_back(state.champion.settings)
         return state, update
+
+    def _to_beat(self, state: LoopState, update: UpdateRecord) -> Champion | None:
+        if not update.min_speed:
+            return None
+        folder = self.journal.checkpoint(state.champion.update) if state.champion.update else None
+        return Champion(folder, update.min_speed)
 
     def _roll(self, state: LoopState, update: UpdateRecord) -> Stepped:
         state, update = self._built(state, update)

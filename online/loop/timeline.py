@@ -38,7 +38,7 @@ def timeline_page(name: str, state: LoopState, ended: Sequence[UpdateRecord]) ->
     return page(f"Online learning of {name}", notes, (), parts)
 
 
-HEADS = ("update", "began", "data", "new domain", "earlier domains", "taken", "outcome", "why")
+HEADS = ("update", "began", "data", "new domain", "earlier domains", "taken", "speed", "outcome", "why")
 
 
 def row_of(update: UpdateRecord) -> tuple[str, ...]:
@@ -53,6 +53,7 @@ def row_of(update: UpdateRecord) -> tuple[str, ...]:
         str(update.number), update.began.replace("T", " ").removesuffix("+00:00"),
         f"{update.samples} samples, {update.rows} + {update.held_out_rows} rows ({update.trigger}){unread}", new, old,
         "" if report is None else f"{report.step.share:.0%}",
+        "" if update.speed is None else f"{update.speed.ratio:.2f}",
         said_of(update) if update.ended else f"{update.stage}", update.reason,
     )  # fmt: skip
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from builders.artifacts import PrecisionCandidate, Processor, Quality
 from builders.errors import QualityError
 from builders.judging.precision import AS_FAST, WIDEST_FIRST, candidates, decide, warning
-from builders.judging.speed import ROUNDS, decoder_work, speed_ratio
+from builders.judging.speed import ROUNDS, decoder_work, speed_ratios
 from builders.store.processor import read_processor, this_processor
 from runtime.step import Batch, Copy, Logits, Row, Tokens
 
@@ -124,14 +124,14 @@ class _Time:
 
 def test_speed_is_a_ratio_of_runs_by_turns() -> None:
     time = _Time()
-    ratio = speed_ratio(lambda: time.work("a", 0.4), lambda: time.work("b", 0.1), lambda: time.now)
-    assert ratio == pytest.approx(4)
+    ratios = speed_ratios(lambda: time.work("a", 0.4), lambda: time.work("b", 0.1), clock=lambda: time.now)
+    assert ratios == pytest.approx([4] * ROUNDS)
     assert time.calls[2:] == ["a", "b", "b", "a"] * (ROUNDS // 2) + ["a", "b"] * (ROUNDS % 2)
 
 
 def test_slow_work_gets_fewer_rounds() -> None:
     time = _Time()
-    speed_ratio(lambda: time.work("a", 60), lambda: time.work("b", 30), lambda: time.now)
+    speed_ratios(lambda: time.work("a", 60), lambda: time.work("b", 30), clock=lambda: time.now)
     assert len(time.calls) == 8
 
 

@@ -20,7 +20,7 @@ from online.gate.verdict import GateRefusal, GateVerdict, Objection
 from online.learner.blend import PartialStep
 from online.learner.memory import Memory, Reservoir, load_memory, save_memory
 from online.learner.update import UpdateReport
-from online.loop.building import BuiltVersion, Serving
+from online.loop.building import BuiltVersion, Champion, Serving
 from online.loop.due import Clock
 from online.loop.journal import LoopJournal
 from online.loop.learning import Learning
@@ -107,6 +107,7 @@ class Everything:
     serves: bool = True
     published: dict[int, str] = field(default_factory=dict)
     current: int = 0
+    to_beat: list[Champion | None] = field(default_factory=list)
     learnt: list[tuple[int, int]] = field(default_factory=list)  # update, first token of its first row
     wall: float = 1e9
     mono: float = 0.0
@@ -203,7 +204,10 @@ class _Builds:
     def first(self) -> BuiltVersion:
         return self.found.make_first()
 
-    def build(self, checkpoint: Path, keep: Collection[int], least: int) -> BuiltVersion:
+    def build(
+        self, checkpoint: Path, keep: Collection[int], least: int, champion: Champion | None = None
+    ) -> BuiltVersion:
+        self.found.to_beat.append(champion)
         return self.found.build(checkpoint, keep, least)
 
     def hold_back(self, champion: str) -> None:

