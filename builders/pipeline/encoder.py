@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from builders.artifacts import OnnxGraph, ServedQuality
 from builders.export import encoder
@@ -11,7 +12,7 @@ from builders.judging import corpus, vectors
 from builders.judging.vectors import HELD_OUT_TEXTS
 from builders.pipeline import qat
 from builders.pipeline.result import Build, Report, done
-from builders.quantize import int8
+from builders.quantize import encoder_weights, int8
 from builders.repository import directories
 from builders.store.closure import tool_versions
 from builders.store.processor import this_processor
@@ -44,11 +45,14 @@ def export(built: Build, store: Store, report: Report) -> Build:
 def _wanted_precisions(built: Build) -> tuple[str, ...]:
     """fp32 is always there, as the reference. INT8 starts from fp16, so that both worlds share one small graph."""
     wanted = built.spec.precision_on(built.platform)
-    return ("fp32",) if wanted in ("fp32", "bf16") else ("fp32", "fp16")
+    return ("fp32", "fp16") if wanted in ("fp16", "int8") else ("fp32",)
 
 
 def quantize(built: Build, store: Store, report: Report) -> Build:
-    if built.spec.precision_on(built.platform) != "int8":
+    wanted = built.spec.precision_on(built.platform)
+    if wanted in ("w8", "w4"):
+        return _weights_alone(built, wanted, store, report)  # type: ignore[arg-type]  # one of the two above
+    if wanted != "int8":
         return built
     budget, checkpoint = built.spec.precision, built.checkpoint
     source, reference = built.graph("fp16"), built.graph("fp32")
@@ -77,6 +81,35 @@ def quantize(built: Build, store: Store, report: Report) -> Build:
     report("quantize", done(f"int8, {item.bytes / 1e6:.1f} MB, {item.judged}", hit))
     if budget.qat is not None:
         item = qat.trained(built, item, budget.qat, store, report)
+    return replace(built, graphs=(*built.graphs, item))
+
+
+def _weights_alone(built: Build, wanted: Literal["w8", "w4"], store: Store, report: Report) -> Build:
+    budget, checkpoint, reference = built.spec.precision, built.checkpoint, built.graph("fp32")
+    ranks = built.spec.parallel.tensor
+
+    def run(out: Path) -> OnnxGraph:
+        calibration, held_out = vectors.calibration_and_held_out(budget)
+        return encoder_weights.quantize_encoder_weights(
+            reference, checkpoint, wanted, budget, calibration, held_out, out,
+            lambda text: report("quantize", f"{wanted}: {text}"), ranks,
+        )  # fmt: skip
+
+    report("quantize", wanted)
+    item, hit = store.get_or_build(
+        "quantize",
+        {
+            "reference": reference.digest,
+            "checkpoint": checkpoint.digest,
+            "scheme": wanted,
+            "ranks": ranks,
+            "budget": budget.model_dump(mode="json", exclude={"cpu", "gpu", "calibration_texts", "qat"}),
+            "texts": corpus.corpus_key(budget.calibration_texts),
+        },
+        OnnxGraph,
+        run,
+    )
+    report("quantize", done(f"{wanted}, {item.bytes / 1e6:.1f} MB, {item.judged}", hit))
     return replace(built, graphs=(*built.graphs, item))
 
 

@@ -63,7 +63,7 @@ def quantize(built: Build, store: Store, report: Report) -> Build:
         calibration, held_out = vectors.calibration_and_held_out(budget)
         ratio, progress = budget.max_perplexity_ratio, lambda text: report("quantize", f"{wanted}: {text}")
         return weight_only.quantize_weights(
-            source, reference, checkpoint, wanted, ratio, calibration, held_out, out, progress, ranks
+            source, reference, checkpoint, wanted, ratio, calibration, held_out, out, progress, ranks, budget.rounding
         )
 
     report("quantize", wanted)
@@ -76,6 +76,7 @@ def quantize(built: Build, store: Store, report: Report) -> Build:
             "scheme": wanted,
             "ranks": ranks,
             "ratio": budget.max_perplexity_ratio,
+            "rounding": budget.rounding,
             "samples": budget.calibration_samples,
             "texts": corpus.corpus_key(budget.calibration_texts),
             "processor": this_processor().model_dump(mode="json"),
@@ -83,7 +84,7 @@ def quantize(built: Build, store: Store, report: Report) -> Build:
         OnnxGraph,
         run,
     )
-    report("quantize", done(f"{wanted}, {item.bytes / 1e6:.1f} MB, {item.quality.summary}", hit))
+    report("quantize", done(f"{wanted}, {item.bytes / 1e6:.1f} MB, {item.judged}", hit))
     return replace(built, graphs=(*built.graphs, item))
 
 

@@ -70,15 +70,15 @@ def block_scales(weight: Floats, bits: Bits, size: int, dtype: Type) -> Floats:
     return best
 
 
-def gptq(weight: Floats, hessian: Floats, bits: Bits, dtype: Type = np.float32) -> Blocks:
+def gptq(weight: Floats, hessian: Floats, bits: Bits, dtype: Type = np.float32, size: int = BLOCK) -> Blocks:
     """Row by row along K; what rounding one row loses on the calibration inputs, the rows still to come make up for.
 
     `hessian` is X^T X [K, K] of the inputs; the graph that gets the blocks is of `dtype`. Rows with the largest inputs
     come first, and blocks keep the scales of the original weights, so that the order is free. Frantar et al., "GPTQ:
     Accurate Post-Training Quantization for Generative Pre-trained Transformers", 2022.
     """
-    scales, top = block_scales(weight, bits, BLOCK, dtype), 2 ** (bits - 1)
-    return Blocks(compensated(weight, hessian, scales.repeat(BLOCK, axis=0), (-top, top - 1)), scales, bits)
+    scales, top = block_scales(weight, bits, size, dtype), 2 ** (bits - 1)
+    return Blocks(compensated(weight, hessian, scales.repeat(size, axis=0), (-top, top - 1)), scales, bits)
 
 
 def compensated(weight: Floats, hessian: Floats, scales: Floats, ends: tuple[int, int]) -> NDArray[np.int8]:

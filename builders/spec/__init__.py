@@ -27,10 +27,12 @@ from builders.spec.slices import (
     QatSlice,
     Range,
     RateLimitSlice,
+    Rounding,
     ServingSlice,
     Slice,
     SloSlice,
     Task,
+    WeightRounder,
 )
 from builders.spec.weights import ClusterSlice, SparsifySlice
 
@@ -64,12 +66,14 @@ __all__ = [
     "QatSlice",
     "Range",
     "RateLimitSlice",
+    "Rounding",
     "ServingSlice",
     "Slice",
     "SloSlice",
     "SparsifySlice",
     "StepSlice",
     "Task",
+    "WeightRounder",
     "WhenSlice",
     "load_spec",
     "resolve_spec_path",

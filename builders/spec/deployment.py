@@ -36,7 +36,7 @@ UNREAD: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "embedding": {"precision": ("max_logit_error",)},
     "generator": {
-        "precision": ("min_mean_cosine", "min_worst_cosine", "max_logit_error", "rounding", "qat"),
+        "precision": ("min_mean_cosine", "min_worst_cosine", "max_logit_error", "qat"),
         "engine": ("profiles",),
         "serving": (
             "max_batch_size", "length_buckets", "tokens_per_batch", "instances", "queue_delay_us", "queue_timeout_us",
@@ -44,7 +44,7 @@ UNREAD: dict[str, dict[str, tuple[str, ...]]] = {
         ),
     },
 }  # fmt: skip
-_ENCODER_PRECISIONS = {"cpu": ("auto", "fp32", "bf16", "int8"), "gpu": ("fp16", "int8")}
+_ENCODER_PRECISIONS = {"cpu": ("auto", "fp32", "bf16", "int8", "w8", "w4"), "gpu": ("fp16", "int8")}
 # No w8 on a GPU: TensorRT for RTX keeps weights in 4 bits, but unpacks those in 8. Of a 100 M Llama it makes an engine
 # of 211 MB from fp16, 151 MB from w4, and 217 (a scale for each channel) to 270 MB (for each block) from w8.
 _GENERATOR_PRECISIONS = {"cpu": ("auto", "fp32", "w8", "w4"), "gpu": ("fp16", "w4")}
@@ -78,7 +78,7 @@ class DeploymentSpec(Slice):
                     f"use one of {', '.join(precisions[platform])}"
                 )
         self._require_read_keys()
-        self._require_int8()
+        self._require_rounded()
         self._require_compressible()
         if self.online is not None:
             self.online.require_task(self.model.task, self.model.max_length)
@@ -106,16 +106,25 @@ class DeploymentSpec(Slice):
                         f"{slice_name}.{key}={value} says nothing to model.task={self.model.task}; remove it"
                     )
 
-    def _require_int8(self) -> None:
-        """For what is said of a graph in INT8."""
-        cpu, gpu = self.precision.cpu, self.precision.gpu
-        given = {"qat": self.precision.qat is not None, "rounding": self.precision.rounding != "auto"}
-        for key in (key for key, is_given in given.items() if is_given):
-            if cpu not in ("int8", "auto") and gpu != "int8":
-                raise ValueError(
-                    f"precision.{key} says nothing to precision.cpu={cpu} and precision.gpu={gpu}: it is for INT8 "
-                    "graphs; use int8, or remove it"
-                )
+    def _require_rounded(self) -> None:
+        """What is said of integers is said of a graph that has some."""
+        asked, served = self.precision, {self.precision.cpu, self.precision.gpu}
+        if asked.qat is not None and not served & {"int8", "auto"}:
+            raise ValueError(
+                f"precision.qat says nothing to precision.cpu={asked.cpu} and precision.gpu={asked.gpu}: it is for "
+                "INT8 graphs; use int8, or remove it"
+            )
+        in_int8 = not self.generates and bool(served & {"int8", "auto"})
+        if asked.rounding != "auto" and not (in_int8 or served & {"auto", "w8", "w4"}):
+            raise ValueError(
+                f"precision.rounding says nothing to precision.cpu={asked.cpu} and precision.gpu={asked.gpu}: it is "
+                f"for weights in integers; use {'w8 or w4' if self.generates else 'int8, w8 or w4'}, or remove it"
+            )
+        if in_int8 and "awq" in asked.rounding:
+            raise ValueError(
+                f"precision.rounding={asked.rounding} is for weights alone (w8, w4); INT8 graphs scale their inputs by "
+                "SmoothQuant: use nearest or gptq, or precision.cpu w8 or w4"
+            )
 
     def _require_compressible(self) -> None:
         """Techniques for a kind of model that they are built for, and a budget for something."""

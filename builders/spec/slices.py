@@ -14,6 +14,8 @@ Platform = Literal["cpu", "gpu"]
 Task = Literal["embedding", "classification", "reranking", "generation", "seq2seq"]
 GraphPrecision = Literal["fp32", "fp16", "int8", "w8", "w4"]
 CpuPrecision = Literal["fp32", "bf16", "int8", "w8", "w4"]
+WeightRounder = Literal["nearest", "gptq", "awq", "awq+gptq"]
+Rounding = Literal["auto", WeightRounder]
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
 Pooling = Literal["mean", "cls", "max", "lasttoken", "mean_sqrt_len_tokens", "weightedmean"]
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
@@ -91,7 +93,7 @@ class PrecisionSlice(Slice):
         "auto",
         description="auto: the fastest within the budget, measured on the CPU that builds. Encoders: fp32, bf16 (the "
         "fp32 graph, computed in bfloat16 by OpenVINO where the CPU has it) or int8; language models: fp32, or weights "
-        "alone in 8 or 4 bits (w8, w4)",
+        "alone in 8 or 4 bits (w8, w4). These are for encoders too, by name: smaller files, seldom faster",
     )
     gpu: Literal["fp16", "int8", "w4"] = Field(
         "fp16", description="encoders: fp16 or int8; language models: fp16, or weights alone in 4 bits (w4)"
@@ -112,10 +114,11 @@ class PrecisionSlice(Slice):
     calibration_samples: Annotated[int, Field(ge=8, le=4096)] = Field(
         128, description="texts to calibrate with; those that judge the result come after them and are others"
     )
-    rounding: Literal["auto", "nearest", "gptq"] = Field(
+    rounding: Rounding = Field(
         "auto",
-        description="encoders in int8: weights to the nearest step; or gptq, so that later weights make up for earlier "
-        "ones on the calibration texts. auto: gptq where that is nearer to fp32 on those of them that it does not see",
+        description="int8, w8, w4: weights to the nearest step; gptq, so that later weights make up for earlier ones "
+        "on the calibration texts; w8, w4: awq, after their inputs were scaled where that costs nothing; or both. "
+        "auto: what is nearest to fp32 on those of them that it does not see (w8: to the nearest)",
     )
     qat: QatSlice | None = Field(
         None, description="encoders in int8: the graph is trained before it is judged; off unless given"

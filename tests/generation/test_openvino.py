@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from builders.artifacts import OnnxGraph
 from builders.export.decoder import export_decoder
-from builders.quantize.weight_only import RECIPES, write_quantised
+from builders.quantize.products import write_quantised
+from builders.quantize.weight_only import recipe_of
 from runtime.errors import BadEnvironment, ServerFault
 from runtime.generation.engine import GenerationEngine, generate
 from runtime.generation.executor.onnxruntime import OnnxRuntimeStepExecutor
@@ -124,7 +125,7 @@ def test_a_copied_row_goes_on_like_its_source(decoder_graph: Path, copies: list[
 def test_weights_in_few_bits_stay_in_few_bits(graph: Graph, precision: str, tmp_path: Path) -> None:
     """The products are taken with the stored weights, whose dequantisation is folded into them."""
     file = tmp_path / "graph.onnx"
-    write_quantised(graph("llama"), RECIPES[precision][0], {}, file)
+    write_quantised(graph("llama"), recipe_of(int(precision[1]), "nearest"), {}, file)
     paged = _poisoned(file)
     kinds = {
         (str(node.get_rt_info()["layerType"].astype(str)), str(node.get_rt_info()["runtimePrecision"].astype(str)))

@@ -129,8 +129,16 @@ def test_the_largest_count_is_found_from_any_guess(total: int) -> None:
         ({"precision": {"cpu": "fp32", "rounding": "gptq"}}, "precision.rounding says nothing to precision.cpu=fp32"),
         ({"precision": {"cpu": "bf16", "rounding": "nearest"}}, "precision.rounding says nothing to precision.cpu="),
         (
-            {"model": {"source": "x", "task": "generation"}, "precision": {"rounding": "gptq"}},
-            "precision.rounding=gptq says nothing to model.task=generation",
+            {"model": {"source": "x", "task": "generation"}, "precision": {"cpu": "fp32", "rounding": "gptq"}},
+            "it is for weights in integers; use w8 or w4, or remove it",
+        ),
+        (
+            {"precision": {"cpu": "int8", "rounding": "awq"}},
+            "precision.rounding=awq is for weights alone (w8, w4)",
+        ),
+        (
+            {"precision": {"cpu": "w4", "qat": {"minutes": 1}}},
+            "precision.qat says nothing to precision.cpu=w4",
         ),
         ({"precision": {"cpu": "int8", "rounding": "floor"}}, "precision.rounding"),
     ],

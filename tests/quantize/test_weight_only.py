@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +18,8 @@ from builders.errors import ParityError, QualityError, UnsupportedError
 from builders.export.decoder import export_decoder
 from builders.graph import describe, fix_dimension
 from builders.quantize.blocks import BLOCK, Bits, gptq, round_to_nearest
-from builders.quantize.weight_only import (
-    RECIPES,
-    WeightRecipe,
-    compensate,
-    find_products,
-    quantize_weights,
-    write_quantised,
-)
+from builders.quantize.products import WeightRecipe, compensate, find_products, write_quantised
+from builders.quantize.weight_only import decoder_hessians, quantize_weights, recipe_of
 from builders.spec import ProfileSlice, Range
 from runtime.session import open_session
 from tests.generators import TEXTS, generator_checkpoint, save_generator
@@ -117,7 +112,7 @@ def test_onnxruntime_runs_each_product_on_the_integers(
     exported: tuple[Checkpoint, OnnxGraph], precision: str, tmp_path: Path
 ) -> None:
     file = tmp_path / "graph.onnx"
-    write_quantised(exported[1].file_path, RECIPES[precision][0], {}, file)
+    write_quantised(exported[1].file_path, recipe_of(int(precision[1]), "nearest"), {}, file)
     open_session(file, optimized=tmp_path / "optimised.onnx")
     fused = [node.op_type for node in onnx.load(str(tmp_path / "optimised.onnx")).graph.node]
     assert fused.count("MatMulNBits") == 15
@@ -144,13 +139,12 @@ def test_the_tied_head_is_quantised_and_the_lookup_is_not(
     assert np.abs(restored - numpy_helper.to_array(weights[table]).T).max() < 0.02
 
 
-def test_four_bits_go_on_to_gptq_and_fail_with_all_figures(
+def test_four_bits_go_on_to_a_head_in_eight_and_fail_with_all_figures(
     exported: tuple[Checkpoint, OnnxGraph], tmp_path: Path
 ) -> None:
     with pytest.raises(QualityError) as error:
         _quantize(exported, "w4", 0.5, tmp_path)
-    for recipe in RECIPES["w4"]:
-        assert f"{recipe.name}: " in str(error.value)
+    assert re.search(r"tokens \(.*\): ([\w ]+): .*; \1, head in 8 bits: ", str(error.value))
 
 
 def test_gptq_is_what_the_graph_holds(exported: tuple[Checkpoint, OnnxGraph], tmp_path: Path) -> None:
@@ -158,14 +152,14 @@ def test_gptq_is_what_the_graph_holds(exported: tuple[Checkpoint, OnnxGraph], tm
 
     source, file = exported[1].file_path, tmp_path / "graph.onnx"
     rows = np.random.default_rng(0).integers(4, 400, (8, 24))
-    found = compensate(source, rows)
+    found = compensate(source, lambda file, names: decoder_hessians(file, names, rows))
     assert len(found) == len(find_products(ir.load(source))) == 15
-    write_quantised(source, RECIPES["w4"][1], found, file)
+    write_quantised(source, recipe_of(4, "gptq"), found, file)
     held = [numpy_helper.to_array(item).astype(np.int8) for item in onnx.load(str(file)).graph.initializer
             if item.data_type == TensorProto.INT4]  # fmt: skip
     assert all(any(np.array_equal(blocks.values, each) for each in held) for blocks in found.values())
     with pytest.raises(ParityError, match="GPTQ has the weights of 1"):
-        write_quantised(source, RECIPES["w4"][1], {0: found[0]}, file)
+        write_quantised(source, recipe_of(4, "gptq"), {0: found[0]}, file)
 
 
 def test_sizes_that_no_block_divides(tmp_path: Path) -> None:
@@ -179,13 +173,13 @@ def test_sizes_that_no_block_divides(tmp_path: Path) -> None:
     graph = helper.make_graph([node], "g", values[:1], values[1:], [weight])
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)]), tmp_path / "in.onnx")
     with pytest.raises(UnsupportedError, match="in blocks of 32"):
-        write_quantised(tmp_path / "in.onnx", RECIPES["w8"][0], {}, tmp_path / "out.onnx")
+        write_quantised(tmp_path / "in.onnx", recipe_of(8, "nearest"), {}, tmp_path / "out.onnx")
     assert not (tmp_path / "out.onnx").exists()
 
 
 @pytest.mark.parametrize("precision", ["w8", "w4"])
 def test_tensorrt_builds_it(exported: tuple[Checkpoint, OnnxGraph], precision: str, tmp_path: Path) -> None:
-    write_quantised(exported[1].file_path, RECIPES[precision][0], {}, tmp_path / "graph.onnx")
+    write_quantised(exported[1].file_path, recipe_of(int(precision[1]), "nearest"), {}, tmp_path / "graph.onnx")
     (tmp_path / "fixed").mkdir()
     fixed = fix_dimension(tmp_path / "graph.onnx", "capacity", 64, tmp_path / "fixed")
     profile = ProfileSlice(batch=Range(min=1, opt=4, max=8), length=Range(min=1, opt=1, max=1))
