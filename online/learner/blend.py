@@ -15,8 +15,8 @@ _NOISE = 0.002  # by which a smaller share may be measured worse than a larger o
 
 
 class TriedShare(Record):
-    """`bound`: how much worse the worst of the old domains may have become, as a share of its perplexity; `fall`: by
-    how much the worst of what is guarded may have fallen."""
+    """`bound`: how much worse another hold-out may find the worst of the old domains, as a share of its perplexity;
+    `fall`: by how much the worst of what is guarded may have fallen there."""
 
     share: float
     bound: float

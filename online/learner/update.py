@@ -18,7 +18,7 @@ from builders.training.arithmetic import arithmetic, reproducible
 from builders.training.optimiser import rise_and_fall
 from builders.training.recipe import LossPoint, TrainingProgress
 from builders.training.resume import Resume
-from online.gate.forgetting import change_of, halves
+from online.gate.forgetting import change_of, elsewhere, halves
 from online.gate.verdict import GateBudget
 from online.learner.batches import update_batches
 from online.learner.blend import PartialStep, TriedShare, blend, largest_step
@@ -143,16 +143,18 @@ def _train(
 
 
 def step_back(task: LearningTask, model: Any, previous: Any, memory: Memory, budget: GateBudget) -> PartialStep:
-    """Leaves in `model` the weights of the largest step that every old domain bears."""
+    """Leaves in `model` the weights of the largest step that every old domain bears, on rows that will not judge it,
+    and with room for those that will."""
     old, new = previous.state_dict(), copy.deepcopy(model.state_dict())
     chosen_by = {name: halves(rows)[0] for name, rows in memory.held_out.items()}
     before = {name: task.scores(previous, rows) for name, rows in chosen_by.items()}
 
     def tried_at(share: float) -> TriedShare:
         model.load_state_dict(blend(old, new, share))
-        changes = [change_of(name, before[name], task.scores(model, rows)) for name, rows in chosen_by.items()]
-        bounds = max(item.high for item in changes), max(item.fall for item in changes)
-        return TriedShare(share=share, bound=bounds[0], fall=bounds[1])
+        bounds = [
+            elsewhere(change_of(name, before[name], task.scores(model, rows))) for name, rows in chosen_by.items()
+        ]
+        return TriedShare(share=share, bound=max(high for high, _ in bounds), fall=max(fall for _, fall in bounds))
 
     step = largest_step(tried_at, lambda tried: budget.holds(tried.bound, tried.fall))
     model.load_state_dict(blend(old, new, step.share))
