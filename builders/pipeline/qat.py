@@ -1,4 +1,4 @@
-"""The INT8 graph of an encoder, trained towards the model that it was made of."""
+"""The quantised graph of an encoder, trained towards the model that it was made of."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from builders.export.weights import load_encoder
 from builders.judging import vectors
 from builders.pipeline import teaching
 from builders.pipeline.result import Build, Report, done
-from builders.qat.train import as_training, train_int8
+from builders.qat.train import as_training, train_rounded
 from builders.spec import QatSlice
 from builders.store.store import Store
 
@@ -49,12 +49,12 @@ def trained(built: Build, graph: OnnxGraph, asked: QatSlice, store: Store, repor
             return graph_module(found, head, checkpoint)
 
         line = teaching.lines(report, "quantize", "qat")
-        with teaching.teaching(checkpoint, training, inputs, store, line, "qat", train_int8) as lesson:
-            return train_int8(
+        with teaching.teaching(checkpoint, training, inputs, store, line, "qat", train_rounded) as lesson:
+            return train_rounded(
                 graph, reference, checkpoint, (model, as_forward), training, budget, lesson, held_out, out
             )
 
-    report("quantize", "int8, trained")
+    report("quantize", f"{graph.precision}, trained")
     item, hit = store.get_or_build("quantize", inputs, OnnxGraph, run)
-    report("quantize", done(f"int8, trained, {item.quality.summary}", hit))
+    report("quantize", done(f"{graph.precision}, trained, {item.quality.summary}", hit))
     return item

@@ -1,4 +1,4 @@
-"""The numbers of an INT8 graph, and the same graph with others. Nodes, names, shapes and types stay as they are."""
+"""The numbers of a quantised graph, and the same graph with others. Nodes, names, shapes and types stay as they are."""
 
 from __future__ import annotations
 
@@ -40,6 +40,27 @@ class Int8Product:
 
 
 @dataclass(frozen=True)
+class BlockProduct:
+    """A MatMul whose weight [K, N] alone is in integers of `bits`: `integers`, times `scales` [K / block, N]."""
+
+    names: tuple[str, str]  # of integers and scales
+    integers: NDArray[np.int8]
+    scales: Floats
+    bits: int
+
+    @property
+    def each_scale(self) -> Floats:
+        """[K, N]"""
+        return self.scales.repeat(len(self.integers) // len(self.scales), axis=0)
+
+    @property
+    def weight(self) -> Floats:
+        """Of the model before, but for the rounding."""
+        restored: Floats = self.integers * self.each_scale
+        return restored
+
+
+@dataclass(frozen=True)
 class PlainProduct:
     """A MatMul with a constant weight [K, N] that stayed in floating point."""
 
@@ -47,17 +68,20 @@ class PlainProduct:
     weight: Floats
 
 
+Product = Int8Product | BlockProduct | PlainProduct
+
+
 @dataclass(frozen=True)
-class Int8Graph:
+class RoundedGraph:
     """`constants` are names and shapes of all; `dtype` is that of scales, and of all that is in floating point."""
 
-    products: tuple[Int8Product | PlainProduct, ...]
+    products: tuple[Product, ...]
     constants: Mapping[str, tuple[int, ...]]
     dtype: np.dtype[Any]
 
 
-def read_graph(file: Path) -> Int8Graph:
-    """Of `quantize.int8`. Raises ParityError for a graph without an INT8 product."""
+def read_graph(file: Path) -> RoundedGraph:
+    """Of `quantize`. Raises ParityError for a graph without a product in integers."""
     model = ir.load(file)
     products = [found for node in model.graph if node.op_type == "MatMul" and (found := _product(node)) is not None]
     constants = {
@@ -65,15 +89,15 @@ def read_graph(file: Path) -> Int8Graph:
         for name, value in model.graph.initializers.items()
         if value.const_value is not None
     }
-    first = next((item for item in products if isinstance(item, Int8Product)), None)
+    first = next((item for item in products if not isinstance(item, PlainProduct)), None)
     if first is None:
-        raise ParityError(f"{file.name} holds no product in INT8: there is nothing to train")
+        raise ParityError(f"{file.name} holds no product in integers: there is nothing to train")
     scale = model.graph.initializers[first.names[1]].const_value
     assert scale is not None
-    return Int8Graph(tuple(products), constants, scale.numpy().dtype)
+    return RoundedGraph(tuple(products), constants, scale.numpy().dtype)
 
 
-def _product(node: ir.Node) -> Int8Product | PlainProduct | None:
+def _product(node: ir.Node) -> Product | None:
     weight = node.inputs[1]
     if weight is None:
         return None
@@ -83,6 +107,8 @@ def _product(node: ir.Node) -> Int8Product | PlainProduct | None:
     restoring = weight.producer()
     if restoring is None or restoring.op_type != "DequantizeLinear":
         return None  # a product of two activations
+    if "block_size" in restoring.attributes:
+        return _block_product(restoring)
     reading = _from(node.inputs[0])
     rounding = _from(reading.inputs[0])
     smoothing = _from(rounding.inputs[0])
@@ -94,6 +120,15 @@ def _product(node: ir.Node) -> Int8Product | PlainProduct | None:
         scales.astype(np.float32),
         float(activation),
         _array(smoothing.inputs[1]).astype(np.float32),
+    )
+
+
+def _block_product(restoring: ir.Node) -> BlockProduct:
+    values, scales = restoring.inputs[0], restoring.inputs[1]
+    integers = _array(values)
+    bits = 4 if integers.dtype.name == "int4" else 8
+    return BlockProduct(
+        (_name(values), _name(scales)), integers.astype(np.int8), _array(scales).astype(np.float32), bits
     )
 
 

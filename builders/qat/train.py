@@ -1,4 +1,4 @@
-"""An INT8 graph after post-training quantisation -> the same graph, trained towards the model in fp32."""
+"""A graph after post-training quantisation -> the same graph, trained towards the model in fp32."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from builders.errors import ParityError, QualityError
 from builders.graph import GRAPH_FILE, record_graph, require_standard
 from builders.judging.vectors import graph_outputs, measure, require_budget, sample_requests
 from builders.qat.graph import read_graph, replace_constants
-from builders.qat.model import Int8Model
+from builders.qat.model import RoundedModel
 from builders.spec import DistilSlice, PrecisionSlice, QatSlice
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def as_training(asked: QatSlice) -> DistilSlice:
     )
 
 
-def train_int8(
+def train_rounded(
     graph: OnnxGraph,
     reference: OnnxGraph,
     checkpoint: Checkpoint,
@@ -66,7 +66,7 @@ def train_int8(
     QualityError where it misses the budget, or is no nearer to `reference` than `graph`.
     """
     model, as_forward = models
-    changed, texts = Int8Model(model, read_graph(graph.file_path)), CalibrationText(checkpoint, budget)
+    changed, texts = RoundedModel(model, read_graph(graph.file_path)), CalibrationText(checkpoint, budget)
     rounded_on = batches(texts.requests(_GPTQ_TOKENS, 1))
     changed.round_by_gptq(teaching.model, teaching.forward, rounded_on)
     distil(asked, model, as_forward, checkpoint, texts, teaching)
@@ -77,9 +77,9 @@ def train_int8(
     expected, found = (graph_outputs(each, held_out, checkpoint) for each in (reference.file_path, file))
     _require_same(as_forward(model), held_out[:_CHECKED], found[:_CHECKED], expected[:_CHECKED], checkpoint)
     quality = measure(expected, found, checkpoint.task, "ONNX Runtime")
-    require_budget(quality, budget, f"trained INT8 graph of {checkpoint.source}")
+    require_budget(quality, budget, f"trained {graph.precision} graph of {checkpoint.source}")
     _require_nearer(graph, quality)
-    record = record_graph(out, "int8", quality, graph.digest)
+    record = record_graph(out, graph.precision, quality, graph.digest)
     shutil.copyfile(teaching.scratch / PAGE, out / "qat.html")  # beside the graph, and no part of it
     return record
 
@@ -90,9 +90,9 @@ def _require_nearer(graph: OnnxGraph, trained: Quality) -> None:
     assert isinstance(before, Quality)
     if not trained.mean_cosine > before.mean_cosine:
         raise QualityError(
-            f"precision.qat made the INT8 graph no better: on {trained.texts} held-out texts its mean cosine was "
-            f"{before.mean_cosine:.5f} and is {trained.mean_cosine:.5f}; lower precision.qat.learning_rate, train "
-            "longer, or remove precision.qat"
+            f"precision.qat made the {graph.precision} graph no better: on {trained.texts} held-out texts its mean "
+            f"cosine was {before.mean_cosine:.5f} and is {trained.mean_cosine:.5f}; lower precision.qat.learning_rate, "
+            "train longer, or remove precision.qat"
         )
 
 
@@ -109,6 +109,6 @@ def _require_same(
     off, cost = (1 - float(np.mean(by_text(trained, other))) for other in (found, expected))
     if not off <= _MOST_OFF * cost + _ROOM:  # a graph that is not what was trained is far from both
         raise ParityError(
-            f"trained INT8 graph of {checkpoint.source}: its outputs are {off:.2e} away from those of the model that "
+            f"trained graph of {checkpoint.source}: its outputs are {off:.2e} away from those of the model that "
             f"was trained, which is {cost:.2e} away from fp32; the graph is not used"
         )

@@ -109,10 +109,15 @@ class DeploymentSpec(Slice):
     def _require_rounded(self) -> None:
         """What is said of integers is said of a graph that has some."""
         asked, served = self.precision, {self.precision.cpu, self.precision.gpu}
-        if asked.qat is not None and not served & {"int8", "auto"}:
+        if asked.qat is not None and not served & {"int8", "w4", "auto"}:
             raise ValueError(
                 f"precision.qat says nothing to precision.cpu={asked.cpu} and precision.gpu={asked.gpu}: it is for "
-                "INT8 graphs; use int8, or remove it"
+                "graphs in int8 or w4; use one of them, or remove it"
+            )
+        if asked.qat is not None and "awq" in asked.rounding:
+            raise ValueError(
+                f"precision.rounding={asked.rounding} scales weights, so that precision.qat does not know them again; "
+                "use gptq, or leave one of the two out"
             )
         in_int8 = not self.generates and bool(served & {"int8", "auto"})
         if asked.rounding != "auto" and not (in_int8 or served & {"auto", "w8", "w4"}):

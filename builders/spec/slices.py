@@ -61,7 +61,7 @@ class ModelSlice(Slice):
 
 
 class QatSlice(Slice):
-    """Quantisation-aware training: the numbers of the INT8 graph, trained towards the model that it was made of."""
+    """Quantisation-aware training: the numbers of a quantised graph, trained towards the model that it was made of."""
 
     minutes: Annotated[float, Field(gt=0, le=10_000)] | None = Field(
         None, description="of training on all threads of this machine, by CPU time: a busy machine takes longer"
@@ -121,7 +121,7 @@ class PrecisionSlice(Slice):
         "auto: what is nearest to fp32 on those of them that it does not see (w8: to the nearest)",
     )
     qat: QatSlice | None = Field(
-        None, description="encoders in int8: the graph is trained before it is judged; off unless given"
+        None, description="encoders in int8 or w4: the graph is trained before it is judged; off unless given"
     )
 
 

@@ -19,10 +19,10 @@ from builders.errors import DivergedError, ParityError, QualityError, Unsupporte
 from builders.judging import corpus, vectors
 from builders.pipeline import Build
 from builders.qat.graph import Int8Product, read_graph
-from builders.qat.layer import HIGHEST, LOWEST, Int8Linear, LearntScale, rounded
-from builders.qat.model import Int8Model
+from builders.qat.layer import INT8_ACTIVATION, INT8_WEIGHT, BlockLinear, Int8Linear, LearntScale, rounded
+from builders.qat.model import RoundedModel, _steps
 from builders.qat.train import _require_nearer
-from builders.quantize.blocks import compensated
+from builders.quantize.blocks import compensated, round_to_nearest
 from builders.spec import DeploymentSpec, QatSlice
 from runtime.proof.judging import cosines
 from tests.compress.tiny import Tiny
@@ -44,8 +44,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("qat")
 
 
-def _spec(source: Path, texts: Path, qat: dict[str, object] | None, task: str = "embedding") -> DeploymentSpec:
-    precision = {"cpu": "int8", "calibration_samples": 16, "calibration_texts": str(texts), **LOOSE, "qat": qat}
+def _spec(
+    source: Path, texts: Path, qat: dict[str, object] | None, task: str = "embedding", cpu: str = "int8"
+) -> DeploymentSpec:
+    precision = {"cpu": cpu, "calibration_samples": 16, "calibration_texts": str(texts), **LOOSE, "qat": qat}
     precision["rounding"] = "nearest"  # so that there is much to gain
     return tiny_spec(source, task, precision=precision)
 
@@ -60,28 +62,31 @@ def trained(rounded_only: Build, tiny_bert: Path, texts: Path, root: Path) -> Bu
     return pipeline.build(_spec(tiny_bert, texts, QAT), "cpu", root, "quantize")
 
 
-def _by_hand(values: Any, scale: float, lowest: int) -> tuple[float, float, float]:
+def _by_hand(values: Any, scale: float, ends: tuple[int, int]) -> tuple[float, float, float]:
     """One value: what it becomes, and the slopes of that in the value and in the scale."""
     steps = values / scale
-    if steps < lowest or steps > HIGHEST:
-        end = lowest if steps < lowest else HIGHEST
+    if not ends[0] <= steps <= ends[1]:
+        end = ends[0] if steps < ends[0] else ends[1]
         return end * scale, 0.0, float(end)
     return round(steps) * scale, 1.0, round(steps) - steps
 
 
-@pytest.mark.parametrize("lowest", [LOWEST, -HIGHEST])
-def test_gradients_go_straight_through_and_a_scale_has_its_own(lowest: int) -> None:
+@pytest.mark.parametrize("ends", [INT8_ACTIVATION, INT8_WEIGHT, (-8, 7)])
+def test_gradients_go_straight_through_and_a_scale_has_its_own(ends: tuple[int, int]) -> None:
     random = np.random.default_rng(0)
-    numbers, rows = random.normal(size=(3, 50)), [0.004, 0.03, 0.2]  # the first cuts much off, the last nothing
+    numbers, rows = (
+        random.normal(size=(3, 50)),
+        [0.5 / ends[1], 4 / ends[1], 25 / ends[1]],
+    )  # the first cuts much off, the last nothing
     values = torch.tensor(numbers, requires_grad=True)
     scale = torch.tensor(rows, dtype=torch.float64)[:, None].requires_grad_()
     weights = torch.tensor(random.normal(size=(3, 50)))
-    found = rounded(values, scale, lowest)
+    found = rounded(values, scale, ends)
     (found * weights).sum().backward()  # type: ignore[no-untyped-call]
     assert values.grad is not None
     assert scale.grad is not None
     for row, step in enumerate(rows):
-        wanted = np.array([_by_hand(value, step, lowest) for value in numbers[row]])
+        wanted = np.array([_by_hand(value, step, ends) for value in numbers[row]])
         assert np.allclose(found[row].detach().numpy(), wanted[:, 0])
         assert np.allclose(values.grad[row].numpy(), weights[row].numpy() * wanted[:, 1])
         assert np.isclose(float(scale.grad[row]), (weights[row].numpy() * wanted[:, 2]).sum())
@@ -131,6 +136,23 @@ def test_a_layer_computes_what_onnx_says_of_its_nodes() -> None:
     assert np.allclose(layer(torch.from_numpy(given)).detach().numpy(), wanted, atol=1e-5)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_layer_in_blocks_computes_what_its_integers_and_scales_say(bits: int) -> None:
+    random = np.random.default_rng(3)
+    linear = torch.nn.Linear(64, 5)
+    weight = linear.weight.detach().numpy().T  # [K, N]
+    blocks = round_to_nearest(weight, bits)  # type: ignore[arg-type]
+    steps = _steps(weight, blocks.scales.repeat(blocks.size, axis=0), blocks.values)
+    layer = BlockLinear(torch.from_numpy(steps), linear.bias, torch.from_numpy(blocks.scales.T.copy()), bits)
+    given = torch.from_numpy(random.normal(size=(4, 64)).astype(np.float32))
+    wanted = given @ torch.from_numpy(blocks.restore()) + linear.bias
+    assert torch.allclose(layer(given), wanted, atol=1e-5)
+    layer(given).square().sum().backward()  # type: ignore[no-untyped-call]
+    for parameter in (layer.weight, layer.scale.change, layer.bias):
+        assert parameter.grad is not None
+        assert parameter.grad.abs().sum() > 0
+
+
 def test_gptq_loses_less_of_the_products_than_rounding_to_the_nearest() -> None:
     random = np.random.default_rng(2)
     given = (random.normal(size=(400, 24)) @ random.normal(size=(24, 24))).astype(np.float32)  # channels that go along
@@ -178,8 +200,25 @@ def test_the_graph_has_the_nodes_that_it_had(rounded_only: Build, trained: Build
     assert any(name.endswith("LayerNorm.bias") for name in moved)
     assert not any("embeddings.weight" in name for name in moved)
     for product in products:
-        assert np.abs(product.integers.astype(int)).max() <= HIGHEST
+        assert np.abs(product.integers.astype(int)).max() <= INT8_WEIGHT[1]
         assert product.scales.min() >= np.finfo(np.float16).tiny
+
+
+@pytest.mark.slow
+def test_weights_in_four_bits_are_trained_into_the_nodes_that_they_had(
+    tiny_bert: Path, texts: Path, tmp_path: Path
+) -> None:
+    before, after = (
+        pipeline.build(_spec(tiny_bert, texts, asked, cpu="w4"), "cpu", tmp_path, "quantize").graph("w4")
+        for asked in (None, QAT)
+    )
+    old, new = (onnx.load(str(graph.file_path)).graph for graph in (before, after))
+    assert [(node.op_type, list(node.input)) for node in new.node] == [
+        (node.op_type, list(node.input)) for node in old.node
+    ]
+    constants = [{item.name: (item.data_type, item.dims) for item in graph.initializer} for graph in (old, new)]
+    assert constants[0] == constants[1]
+    assert after.quality.mean_cosine > before.quality.mean_cosine
 
 
 @pytest.mark.slow
@@ -187,7 +226,7 @@ def test_scales_that_training_moved_are_the_graphs_and_weights_are_rounded_with_
     from builders.export.weights import load_encoder
 
     read = read_graph(rounded_only.graph("int8").file_path)
-    changed = Int8Model(load_encoder(rounded_only.checkpoint), read)
+    changed = RoundedModel(load_encoder(rounded_only.checkpoint), read)
     before = changed.arrays()
     for _, layer, _ in changed._int8:
         for scale in (layer.scale, layer.activation):
@@ -268,7 +307,7 @@ def test_a_classifiers_scores_are_trained_too(texts: Path, tmp_path: Path) -> No
 def test_a_graph_of_another_model_is_refused(trained: Build, tmp_path: Path) -> None:
     other = Tiny.of(save_tiny(tmp_path / "other", "bert", seed=1))
     with pytest.raises(ParityError, match=r"a product \[32, 32\] that no layer of the model has"):
-        Int8Model(other.model, read_graph(trained.graph("int8").file_path))
+        RoundedModel(other.model, read_graph(trained.graph("int8").file_path))
     with pytest.raises(ParityError, match="nothing to train"):
         read_graph(trained.graph("fp16").file_path)
 
@@ -304,6 +343,8 @@ def test_keys_that_say_nothing_or_nonsense(asked: dict[str, Any], said: str) -> 
         ({"precision": {"cpu": "fp32", "qat": QAT}}, "precision.qat says nothing to precision.cpu=fp32"),
         ({"precision": {"cpu": "bf16", "qat": QAT}}, "precision.qat says nothing to precision.cpu=bf16"),
         ({"model": {"source": "x", "task": "generation"}, "precision": {"qat": QAT}}, "precision.qat=.* says nothing"),
+        ({"precision": {"cpu": "w8", "qat": QAT}}, "precision.qat says nothing to precision.cpu=w8"),
+        ({"precision": {"cpu": "w4", "rounding": "awq", "qat": QAT}}, "rounding=awq scales weights"),
         ({"compress": [{"qat": QAT}]}, "compress.0.qat"),
         ({"compress": [{"cluster": {}}, {"distil": {"minutes": 1}, "qat": QAT}]}, "compress.1.qat"),
     ],
