@@ -96,8 +96,8 @@ gpu-proof: ## what is true on this machine's GPU, and what its limit is: docs/gp
 gpu-proof-dry: install ## the same script on a CPU: proves the script, not a speed
 	$(BIN)/python -m measure.gpu_proof --dry
 
-gpu-bundle: install ## the proof in parts under 60 MiB, for a GPU machine without a network
-	$(BIN)/python -m measure.gpu_proof.bundle --out $(BUILD)/gpu-bundle
+gpu-bundle: install ## the proof in a folder, for a GPU machine without a network
+	PATH="$(abspath $(BIN)):$$PATH" bash measure/gpu_proof/bundle.sh $(BUILD)/gpu-bundle
 
 bench-serving: install ## served sentences/s against the same model in process (peers: make bench-install first)
 	$(BIN)/python -m measure.bench.serving --build-dir $(BUILD)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from builders.artifacts import Checkpoint, GenerationQuality, OnnxGraph
+from builders.artifacts import Checkpoint, Generation, GenerationQuality, OnnxGraph
 from builders.errors import UnsupportedError
 from builders.export.rewrites import cache_layers, exportable, last_tokens, operator_attention
 from builders.export.tokenizer import require_tokenizer
@@ -58,7 +58,10 @@ def export_decoder(
     require_sound(expected, checkpoint)
     reference = model_perplexity(model, rows)
     file = out / GRAPH_FILE
-    write_graph(model.half() if precision == "fp16" else model, checkpoint, windows, file)
+    assert checkpoint.generation is not None
+    write_graph(
+        model.half() if precision == "fp16" else model, checkpoint.generation, checkpoint.max_length, windows, file
+    )
     require_standard(file)
     difference = parity.require_parity(file, few, expected, precision, checkpoint.source)
     perplexity, executor = graph_perplexity(file, rows)
@@ -92,16 +95,14 @@ def layer_windows(config: Any, positions: int) -> tuple[int | None, ...]:
     return tuple(sliding if kind == "sliding_attention" else None for kind in kinds)
 
 
-def write_graph(model: Any, checkpoint: Checkpoint, windows: Sequence[int | None], file: Path) -> None:
+def write_graph(model: Any, facts: Generation, positions: int, windows: Sequence[int | None], file: Path) -> None:
     import torch
 
-    facts = checkpoint.generation
-    assert facts is not None
-    module = _graph_module(model, windows, checkpoint.max_length)
+    module = _graph_module(model, windows, positions)
     shape = (3, facts.kv_heads, _EXAMPLE_CAPACITY, facts.head_dim)
     caches = [torch.zeros(shape, dtype=model.dtype) for _ in range(2 * facts.layers)]
     names = [f"{part}_cache_{layer}" for layer in range(facts.layers) for part in ("key", "value")]
-    with exportable(model, checkpoint.max_length, module.attention):
+    with exportable(model, positions, module.attention):
         write_program(
             module,
             (torch.zeros(3, 5, dtype=torch.int64), torch.tensor([0, 2, 7]), torch.full((3,), 4), *caches),
@@ -112,7 +113,7 @@ def write_graph(model: Any, checkpoint: Checkpoint, windows: Sequence[int | None
         )
     if module.served != set(range(facts.layers)):
         raise UnsupportedError(
-            f"attention of {checkpoint.source}", got=f"the interface serves layers {sorted(module.served)}",
+            f"attention of {model.config.model_type}", got=f"the interface serves layers {sorted(module.served)}",
             expected=f"all of 0 to {facts.layers - 1}", fix="use a model whose layers all attend in the usual way",
         )  # fmt: skip
 

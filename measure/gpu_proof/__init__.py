@@ -11,5 +11,5 @@ decoders   transformers' Llama in torch   decoder_engines   our step executor ov
 encoders   transformers' BERT in torch, and TensorRT's engines
 served     through Triton's port, and on several ranks
 folders    checkpoints, engines and repositories, built as users build them
-bundle     everything in a folder that can be carried to a machine without a network
+bundle.sh  everything in a folder that can be carried to a machine without a network, and run.sh, which runs it there
 """

@@ -12,7 +12,7 @@ import re
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -31,16 +31,16 @@ DRY_BUDGET_S = 1800.0  # of a CPU, which may be a busy one
 # else is held against. The first number is the most seconds, so that there is time for the sections behind; the second
 # the least. Once for each flavour of TensorRT: {}.
 _PARTS = (
-    ("machine", "machine.describe", 30, 5),
-    ("limits", "machine.limits", 30, 5),
-    ("TensorRT, {}", "machine.one_layer", 30, 10),
-    ("decoders", "decoders.measure", 140, 20),
-    ("decoder engines, {}", "decoder_engines.measure", 150, 40),
-    ("encoders", "encoders.measure", 90, 15),
-    ("engines, {}", "encoders.measure_engines", 90, 30),
-    ("served, {}", "served.measure", 120, 40),
-    ("several GPUs", "machine.all_reduces", 40, 15),
-    ("ranks", "served.ranks", 120, 40),
+    ("machine", "machine:describe", 30, 5),
+    ("limits", "machine:limits", 30, 5),
+    ("TensorRT, {}", "machine:one_layer", 30, 10),
+    ("decoders", "decoders:measure", 140, 20),
+    ("decoder engines, {}", "decoder_engines:measure", 150, 40),
+    ("encoders", "encoders:measure", 90, 15),
+    ("engines, {}", "encoders:measure_engines", 90, 30),
+    ("served, {}", "served:measure", 120, 40),
+    ("several GPUs", "machine:all_reduces", 40, 15),
+    ("ranks", "served:ranks", 120, 40),
 )
 
 
@@ -86,15 +86,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def require_gpu() -> str:
     """SM of the first GPU. Raises MachineError without one."""
-    targets = visible_targets()
-    if not targets:
-        raise MachineError(
-            "GPU of this machine",
-            got="none: nvidia-smi is not there, or names no GPU",
-            expected="an NVIDIA GPU and its driver",
-            fix="run it on a machine with a GPU (make gpu-bundle makes a folder to carry there), or make gpu-proof-dry",
-        )
-    return targets[0]
+    if targets := visible_targets():
+        return targets[0]
+    raise MachineError(
+        "GPU of this machine", got="none: nvidia-smi is not there, or names no GPU",
+        expected="an NVIDIA GPU and its driver",
+        fix="run it on a machine with a GPU (make gpu-bundle makes a folder to carry there), or make gpu-proof-dry",
+    )  # fmt: skip
 
 
 def new_folder(out: Path, device: str) -> Path:
@@ -112,13 +110,13 @@ def write(proof: Proof, folder: Path) -> str:
     """The figures first, which took minutes of a GPU; a drawing that fails costs the drawing. Returns the page."""
     folder.mkdir(parents=True)
     (folder / "proof.json").write_text(proof.to_json())
-    plots, note = {}, ""
+    plots, note = dict[str, str](), ""
     try:
         plots = page.draw(proof)
-        for name, svg in plots.items():
-            (folder / f"{name}.svg").write_text(svg)
     except Exception as error:  # noqa: BLE001 - the page says why, and can be drawn again from the figures
-        plots, note = {}, f"No plots: {type(error).__name__}: {error}"
+        note = f"No plots: {type(error).__name__}: {error}"
+    for name, svg in plots.items():
+        (folder / f"{name}.svg").write_text(svg)
     text = page.render(proof, tuple(plots), note)
     (folder / "README.md").write_text(text)
     print(f"written to {folder}", file=sys.stderr)
@@ -129,21 +127,16 @@ def _today() -> str:
     return datetime.now(UTC).date().isoformat()
 
 
-def run(command: Callable[[], object]) -> None:
-    """Errors to exit codes as the CLI has them, without the packages that the CLI needs."""
-
-    def leave(number: int, _: object) -> None:
-        signal.signal(number, signal.SIG_IGN)  # what this one makes us write is not cut short by a second
-        sys.exit(128 + number)
-
-    hear_signals()
-    signal.signal(signal.SIGTERM, leave)
-    try:
-        command()
-    except TriremeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from error
+def _leave(number: int, _: object) -> None:
+    signal.signal(number, signal.SIG_IGN)  # what this one makes us write is not cut short by a second
+    sys.exit(128 + number)
 
 
 if __name__ == "__main__":
-    run(main)
+    hear_signals()
+    signal.signal(signal.SIGTERM, _leave)
+    try:
+        main()
+    except TriremeError as error:  # to exit codes as the CLI has them, without the packages that the CLI needs
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from error

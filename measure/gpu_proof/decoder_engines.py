@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from builders.artifacts import Checkpoint, Generation, GenerationQuality, OnnxGraph
+from builders.artifacts import Generation, GenerationQuality, OnnxGraph
 from builders.engine.tensorrt import build_decoder_engine, decoder_profiles
 from builders.errors import ParityError
 from builders.export import decoder as export
@@ -34,9 +35,10 @@ from measure.gpu_proof.machine import try_flavour
 from measure.gpu_proof.record import Measured
 from measure.gpu_proof.roofline import against, decode_work
 from measure.gpu_proof.setting import Setting
-from measure.gpu_proof.timing import seconds_of
+from measure.gpu_proof.timing import in_time, seconds_of
 from runtime.generation.cache import SlotCache
 from runtime.generation.engine import GenerationEngine
+from runtime.generation.metrics import Counters
 from runtime.generation.request import Limits, SamplingParams
 from runtime.generation.scheduler import Scheduler
 from runtime.step import Batch, StepExecutor
@@ -46,36 +48,38 @@ HOST_AIM = 0.10  # of a step at batch 1
 KEPT = 1
 _PROMPT = 8
 _LEAST_S = 30.0  # of the budget, to build an engine
+Seconds = dict[tuple[int, int, int], float]  # of a step, by layers, context and rows
 
 
 def measure(setting: Setting, flavour: Flavour) -> Iterator[Measured]:
     try_flavour(flavour, setting)
-    how = f"{flavour} step executor{stand_in(setting)}"
-    rows, shortest = max(setting.decode_rows) + KEPT, min(setting.contexts)
-    seconds: dict[tuple[int, int, int], float] = {}  # by layers, context and rows
-    made: dict[int, tuple[OnnxGraph, Any]] = {}  # by layers
-    for context, layers in product(setting.contexts, setting.depths):
-        case = f"{setting.decoder_name} of {layers} layers, engine of capacity {context}"
-        if setting.left_s < _LEAST_S and not setting.dry:
-            yield Measured(case, how, reason="time")
-            continue
-        if layers not in made:
-            made[layers] = decoder_graph(replace(setting.decoder, layers=layers), setting)
-        graph, model = made[layers]
+    how, seconds = f"{flavour} step executor{stand_in(setting)}", Seconds()
+    graph_of = cache(lambda layers: decoder_graph(replace(setting.decoder, layers=layers), setting))
+
+    def engine(layers: int, context: int, row: Measured) -> Iterator[Measured]:
+        graph, model = graph_of(layers)
         folder = setting.scratch / f"{flavour}-{layers}-{context}"
         folder.mkdir()
+        rows, shortest = max(setting.decode_rows) + KEPT, min(setting.contexts)
         profiles = decoder_profiles(rows, shortest)
-        engine = build_decoder_engine(graph, context, flavour, setting.target, profiles, folder)
-        yield built_row(setting, engine, case, f"{flavour} engine")
-        executor = open_executor(setting, engine.file_path, graph, context, rows, flavour)
+        built = build_decoder_engine(graph, context, flavour, setting.target, profiles, folder)
+        yield built_row(setting, built, row.case, f"{flavour} engine")
+        executor = open_executor(setting, built.file_path, graph, context, rows, flavour)
         try:
-            yield _compared(setting, executor, model, case, how)
+            yield _compared(setting, executor, model, row)
             for count in setting.decode_rows:
                 seconds[layers, context, count] = _decode_seconds(setting, executor, context, count)
             if layers == max(setting.depths) and context == shortest:
-                yield from _looped(setting, executor, context, case, how)
+                yield from _looped(setting, executor, context, row)
         finally:
             executor.close()
+
+    cases = (
+        (Measured(f"{setting.decoder_name} of {layers} layers, engine of capacity {context}", how),
+         partial(engine, layers, context))
+        for context, layers in product(setting.contexts, setting.depths)
+    )  # fmt: skip
+    yield from in_time(setting, cases, _LEAST_S)
     yield from _derived(setting, seconds, how)
 
 
@@ -83,27 +87,19 @@ def decoder_graph(shape: DecoderShape, setting: Setting) -> tuple[OnnxGraph, Any
     """A random Llama exported as every decoder is, and the same weights in torch to compare with."""
     positions = max(setting.contexts)
     model = new_llama(shape, positions, setting.dtype, setting.device)  # where random numbers are made fast
-    folder = setting.scratch / f"decoder-{shape.layers}"
-    if not folder.is_dir():  # else the other flavour's section has made it
-        with atomic_directory(folder) as work:
-            export.write_graph(model.to("cpu"), _facts(shape, positions), [None] * shape.layers, work / GRAPH_FILE)
-    # Nothing judges random weights.
-    unjudged = GenerationQuality(perplexity=np.nan, reference_perplexity=np.nan, tokens=0, executor="none")
-    graph = record_graph(folder, setting.precision, unjudged, f"random, {shape.layers} layers")
-    return graph, model.to(setting.device)
-
-
-def _facts(shape: DecoderShape, positions: int) -> Checkpoint:
-    generation = Generation(
+    facts = Generation(
         bos_id=None, eos_ids=(), pad_id=0, start_id=None, layers=shape.layers, heads=shape.heads,
         kv_heads=shape.kv_heads, head_dim=shape.head_dim, max_positions=positions, vocabulary=shape.vocabulary,
         tied=False,
     )  # fmt: skip
-    return Checkpoint(
-        directory=Path(), files=(), source="random weights", architecture="LlamaForCausalLM", model_type="llama",
-        task="generation", pooling=None, hidden_size=shape.hidden, labels=0, parameters=0,
-        max_length=positions, token_type_ids=False, generation=generation,
-    )  # fmt: skip
+    folder = setting.scratch / f"decoder-{shape.layers}"
+    if not folder.is_dir():  # else the other flavour's section has made it
+        with atomic_directory(folder) as work:
+            export.write_graph(model.to("cpu"), facts, positions, [None] * shape.layers, work / GRAPH_FILE)
+    # Nothing judges random weights.
+    unjudged = GenerationQuality(perplexity=np.nan, reference_perplexity=np.nan, tokens=0, executor="none")
+    graph = record_graph(folder, setting.precision, unjudged, f"random, {shape.layers} layers")
+    return graph, model.to(setting.device)
 
 
 def open_executor(
@@ -119,7 +115,7 @@ def open_executor(
     return TensorRtStepExecutor(engines, (capacity,), rows, flavour=flavour, device=0)
 
 
-def _compared(setting: Setting, executor: StepExecutor, model: Any, case: str, how: str) -> Measured:
+def _compared(setting: Setting, executor: StepExecutor, model: Any, row: Measured) -> Measured:
     """A prompt and a token after it, against the same weights in torch. Raises ParityError where they differ."""
     import torch
 
@@ -131,8 +127,8 @@ def _compared(setting: Setting, executor: StepExecutor, model: Any, case: str, h
         [got] = np.array(executor.run([Batch(0, 0, ids[:, start:end], np.array([start]))])[0])
         worst = max(worst, float(np.abs(got - expected[end - 1]).max() / np.abs(expected[end - 1]).max()))
     if not worst <= MOST_DIFFERENCE[setting.dtype]:
-        raise ParityError(f"{case}, {how}: logits differ by {worst:.1e} of the largest from the same weights in torch")
-    return Measured(f"{case}, against torch", how, figures={"relative_difference": worst})
+        raise ParityError(f"{row.case}, {row.how}: logits differ by {worst:.1e} of the largest from torch's")
+    return replace(row, case=f"{row.case}, against torch", figures={"relative_difference": worst})
 
 
 def _decode_seconds(setting: Setting, executor: StepExecutor, context: int, rows: int) -> float:
@@ -141,7 +137,7 @@ def _decode_seconds(setting: Setting, executor: StepExecutor, context: int, rows
     return seconds_of(lambda: executor.run([batch])[0].argmax(axis=1), setting)
 
 
-def _derived(setting: Setting, seconds: dict[tuple[int, int, int], float], how: str) -> Iterator[Measured]:
+def _derived(setting: Setting, seconds: Seconds, how: str) -> Iterator[Measured]:
     few, more = setting.depths
     for context, rows in product(setting.contexts, setting.decode_rows):
         if (few, context, rows) in seconds and (more, context, rows) in seconds:
@@ -158,15 +154,14 @@ def whole_seconds(few: float, more: float, depths: tuple[int, int], layers: int)
     return few + (layers - depths[0]) * (more - few) / (depths[1] - depths[0])
 
 
-def _looped(setting: Setting, executor: StepExecutor, context: int, case: str, how: str) -> Iterator[Measured]:
+def _looped(setting: Setting, executor: StepExecutor, context: int, row: Measured) -> Iterator[Measured]:
     """In the bare loop, and a step of the serving loop split into its parts."""
     rows, new = min(8, max(setting.decode_rows)), min(setting.steps, context // 2)
     loop = bare_loop(executor, 0, rows, context - new, new)
     figures = {"tokens_per_s": loop.decode_tokens_per_second, "prompt_s": loop.prefill_seconds / rows}
-    yield Measured(f"{case}, bare loop, batch {rows}", how, figures=figures)
+    yield replace(row, case=f"{row.case}, bare loop, batch {rows}", figures=figures)
     executor.reset()  # the loop has left its own keys and values
-    row = Measured(f"{case}, a step of the serving loop, batch 1", how, {"batch": 1})
-    yield split(setting, engine_over(executor, context, 1, chunk=context), row)
+    yield _split(engine_over(executor, context, 1, chunk=context), setting.steps + 8, row)
 
 
 def engine_over(executor: StepExecutor, capacity: int, slots: int, chunk: int) -> GenerationEngine:
@@ -176,26 +171,23 @@ def engine_over(executor: StepExecutor, capacity: int, slots: int, chunk: int) -
     return GenerationEngine(executor, scheduler, Limits(executor.vocabulary, capacity, capacity, ()))
 
 
-def split(setting: Setting, engine: GenerationEngine, row: Measured) -> Measured:
+def _split(engine: GenerationEngine, tokens: int, row: Measured) -> Measured:
     """Milliseconds of one step of a stream by what they were spent on: the loop's own counters."""
-    tokens = min(setting.steps + 8, engine.limits.max_length - 1)
+    tokens = min(tokens, engine.limits.max_length - 1)
     prompt = np.ones(engine.limits.max_length - tokens, np.int64)
     engine.submit(prompt, SamplingParams(max_tokens=tokens, min_tokens=tokens))
     for _ in range(3):  # the prompt, and the steps that capture
         engine.step()
-    before = replace(engine.counters)
+    spent = engine.counters = Counters()  # of the steps from here
     while engine.step():
         for update in engine.take_updates():
             if update.error is not None:
                 raise update.error
-    count = engine.counters.steps - before.steps
-    step_s, executor_s, sampling_s = (
-        (getattr(engine.counters, name) - getattr(before, name)) / count
-        for name in ("step_seconds", "executor_seconds", "sample_seconds")
-    )
-    share = (step_s - executor_s) / step_s
-    parts = {"step": step_s, "executor": executor_s, "sampling": sampling_s}
-    parts["scheduling"] = step_s - executor_s - sampling_s
-    figures = {f"{name}_ms": seconds * 1e3 for name, seconds in parts.items()}
+    parts = {"step": spent.step_seconds, "executor": spent.executor_seconds, "sampling": spent.sample_seconds}
+    parts["scheduling"] = spent.step_seconds - spent.executor_seconds - spent.sample_seconds
+    share = 1 - spent.executor_seconds / spent.step_seconds
+    figures = {f"{name}_ms": seconds / spent.steps * 1e3 for name, seconds in parts.items()}
+    figures |= {"host_share": share, "tokens_per_s": spent.steps / spent.step_seconds}
     note = f"the aim is a host share of at most {HOST_AIM:.0%}: {'met' if share <= HOST_AIM else 'missed'}"
-    return replace(row, figures=figures | {"host_share": share, "tokens_per_s": 1 / step_s}, note=note)
+    case = f"{row.case}, a step of the serving loop, batch 1"
+    return replace(row, case=case, axes={"batch": 1}, figures=figures, note=note)

@@ -61,7 +61,7 @@ def _cases(setting: Setting, model: Any) -> Iterator[Case]:
         yield decode_row(setting, how, context, rows), partial(_decode, setting, model, compiled, graphs)
 
 
-def _prefill(setting: Setting, model: Any, row: Measured) -> Measured:
+def _prefill(setting: Setting, model: Any, row: Measured) -> list[Measured]:
     import torch
 
     length = row.axes["length"]
@@ -69,17 +69,17 @@ def _prefill(setting: Setting, model: Any, row: Measured) -> Measured:
     with torch.no_grad():
         seconds = seconds_of(lambda: model(input_ids=ids, logits_to_keep=1), setting)
     work = prefill_work(setting.decoder, length, setting.value_bytes)
-    return against(row, work, seconds, setting.limits, tokens_per_s=length / seconds)
+    return [against(row, work, seconds, setting.limits, tokens_per_s=length / seconds)]
 
 
-def _decode(setting: Setting, model: Any, compiled: bool, graphs: bool, row: Measured) -> Measured:
+def _decode(setting: Setting, model: Any, compiled: bool, graphs: bool, row: Measured) -> list[Measured]:
     rows, context = row.axes["batch"], row.axes["context"]
     step = decode_step(setting, model, rows, context, compiled=compiled)
     launch = captured(step, setting) if graphs else step
     seconds, contract = seconds_of(launch, setting), seconds_of(lambda: launch().cpu(), setting)
     work = decode_work(setting.decoder, rows, context, setting.value_bytes)
     figures = {"tokens_per_s": rows / seconds, "contract_ms": contract * 1e3}
-    return against(row, work, seconds, setting.limits, **figures)
+    return [against(row, work, seconds, setting.limits, **figures)]
 
 
 def decode_step(setting: Setting, model: Any, rows: int, context: int, *, compiled: bool = False) -> Step:

@@ -27,7 +27,7 @@ from measure.gpu_proof.machine import require_torch, try_flavour
 from measure.gpu_proof.record import Measured
 from measure.gpu_proof.roofline import EncoderShape, against, encoder_work
 from measure.gpu_proof.setting import Setting
-from measure.gpu_proof.timing import captured, in_time, seconds_of
+from measure.gpu_proof.timing import NotRun, captured, in_time, seconds_of
 from runtime.session import open_session
 from runtime.tensorrt.executor import load_engines
 
@@ -45,11 +45,11 @@ def timed_grid(
     own precision, INT8 engines too.
     """
 
-    def measured(row: Measured) -> Measured:
+    def measured(row: Measured) -> Iterator[Measured]:
         batch, length = row.axes["batch"], row.axes["length"]
         seconds = seconds_of(prepare(batch, length), setting)
         work = encoder_work(shape, batch, length, setting.value_bytes)
-        return against(row, work, seconds, setting.limits, sentences_per_s=batch / seconds)
+        yield against(row, work, seconds, setting.limits, sentences_per_s=batch / seconds)
 
     rows = (
         Measured(f"{shape.name}, batch {batch} x length {length}", how, {"batch": batch, "length": length})
@@ -79,36 +79,38 @@ def _torch_call(setting: Setting, model: Any, graphs: bool, batch: int, length: 
     import torch
 
     ids = torch.randint(0, model.config.vocab_size, (batch, length), device=setting.device)
-
-    def encode() -> torch.Tensor:
-        with torch.no_grad():
-            return model(input_ids=ids).last_hidden_state.mean(1)  # type: ignore[no-any-return]
-
+    encode = torch.no_grad()(lambda: model(input_ids=ids).last_hidden_state.mean(1))
     return captured(encode, setting) if graphs else encode
 
 
 def measure_engines(setting: Setting, flavour: Flavour) -> Iterator[Measured]:
     try_flavour(flavour, setting)
-    for shape, precision in product(setting.encoders, LEAST_COSINE):
-        if precision == "int8" and weights_note(shape) != "real weights":
-            continue  # random weights have no quality that INT8 could keep or lose
-        case, how = f"{shape.name}, engine", f"{flavour} engine, {precision}"
-        try:
-            spec = encoder_spec(shape, setting, flavour, precision)
-            built = pipeline.build(spec, "gpu", setting.scratch, "engine")
-        except QualityError as error:
-            yield Measured(case, how, reason=str(error))
-            continue
-        yield built_row(setting, built.engines[0], case, how)
-        how += stand_in(setting)
-        bind = graph_runner(built.served_graph.file_path) if setting.dry else engine_runner(built.engines[0])
-        yield _compared(built, bind, shape, how, LEAST_COSINE[precision])
-        inputs = [tensor.name for tensor in built.served_graph.inputs]
-        yield from timed_grid(setting, shape, how, partial(_full_texts, bind, inputs))
+    cases = (
+        (Measured(f"{shape.name}, engine", f"{flavour} engine, {precision}"),
+         partial(_engine, setting, flavour, shape, precision))
+        for shape, precision in product(setting.encoders, LEAST_COSINE)
+        # Random weights have no quality that INT8 could keep or lose.
+        if precision != "int8" or weights_note(shape) == "real weights"
+    )  # fmt: skip
+    return in_time(setting, cases)
 
 
-def _full_texts(bind: Bind, inputs: list[str], batch: int, length: int) -> Call:
-    return bind(dict.fromkeys(inputs, np.ones((batch, length), np.int64)))
+def _engine(
+    setting: Setting, flavour: Flavour, shape: EncoderShape, precision: str, row: Measured
+) -> Iterator[Measured]:
+    try:
+        built = pipeline.build(encoder_spec(shape, setting, flavour, precision), "gpu", setting.scratch, "engine")
+    except QualityError as error:
+        raise NotRun(str(error)) from error
+    yield built_row(setting, built.engines[0], row.case, row.how)
+    how = row.how + stand_in(setting)
+    bind = graph_runner(built.served_graph.file_path) if setting.dry else engine_runner(built.engines[0])
+    yield _compared(built, bind, shape, how, LEAST_COSINE[precision])
+
+    def full_texts(batch: int, length: int) -> Call:
+        return bind({tensor.name: np.ones((batch, length), np.int64) for tensor in built.served_graph.inputs})
+
+    yield from timed_grid(setting, shape, how, full_texts)
 
 
 def _compared(built: Build, bind: Bind, shape: EncoderShape, how: str, least: float) -> Measured:

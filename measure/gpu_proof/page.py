@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from measure.gpu_proof.record import Measured, Proof, Section
@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
 DRY_NOTICE = "dry run: proves the script, not a speed"
 _PERCENT = ("fraction", "host_share")
-_SECTIONS = {"section": "---", "status": "---", "seconds": "--:", "": "---"}
 _PLOTS = {"fraction": "Achieved fraction of the limit", "tokens": "Decode: tokens/s against batch"}
 
 
@@ -26,7 +25,7 @@ def render(proof: Proof, plots: Sequence[str] = (), note: str = "") -> str:
         f"{ran} of {len(proof.sections)} sections ran, in {sum(s.seconds for s in proof.sections):.0f} s of "
         f"{proof.budget_s:.0f} s. `floor_ms` is the least time that the bytes and operations of a case can take at the "
         "limits measured here; `fraction` is that over the time measured. Everything is in `proof.json`.\n",
-        *_table(_SECTIONS, ([s.name, s.status, f"{s.seconds:.1f}", s.reason] for s in proof.sections)),
+        *_table([{"section": s.name, "status": s.status, "seconds": s.seconds, "": s.reason} for s in proof.sections]),
         *_gap_lines(proof),
         *(f"![{_PLOTS[name]}]({name}.svg)\n" for name in plots),
         *([" ".join(note.split()) + "\n"] if note else []),
@@ -56,7 +55,7 @@ def _section_lines(section: Section) -> list[str]:
         lines.append(f"{section.status}: {section.reason}\n")
     measured = [row for row in section.rows if row.figures]
     for names in dict.fromkeys(tuple(row.figures) for row in measured):  # a table for each set of figures
-        lines += _figures([row for row in measured if tuple(row.figures) == names], names)
+        lines += _table([_cells(row) for row in measured if tuple(row.figures) == names])
     for row in section.rows:
         if row.facts and not row.figures:
             lines.append(f"- {row.case}: {', '.join(f'{name} {value}' for name, value in row.facts.items())}")
@@ -65,19 +64,20 @@ def _section_lines(section: Section) -> list[str]:
     return [*lines, ""]
 
 
-def _figures(rows: Sequence[Measured], names: tuple[str, ...]) -> list[str]:
-    facts = list(dict.fromkeys(name for row in rows for name in row.facts))
-    noted = ["note"] if any(row.note for row in rows) else []
-    heads = dict.fromkeys(["case", "how"], "---") | dict.fromkeys(names, "--:") | dict.fromkeys([*facts, *noted], "---")
-    rest = ([row.facts.get(name, "") for name in facts] + [row.note for _ in noted] for row in rows)
-    numbers = ([_number(row.figures[name], name) for name in names] for row in rows)
-    cells = ([row.case, row.how, *some, *more] for row, some, more in zip(rows, numbers, rest, strict=True))
-    return _table(heads, cells)
+def _cells(row: Measured) -> dict[str, str | float]:
+    noted = {"note": row.note} if row.note else {}
+    return {"case": row.case, "how": row.how, **row.figures, **row.facts, **noted}
 
 
-def _table(heads: dict[str, str], rows: Iterable[Sequence[str]]) -> list[str]:
-    cells = (" | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in row) for row in rows)
+def _table(rows: Sequence[Mapping[str, str | float]]) -> list[str]:
+    """Numbers stand to the right. A row may lack a column."""
+    heads = {name: "---" if isinstance(value, str) else "--:" for row in rows for name, value in row.items()}
+    cells = (" | ".join(_cell(name, row.get(name, "")) for name in heads) for row in rows)
     return [f"| {' | '.join(heads)} |", f"|{'|'.join(heads.values())}|", *(f"| {row} |" for row in cells), ""]
+
+
+def _cell(name: str, value: str | float) -> str:
+    return " ".join(value.replace("|", "\\|").split()) if isinstance(value, str) else _number(value, name)
 
 
 def _number(value: float, name: str = "") -> str:
@@ -89,17 +89,14 @@ def _number(value: float, name: str = "") -> str:
 def draw(proof: Proof) -> dict[str, str]:
     """SVG by name, for what there are figures of."""
     decode = [row for row in proof.held if {"batch", "context"} <= set(row.axes)]
-    found = {}
-    if proof.held:
-        cases = list(dict.fromkeys(row.case for row in proof.held))
-        found["fraction"] = _figure(proof, 1.5 + 0.26 * len(cases), lambda axes: _fractions(axes, proof.held, cases))
-    if decode:
-        found["tokens"] = _figure(proof, 4.0, lambda axes: _tokens(axes, decode))
-    return found
+    cases = {row.case for row in proof.held}
+    wanted = {"fraction": (_fractions, proof.held, 1.5 + 0.26 * len(cases)), "tokens": (_tokens, decode, 4.0)}
+    return {name: _figure(proof, height, draw_on, rows) for name, (draw_on, rows, height) in wanted.items() if rows}
 
 
-def _fractions(axes: Axes, rows: list[Measured], cases: list[str]) -> None:
+def _fractions(axes: Axes, rows: list[Measured]) -> None:
     """A line a case, the first on top; a mark for each way."""
+    cases = list(dict.fromkeys(row.case for row in rows))
     for number, how in enumerate(dict.fromkeys(row.how for row in rows)):
         mine = [row for row in rows if row.how == how]
         places = [cases.index(row.case) for row in mine]
@@ -123,14 +120,14 @@ def _tokens(axes: Axes, rows: list[Measured]) -> None:
     axes.yaxis.set_major_formatter("{x:g}")
 
 
-def _figure(proof: Proof, height: float, draw_on: Callable[[Axes], None]) -> str:
+def _figure(proof: Proof, height: float, draw_on: Callable[[Axes, list[Measured]], None], rows: list[Measured]) -> str:
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context({"svg.hashsalt": "trireme", "svg.fonttype": "none", "text.parse_math": False}):
         figure = Figure(figsize=(9, height), layout="constrained")
         axes = figure.add_subplot()
-        draw_on(axes)
+        draw_on(axes, rows)
         axes.grid(alpha=0.3)
         axes.set_axisbelow(True)
         axes.set_title(f"{proof.device}, {proof.date}" + (f" ({DRY_NOTICE})" if proof.dry else ""), fontsize=10)

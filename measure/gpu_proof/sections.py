@@ -9,28 +9,27 @@ Sections are forked from a server that imports torch once: minutes from a cold d
 
 from __future__ import annotations
 
-import importlib
 import multiprocessing
+import pkgutil
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import Any
 
 from builders.errors import MachineError
-from measure.gpu_proof.record import Measured, Section, Status
+from measure.gpu_proof.record import Measured, Section
 from measure.gpu_proof.roofline import DeviceLimits
 from measure.gpu_proof.setting import Setting
 from measure.gpu_proof.timing import lacking
 from runtime.heard import hear_signals
 
-BEGIN_S = 120.0  # of a section's process, until its first word: not the section's time
+BEGIN_S = 120.0  # of the server, until its first process has ended
 GRACE_S = 10.0  # for the case under way when a section's time is over
 _END_S = 5.0  # from the end of a process's pipe to its own
 # Imported once by the server that sections are forked from: none of them wakes CUDA by being imported.
 _PRELOADED = ["torch", "transformers.models.bert.modeling_bert", "transformers.models.llama.modeling_llama", "onnx"]
-BEGUN = "begun"
 ENDED = "the proof was ended before it was done"
 
 
@@ -47,11 +46,6 @@ class Part:
     most_s: float
     least_s: float = 5.0
     arguments: tuple[str, ...] = ()
-
-    def resolve(self) -> Callable[..., Iterator[Measured]]:
-        module, _, name = self.function.rpartition(".")
-        function: Callable[..., Iterator[Measured]] = getattr(importlib.import_module(module), name)
-        return function
 
 
 def run_parts(parts: Sequence[Part], setting: Setting, seconds: float) -> Iterator[Section]:
@@ -103,54 +97,39 @@ def _limits(section: Section) -> DeviceLimits | None:
 def _run(context: Any, part: Part, setting: Setting, seconds: float, rows: list[Measured]) -> Section:
     """Appends to `rows` as they come."""
     began = time.monotonic()
+    end = Section(part.name, "failed", "it did not end in its time, and was ended")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=measure_here, args=(part, setting, seconds, sender))
+    process = context.Process(target=_measure, args=(part, replace(setting, deadline=began + seconds), sender))
     try:
         process.start()
         sender.close()  # this end; the process holds the other, and its death is the end of the pipe
-        end = _collect(receiver, rows, seconds)
-        if end is None:
-            process.join(_END_S)  # to its exit code
+        while receiver.poll(max(0.0, began + seconds + GRACE_S - time.monotonic())):
+            if isinstance(word := receiver.recv(), Section):
+                end = word
+                break
+            rows.append(word)
+    except (EOFError, OSError):  # OSError: in the middle of a row
+        process.join(_END_S)  # to its exit code
+        end = replace(end, reason=f"its process ended with exit code {process.exitcode}")
     finally:
         if process.pid is not None:
             process.kill()
             process.join(_END_S)
         receiver.close()
-    status, reason = end or ("failed", f"its process ended with exit code {process.exitcode}")
-    return Section(part.name, status, reason, time.monotonic() - began, tuple(rows))
+    return replace(end, seconds=time.monotonic() - began, rows=tuple(rows))
 
 
-def _collect(receiver: Connection, rows: list[Measured], seconds: float) -> tuple[Status, str] | None:
-    """Rows until the section says how it ended; None where it died. `seconds` count from its first word."""
-    deadline = time.monotonic() + BEGIN_S
-    while receiver.poll(max(0.0, deadline - time.monotonic())):
-        try:
-            word = receiver.recv()
-        except (EOFError, OSError):  # OSError: in the middle of a row
-            return None
-        if word == BEGUN:
-            deadline = time.monotonic() + seconds + GRACE_S
-        elif isinstance(word, Measured):
-            rows.append(word)
-        else:
-            status, reason = word
-            return status, reason
-    return "failed", "it did not end in its time, and was ended"
-
-
-def measure_here(part: Part, setting: Setting, seconds: float, sender: Connection) -> None:
+def _measure(part: Part, setting: Setting, sender: Connection) -> None:
     """What a section's process does. What it lacks is "not run"; anything else that is raised has failed."""
-    sender.send(BEGUN)
-    setting = replace(setting, deadline=time.monotonic() + seconds)
-    end: tuple[Status, str] = ("ran", "")
+    end = Section(part.name, "ran")
     try:
-        for row in part.resolve()(setting, *part.arguments):
+        for row in pkgutil.resolve_name(part.function)(setting, *part.arguments):
             sender.send(row)
     except Exception as error:  # noqa: BLE001 - the other sections go on, and the result shows this one
         if reason := lacking(error):
-            end = ("not run", reason)
+            end = Section(part.name, "not run", reason)
         else:
             traceback.print_exc()
-            end = ("failed", f"{type(error).__name__}: {error}")
+            end = Section(part.name, "failed", f"{type(error).__name__}: {error}")
     sender.send(end)
     sender.close()

@@ -17,7 +17,7 @@ from builders.judging import corpus
 from builders.spec import DeploymentSpec, Flavour
 from measure.bench.bare_loop import bare_loop
 from measure.bench.random_llama import random_prompts
-from measure.gpu_proof.folders import encoder_spec, llama, repository, spec
+from measure.gpu_proof.folders import encoder_spec, llama, llama_spec, repository
 from measure.gpu_proof.machine import require_gpus, try_flavour
 from measure.gpu_proof.record import Measured
 from measure.gpu_proof.setting import Setting
@@ -42,37 +42,40 @@ def measure(setting: Setting, flavour: Flavour) -> Iterator[Measured]:
     try_flavour(flavour, setting)
     if importlib.util.find_spec("tritonclient") is None:
         raise NotRun("no module tritonclient; the serving loop over engines is measured in process")
-    cases = (("language model", _generation), ("sentences", _sentences))
-    rows = ((Measured(f"{name} behind Triton", "embedded Triton, gRPC"), each) for name, each in cases)
-    return in_time(setting, ((row, partial(each, setting, flavour)) for row, each in rows), _LEAST_S)
-
-
-def _generation(setting: Setting, flavour: Flavour, row: Measured) -> Measured:
-    model, sizes, name = llama(setting)
     streams = max(rows for rows in setting.decode_rows if rows <= 32)
-    asked = spec(setting, flavour, "proof-llama", model, generation={"slots": streams})
+    generating = f"{llama(setting)[0]} behind Triton, {streams} streams"
+    encoding = f"{setting.encoders[0].name} behind Triton, {_CLIENTS} clients"
+    how = "embedded Triton, gRPC"
+    cases = [
+        (Measured(generating, how, {"batch": streams}), partial(_generation, setting, flavour)),
+        (Measured(encoding, how), partial(_sentences, setting, flavour)),
+    ]
+    return in_time(setting, cases, _LEAST_S)
+
+
+def _generation(setting: Setting, flavour: Flavour, row: Measured) -> Iterator[Measured]:
+    streams, (_, sizes) = row.axes["batch"], llama(setting)
+    asked = llama_spec(setting, flavour, "proof-llama", streams)
 
     def ask(client: Client, address: str, prompt: Any) -> int:  # a stream has a connection of its own
         options = {"input_ids": prompt.tolist(), "max_tokens": _NEW_TOKENS, "min_length": _NEW_TOKENS}
         return sum(len(chunk.tokens) for chunk in stream(address, asked.name, None, options))
 
     rate = _per_second(setting, asked, list(random_prompts(2 * streams, 16, sizes.vocabulary)), streams, ask)
-    case = f"{name} behind Triton, {streams} streams"
-    return replace(row, case=case, axes={"batch": streams}, figures={"tokens_per_s": rate})
+    yield replace(row, figures={"tokens_per_s": rate})
 
 
-def _sentences(setting: Setting, flavour: Flavour, row: Measured) -> Measured:
+def _sentences(setting: Setting, flavour: Flavour, row: Measured) -> Iterator[Measured]:
     if flavour == "tensorrt" and not _IMAGE.is_dir():
         raise NotRun("Triton's own tensorrt backend serves such an encoder, and only NVIDIA's image has it")
-    shape, size = setting.encoders[0], min(32, max(setting.batches))
-    asked, texts = encoder_spec(shape, setting, flavour), corpus.texts(None, 64 if setting.dry else 2048)
+    size, texts = min(32, max(setting.batches)), corpus.texts(None, 64 if setting.dry else 2048)
+    asked = encoder_spec(setting.encoders[0], setting, flavour)
 
     def ask(client: Client, address: str, some: list[str]) -> int:
         return len(client.vectors(asked.name, some))
 
     requests = [texts[start : start + size] for start in range(0, len(texts), size)]
-    rate = _per_second(setting, asked, requests, _CLIENTS, ask)
-    return replace(row, case=f"{shape.name} behind Triton, {_CLIENTS} clients", figures={"sentences_per_s": rate})
+    yield replace(row, figures={"sentences_per_s": _per_second(setting, asked, requests, _CLIENTS, ask)})
 
 
 def _per_second(
@@ -94,23 +97,20 @@ def _per_second(
 
 
 def ranks(setting: Setting) -> Iterator[Measured]:
-    gpus = require_gpus(setting)
+    gpus, (name, _) = require_gpus(setting), llama(setting)
     if not setting.dry:
         try_flavour("tensorrt", setting)  # TensorRT for RTX has no collectives over several GPUs
     layouts = [(2, 1)] if setting.dry else [each for each in _LAYOUTS if each[0] * each[1] <= gpus]
     rows = (
-        Measured(f"{llama(setting)[2]} on {tensor} x {stages} ranks", "rank step executor",
-                 {"batch": _RANK_ROWS, "tensor": tensor, "pipeline": stages})
+        Measured(f"{name} on {tensor} x {stages} ranks", "rank step executor", {"tensor": tensor, "pipeline": stages})
         for tensor, stages in layouts
-    )  # fmt: skip
+    )
     return in_time(setting, ((row, partial(_on_ranks, setting)) for row in rows), _LEAST_S)
 
 
-def _on_ranks(setting: Setting, row: Measured) -> Measured:
-    model, sizes, _ = llama(setting)
-    parallel = {name: row.axes[name] for name in ("tensor", "pipeline")}
-    name = "proof-ranks-{tensor}-{pipeline}".format_map(parallel)
-    asked = spec(setting, "tensorrt", name, model, parallel=parallel, generation={"slots": _RANK_ROWS})
+def _on_ranks(setting: Setting, row: Measured) -> Iterator[Measured]:
+    name, (_, sizes) = "proof-ranks-{tensor}-{pipeline}".format_map(row.axes), llama(setting)
+    asked = llama_spec(setting, "tensorrt", name, _RANK_ROWS, parallel=row.axes)
     _, directory = repository(setting, asked)
     settings = GeneratorModelSettings.load(directory)
     engine, _ = open_engine(settings, directory)
@@ -119,4 +119,5 @@ def _on_ranks(setting: Setting, row: Measured) -> Measured:
         loop = bare_loop(engine.executor, pool_for(prompt + new, settings.capacities), _RANK_ROWS, prompt, new)
     finally:
         engine.executor.close()
-    return replace(row, figures={"tokens_per_s": loop.decode_tokens_per_second})
+    axes = {"batch": _RANK_ROWS, **row.axes}
+    yield replace(row, axes=axes, figures={"tokens_per_s": loop.decode_tokens_per_second})

@@ -12,7 +12,7 @@ from measure.gpu_proof.record import Measured
 from measure.gpu_proof.setting import Setting
 
 _OURS = ("builders", "measure", "runtime")
-Case = tuple[Measured, Callable[[Measured], Measured]]
+Case = tuple[Measured, Callable[[Measured], Iterable[Measured]]]
 
 
 class NotRun(Exception):
@@ -31,8 +31,9 @@ def lacking(error: Exception) -> str:
 
 
 def in_time(setting: Setting, cases: Iterable[Case], least_s: float = 0.0) -> Iterator[Measured]:
-    """Each row as its function measures it. It says so where the machine lacks what that needs, and "time" where the
-    section has not twice the longest case's time left, or less than `least_s` (the dry run's cases are short).
+    """What each case's function makes of its row. The row alone, with the reason, where the machine lacks what that
+    needs, or where the section has not twice the longest case's time left, or less than `least_s` (the dry run's cases
+    are short).
     """
     longest = 0.0 if setting.dry else least_s / 2
     for row, measure in cases:
@@ -41,18 +42,17 @@ def in_time(setting: Setting, cases: Iterable[Case], least_s: float = 0.0) -> It
             yield replace(row, reason="time")
             continue
         try:
-            found = measure(row)
+            yield from measure(row)
         except Exception as error:
             if not (reason := lacking(error)):
                 raise
-            found = replace(row, reason=reason)
+            yield replace(row, reason=reason)
         longest = max(longest, time.monotonic() - began)
-        yield found
 
 
 def captured(step: Callable[[], Any], setting: Setting) -> Callable[[], Any]:
     """Launches `step` as one CUDA graph, and gives what lies where its result will be. On a CPU, the step itself."""
-    if setting.device == "cpu":
+    if setting.dry:
         return step
     import torch
 

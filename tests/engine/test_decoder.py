@@ -42,7 +42,9 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> OnnxGraph:
     checkpoint = generator_checkpoint(save_generator(folder / "checkpoint", "llama", num_hidden_layers=4))
     model = load_weights(checkpoint)
     (folder / "graph").mkdir()
-    write_graph(model.half(), checkpoint, layer_windows(model.config, POSITIONS), folder / "graph" / "graph.onnx")
+    assert checkpoint.generation is not None
+    windows = layer_windows(model.config, POSITIONS)
+    write_graph(model.half(), checkpoint.generation, checkpoint.max_length, windows, folder / "graph" / "graph.onnx")
     return record_graph(folder / "graph", "fp16", QUALITY, checkpoint.digest)
 
 

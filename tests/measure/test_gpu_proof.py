@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import pkgutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +27,6 @@ from measure.gpu_proof.roofline import (
     against,
     decode_work,
     encoder_work,
-    floor_seconds,
     prefill_work,
 )
 from measure.gpu_proof.sections import Part, run_parts
@@ -53,8 +54,9 @@ def test_a_large_decoder_is_counted_as_by_hand() -> None:
 
 
 def test_the_floor_is_the_longer_of_both_times() -> None:
-    assert floor_seconds(LeastWork(bytes=4e9, flops=8e10), LIMITS) == (1e-3, "memory")
-    assert floor_seconds(LeastWork(bytes=4e6, flops=8e11), LIMITS) == (1e-3, "arithmetic")
+    for work, bound in ((LeastWork(4e9, 8e10), "memory"), (LeastWork(4e6, 8e11), "arithmetic")):
+        row = against(Measured("case", "way"), work, 2e-3, LIMITS)
+        assert (row.figures["floor_ms"], row.facts) == (pytest.approx(1.0), {"bound by": bound})
     row = against(Measured("case", "way"), LeastWork(bytes=4e9, flops=1.0), 4e-3, LIMITS, tokens_per_s=250.0)
     assert row.figures["fraction"] == pytest.approx(0.25)
     assert row.figures["tokens_per_s"] == 250.0
@@ -75,7 +77,7 @@ def tiny(tmp_path: Path) -> setting.Setting:
 
 
 def _part(function: str, **changes: float) -> Part:
-    return Part(function, f"tests.measure.gpu_proof_parts.{function}", **{"most_s": 60.0, **changes})  # type: ignore[arg-type]
+    return Part(function, f"tests.measure.gpu_proof_parts:{function}", **{"most_s": 60.0, **changes})  # type: ignore[arg-type]
 
 
 def test_sections_end_each_in_its_way_and_the_next_goes_on(
@@ -104,7 +106,7 @@ def test_whoever_started_it_may_have_blocked_its_signals(tmp_path: Path) -> None
     code = (
         "import signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})\n"
         "from pathlib import Path; from measure.gpu_proof import sections, setting\n"
-        "part = sections.Part('sound', 'tests.measure.gpu_proof_parts.sound', most_s=60.0)\n"
+        "part = sections.Part('sound', 'tests.measure.gpu_proof_parts:sound', most_s=60.0)\n"
         "print([found.status for found in sections.run_parts([part], setting.dry(Path(sys.argv[1])), 300)])"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
@@ -126,7 +128,7 @@ from measure.gpu_proof import sections, setting
 from tests.measure.gpu_proof_parts import ROW
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a script in the background ignores it
 parts = [
-    sections.Part(name, f"tests.measure.gpu_proof_parts.{name}", most_s=60.0, arguments=arguments)
+    sections.Part(name, f"tests.measure.gpu_proof_parts:{name}", most_s=60.0, arguments=arguments)
     for name, arguments in (("interrupting", (str(os.getpid()),)), ("sound", ()))
 ]
 found = sections.run_parts(parts, setting.dry(Path(sys.argv[1])), 300)
@@ -196,7 +198,7 @@ def test_the_page_says_what_ran_what_did_not_and_why() -> None:
     assert "| decode | graph | 2 | 1 | 50.0% | 50 | memory |" in text
     assert "- decode, batch 128 (graph): not run: a cache of 69 GB does not fit" in text
     assert "- GPU 0: name a GPU, driver_version 1|2" in text
-    assert "| served | failed | 3.0 | ServerFault: it broke |" in text
+    assert "| served | failed | 3 | ServerFault: it broke |" in text
     assert (
         "decode: graph, the fastest way that the limit holds for, takes 2 ms where memory alone takes 1 ms: 50.0%"
         in text
@@ -317,7 +319,7 @@ def test_the_dry_run_goes_through_every_section(tmp_path: Path) -> None:
 
 def test_every_part_is_there() -> None:
     """They are named, for they are imported in their own processes: a name that is wrong would show on a GPU only."""
-    assert all(callable(part.resolve()) for part in proof_command.parts())
+    assert all(callable(pkgutil.resolve_name(part.function)) for part in proof_command.parts())
 
 
 class OutOfMemoryError(RuntimeError):
@@ -325,17 +327,18 @@ class OutOfMemoryError(RuntimeError):
 
 
 def test_a_case_that_is_not_measured_says_why_and_the_next_goes_on(tiny: setting.Setting) -> None:
-    def refused(row: Measured) -> Measured:
+    def refused(row: Measured) -> list[Measured]:
         raise NotRun("its cache does not fit")
 
-    def too_large(row: Measured) -> Measured:
+    def too_large(row: Measured) -> list[Measured]:
         raise OutOfMemoryError("CUDA out of memory. Tried to allocate 69.00 GiB. GPU 0 has")
 
-    def broken(row: Measured) -> Measured:
+    def broken(row: Measured) -> Iterator[Measured]:
+        yield row  # what it has measured is kept
         raise RuntimeError("the third kernel is broken")
 
     row, done = Measured("case", "way"), Measured("case", "way", figures={"ms": 1.0})
-    cases = [(row, refused), (row, lambda _: done)]
+    cases = [(row, refused), (row, lambda _: [done])]
     assert list(in_time(tiny, cases)) == [replace(row, reason="its cache does not fit"), done]
     [large] = in_time(tiny, [(row, too_large)])
     assert large.reason == "does not fit the memory: CUDA out of memory"
