@@ -43,9 +43,10 @@ def encoder_spec(shape: EncoderShape, setting: Setting, flavour: Flavour, precis
     source = "packaged:all-MiniLM-L6-v2" if real else str(_random_bert(shape, setting.scratch / name))
     profile = {name: {"min": 1, "opt": min(usual, most), "max": most} for name, usual, most in
                (("batch", 32, batch), ("length", 128, length))}  # fmt: skip
-    more = {
+    more: dict[str, dict[str, Any]] = {
         "precision": {"gpu": precision}, "engine": {"profiles": [profile]},
-        "serving": {"max_batch_size": batch, "length_buckets": list(setting.lengths)},
+        # Triton's batcher may sleep while requests wait (docs/triton.md): that is measured, and refuses none.
+        "serving": {"max_batch_size": batch, "length_buckets": list(setting.lengths), "queue_timeout_us": 0},
     }  # fmt: skip
     model = {"source": source, "task": "embedding", "max_length": length, "pooling": "mean"}
     return _spec(setting, flavour, f"proof-{name}", model, more)
