@@ -12,7 +12,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-generate demo-online test test-slow check check-types check-files format bench-serving bench-gateway chaos clients flower bench-feedback bench-federated bench-canary bench-shard bench-compression bench-generation bench-install bench-tools golden docs bench-online-pairs \
+.PHONY: help install demo demo-generate demo-online test test-slow test-cluster check check-types check-files format bench-serving bench-gateway chaos clients flower bench-feedback bench-federated bench-canary bench-shard bench-compression bench-generation bench-install bench-tools golden docs bench-online-pairs \
 	gpu-proof gpu-proof-dry gpu-bundle house clean
 
 help: ## list the targets
@@ -40,10 +40,15 @@ demo-online: install ## a language model meets text of another kind: learnt, jud
 
 # Two processes: most tests wait for a server, or for a build that has one thread. A file stays in one process.
 test: install ## every test but the slow ones; a real Triton and real TensorRT builds are in it
-	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder --durations 30
+	$(BIN)/python -m pytest -m "not slow and not cluster" --numprocesses 2 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder --durations 30
 
 test-slow: install ## the slow tests
 	$(BIN)/python -m pytest -m slow
+
+test-cluster: ## deploy, undo and lint in the cluster that KUBECONFIG names, in namespaces of their own (k8s/README.md)
+	@test -n "$(KUBECONFIG)" || { echo "error: KUBECONFIG: got nothing; expected the kubeconfig of a cluster to try things in. Fix: make test-cluster KUBECONFIG=\$$HOME/.kube/config" >&2; exit 2; }
+	@$(MAKE) --no-print-directory install
+	$(BIN)/python -m pytest -m cluster tests/cluster/real
 
 check: install ## lint, format, types, architecture, generated pages, Kubernetes manifests
 	$(BIN)/ruff check .

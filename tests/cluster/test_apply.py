@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -327,14 +326,3 @@ def test_order_is_a_stable_permutation(kinds: list[str]) -> None:
     ]
     assert [ranks.index(item["kind"]) for item in ordered] == sorted(ranks.index(kind) for kind in kinds)
     assert in_order(ordered) == ordered
-
-
-@pytest.mark.cluster
-def test_a_real_cluster_takes_a_dry_run() -> None:
-    """Nothing is changed: a server-side dry run, and what these credentials may do."""
-    if "KUBECONFIG" not in os.environ:
-        pytest.skip("KUBECONFIG is not set")
-    with Cluster.connect() as cluster:
-        found = dry_run(cluster, [config_map("trireme-dry-run"), deployment(name="trireme-dry-run")])
-        assert [item.change for item in found] == ["created", "created"]
-        assert cluster.get(CONFIG_MAPS, cluster.namespace, "trireme-dry-run") is None

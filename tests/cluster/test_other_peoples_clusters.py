@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
-import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,12 +11,10 @@ from typing import Any
 import pytest
 
 from cluster.api import Cluster
-from cluster.apply import MANAGER, apply, dry_run
+from cluster.apply import MANAGER, apply
 from cluster.control import ensure_secrets, mounted_version_map
-from cluster.deploy import deploy, undo
+from cluster.deploy import deploy
 from cluster.errors import ClusterError
-from cluster.kinds import NAMESPACES
-from cluster.refusal import Operation
 from tests.cluster.deploy_objects import (
     CONFIG_MAPS,
     PATIENCE,
@@ -40,7 +36,6 @@ SHARED: dict[str, Any] = {
     "kind": "Namespace",
     "metadata": {"name": "prod", "labels": {"pod-security.kubernetes.io/enforce": "restricted"}},
 }
-NAMESPACE_VERBS = ("get", "list", "watch", "create", "patch", "update", "delete")
 
 
 @pytest.fixture
@@ -53,25 +48,6 @@ def with_control(name: str = "demo-triton-control") -> dict[str, Any]:
     item = deployment()
     item["spec"]["template"]["spec"]["volumes"] = [{"name": "control", "secret": {"secretName": name}}]
     return item
-
-
-def test_a_namespace_that_is_there_is_left_alone(cluster: Cluster, fake: FakeCluster) -> None:
-    before = fake.objects["v1", "namespaces", None, "prod"]
-    assert [item.change for item in dry_run(cluster, [SHARED])] == ["kept"]
-    done = deploy(cluster, "demo", [SHARED, deployment()], PATIENCE, silent)
-    assert {str(item.name): item.change for item in done.applied}["Namespace prod"] == "kept"
-    assert fake.objects["v1", "namespaces", None, "prod"] == before
-
-
-def test_a_namespace_admin_deploys_looks_and_goes_back(cluster: Cluster, fake: FakeCluster) -> None:
-    """No rights on namespaces, which are of the cluster; and, to look and to go back, none to read Secrets."""
-    fake.denied |= {(verb, "namespaces") for verb in NAMESPACE_VERBS}
-    deploy(cluster, "demo", [SHARED, with_control()], PATIENCE, silent)
-    better = with_control()
-    better["spec"]["template"]["spec"]["containers"][0]["image"] = "better"
-    deploy(cluster, "demo", [SHARED, better], PATIENCE, silent)
-    fake.denied |= {(verb, "secrets") for verb in NAMESPACE_VERBS}
-    assert undo(cluster, "demo", PATIENCE, silent).revision.restores == 1
 
 
 def test_a_namespace_that_is_to_be_made_needs_the_right(cluster: Cluster, fake: FakeCluster) -> None:
@@ -213,32 +189,6 @@ def test_two_managers_of_the_same_manifests_agree(name: str, cluster: Cluster, f
     assert {found.change for found in apply(cluster, documents)} <= {"unchanged", "kept"}
     owners = fake.owners["apps/v1", "deployments", documents[-1]["metadata"].get("namespace"), "minilm-serving"]
     assert {MANAGER, "kubectl"} in owners.values()
-
-
-@needs_kubectl
-@pytest.mark.cluster
-@pytest.mark.parametrize("name", ["no operator in the cluster", "a MIG slice", "a bucket of S3"])
-def test_two_managers_on_a_real_cluster(name: str) -> None:
-    """In a namespace of its own, which goes at the end; needs the right to make one. Without the operators' kinds."""
-    if "KUBECONFIG" not in os.environ:
-        pytest.skip("KUBECONFIG is not set")
-    place = f"trireme-test-{secrets.token_hex(3)}"
-    with Cluster.connect(namespace=place) as cluster:
-        known = [item.data for item in made(name).objects if cluster.resource(item.api_version, item.kind)]
-        of_the_cluster = ("Namespace", "PersistentVolume")
-        documents = [_moved(item, place) for item in known if item["kind"] not in of_the_cluster]
-        body = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": place}}
-        cluster.send("POST", NAMESPACES.path(), Operation("create", NAMESPACES), body=body)
-        try:
-            for item in documents:
-                apply_as("kubectl", cluster, item)
-            assert {found.change for found in apply(cluster, documents)} == {"unchanged"}
-        finally:
-            cluster.send("DELETE", NAMESPACES.path(None, place), Operation("delete", NAMESPACES, None, place))
-
-
-def _moved(item: Any, place: str) -> dict[str, Any]:
-    return {**item, "metadata": {**item["metadata"], "namespace": place}}
 
 
 @pytest.mark.parametrize(

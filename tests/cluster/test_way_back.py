@@ -21,7 +21,6 @@ from tests.cluster.deploy_objects import (
     CONFIG_MAPS,
     DEPLOYMENTS,
     PATIENCE,
-    SERVER,
     config_map,
     connected,
     deployment,
@@ -50,21 +49,6 @@ def image(cluster: Cluster, resource: Resource, name: str) -> str:
 
 def last_line(error: BaseException) -> str:
     return str(error).splitlines()[-1]
-
-
-def test_a_wrong_tag_of_job_and_deployment_is_undone(fake: FakeCluster, tmp_path: Path) -> None:
-    """The Job hangs in ImagePullBackOff and will not end for an hour: what serves is back in spite of it."""
-    with connected(fake, tmp_path) as cluster:
-        deploy(cluster, "demo", [deployment(), job()], PATIENCE, silent)
-        with pytest.raises(RolloutError, match="ImagePull") as caught:
-            deploy(cluster, "demo", [deployment("bad"), job("bad")], PATIENCE, silent, undo_on_failure=True)
-        assert last_line(caught.value).startswith("State: undone: revision 1 is back as revision 3, ready")
-        assert image(cluster, DEPLOYMENTS, "server") == "good"
-        assert cluster.get(JOBS, "prod", "engines") is None, "its work was done when revision 1 became ready"
-        (look,) = looks_at(cluster, [observe(cluster, SERVER).name], settled=True)
-        assert look.state == "done"
-        done = deploy(cluster, "demo", [deployment("better"), job("better")], PATIENCE, silent)
-        assert done.revision.outcome == "ready"
 
 
 @pytest.mark.parametrize("behaviour", ["missing", "no-gpus", "unconfigured", "quota"])
@@ -156,17 +140,6 @@ def test_an_interruption_tells_the_state(fake: FakeCluster, tmp_path: Path) -> N
     )
 
 
-def test_the_same_set_again_is_no_new_revision(fake: FakeCluster, tmp_path: Path) -> None:
-    """Else it would push out what there is to go back to."""
-    with connected(fake, tmp_path) as cluster:
-        deploy(cluster, "demo", [deployment(), config_map()], PATIENCE, silent)
-        for _ in range(6):
-            done = deploy(cluster, "demo", [deployment("better"), config_map()], PATIENCE, silent)
-            assert done.revision.number == 2
-        assert undo(cluster, "demo", PATIENCE, silent).revision.restores == 1
-        assert image(cluster, DEPLOYMENTS, "server") == "good"
-
-
 def test_the_same_set_that_fails_later_was_ready_once(fake: FakeCluster, tmp_path: Path) -> None:
     with connected(fake, tmp_path) as cluster:
         deploy(cluster, "demo", [deployment()], PATIENCE, silent)
@@ -219,16 +192,6 @@ def test_a_job_that_is_gone_has_ended(fake: FakeCluster, tmp_path: Path) -> None
         (look,) = looks_at(cluster, [name], settled=True)
         assert (look.state, look.text) == ("done", "it has ended, and was removed after its time to live")
         assert looks_at(cluster, [name], settled=False)[0].state == "failed"
-
-
-def test_a_job_whose_pods_are_refused_says_so(fake: FakeCluster, tmp_path: Path) -> None:
-    """No condition tells of it, only events."""
-    fake.images["bad"] = "quota"
-    with (
-        connected(fake, tmp_path) as cluster,
-        pytest.raises(RolloutError, match=r"pods of Job prod/engines: .*exceeded quota: gpus.*kubectl describe quota"),
-    ):
-        deploy(cluster, "demo", [job("bad")], PATIENCE, silent)
 
 
 def test_events_of_a_namesake_are_not_the_jobs(fake: FakeCluster, tmp_path: Path) -> None:
