@@ -78,14 +78,17 @@ class Bed:
     def names(self, resource: Resource) -> set[str]:
         return {metadata(item)["name"] for item in self.cluster.list_objects(resource, self.place).items}
 
+    def needs(self, verb: str, resource: Resource) -> None:
+        """The right to it, for who has the cluster."""
+
     def needs_nodes(self) -> None:
         """Nodes that start containers."""
 
     def knows(self, documents: Sequence[Object]) -> list[Object]:
-        """Those of kinds that the cluster has."""
+        """Those of kinds that the cluster has, which then must let them be applied."""
         raise NotImplementedError
 
-    def apply_by_kubectl(self, documents: Sequence[Object]) -> None:
+    def apply_by_kubectl(self, documents: Sequence[Object], *options: str) -> None:
         raise NotImplementedError
 
     def admin(self, *, secrets: bool) -> AbstractContextManager[Path]:
@@ -117,7 +120,7 @@ class SmallBed(Bed):
         prepare(self.fake, [dict(item) for item in documents])
         return list(documents)
 
-    def apply_by_kubectl(self, documents: Sequence[Object]) -> None:
+    def apply_by_kubectl(self, documents: Sequence[Object], *options: str) -> None:
         for item in documents:
             apply_as("kubectl", self.cluster, dict(item))
 
@@ -147,27 +150,35 @@ class NamedBed(Bed):
         super().__init__(cluster)
         self._folder = folder
 
+    def needs(self, verb: str, resource: Resource) -> None:
+        if not may(self.cluster, Operation(verb, resource, self.place if resource.namespaced else None)):
+            self._lacks(f"the right to {verb} {resource.granted_as}")
+
     def needs_nodes(self) -> None:
-        self._needs("list", _NODES)
+        self.needs("list", _NODES)
         nodes = self.cluster.list_objects(_NODES, "").items
         if not [node for node in nodes if "kwok.x-k8s.io/node" not in (metadata(node).get("annotations") or {})]:
             self._lacks("a node that starts containers")
 
     def knows(self, documents: Sequence[Object]) -> list[Object]:
-        return [item for item in documents if self.cluster.resource(item["apiVersion"], item["kind"])]
+        found = {item["kind"]: self.cluster.resource(item["apiVersion"], item["kind"]) for item in documents}
+        for resource in found.values():
+            for verb in ("get", "create", "patch") if resource else ():
+                self.needs(verb, resource)
+        return [item for item in documents if found[item["kind"]]]
 
-    def apply_by_kubectl(self, documents: Sequence[Object]) -> None:
-        """The program, as people call it: with the manager `kubectl`."""
-        command = ["kubectl", "apply", "--server-side", "--namespace", self.place, "--filename", "-"]
+    def apply_by_kubectl(self, documents: Sequence[Object], *options: str) -> None:
+        """The program, as people call it."""
+        command = ["kubectl", "apply", *options, "--namespace", self.place, "--filename", "-"]
         text = yaml.safe_dump_all([dict(item) for item in documents])
         done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == 0, done.stderr
 
     @contextmanager
     def admin(self, *, secrets: bool) -> Iterator[Path]:
-        self._needs("create", _ROLES)
+        self.needs("create", _ROLES)
         name = "admin" if secrets else "admin-without-secrets"
-        list(apply(self.cluster, _account(name, secrets)))
+        list(apply(self.cluster, _account(name, self.place, secrets)))
         path = f"{_ACCOUNTS.path(self.place, name)}/token"
         review = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {}}
         action = Operation("create", _ACCOUNTS, self.place, name, "token")
@@ -190,10 +201,6 @@ class NamedBed(Bed):
         list(apply(self.cluster, [quota]))
         _wait_until(lambda: "hard" in self.get(_QUOTAS, "none").get("status", {}), "the quota's status")
 
-    def _needs(self, verb: str, resource: Resource) -> None:
-        if not may(self.cluster, Operation(verb, resource, self.place if resource.namespaced else None)):
-            self._lacks(f"the right to {verb} {resource.granted_as}")
-
     def _lacks(self, what: str) -> None:
         pytest.skip(f"{self.cluster.host} lacks {what}")
 
@@ -210,7 +217,7 @@ def _rules(secrets: bool) -> Iterator[tuple[str, str, tuple[str, ...]]]:
         yield from ((group, name, verbs) for name, verbs in resources.items() if secrets or name != "secrets")
 
 
-def _account(name: str, secrets: bool) -> list[Object]:
+def _account(name: str, place: str, secrets: bool) -> list[Object]:
     group, about = "rbac.authorization.k8s.io", {"name": name}
     rules = [{"apiGroups": [where], "resources": [what], "verbs": [*verbs]} for where, what, verbs in _rules(secrets)]
     return [
@@ -218,7 +225,7 @@ def _account(name: str, secrets: bool) -> list[Object]:
         {"apiVersion": f"{group}/v1", "kind": "Role", "metadata": about, "rules": rules},
         {"apiVersion": f"{group}/v1", "kind": "RoleBinding", "metadata": about,
          "roleRef": {"apiGroup": group, "kind": "Role", "name": name},
-         "subjects": [{"kind": "ServiceAccount", "name": name}]},
+         "subjects": [{"kind": "ServiceAccount", "name": name, "namespace": place}]},
     ]  # fmt: skip
 
 

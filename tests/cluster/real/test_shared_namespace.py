@@ -33,13 +33,19 @@ def restricted(bed: Bed) -> Object:
     return {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": bed.place, "labels": labels}}
 
 
+def labels_of(bed: Bed) -> dict[str, str]:
+    found = bed.cluster.get(NAMESPACES, None, bed.place)
+    assert found is not None
+    return dict(found["metadata"]["labels"])
+
+
 def test_an_existing_namespace_is_left_alone(bed: Bed) -> None:
     bed.needs_nodes()
     labelled(bed, {"team": "search"})
-    before = bed.cluster.get(NAMESPACES, None, bed.place)
+    before = labels_of(bed)
     done = bed.deploy([restricted(bed), deployment()])
     assert {str(item.name): item.change for item in done.applied}[f"Namespace {bed.place}"] == "kept"
-    assert bed.cluster.get(NAMESPACES, None, bed.place) == before
+    assert labels_of(bed) == before
 
 
 def test_warnings_of_the_server_are_shown(bed: Bed) -> None:
@@ -72,13 +78,13 @@ def test_two_specs_and_a_team_in_one_namespace(bed: Bed, specs: list[list[Object
         "spec": {"podSelector": {"matchLabels": {"app": "theirs"}}, "policyTypes": ["Ingress"]},
     }  # fmt: skip
     list(apply(bed.cluster, [theirs, policy]))
-    before = bed.get(POLICIES, "theirs")
+    before = bed.get(POLICIES, "theirs")["spec"]
     for documents in (first, second):
         assert {item.change for item in apply(bed.cluster, documents)} == {"created"}
     assert_unchanged(bed, first)
     secrets = {f"{bed.place}/{name}-{what}" for name in ("first", "second") for what in ("api-keys", "triton-control")}
     assert set(ensure_secrets(bed.cluster, [*first, *second])) == secrets
-    assert bed.get(POLICIES, "theirs") == before
+    assert bed.get(POLICIES, "theirs")["spec"] == before
     ours = [item for item in bed.cluster.list_objects(POLICIES, bed.place).items if metadata(item)["name"] != "theirs"]
     assert ours
     about = {"name": "theirs", "labels": {"app": "theirs"}}
