@@ -15,7 +15,7 @@ from runtime.gateway.classifying import Classifying
 from runtime.gateway.completions import Completions
 from runtime.gateway.control import VersionControl, version_lines
 from runtime.gateway.counters import DoorCounters
-from runtime.gateway.door import Door, Handler, Witnesses, route
+from runtime.gateway.door import Door, Witnesses
 from runtime.gateway.embeddings import Embeddings
 from runtime.gateway.exchange import Exchange
 from runtime.gateway.feedback import Feedback, FeedbackSink
@@ -30,6 +30,7 @@ from runtime.gateway.openapi import OpenApi
 from runtime.gateway.ranking import Ranking
 from runtime.gateway.readiness import Readiness
 from runtime.gateway.refused import Refused, require_model
+from runtime.gateway.routes import Route, RouteTable
 from runtime.gateway.spans import Spans
 from runtime.gateway.tokenizing import Tokenizing
 from runtime.gateway.tokens import ServedTokenizers
@@ -89,7 +90,7 @@ class Own:
         await exchange.answer(orjson.dumps({"object": "list", "data": [self._model()]}))
 
     async def model(self, exchange: Exchange) -> None:
-        require_model(exchange.scope["path_params"]["name"], self.triton.model)
+        require_model(exchange.parts["name"], self.triton.model)
         await exchange.answer(orjson.dumps(self._model()))
 
     def _model(self) -> dict[str, str | int]:
@@ -140,8 +141,7 @@ def make_doors(
         table += [("/control/versions", "GET", control.look, True), ("/control/versions", "PUT", control.set, True)]
     described = [(method, path, public or keys is None) for path, method, _, public in table]
     table.append(("/openapi.json", "GET", OpenApi(described), False))
-    routes = [route(path, method, handler, guards, public) for path, method, handler, public in table]
-    http = Door(routes, guards, witnesses, gone=versions.forget)
+    http = Door(RouteTable(table, guards), guards, witnesses, gone=versions.forget)
     grpc = GrpcDoor(versions, generate, guards, witnesses, own.is_ready)
     return Doors(http, grpc, guards, versions, feedback, (log, mirror.file))
 
@@ -149,11 +149,11 @@ def make_doors(
 def _table(
     own: Own, completions: Completions, generate: Generate, triton: Triton, tokenizers: ServedTokenizers,
     limits: DoorLimits,
-) -> list[tuple[str, str, Handler, bool]]:  # fmt: skip
+) -> list[Route]:  # fmt: skip
     kserve, ranking = Kserve(triton, limits), Ranking(triton, limits)
     tokenizing, classify = Tokenizing(triton, tokenizers, limits), Classifying(triton, tokenizers, limits)
     return [
-        ("/v1/embeddings", "POST", Embeddings(triton, limits), False),  # tried from the top: what is asked most
+        ("/v1/embeddings", "POST", Embeddings(triton, limits), False),
         ("/v1/completions", "POST", completions.complete, False),
         ("/v1/chat/completions", "POST", completions.chat, False),
         ("/v2/models/{name}/infer", "POST", kserve.infer, False),

@@ -1,11 +1,10 @@
 """The ASGI application: one route table, guards before bodies, one place where errors become answers, one line of log.
 
-Plain ASGI: Starlette's middleware of its own kind hides from a handler that its client has gone.
+Plain ASGI: frameworks' middleware hides from a handler that its client has gone, and costs each request.
 """
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import sys
 import time
@@ -13,47 +12,18 @@ import traceback
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
-
-from starlette.exceptions import HTTPException
-from starlette.routing import Route, Router
 
 from runtime.errors import ServingError
 from runtime.gateway.access_log import AccessLog, Logged
 from runtime.gateway.counters import DoorCounters
-from runtime.gateway.exchange import GONE_STATUS, VERSION_HEADER, ClientGone, Exchange, Message
+from runtime.gateway.exchange import GONE_STATUS, ClientGone, Exchange, Message
 from runtime.gateway.feedback import Feedback
 from runtime.gateway.guards import Guards
 from runtime.gateway.refused import Refused, as_refused
+from runtime.gateway.routes import RouteTable
 from runtime.gateway.spans import Spans
 from runtime.gateway.trip import TRIP
 from runtime.gateway.upstream import UpstreamGone
-
-Handler = Callable[[Exchange], Awaitable[None]]
-
-
-class Endpoint:
-    """A handler behind the guards; `public` ones are open to whoever can connect, and hold nothing."""
-
-    def __init__(self, handler: Handler, label: str, guards: Guards, public: bool) -> None:
-        self._handler, self._label, self._guards, self._public = handler, label, guards, public
-
-    async def __call__(self, scope: Message, receive: object, send: object) -> None:
-        exchange: Exchange = scope["exchange"]
-        exchange.label = self._label
-        if self._public:
-            await self._handler(exchange)
-            return
-        exchange.trip.pinned = _pinned(exchange)
-        exchange.caller = self._guards.caller(exchange.headers.get(b"authorization", b""), exchange.address)
-        exchange.trip.salt = self._guards.salt(exchange.caller)
-        with self._guards.admitted(exchange.caller):
-            async with asyncio.timeout(self._guards.limits.answer_s):
-                await self._handler(exchange)
-
-
-def route(path: str, method: str, handler: Handler, guards: Guards, public: bool = False) -> Route:
-    return Route(path, Endpoint(handler, path, guards, public), methods=[method])
 
 
 @dataclass(frozen=True)
@@ -90,9 +60,8 @@ class Witnesses:
 class Door:
     """`gone`: told when the model's server has broken off."""
 
-    def __init__(self, routes: list[Route], guards: Guards, witnesses: Witnesses, gone: Callable[[], None]) -> None:
-        self._router = Router(routes, redirect_slashes=False, default=_not_found)
-        self._guards, self._witnesses, self._gone = guards, witnesses, gone
+    def __init__(self, routes: RouteTable, guards: Guards, witnesses: Witnesses, gone: Callable[[], None]) -> None:
+        self._routes, self._guards, self._witnesses, self._gone = routes, guards, witnesses, gone
 
     @property
     def log(self) -> AccessLog:
@@ -104,17 +73,16 @@ class Door:
         if scope["type"] != "http":
             raise RuntimeError(f"{scope['type']} is not served")
         exchange = Exchange(scope, receive, send, self._guards, secrets.token_hex(12))
-        # With an `app`, Starlette raises for a method that a route does not have, where it would else answer itself.
-        scope.update(exchange=exchange, app=self)
         with self._witnesses.counted(exchange):
             try:
-                await self._answer(scope, exchange)
+                await self._answer(exchange)
             finally:
                 exchange.release()
 
-    async def _answer(self, scope: Message, exchange: Exchange) -> None:
+    async def _answer(self, exchange: Exchange) -> None:
         try:
-            await self._router(scope, exchange.receive, exchange.send)
+            endpoint, exchange.parts = self._routes.find(exchange.method, exchange.scope["path"])
+            await endpoint(exchange)
             return
         except ClientGone:
             exchange.status = GONE_STATUS
@@ -126,20 +94,8 @@ class Door:
         await exchange.refuse(refused)
 
 
-def _pinned(exchange: Exchange) -> str:
-    """The version that the header or the path names. Raises Refused where they differ."""
-    header = exchange.headers.get(VERSION_HEADER, b"").decode("latin-1")
-    path = str(exchange.scope.get("path_params", {}).get("version", ""))
-    if header and path and header != path:
-        raise Refused(400, f"{VERSION_HEADER.decode()} names version {header[:16]!r}, the path {path[:16]!r}")
-    return header or path
-
-
 def refusal(error: Exception, gone: Callable[[], None]) -> Refused:
     """`gone`: told when the model's server has broken off."""
-    if isinstance(error, HTTPException):
-        allow = (error.headers or {}).get("Allow")
-        return Refused(error.status_code, "this path does not take that method", close=True, allow=allow)
     if isinstance(error, UpstreamGone):
         gone()
         return Refused(503, "the model's server is not there; try again later")
@@ -148,7 +104,3 @@ def refusal(error: Exception, gone: Callable[[], None]) -> Refused:
     if not isinstance(error, ServingError):
         traceback.print_exception(error, file=sys.stderr)
     return as_refused(error)
-
-
-async def _not_found(scope: Message, receive: Any, send: Any) -> None:
-    raise Refused(404, "no such path", close=True)

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from runtime.errors import TriremeError
 from runtime.gateway.bodies import declared_size, require_plain
+from runtime.gateway.cycle import CLIENT, Presence
 from runtime.gateway.guards import Guards
 from runtime.gateway.refused import Refused
 from runtime.gateway.trip import Trip, read_trace
@@ -16,7 +17,6 @@ T = TypeVar("T")
 Message = MutableMapping[str, Any]
 JSON = frozenset({b"application/json"})
 JSON_OR_BINARY = JSON | {b"application/octet-stream"}
-_MOMENTS_S = 0.03
 VERSION_HEADER = b"x-trireme-version"  # of a request: it goes there and nowhere else; of an answer: where it went
 GONE_STATUS = 499  # what proxies write of a client that did not wait
 
@@ -49,11 +49,12 @@ class Exchange:
         self.scope, self.id = scope, request_id
         self.receive, self.send, self._guards = receive, send, guards
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
+        self.parts: dict[str, str] = {}  # of the path, by their names in the route table
         self.caller = ""
         self.trip = Trip(request_id, read_trace(self.headers.get(b"traceparent", b"").decode("latin-1")))
         self.label = "other"
         self.status = GONE_STATUS
-        self.started = self.read = self._left = False
+        self.started = self.read = False
         self.bytes_in = self.bytes_out = self._held = 0
 
     @property
@@ -103,30 +104,23 @@ class Exchange:
         self._held = 0
 
     async def unless_gone(self, work: Coroutine[Any, Any, T]) -> T:
-        """What the work gives; it is cancelled when the client leaves, and ClientGone is raised. One that leaves within
-        the first moments is noticed after them: most answers are there by then, and cost no second task."""
+        """What the work gives; it is cancelled when the client leaves, and ClientGone is raised."""
         doing = asyncio.current_task()
         assert doing is not None
-        watching: list[asyncio.Task[None]] = []
-        loop = asyncio.get_running_loop()
-        later = loop.call_later(_MOMENTS_S, lambda: watching.append(loop.create_task(self._cancel_when_gone(doing))))
+        presence: Presence = self.scope[CLIENT]
+        if presence.gone:
+            work.close()
+            raise ClientGone("before it was answered")
+        presence.watch(doing.cancel)
         try:
             return await work
         except asyncio.CancelledError:
-            if not self._left:
+            if not presence.gone:
                 raise
             doing.uncancel()
             raise ClientGone("while it was answered") from None
         finally:
-            later.cancel()
-            for task in watching:
-                task.cancel()
-
-    async def _cancel_when_gone(self, doing: asyncio.Task[Any]) -> None:
-        while (await self.receive())["type"] != "http.disconnect":
-            pass
-        self._left = True
-        doing.cancel()
+            presence.watch(None)
 
     async def answer(
         self,

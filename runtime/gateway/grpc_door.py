@@ -163,7 +163,7 @@ class GrpcDoor:
             if name == "ModelStreamInfer":
                 await self._methods[name](call)
                 return
-            async with asyncio.timeout(self._limits.answer_s):  # a client's own deadline cancels this
+            with self._guards.in_time():  # a client's own deadline cancels this
                 await self._methods[name](call)
 
     async def _read(self, call: GrpcCall, seconds: float) -> bytes | None:
@@ -275,8 +275,8 @@ class GrpcDoor:
     ) -> None:
         asked: InferCall | None = None
         try:
-            async with self._answering(call), asyncio.timeout(self._limits.answer_s):
-                with self._guards.admitted(call.caller), self._guards.holding(len(data)):
+            async with self._answering(call):
+                with self._guards.in_time(), self._guards.admitted(call.caller), self._guards.holding(len(data)):
                     asked = read_infer(data, self._limits, streamed=True)
                     facts = await self._facts_for(asked)
                     if facts.generates:

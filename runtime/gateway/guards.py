@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 from runtime.gateway.keys import Keys
 from runtime.gateway.limits import DoorLimits
 from runtime.gateway.refused import Refused
 
 _MOST_BUCKETS = 4096  # callers without a key are addresses, of which there are many
+
+
+@dataclass(eq=False)
+class _Timed:
+    due: float
+    task: asyncio.Task[Any]
+    late: bool = False
 
 
 class Guards:
@@ -21,6 +31,8 @@ class Guards:
         self.limits, self._keys, self._clock = limits, keys, clock
         self.running: Counter[str] = Counter()
         self.bytes = 0
+        self._timed: dict[_Timed, None] = {}  # in the order in which they began
+        self._next_look = 0.0  # by the event loop's clock
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()  # requests left, and when
 
     def replace_keys(self, keys: Keys | None) -> None:
@@ -57,6 +69,38 @@ class Guards:
             self.running[caller] -= 1
             if not self.running[caller]:
                 del self.running[caller]
+
+    @contextmanager
+    def in_time(self) -> Iterator[None]:
+        """What is done in it, by this task, may take as long as an answer may. Raises TimeoutError at the end of that.
+        All have the same time, so whoever began first is late first, and one timer does for all."""
+        task, loop = asyncio.current_task(), asyncio.get_running_loop()
+        assert task is not None
+        cancelled, own = task.cancelling(), _Timed(loop.time() + self.limits.answer_s, task)
+        self._timed[own] = None
+        if self._next_look <= loop.time():
+            self._look_at(own.due, loop)
+        try:
+            yield
+        except asyncio.CancelledError as error:
+            if own.late and task.uncancel() <= cancelled:
+                raise TimeoutError from error
+            raise
+        finally:
+            del self._timed[own]
+
+    def _look_at(self, when: float, loop: asyncio.AbstractEventLoop) -> None:
+        self._next_look = when
+        loop.call_at(when, self._end_late, loop)
+
+    def _end_late(self, loop: asyncio.AbstractEventLoop) -> None:
+        for one in self._timed:
+            if one.due > loop.time():
+                self._look_at(one.due, loop)
+                return
+            if not one.late:
+                one.late = True
+                one.task.cancel()
 
     def _take_of_rate(self, caller: str) -> None:
         rate = self.limits.rate_per_key

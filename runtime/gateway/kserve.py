@@ -119,8 +119,7 @@ class Kserve:
 
 async def require_served(triton: Triton, exchange: Exchange) -> Facts:
     """Of the model that the path names. Raises Refused for another, or another version than the one that serves."""
-    given = exchange.scope["path_params"]
-    return await require_version(triton, given["name"], given.get("version", ""))
+    return await require_version(triton, exchange.parts["name"], exchange.parts.get("version", ""))
 
 
 async def require_version(triton: Triton, name: str, version: str) -> Facts:

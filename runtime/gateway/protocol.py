@@ -8,13 +8,20 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
+from urllib.parse import unquote
 
-from uvicorn.config import Config
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-from uvicorn.server import ServerState
 
+from runtime.gateway.cycle import CLIENT, BoundedCycle, Presence
 from runtime.gateway.limits import DoorLimits
+
+if TYPE_CHECKING:
+    from uvicorn._types import ASGI3Application
+    from uvicorn.config import Config
+    from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
+    from uvicorn.server import ServerState
 
 _REASONS = {400: b"Bad Request", 408: b"Request Timeout", 413: b"Content Too Large", 431: b"Header Fields Too Large"}
 
@@ -34,8 +41,11 @@ class BoundedProtocol(HttpToolsProtocol):
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self._deadline: asyncio.TimerHandle | None = None
+        self._allowed: float | None = None  # seconds, for what is being received; None: nothing is
+        self._idle_since: float | None = None
+        self._answering: BoundedCycle | None = None  # of requests that came together, the first without an answer
         self._address: str | None = None
-        self._reading_head = True
+        self._reading_head, self._moved = True, False
         self._head_bytes = self._chunks = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -48,15 +58,20 @@ class BoundedProtocol(HttpToolsProtocol):
         self._address = address
         self.addresses[address] += 1
         self._by(self.limits.head_s)
+        self._set_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._by(None)
+        self._set_timer()
+        if self.timeout_keep_alive_task is not None:
+            self.timeout_keep_alive_task.cancel()
         if self._address is not None:
             self.addresses[self._address] -= 1
             if not self.addresses[self._address]:
                 del self.addresses[self._address]
             self._address = None
         super().connection_lost(exc)
+        self._leave()
 
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
@@ -67,34 +82,52 @@ class BoundedProtocol(HttpToolsProtocol):
         # After the parser: a head that ended within these bytes is no longer read. One piece is at most 256 kB.
         if self._reading_head and self._head_bytes > self.limits.header_bytes:
             self._end(431)
+        if self._moved and (self._allowed is not None or self._deadline is not None):
+            self._set_timer()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._by(self.limits.head_s)  # empty lines before it begin nothing
-        self._reading_head, self._chunks = True, 0
-        self._fields = self._field_bytes = 0
-
-    def on_url(self, url: bytes) -> None:
-        super().on_url(url)
-        self._count_field(len(url))
+        self._reading_head, self._chunks, self._idle_since = True, 0, None
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._fields += 1
-        self._count_field(len(name) + len(value))
-        if not self.transport.is_closing():
-            super().on_header(name, value)
-
-    def _count_field(self, size: int) -> None:
-        self._field_bytes += size
-        if self._field_bytes > self.limits.header_bytes or self._fields > self.limits.headers:
+        name = name.lower()
+        if name == b"expect" and value.lower() == b"100-continue":
+            self.expect_100_continue = True
+        self.headers.append((name, value))
+        if len(self.headers) > self.limits.headers:
             self._end(431)
 
     def on_headers_complete(self) -> None:
         self._reading_head, self._head_bytes = False, 0
+        if len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > self.limits.header_bytes:
+            self._end(431)
         if self.transport.is_closing():
             return
         self._by(self.limits.body_s)
-        super().on_headers_complete()
+        self._begin()
+
+    def _begin(self) -> None:
+        """As uvicorn's `on_headers_complete`, with a cycle of ours. Requests that come before an answer wait."""
+        version, scope = self.parser.get_http_version(), self.scope
+        parsed = httptools.parse_url(self.url)
+        path = parsed.path.decode("ascii")
+        scope["method"], scope["http_version"] = self.parser.get_method().decode("ascii"), version
+        scope["path"] = unquote(path) if "%" in path else path
+        scope["raw_path"], scope["query_string"] = parsed.path, parsed.query or b""
+        scope[CLIENT] = Presence()  # type: ignore[typeddict-unknown-key]
+        before = self.cycle
+        self.cycle = BoundedCycle(
+            scope=scope, transport=self.transport, flow=self.flow, logger=self.logger,
+            access_logger=self.access_logger, access_log=False, default_headers=self.server_state.default_headers,
+            message_event=asyncio.Event(), expect_100_continue=self.expect_100_continue,
+            keep_alive=version != "1.0" and self.parser.should_keep_alive(), on_response=self.on_response_complete,
+        )  # fmt: skip
+        if before is None or before.response_complete:
+            self._start_asgi_task(self.cycle, self.app)
+        else:
+            self.flow.pause_reading()
+            self.pipeline.appendleft((self.cycle, self.app))
 
     def on_chunk_header(self) -> None:
         self._chunks += 1
@@ -111,11 +144,57 @@ class BoundedProtocol(HttpToolsProtocol):
         if not self.transport.is_closing():
             super().on_message_complete()
 
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        assert isinstance(cycle, BoundedCycle)
+        self._answering = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def on_response_complete(self) -> None:
+        """As uvicorn's, with one timer for a connection, where that sets one after each answer."""
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
+            return
+        self._idle_since = self.loop.time()
+        if self.timeout_keep_alive_task is None:
+            self._look_again(self.timeout_keep_alive)
+
+    def _look_again(self, seconds: float) -> None:
+        self.timeout_keep_alive_task = self.loop.call_later(seconds, self.timeout_keep_alive_handler)
+
+    def timeout_keep_alive_handler(self) -> None:
+        self.timeout_keep_alive_task = None
+        if self._idle_since is None:
+            return  # it is set again with the answer
+        left = self._idle_since + self.timeout_keep_alive - self.loop.time()
+        if left > 0:
+            self._look_again(left)
+        else:
+            self.transport.close()
+
+    def _unset_keepalive_if_required(self) -> None:
+        """Of any bytes; only a request that begins ends the time of a connection that is idle."""
+
+    def _leave(self) -> None:
+        cycle = self._answering
+        if cycle is not None and not cycle.response_complete:
+            cycle.disconnected = True
+            cycle.message_event.set()
+            cycle.scope[CLIENT].leave()  # type: ignore[typeddict-item]
+
     def _by(self, seconds: float | None) -> None:
-        """What is being received must be there within this time; None: nothing is."""
+        """What is being received must be there within this time; None: nothing is. The timer is set when all bytes at
+        hand are read: most requests come as a whole, and need none."""
+        self._allowed, self._moved = seconds, True
+
+    def _set_timer(self) -> None:
         if self._deadline is not None:
             self._deadline.cancel()
-        self._deadline = None if seconds is None else self.loop.call_later(seconds, self._end, 408)
+        self._moved, allowed = False, self._allowed
+        self._deadline = None if allowed is None else self.loop.call_later(allowed, self._end, 408)
 
     def _end(self, status: int) -> None:
         """The connection ends here. It is told why, unless an answer is on its way already."""
@@ -131,6 +210,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.cycle is not None and not self.cycle.response_complete:
             self.cycle.disconnected = True
             self.cycle.message_event.set()
+        self._leave()
         self.transport.close()
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from runtime.gateway.app import DoorFiles, Doors, make_doors
+from runtime.gateway.cycle import CLIENT, Presence
 from runtime.gateway.door import Door
 from runtime.gateway.keys import Keys
 from runtime.gateway.limits import DoorLimits
@@ -153,7 +154,7 @@ async def ask(
 ) -> Got:
     """`leave_after`: the client goes when it has seen so many pieces of the answer."""
     sent: list[Any] = []
-    gone = asyncio.Event()
+    gone, presence = asyncio.Event(), Presence()
     given = [(name.encode(), value.encode()) for name, value in headers.items()]
     if body and not any(name in headers for name in ("content-length", "transfer-encoding")):
         given.append((b"content-length", str(len(body)).encode()))
@@ -169,10 +170,12 @@ async def ask(
         sent.append(message)
         if len(sent) == leave_after:
             gone.set()
+            asyncio.get_running_loop().call_soon(presence.leave)
 
     scope = {
         "type": "http", "method": method, "path": path, "raw_path": path.encode(), "query_string": b"",
         "headers": given, "client": ("10.0.0.9", 5), "root_path": "", "http_version": "1.1", "scheme": "http",
+        CLIENT: presence,
     }  # fmt: skip
     await asyncio.wait_for(door(scope, receive, send), 20)
     door.log.flush()
