@@ -29,21 +29,25 @@ async def encoded(
     count = len(next(iter(columns.values())))
     size = facts.max_batch_size or count
     parameters = {} if prompt is None else {"prompt_name": prompt}
-    gate = asyncio.Semaphore(_AT_ONCE)
 
     async def batch(at: int) -> Arrays:
         rows = {name: [_bytes(text) for text in texts[at : at + size]] for name, texts in columns.items()}
         inputs = [Blob(name, "BYTES", (len(texts), 1), pack_texts(texts)) for name, texts in rows.items()]
-        async with gate:
-            try:
-                found = await triton.infer(inputs, outputs, request_id, parameters)
-            except Refused as refused:
-                raise _of_all(refused, at) from None
+        try:
+            found = await triton.infer(inputs, outputs, request_id, parameters)
+        except Refused as refused:
+            raise _of_all(refused, at) from None
         return {name: found[name].array() for name in outputs}
 
     if count <= size:
         return await batch(0)
-    parts = await together([batch(at) for at in range(0, count, size)])
+    gate = asyncio.Semaphore(_AT_ONCE)
+
+    async def behind_gate(at: int) -> Arrays:
+        async with gate:
+            return await batch(at)
+
+    parts = await together([behind_gate(at) for at in range(0, count, size)])
     return {name: np.concatenate([part[name] for part in parts]) for name in outputs}
 
 
@@ -61,14 +65,16 @@ def require_texts(texts: Sequence[str], name: str, most: int) -> None:
     """Raises Refused that names the text which no model takes."""
     if not 1 <= len(texts) <= most:
         raise Refused(400, f"{name} holds {len(texts)} texts; send 1 to {most}", param=name)
-    empty = next((place for place, text in enumerate(texts) if not text.strip()), None)
-    if empty is not None:
-        raise Refused(400, f"{name}[{empty}] is empty; send at least one character that is not white space", param=name)
-    for text in texts:
+    for place, text in enumerate(texts):
+        if not text or text.isspace():
+            said = f"{name}[{place}] is empty; send at least one character that is not white space"
+            raise Refused(400, said, param=name)
         require_unicode(text, name)
 
 
 def require_unicode(text: str, name: str) -> None:
+    if text.isascii():
+        return
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -78,7 +84,7 @@ def require_unicode(text: str, name: str) -> None:
 def require_whole(truncated: NDArray[Any], name: str, or_else: str = "") -> None:
     """Raises Refused for texts that the model read only the beginning of, where nobody said that it may. `or_else`:
     what it may be instead that is too long."""
-    cut = np.flatnonzero(truncated)
-    if cut.size:
-        said = f"{name}[{int(cut[0])}] has more tokens than the model takes{or_else}"
+    cut = truncated.tobytes().find(1)
+    if cut >= 0:
+        said = f"{name}[{cut}] has more tokens than the model takes{or_else}"
         raise Refused(413, f"{said}; shorten it, or send truncate: true", param=name)

@@ -46,8 +46,8 @@ class Embeddings:
             named = _by_its_own_name(refused)
             raise _about_ids(named) if isinstance(rows[0], bytes) and named.status == 400 else named from None
         if not asked.truncate:
-            require_whole(found["truncated"].ravel(), "input")
-        vectors, tokens = found["embedding"], int(found["token_count"].sum())
+            require_whole(found["truncated"], "input")
+        vectors, tokens = found["embedding"], exchange.trip.tokens_in or 0
         await exchange.answer(_reply(self._triton.model, vectors, tokens, asked.encoding_format == "base64"))
 
 

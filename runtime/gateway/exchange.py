@@ -18,6 +18,7 @@ Message = MutableMapping[str, Any]
 JSON = frozenset({b"application/json"})
 JSON_OR_BINARY = JSON | {b"application/octet-stream"}
 VERSION_HEADER = b"x-trireme-version"  # of a request: it goes there and nowhere else; of an answer: where it went
+_CLOSE = (b"connection", b"close")
 GONE_STATUS = 499  # what proxies write of a client that did not wait
 
 
@@ -136,16 +137,17 @@ class Exchange:
         self.started, self.status = True, status
         self.trip.answers()
         # A body that nobody reads would be received and thrown away for as long as it comes.
-        told = any(name == b"connection" for name, _ in headers)
-        closing = [] if told or self._nothing_comes() else [(b"connection", b"close")]
+        closing = [] if self._nothing_comes() or _CLOSE in headers else [_CLOSE]
         head = [*headers, (b"x-request-id", self.id.encode()), (b"x-content-type-options", b"nosniff"), *closing]
         if self.trip.lane is not None and self.trip.inferred:
             head.append((VERSION_HEADER, str(self.trip.lane.version).encode()))
         await self.send({"type": "http.response.start", "status": status, "headers": head})
 
     def _nothing_comes(self) -> bool:
+        if self.read:
+            return True
         size = declared_size(self.headers)
-        return self.read or size == 0 or (size is None and b"transfer-encoding" not in self.headers)
+        return size == 0 or (size is None and b"transfer-encoding" not in self.headers)
 
     async def piece(self, data: bytes, last: bool = False) -> None:
         self.bytes_out += len(data)

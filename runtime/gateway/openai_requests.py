@@ -4,6 +4,7 @@ clients send it so, and refused by name at any other value.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -29,12 +30,17 @@ NOTHING: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 
 
+@cache
+def _unbuilt(kind: type[Closed]) -> tuple[str, ...]:
+    return tuple(name for name in kind.__struct_fields__ if name in NOTHING)
+
+
 class Closed(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     def require_built(self) -> None:
         """Raises Refused that names the first field that asks for what is not built."""
-        for name in self.__struct_fields__:
+        for name in _unbuilt(type(self)):
             value = getattr(self, name)
-            if name in NOTHING and value is not None and not _nothing(name, value):
+            if value is not None and not _nothing(name, value):
                 raise Refused(400, f"{name} is not built here; leave it out", param=name, code="unsupported_parameter")
 
 

@@ -46,7 +46,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._answering: BoundedCycle | None = None  # of requests that came together, the first without an answer
         self._address: str | None = None
         self._reading_head, self._moved = True, False
-        self._head_bytes = self._chunks = 0
+        self._head_bytes = self._piece_bytes = self._chunks = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -76,6 +76,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
             return  # what was on its way when the connection was given up
+        self._piece_bytes = len(data)
         if self._reading_head:
             self._head_bytes += len(data)
         super().data_received(data)
@@ -99,13 +100,19 @@ class BoundedProtocol(HttpToolsProtocol):
             self._end(431)
 
     def on_headers_complete(self) -> None:
-        self._reading_head, self._head_bytes = False, 0
-        if len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > self.limits.header_bytes:
+        # Of requests that came together the second's head is in a piece that was not counted as one.
+        most = self.limits.header_bytes
+        if self._head_bytes + self._piece_bytes > most and self._size_of_head() > most:
             self._end(431)
+        self._reading_head, self._head_bytes = False, 0
         if self.transport.is_closing():
             return
         self._by(self.limits.body_s)
         self._begin()
+
+    def _size_of_head(self) -> int:
+        """Without what else was in those bytes."""
+        return len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
 
     def _begin(self) -> None:
         """As uvicorn's `on_headers_complete`, with a cycle of ours. Requests that come before an answer wait."""

@@ -43,6 +43,10 @@ class Blob:
         """Not for BYTES."""
         return np.frombuffer(self.data, NUMPY[self.datatype]).reshape(self.shape)
 
+    def total(self) -> int:
+        """Of whole numbers. For few of them numpy's own sum takes ten times as long."""
+        return sum(memoryview(self.data).cast(np.dtype(NUMPY[self.datatype]).char))  # type: ignore[call-overload]
+
 
 @dataclass(frozen=True)
 class Facts:

@@ -7,9 +7,8 @@ which is how Triton hears that a client has gone.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import httptools
@@ -39,10 +38,10 @@ class UpstreamConnection(asyncio.Protocol):
         self.transport: Any = None
         self.lost = False
         self._waiting: asyncio.Future[None] | None = None
+        self._parser = httptools.HttpResponseParser(self)
         self._begin()
 
     def _begin(self) -> None:
-        self._parser = httptools.HttpResponseParser(self)
         self.status = 0
         self.headers: dict[bytes, bytes] = {}
         self.pieces: deque[bytes] = deque()
@@ -84,6 +83,10 @@ class UpstreamConnection(asyncio.Protocol):
         self.transport = transport
 
     def data_received(self, data: bytes) -> None:
+        if self.complete:  # nobody asked for it
+            self.lost = True
+            self.transport.abort()
+            return
         self.came = True
         try:
             self._parser.feed_data(data)
@@ -145,37 +148,57 @@ class UpstreamAnswer:
                 await self._connection.arrive()
 
 
+class UpstreamRequest:
+    """Entered, it is the answer. (`asynccontextmanager` would cost more than what is done here.)"""
+
+    def __init__(self, upstream: Upstream, head: bytes, body: tuple[bytes, ...], stream: bool) -> None:
+        self._upstream, self._asked = upstream, (head, body, stream)
+        self._connection: UpstreamConnection | None = None
+
+    async def __aenter__(self) -> UpstreamAnswer:
+        await self._upstream.free.acquire()
+        try:
+            self._connection = await self._upstream.answered(*self._asked)
+        except BaseException:
+            self._upstream.free.release()
+            raise
+        return UpstreamAnswer(self._connection)
+
+    async def __aexit__(self, *exception: object) -> None:
+        assert self._connection is not None
+        self._upstream.keep(self._connection)
+        self._upstream.free.release()
+
+
 class Upstream:
     """Connections to one address, `most` at once."""
 
     def __init__(self, host: str, port: int, most: int, answer_bytes: int) -> None:
         self._host, self._port, self._answer_bytes = host, port, answer_bytes
         self._idle: deque[UpstreamConnection] = deque()
-        self._free = asyncio.Semaphore(most)
+        self.free = asyncio.Semaphore(most)
         self._host_header = f"{host}:{port}".encode()
 
-    @contextlib.asynccontextmanager
-    async def ask(
+    def ask(
         self, method: bytes, path: str, headers: bytes = b"", body: tuple[bytes, ...] = (), stream: bool = False
-    ) -> AsyncIterator[UpstreamAnswer]:
+    ) -> UpstreamRequest:
         """`headers` are whole lines. The connection is kept when the answer was read to its end, else closed. A kept
         one that was closed meanwhile is no fault: the request goes again over a fresh one."""
         size = sum(map(len, body))
         head = b"%s %s HTTP/1.1\r\nHost: %s\r\nContent-Length: %d\r\n%s\r\n" % (
             method, path.encode("ascii"), self._host_header, size, headers,
         )  # fmt: skip
-        async with self._free:
-            connection = await self._answered(head, body, stream)
-            try:
-                yield UpstreamAnswer(connection)
-            finally:
-                if connection.reusable and len(self._idle) < _MOST_IDLE:
-                    connection.take()
-                    self._idle.append(connection)
-                else:
-                    connection.transport.abort()
+        return UpstreamRequest(self, head, body, stream)
 
-    async def _answered(self, head: bytes, body: tuple[bytes, ...], stream: bool) -> UpstreamConnection:
+    def keep(self, connection: UpstreamConnection) -> None:
+        """For the next request, where it can be."""
+        if connection.reusable and len(self._idle) < _MOST_IDLE:
+            connection.take()
+            self._idle.append(connection)
+        else:
+            connection.transport.abort()
+
+    async def answered(self, head: bytes, body: tuple[bytes, ...], stream: bool) -> UpstreamConnection:
         """A connection on which the head of the answer has come."""
         while True:
             kept = self._kept()

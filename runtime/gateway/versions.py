@@ -117,6 +117,8 @@ class Traffic:
 
     def pick(self, at: float) -> Lane:
         """`at`: from 0 up to 1."""
+        if len(self.lanes) == 1:
+            return self.lanes[0]
         place = at * sum(self.weights)
         for lane, weight in zip(self.lanes, self.weights, strict=True):
             if weight and place < weight:
@@ -209,7 +211,7 @@ class ServedVersions:
             again = mirror.triton.infer(inputs, outputs, request_id, parameters)
             self._mirror.infer(again, mirror.copied, found, request_id, (lane.version, mirror.version))
         if (counts := found.get("token_count")) is not None:
-            TRIP.get().spent(int(counts.array().sum()))
+            TRIP.get().spent(counts.total())
         if (heard := TRIP.get().heard) is not None and (texts := _texts(inputs)):
             heard.append((texts, _numbers(found)))
         return found
