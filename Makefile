@@ -113,11 +113,13 @@ bench-gateway: install ## embeddings through the gateway against Triton directly
 chaos: install ## a served model under load whose processes are killed and fuzzed; exit 1 for a wrong answer
 	$(BIN)/python -m measure.chaos --build-dir $(BUILD)
 
-# They want other versions of what Trireme has, so they have an environment of their own.
+# They want other versions of what Trireme has, so they have an environment of their own. perf_analyzer wants Debian's
+# libb64 as well; where it is not to be had, that client says so.
 $(CLIENTS)/.installed: measure/clients/requirements.txt measure/clients/constraints.txt
 	test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
 	$(CLIENTS)/bin/python -m pip --disable-pip-version-check install --quiet -r measure/clients/requirements.txt \
 		-c measure/clients/constraints.txt
+	ldconfig -p | grep -q libb64.so.0d || { cd $(CLIENTS) && apt-get download --quiet libb64-0d && dpkg -x libb64-0d_*.deb .; } || true
 	@touch $@
 
 clients: install $(CLIENTS)/.installed ## clients that others wrote against served models; exit 1 where one is answered wrongly

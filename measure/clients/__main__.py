@@ -13,7 +13,10 @@ from pathlib import Path
 from builders.__main__ import run
 from measure.clients.served import serving
 
-CLIENTS = ("openai", "langchain", "llama_index", "litellm", "cohere", "tritonclient", "lm_eval", "schemathesis")
+CLIENTS = (
+    "openai", "langchain", "llama_index", "litellm", "cohere", "tritonclient", "perf_analyzer", "lm_eval",
+    "schemathesis",
+)  # fmt: skip
 _SECONDS = 240  # of one client
 # Some fetch lists of prices or models, or send what they were asked, unless they are told not to.
 _QUIET = {

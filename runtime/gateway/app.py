@@ -180,7 +180,8 @@ def _table(
             (f"/v2/models/{{name}}{version}{end}", method, handler, False)
             for version in ("", "/versions/{version}")
             for end, method, handler in (
-                ("", "GET", kserve.metadata), ("/ready", "GET", kserve.ready), ("/infer", "POST", kserve.infer),
+                ("", "GET", kserve.metadata), ("/ready", "GET", kserve.ready), ("/config", "GET", kserve.config),
+                ("/infer", "POST", kserve.infer),
                 ("/generate", "POST", generate.whole), ("/generate_stream", "POST", generate.stream),
             )
         ),

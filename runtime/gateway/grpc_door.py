@@ -1,4 +1,4 @@
-"""The door's gRPC side: seven methods of KServe's service, behind the guards of the HTTP side.
+"""The door's gRPC side: eight methods of KServe's service, behind the guards of the HTTP side.
 
 Messages come as bytes, and none is read before its caller's key has been checked. Every method is served as a stream,
 which on the wire a single answer is too, because gRPC for Python would else read the message first. What is asked of
@@ -33,6 +33,7 @@ from runtime.gateway.grpc_wire import EMPTY, MODEL
 from runtime.gateway.guards import Guards
 from runtime.gateway.kserve import EXTENSIONS, SERVER, require_version
 from runtime.gateway.limits import DoorLimits
+from runtime.gateway.model_config import config_message
 from runtime.gateway.refused import RETRY_S, Refused
 from runtime.gateway.tls import Certificate
 from runtime.gateway.trip import TRIP, Trip, read_trace
@@ -81,7 +82,7 @@ class GrpcDoor:
         self._methods: dict[str, Method] = {
             "ServerLive": self._live, "ServerReady": self._ready, "ModelReady": self._model_ready,
             "ServerMetadata": self._server_metadata, "ModelMetadata": self._model_metadata,
-            "ModelInfer": self._infer, "ModelStreamInfer": self._stream,
+            "ModelConfig": self._model_config, "ModelInfer": self._infer, "ModelStreamInfer": self._stream,
         }  # fmt: skip
 
     @property
@@ -226,6 +227,12 @@ class GrpcDoor:
         told = kind(name=asked.name, versions=[str(facts.version)], platform=platform, **tensors)
         await call.write(told.SerializeToString())
 
+    async def _model_config(self, call: GrpcCall) -> None:
+        from tritonclient.grpc import service_pb2
+
+        asked = read_message(await self._only(call), service_pb2.ModelConfigRequest, MODEL, self._limits)
+        await call.write(config_message(await self._served(asked.name, asked.version)))
+
     async def _infer(self, call: GrpcCall) -> None:
         data = await self._only(call)
         with self._guards.holding(len(data)):
@@ -277,7 +284,7 @@ class GrpcDoor:
         try:
             async with self._answering(call):
                 with self._guards.in_time(), self._guards.admitted(call.caller), self._guards.holding(len(data)):
-                    asked = read_infer(data, self._limits, streamed=True)
+                    asked = read_infer(data, self._limits)
                     facts = await self._facts_for(asked)
                     if facts.generates:
                         await self._pieces(call, asked, facts)

@@ -18,7 +18,7 @@ _MOST = 64  # inputs, and outputs
 _MOST_TEXTS = 1 << 16  # of one typed input; raw contents take any number
 _MOST_DIMS = 16
 _LONGEST_NAME, _LONGEST_ID = 128, 256
-_FINAL = "triton_enable_empty_final_response"  # the end of a stream of ours is always marked
+_FINAL = "triton_enable_empty_final_response"  # the end of what we answer is always marked
 _PARAMETERS = {name: kind for name, kind in PARAMETERS.items() if name != "binary_data_output"}  # all is binary here
 # Where each datatype's typed contents stand.
 _CONTENTS = {
@@ -36,13 +36,13 @@ _WIDE = {
 class InferCall:
     """A ModelInferRequest, examined. Raises Refused for whatever of it is not taken."""
 
-    def __init__(self, message: Any, streamed: bool) -> None:
+    def __init__(self, message: Any) -> None:
         self.model, self.version, self.id = message.model_name, message.model_version, message.id
         if max(len(self.model), len(self.version)) > _LONGEST_NAME or len(self.id) > _LONGEST_ID:
             raise Refused(400, f"a name is longer than {_LONGEST_NAME} characters, or the id than {_LONGEST_ID}")
         if not 1 <= len(message.inputs) <= _MOST or len(message.outputs) > _MOST:
             raise Refused(400, f"the request has {len(message.inputs)} inputs and {len(message.outputs)} outputs")
-        self.parameters = _parameters(message.parameters, streamed)
+        self.parameters = _parameters(message.parameters)
         self.outputs = [item.name for item in message.outputs]
         for item in (*message.inputs, *message.outputs):
             other = next(iter(item.parameters), None)
@@ -64,11 +64,11 @@ class InferCall:
         return found
 
 
-def read_infer(data: bytes, limits: DoorLimits, streamed: bool = False) -> InferCall:
+def read_infer(data: bytes, limits: DoorLimits) -> InferCall:
     """Raises Refused."""
     from tritonclient.grpc import service_pb2
 
-    return InferCall(read_message(data, service_pb2.ModelInferRequest, INFER, limits), streamed)
+    return InferCall(read_message(data, service_pb2.ModelInferRequest, INFER, limits))
 
 
 def read_message(data: bytes, kind: Any, schema: Schema, limits: DoorLimits) -> Any:
@@ -83,12 +83,12 @@ def read_message(data: bytes, kind: Any, schema: Schema, limits: DoorLimits) -> 
         raise Refused(400, "the message cannot be read; texts of it must be UTF-8") from error
 
 
-def _parameters(given: Mapping[str, Any], streamed: bool) -> dict[str, bool | int | str]:
+def _parameters(given: Mapping[str, Any]) -> dict[str, bool | int | str]:
     found: dict[str, bool | int | str] = {}
     for name, item in given.items():
         kind = item.WhichOneof("parameter_choice")
         value: Any = None if kind is None else getattr(item, kind)
-        if name == _FINAL and streamed and isinstance(value, bool):
+        if name == _FINAL and isinstance(value, bool):
             continue
         require_parameter(name, value, _PARAMETERS)
         found[name] = value

@@ -47,7 +47,7 @@ class Keys:
 
     def name(self, authorization: bytes) -> str | None:
         """Whose key this `Authorization: Bearer …` is; None: nobody's."""
-        scheme, _, key = authorization.partition(b" ")
+        scheme, _, key = authorization.strip().partition(b" ")  # gRPC clients leave the blank that stands before it
         if scheme.lower() != b"bearer" or not 0 < len(key) <= _LONGEST:
             return None
         given = hashlib.sha256(key.strip()).digest()

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from runtime.gateway.bodies import read_json
 from runtime.gateway.exchange import JSON_OR_BINARY, Exchange
 from runtime.gateway.limits import DoorLimits
+from runtime.gateway.model_config import shown_config
 from runtime.gateway.refused import Refused, require_model
 from runtime.gateway.triton import NUMPY, Blob, Facts, Triton, pack_texts, unpack_texts
 
@@ -67,6 +68,9 @@ class Kserve:
     async def metadata(self, exchange: Exchange) -> None:
         facts = await require_served(self._triton, exchange)
         await exchange.answer(orjson.dumps({**facts.metadata, "versions": [str(facts.version)]}))
+
+    async def config(self, exchange: Exchange) -> None:
+        await exchange.answer(orjson.dumps(shown_config(await require_served(self._triton, exchange))))
 
     async def ready(self, exchange: Exchange) -> None:
         await require_served(self._triton, exchange)

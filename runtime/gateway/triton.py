@@ -50,11 +50,12 @@ class Blob:
 
 @dataclass(frozen=True)
 class Facts:
-    """Of the one model that is served. `metadata` is Triton's own answer."""
+    """Of the one model that is served. `metadata` is Triton's own answer; `optional`: inputs that may be left out."""
 
     version: int
     max_batch_size: int
     metadata: dict[str, Any]
+    optional: frozenset[str] = frozenset()
 
     @property
     def outputs(self) -> frozenset[str]:
@@ -131,7 +132,9 @@ class TritonHttp:
             metadata = {**await self._get(self._path), "name": self.model}
             config = await self._get(f"{self._path}/config")
             versions = [int(item) for item in metadata.get("versions", [])]
-            self._facts = Facts(max(versions, default=0), int(config.get("max_batch_size", 0)), metadata)
+            optional = frozenset(item["name"] for item in config.get("input", []) if item.get("optional"))
+            size = int(config.get("max_batch_size", 0))
+            self._facts = Facts(max(versions, default=0), size, metadata, optional)
             self._known = time.monotonic()
         return self._facts
 

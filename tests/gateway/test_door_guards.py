@@ -116,7 +116,7 @@ def test_only_plain_json_is_read(headers: dict[str, str], status: int) -> None:
     [
         ("GET", "/", 404), ("GET", "/v1", 404), ("GET", "/v1/embeddings/", 404), ("GET", "/docs", 404),
         ("POST", "/v2/repository/index", 404), ("GET", "/v2/systemsharedmemory/status", 404),
-        ("POST", "/v2/trace/setting", 404), ("POST", "/v2/logging", 404), ("GET", "/v2/models/m/config", 404),
+        ("POST", "/v2/trace/setting", 404), ("POST", "/v2/logging", 404), ("GET", "/v2/models/m/stats", 404),
         ("GET", "/v2/models/m/generate", 405), ("POST", "/v2/repository/models/m/unload", 404),
         ("GET", "/v1/embeddings", 405), ("DELETE", "/v1/models", 405), ("GET", "/v1/models/other", 404),
         ("GET", "/v2/models/other", 404), ("GET", "/v2/models/m/versions/9", 404), ("GET", "/v2/models/m-encoder", 404),

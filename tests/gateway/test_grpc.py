@@ -14,6 +14,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from google.protobuf.json_format import MessageToDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tritonclient.grpc import service_pb2 as kserve
@@ -24,7 +25,7 @@ from runtime.gateway.keys import Keys
 from runtime.gateway.limits import DoorLimits
 from runtime.gateway.refused import Refused
 from runtime.gateway.versions import Neighbour, Place
-from tests.gateway.asking import FakeTriton, doors_of
+from tests.gateway.asking import FakeTriton, doors_of, get
 
 INFER = "/inference.GRPCInferenceService/ModelInfer"
 STREAM = "/inference.GRPCInferenceService/ModelStreamInfer"
@@ -93,13 +94,38 @@ def test_a_key_is_asked_before_the_message_is_read(path: str) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "ModelConfig", "ModelStatistics", "RepositoryIndex", "RepositoryModelLoad", "RepositoryModelUnload",
+        "ModelStatistics", "RepositoryIndex", "RepositoryModelLoad", "RepositoryModelUnload",
         "SystemSharedMemoryStatus", "SystemSharedMemoryRegister", "CudaSharedMemoryRegister", "TraceSetting",
         "LogSettings",
     ],
 )  # fmt: skip
-def test_what_is_not_of_the_seven_is_not_there(name: str) -> None:
+def test_what_is_not_of_the_eight_is_not_there(name: str) -> None:
     assert _ask(doors_of(FakeTriton()), b"", (), f"/inference.GRPCInferenceService/{name}")[0] == "UNIMPLEMENTED"
+
+
+def test_a_configuration_is_the_same_over_both_protocols() -> None:
+    doors = doors_of(FakeTriton(generates=True), keys=KEYS)
+    message = kserve.ModelConfigRequest(name="m", version="3").SerializeToString()
+    path, key = "/inference.GRPCInferenceService/ModelConfig", (("authorization", " Bearer right"),)
+    status, answer = _ask(doors, message, key, path)
+    assert status == "OK"
+    config = MessageToDict(kserve.ModelConfigResponse.FromString(answer).config, preserving_proto_field_name=True)
+    shown = get(doors.http, "/v2/models/m/config", {"authorization": "Bearer right"}).json
+    assert config["model_transaction_policy"] == shown["model_transaction_policy"] == {"decoupled": True}
+    assert [item["name"] for item in config["input"]] == [item["name"] for item in shown["input"]] == ["text", "stream"]
+    assert shown["input"][0] == {
+        "name": "text", "data_type": "TYPE_STRING", "dims": [1], "is_shape_tensor": False, "optional": False,
+    }  # fmt: skip
+    assert get(doors.http, "/v2/models/m/config").status == 401
+    assert get(doors.http, "/v2/models/m/versions/9/config", {"authorization": "Bearer right"}).status == 404
+    other = kserve.ModelConfigRequest(name="m-encoder").SerializeToString()
+    assert _ask(doors, other, key, path)[0] == "NOT_FOUND"
+
+
+def test_a_word_for_streams_is_taken_of_a_single_answer_too() -> None:
+    """perf_analyzer sends it with every request."""
+    empty = {"triton_enable_empty_final_response": kserve.InferParameter(bool_param=False)}
+    assert _ask(doors_of(FakeTriton()), _request(parameters=empty).SerializeToString())[0] == "OK"
 
 
 SHARED = {"shared_memory_region": kserve.InferParameter(string_param="x")}

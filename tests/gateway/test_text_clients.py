@@ -89,6 +89,11 @@ def test_a_generators_grpc_client_streams_through_the_door(text_ports: dict[str,
     assert through[-1] == replace(direct[-1], text=through[-1].text, tokens=through[-1].tokens)
     with pytest.raises(InputError, match="temperature is -1"):
         list(stream(door, "tiny-lm", "x", {"temperature": -1.0}))
+    with connect(door) as client:
+        config = client.get_model_config("tiny-lm", as_json=True)["config"]
+        assert config["model_transaction_policy"] == {"decoupled": True}
+        assert {item["name"] for item in config["input"] if item.get("optional")} >= {"max_tokens", "temperature"}
+        assert str(generator.repository) not in str(config)
     with connect(door) as client, pytest.raises(InferenceServerException, match="use ModelStreamInfer"):
         client.infer("tiny-lm", [infer_input("text_input", np.array([[b"x"]], np.object_))])
 
