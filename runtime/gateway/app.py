@@ -174,6 +174,7 @@ def _table(
         ("/readyz", "GET", own.ready, True),
         ("/metrics", "GET", own.metrics, False),
         ("/v2", "GET", kserve.server, False),
+        ("/v2/", "GET", kserve.server, False),  # as KServe's own description has it
         ("/v2/health/live", "GET", own.live, True),
         ("/v2/health/ready", "GET", own.ready, True),
         *(

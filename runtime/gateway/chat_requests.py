@@ -157,6 +157,11 @@ class ChatRequest(Sampled, kw_only=True):
     reasoning_effort: Any = None
     web_search_options: Any = None
     verbosity: Any = None
+    moderation: Any = None
+    safety_identifier: str | None = None  # who is behind the request, as `user`
+    prompt_cache_key: str | None = None  # which prompts are alike; the cache finds that by itself
+    prompt_cache_options: Any = None
+    prompt_cache_retention: Any = None
 
     def limit(self) -> int | None:
         """Raises Refused where both names are used for different things."""

@@ -22,11 +22,13 @@ TopCount = Annotated[int, Meta(ge=0, le=20)]
 Bias = Annotated[float, Meta(ge=-100, le=100)]
 Token = Annotated[int, Meta(ge=0, lt=1 << 31)]
 Word = Annotated[str, Meta(max_length=256)]
+_LEAST_SHARE = 1e-9  # holds the likeliest token alone, as OpenAI has it of 0, which samplers refuse
 # Values that ask for nothing, by field.
 NOTHING: dict[str, tuple[Any, ...]] = {
     "suffix": ("",), "functions": ([],), "function_call": ("none",), "modalities": (["text"],), "audio": (),
     "prediction": (), "reasoning_effort": (), "web_search_options": (),
     "service_tier": ("auto", "default"), "store": (False,), "metadata": ({},), "verbosity": (),
+    "moderation": (), "prompt_cache_options": ({},), "prompt_cache_retention": ("in_memory",),
 }  # fmt: skip
 
 
@@ -100,7 +102,7 @@ class Sampled(Closed, kw_only=True):
         given = {
             "max_tokens": max_tokens,
             "temperature": 1.0 if self.temperature is None else self.temperature,
-            "top_p": self.top_p,
+            "top_p": _LEAST_SHARE if self.top_p == 0 else self.top_p,
             "top_k": None if self.top_k in (None, -1) else self.top_k,
             "min_p": self.min_p,
             "presence_penalty": self.presence_penalty,

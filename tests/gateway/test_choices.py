@@ -355,3 +355,10 @@ def test_what_the_model_refuses_has_the_names_of_the_request(
     triton.error = upstream_refusal(400, f"INVALID_ARGUMENT: {said}")
     error = (_chat(door) if chat else _complete(door)).json["error"]
     assert (error["message"], error["param"]) == (told, param)
+
+
+def test_newer_words_of_chats_are_taken_where_they_ask_for_nothing(door: Door) -> None:
+    taken = {"moderation": None, "safety_identifier": "ann", "prompt_cache_key": "k", "prompt_cache_options": {}}
+    assert _chat(door, **taken, prompt_cache_retention="in_memory").status == 200
+    for name, value in (("moderation", {"x": 1}), ("prompt_cache_retention", "24h")):
+        assert _chat(door, **{name: value}).json["error"]["param"] == name

@@ -141,6 +141,12 @@ def test_what_asks_for_nothing_is_taken() -> None:
     assert post(door_of(FakeTriton(generates=True)), "/v1/completions", {**PROMPT, **asks}).status == 200
 
 
+def test_a_nucleus_of_nothing_is_the_likeliest_token() -> None:
+    triton = FakeTriton(generates=True)
+    assert post(door_of(triton), "/v1/completions", {**PROMPT, "top_p": 0}).status == 200
+    assert 0 < triton.asked[0]["top_p"] < 1e-6
+
+
 def test_a_completion_and_its_parameters() -> None:
     triton = FakeTriton(generates=True, finish="stop")
     asks = {

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.gateway.asking import FakeTriton, Got, door_of, post
+from tests.gateway.asking import FakeTriton, Got, door_of, get, post
 
 PATH = "/v2/models/m/infer"
 TEXT = {"name": "text", "shape": [2, 1], "datatype": "BYTES", "data": [["a"], ["bc"]]}
@@ -125,3 +125,9 @@ def test_binary_sizes_are_of_the_body(size: int, shape: list[int], data: bytes, 
 
 def test_a_generator_is_not_for_one_answer() -> None:
     assert "use /v1/completions" in _infer(FakeTriton(generates=True)).json["error"]
+
+
+def test_the_servers_own_page_stands_where_kserves_description_has_it_too() -> None:
+    door = door_of(FakeTriton())
+    assert get(door, "/v2/").json == get(door, "/v2").json
+    assert get(door, "/v2/models/").status == 404
