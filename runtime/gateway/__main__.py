@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 _LOOPBACK = "127.0.0.1"
 _LIMITS = (
-    "head_s", "body_s", "answer_s", "body_bytes", "bytes_in_flight", "connections_per_address", "requests",
-    "requests_per_key", "rate_per_key", "inflated_bytes",
+    "head_s", "body_s", "keep_alive_s", "answer_s", "body_bytes", "bytes_in_flight", "connections_per_address",
+    "requests", "requests_per_key", "rate_per_key", "inflated_bytes",
 )  # fmt: skip
 
 

@@ -9,8 +9,7 @@ import secrets
 import sys
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from runtime.errors import ServingError
@@ -35,26 +34,24 @@ class Witnesses:
     feedback: Feedback
     spans: Spans | None = None
 
-    @contextmanager
-    def counted(self, request: Logged) -> Iterator[None]:
-        """A request from here to its end: it is written down with the status that it has then."""
-        started = time.monotonic()
+    def begun(self, request: Logged) -> None:
+        """Of a request, which has an end in any case."""
         self.counters.running += 1
         TRIP.set(request.trip)
         self.feedback.begun(request.trip)
         if self.spans is not None:
             self.spans.begun(request.trip)
-        try:
-            yield
-        finally:
-            self.counters.running -= 1
-            seconds = time.monotonic() - started
-            self.counters.ended(request.label, request.status, seconds, request.bytes_in, request.bytes_out)
-            request.trip.ended(request.status, seconds)
-            self.feedback.ended(request.trip, request.caller, request.status)
-            self.log.ended(request, seconds)
-            if self.spans is not None:
-                self.spans.ended(request, seconds)
+
+    def ended(self, request: Logged) -> None:
+        """It is written down with the status that it has now."""
+        self.counters.running -= 1
+        seconds = time.monotonic() - request.trip.started
+        self.counters.ended(request.label, request.status, seconds, request.bytes_in, request.bytes_out)
+        request.trip.ended(request.status, seconds)
+        self.feedback.ended(request.trip, request.caller, request.status)
+        self.log.ended(request, seconds)
+        if self.spans is not None:
+            self.spans.ended(request, seconds)
 
 
 class Door:
@@ -73,11 +70,12 @@ class Door:
         if scope["type"] != "http":
             raise RuntimeError(f"{scope['type']} is not served")
         exchange = Exchange(scope, receive, send, self._guards, secrets.token_hex(12))
-        with self._witnesses.counted(exchange):
-            try:
-                await self._answer(exchange)
-            finally:
-                exchange.release()
+        self._witnesses.begun(exchange)
+        try:
+            await self._answer(exchange)
+        finally:
+            exchange.release()
+            self._witnesses.ended(exchange)
 
     async def _answer(self, exchange: Exchange) -> None:
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import base64
+from binascii import b2a_base64
 from typing import Any
 
 import msgspec
@@ -90,7 +90,7 @@ def _about_ids(refused: Refused) -> Refused:
 
 
 def _reply(model: str, vectors: NDArray[Any], tokens: int, as_base64: bool) -> bytes:
-    rows = [base64.b64encode(row.tobytes()).decode() for row in vectors] if as_base64 else list(vectors)
+    rows = [b2a_base64(row, newline=False).decode() for row in vectors] if as_base64 else list(vectors)
     data = [{"object": "embedding", "index": index, "embedding": row} for index, row in enumerate(rows)]
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
     return orjson.dumps(

@@ -143,14 +143,16 @@ class GrpcDoor:
     async def _answering(self, call: GrpcCall) -> AsyncIterator[None]:
         """Raises Refused for whatever went wrong in it, but for a client that has gone."""
         call.trip.id = call.id
-        with self._witnesses.counted(call):
-            try:
-                yield
-                call.status = 200
-            except Exception as error:  # whatever it was, the client is told no more than a status
-                refused = refusal(error, self._triton.forget)
-                call.status = refused.status
-                raise refused from error
+        self._witnesses.begun(call)
+        try:
+            yield
+            call.status = 200
+        except Exception as error:  # whatever it was, the client is told no more than a status
+            refused = refusal(error, self._triton.forget)
+            call.status = refused.status
+            raise refused from error
+        finally:
+            self._witnesses.ended(call)
 
     async def _admitted(self, name: str, call: GrpcCall) -> None:
         headers = _headers(call.context)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
 
+from runtime.gateway.answer_time import AnswerTimes, InTime
 from runtime.gateway.keys import Keys
 from runtime.gateway.limits import DoorLimits
 from runtime.gateway.refused import Refused
@@ -17,11 +15,19 @@ from runtime.gateway.refused import Refused
 _MOST_BUCKETS = 4096  # callers without a key are addresses, of which there are many
 
 
-@dataclass(eq=False)
-class _Timed:
-    due: float
-    task: asyncio.Task[Any]
-    late: bool = False
+class Admission:
+    """One request of a caller, from its beginning to its end."""
+
+    def __init__(self, running: Counter[str], caller: str) -> None:
+        self._running, self._caller = running, caller
+
+    def __enter__(self) -> None:
+        self._running[self._caller] += 1
+
+    def __exit__(self, *exception: object) -> None:
+        self._running[self._caller] -= 1
+        if not self._running[self._caller]:
+            del self._running[self._caller]
 
 
 class Guards:
@@ -31,8 +37,7 @@ class Guards:
         self.limits, self._keys, self._clock = limits, keys, clock
         self.running: Counter[str] = Counter()
         self.bytes = 0
-        self._timed: dict[_Timed, None] = {}  # in the order in which they began
-        self._next_look = 0.0  # by the event loop's clock
+        self._times = AnswerTimes(limits.answer_s)
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()  # requests left, and when
 
     def replace_keys(self, keys: Keys | None) -> None:
@@ -53,54 +58,19 @@ class Guards:
         """Of the caller's prompts in the model's cache. Addresses without keys are nobody's in particular."""
         return "" if self._keys is None else caller
 
-    @contextmanager
-    def admitted(self, caller: str) -> Iterator[None]:
+    def admitted(self, caller: str) -> Admission:
         """One request of the caller. Raises Refused when it, or everybody together, has too many."""
         self._take_of_rate(caller)
-        if self.running.total() >= self.limits.requests:
+        if sum(self.running.values()) >= self.limits.requests:
             raise Refused(429, "too many requests are running; try again later", close=True)
         if self.running[caller] >= self.limits.requests_per_key:
             most = self.limits.requests_per_key
             raise Refused(429, f"{most} requests of this caller are running; try again later", close=True)
-        self.running[caller] += 1
-        try:
-            yield
-        finally:
-            self.running[caller] -= 1
-            if not self.running[caller]:
-                del self.running[caller]
+        return Admission(self.running, caller)
 
-    @contextmanager
-    def in_time(self) -> Iterator[None]:
-        """What is done in it, by this task, may take as long as an answer may. Raises TimeoutError at the end of that.
-        All have the same time, so whoever began first is late first, and one timer does for all."""
-        task, loop = asyncio.current_task(), asyncio.get_running_loop()
-        assert task is not None
-        cancelled, own = task.cancelling(), _Timed(loop.time() + self.limits.answer_s, task)
-        self._timed[own] = None
-        if self._next_look <= loop.time():
-            self._look_at(own.due, loop)
-        try:
-            yield
-        except asyncio.CancelledError as error:
-            if own.late and task.uncancel() <= cancelled:
-                raise TimeoutError from error
-            raise
-        finally:
-            del self._timed[own]
-
-    def _look_at(self, when: float, loop: asyncio.AbstractEventLoop) -> None:
-        self._next_look = when
-        loop.call_at(when, self._end_late, loop)
-
-    def _end_late(self, loop: asyncio.AbstractEventLoop) -> None:
-        for one in self._timed:
-            if one.due > loop.time():
-                self._look_at(one.due, loop)
-                return
-            if not one.late:
-                one.late = True
-                one.task.cancel()
+    def in_time(self) -> InTime:
+        """What is done in it may take as long as an answer may."""
+        return InTime(self._times)
 
     def _take_of_rate(self, caller: str) -> None:
         rate = self.limits.rate_per_key

@@ -32,7 +32,7 @@ class DoorLimits:
     depth: int = 32
     head_s: float = 10.0
     body_s: float = 30.0
-    keep_alive_s: int = 75
+    keep_alive_s: float = 75.0
     answer_s: float = 600.0
     connections: int = 2048
     connections_per_address: int = 512

@@ -8,7 +8,8 @@ import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import orjson
@@ -30,8 +31,7 @@ _EVENT_BYTES = 1 << 20
 _BINARY = b"Content-Type: application/octet-stream\r\nInference-Header-Content-Length: %d\r\n"
 
 
-@dataclass(frozen=True)
-class Blob:
+class Blob(NamedTuple):
     """A tensor as it travels: `data` is little-endian, of BYTES each element after its length in 4 bytes."""
 
     name: str
@@ -57,23 +57,23 @@ class Facts:
     metadata: dict[str, Any]
     optional: frozenset[str] = frozenset()
 
-    @property
+    @cached_property
     def outputs(self) -> frozenset[str]:
         return frozenset(item["name"] for item in self.metadata["outputs"])
 
-    @property
+    @cached_property
     def inputs(self) -> frozenset[str]:
         return frozenset(item["name"] for item in self.metadata["inputs"])
 
-    @property
+    @cached_property
     def generates(self) -> bool:
         return "text_output" in self.outputs
 
-    @property
+    @cached_property
     def embeds(self) -> bool:
         return "embedding" in self.outputs
 
-    @property
+    @cached_property
     def width(self) -> int:
         """Of a vector."""
         return int(next(item["shape"][-1] for item in self.metadata["outputs"] if item["name"] == "embedding"))

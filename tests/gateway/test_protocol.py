@@ -60,6 +60,44 @@ def test_pipelined_requests_are_answered_in_their_order(port: int) -> None:
     assert answer.index(b"ok\n") < answer.index(b'"object":"list"')
 
 
+def test_an_answer_comes_as_one_piece(port: int) -> None:
+    """Two pieces are two packets, and wake whoever waits twice."""
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+        for _ in range(20):
+            connection.sendall(b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n")
+            head, _, body = connection.recv(1 << 16).partition(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 200")
+            assert body.endswith(b"}]}")
+
+
+def test_head_is_get_without_its_body(port: int) -> None:
+    head, _, body = exchange_raw(port, b"HEAD /v1/models HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").partition(
+        b"\r\n\r\n"
+    )
+    assert head.startswith(b"HTTP/1.1 200")
+    assert b"content-length: " in head
+    assert not body
+
+
+def test_an_idle_connection_is_closed_whatever_lines_it_sends() -> None:
+    """An empty line begins no request."""
+    with (
+        gateway("m", 9, 9, "--keep-alive-s", "0.5") as port,
+        socket.create_connection(("127.0.0.1", port), timeout=20) as connection,
+    ):
+        for _ in range(2):
+            connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert connection.recv(1000).startswith(b"HTTP/1.1 200")
+        connection.sendall(b"\r\n")
+        assert connection.recv(1000) == b""
+
+
+def test_the_second_of_two_heads_that_come_together_is_bounded_too(port: int) -> None:
+    small = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+    large = b"GET /healthz HTTP/1.1\r\nHost: x\r\nX: " + b"a" * (40 << 10) + b"\r\n\r\n"
+    assert b"HTTP/1.1 431" in exchange_raw(port, small + large)
+
+
 @pytest.mark.parametrize(
     "said",
     [
