@@ -1,8 +1,9 @@
-"""`make bench-gateway`: embeddings through the gateway against Triton's own HTTP port, alternating in one run.
+"""`make bench-gateway`: embeddings and streams through the gateway against Triton's own HTTP port, by turns in one run.
 
 One client process drives both with the same code: closed loops of 1, 8 and 32 users, one text a request, kept
 connections. Directly it asks in Triton's binary tensors, through the gateway as OpenAI's client does, in base64. Short
-blocks of both alternate and are compared as pairs, so that noise of the machine hits both.
+blocks of both alternate and are compared as pairs, so that noise of the machine hits both. Then 32 streams of a small
+language model at once, directly as `generate_stream` and through the gateway as OpenAI's completions.
 """
 
 from __future__ import annotations
@@ -10,8 +11,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,8 @@ from numpy.typing import NDArray
 from builders import pipeline
 from builders.judging import corpus
 from builders.spec import load_spec
+from measure.bench.gateway_process import GatewayProcess, cpu_s
+from measure.bench.gateway_streams import compare_streams
 from runtime.gateway.triton import Blob, TritonHttp, pack_texts
 from runtime.gateway.upstream import Upstream
 from runtime.server.launch import LOOPBACK, TritonServer
@@ -72,12 +73,20 @@ def main() -> None:
     parser.add_argument("--build-dir", type=Path, default=Path("build"))
     parser.add_argument("--pairs", type=int, default=PAIRS)
     parser.add_argument("--users", type=int, nargs="+", choices=USERS, default=USERS)
+    parser.add_argument("--only", choices=("embeddings", "streams"))
     arguments = parser.parse_args()
+    if arguments.only != "streams":
+        _embeddings(arguments)
+    if arguments.only != "embeddings":
+        compare_streams(arguments.build_dir, max(2, arguments.pairs // 2))
+
+
+def _embeddings(arguments: argparse.Namespace) -> None:
     spec = load_spec("minilm")
     patient = spec.serving.model_copy(update={"queue_timeout_us": 60_000_000})  # on a machine that others use too
     built = pipeline.build(spec.model_copy(update={"serving": patient}), "cpu", arguments.build_dir, "repository")
     assert built.entry is not None
-    with ready_server(built.entry.repository) as server, _Gateway(server) as gateway:
+    with ready_server(built.entry.repository) as server, GatewayProcess(server) as gateway:
         print(f"{built.spec.name} in {built.spec.precision.cpu}, {os.cpu_count()} cores, {arguments.pairs} pairs")
         print("users   direct p50   added p50   throughput   CPU a request: gateway, Triton")
         for users in arguments.users:
@@ -89,38 +98,7 @@ def main() -> None:
             )
 
 
-class _Gateway:
-    """A gateway process; ends with the block."""
-
-    def __init__(self, server: TritonServer) -> None:
-        ports = ["--triton-http-port", str(server.ports.http), "--triton-metrics-port", str(server.ports.metrics)]
-        command = [sys.executable, "-m", "runtime.gateway", "--model", server.settings.ensemble, *ports]
-        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        assert self._process.stdout is not None
-        self.port = int(self._process.stdout.readline().split()[1])
-        self.model = server.settings.ensemble
-
-    def cpu_s(self) -> float:
-        return _cpu_s(self._process.pid)
-
-    def __enter__(self) -> _Gateway:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._process.terminate()
-        self._process.wait(30)
-
-
-def _cpu_s(pid: int) -> float:
-    """Of a process and its children."""
-    import psutil
-
-    own = psutil.Process(pid)
-    used = [one.cpu_times() for one in (own, *own.children(recursive=True))]
-    return float(sum(times.user + times.system for times in used))
-
-
-async def _compare(server: TritonServer, gateway: _Gateway, users: int, count: int) -> Compared:
+async def _compare(server: TritonServer, gateway: GatewayProcess, users: int, count: int) -> Compared:
     upstream = Upstream(LOOPBACK, server.ports.http, users, _ANSWER_BYTES)
     door = Upstream(LOOPBACK, gateway.port, users, _ANSWER_BYTES)
     direct, through = _direct(TritonHttp(upstream, upstream, gateway.model)), _through(door, gateway.model)
@@ -129,7 +107,7 @@ async def _compare(server: TritonServer, gateway: _Gateway, users: int, count: i
     assert same > 0.99, f"the two do not answer alike: cosine {same:.3f}"
     for ask in (direct, through):  # connections, caches
         await _block(ask, texts, users)
-    pairs, gateway_s, server_s = [], gateway.cpu_s(), _cpu_s(server.pid)
+    pairs, gateway_s, server_s = [], gateway.cpu_s(), cpu_s(server.pid)
     for number in range(count):
         blocks = {}
         for ask in (direct, through) if number % 2 else (through, direct):
@@ -137,7 +115,7 @@ async def _compare(server: TritonServer, gateway: _Gateway, users: int, count: i
         pairs.append((blocks[direct], blocks[through]))
     upstream.close()
     door.close()
-    return Compared.of(users, pairs, gateway.cpu_s() - gateway_s, _cpu_s(server.pid) - server_s)
+    return Compared.of(users, pairs, gateway.cpu_s() - gateway_s, cpu_s(server.pid) - server_s)
 
 
 def _direct(triton: TritonHttp) -> Ask:

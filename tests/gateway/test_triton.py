@@ -94,7 +94,7 @@ def test_tritons_own_client_asks_about_the_model(port: int, server: TritonServer
         assert _within(shown, {**whole, "platform": "trireme"})
         for forbidden in (
             door.get_model_repository_index, door.get_system_shared_memory_status, door.get_trace_settings,
-            door.get_log_settings, lambda: door.unload_model("minilm"), door.get_inference_statistics,
+            door.get_log_settings, lambda: door.unload_model("minilm"), lambda: door.get_inference_statistics("minilm"),
         ):  # fmt: skip
             with pytest.raises(InferenceServerException, match="no such path"):
                 forbidden()
@@ -182,7 +182,7 @@ def test_tritons_grpc_client_gets_the_same_through_the_door(ports: dict[str, int
         assert all(np.allclose(result.as_numpy("embedding"), direct, atol=0.02) for result, _ in found)
         for forbidden in (
             door.get_model_repository_index, door.get_system_shared_memory_status, door.get_trace_settings,
-            door.get_log_settings, lambda: door.unload_model("minilm"), door.get_inference_statistics,
+            door.get_log_settings, lambda: door.unload_model("minilm"), lambda: door.get_inference_statistics("minilm"),
         ):  # fmt: skip
             with pytest.raises(InferenceServerException, match="UNIMPLEMENTED"):
                 forbidden()
