@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from builders import pipeline
 from builders.judging import corpus
 from builders.spec import load_spec
-from measure.bench.gateway_process import GatewayProcess, cpu_s
 from measure.bench.gateway_streams import compare_streams
+from measure.bench.measured_gateway import MeasuredGateway, cpu_s
 from runtime.gateway.triton import Blob, TritonHttp, pack_texts
 from runtime.gateway.upstream import Upstream
 from runtime.server.launch import LOOPBACK, TritonServer
@@ -86,7 +86,7 @@ def _embeddings(arguments: argparse.Namespace) -> None:
     patient = spec.serving.model_copy(update={"queue_timeout_us": 60_000_000})  # on a machine that others use too
     built = pipeline.build(spec.model_copy(update={"serving": patient}), "cpu", arguments.build_dir, "repository")
     assert built.entry is not None
-    with ready_server(built.entry.repository) as server, GatewayProcess(server) as gateway:
+    with ready_server(built.entry.repository) as server, MeasuredGateway(server) as gateway:
         print(f"{built.spec.name} in {built.spec.precision.cpu}, {os.cpu_count()} cores, {arguments.pairs} pairs")
         print("users   direct p50   added p50   throughput   CPU a request: gateway, Triton")
         for users in arguments.users:
@@ -98,7 +98,7 @@ def _embeddings(arguments: argparse.Namespace) -> None:
             )
 
 
-async def _compare(server: TritonServer, gateway: GatewayProcess, users: int, count: int) -> Compared:
+async def _compare(server: TritonServer, gateway: MeasuredGateway, users: int, count: int) -> Compared:
     upstream = Upstream(LOOPBACK, server.ports.http, users, _ANSWER_BYTES)
     door = Upstream(LOOPBACK, gateway.port, users, _ANSWER_BYTES)
     direct, through = _direct(TritonHttp(upstream, upstream, gateway.model)), _through(door, gateway.model)

@@ -19,7 +19,7 @@ import orjson
 from builders import pipeline
 from builders.spec import DeploymentSpec
 from builders.training.recipe import TrainingRecipe
-from measure.bench.gateway_process import GatewayProcess, cpu_s
+from measure.bench.measured_gateway import MeasuredGateway, cpu_s
 from measure.bench.random_llama import random_llama
 from runtime.gateway.triton import TritonHttp
 from runtime.gateway.upstream import Upstream
@@ -56,11 +56,11 @@ def compare_streams(build_dir: Path, count: int) -> None:
     )  # fmt: skip
     built = pipeline.build(spec, "cpu", build_dir, "repository")
     assert built.entry is not None
-    with ready_server(built.entry.repository) as server, GatewayProcess(server) as gateway:
+    with ready_server(built.entry.repository) as server, MeasuredGateway(server) as gateway:
         print(asyncio.run(_compare(server, gateway, count)), flush=True)
 
 
-async def _compare(server: TritonServer, gateway: GatewayProcess, count: int) -> str:
+async def _compare(server: TritonServer, gateway: MeasuredGateway, count: int) -> str:
     upstream, door = (Upstream(LOOPBACK, port, STREAMS, _ANSWER_BYTES) for port in (server.ports.http, gateway.port))
     ways = _direct(TritonHttp(upstream, upstream, gateway.model)), _through(door, gateway.model)
     for way in ways:

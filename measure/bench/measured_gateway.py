@@ -8,7 +8,7 @@ import sys
 from runtime.server.launch import TritonServer
 
 
-class GatewayProcess:
+class MeasuredGateway:
     """Ends with the block."""
 
     def __init__(self, server: TritonServer) -> None:
@@ -22,7 +22,7 @@ class GatewayProcess:
     def cpu_s(self) -> float:
         return cpu_s(self._process.pid)
 
-    def __enter__(self) -> GatewayProcess:
+    def __enter__(self) -> MeasuredGateway:
         return self
 
     def __exit__(self, *exception: object) -> None:
