@@ -14,15 +14,18 @@ class Presence:
     """Whether the client is still there. Told as it leaves, which `receive` would tell to another task alone."""
 
     def __init__(self) -> None:
-        self.gone = False
-        self._then: Callable[[], None] | None = None
+        self._gone = False
+        self._then: Callable[[], object] | None = None
 
-    def watch(self, then: Callable[[], None] | None) -> None:
+    def gone(self) -> bool:
+        return self._gone
+
+    def watch(self, then: Callable[[], object] | None) -> None:
         """What is called when it leaves; None: nothing any more."""
         self._then = then
 
     def leave(self) -> None:
-        self.gone = True
+        self._gone = True
         if self._then is not None:
             self._then()
 
@@ -31,6 +34,7 @@ class BoundedCycle(RequestResponseCycle):
     """uvicorn's, but for `send`. The head waits for the first piece of the body: two writes would be two packets, and
     wake the client twice. Heads are made of our own words alone, so they are not searched for line ends."""
 
+    presence: Presence
     _head: bytes = b""
 
     async def send(self, message: Any) -> None:

@@ -109,14 +109,14 @@ class Exchange:
         doing = asyncio.current_task()
         assert doing is not None
         presence: Presence = self.scope[CLIENT]
-        if presence.gone:
+        if presence.gone():
             work.close()
             raise ClientGone("before it was answered")
         presence.watch(doing.cancel)
         try:
             return await work
         except asyncio.CancelledError:
-            if not presence.gone:
+            if not presence.gone():
                 raise
             doing.uncancel()
             raise ClientGone("while it was answered") from None

@@ -129,7 +129,8 @@ def _http_server(doors: Doors, limits: DoorLimits, certificate: Certificate | No
     config = uvicorn.Config(
         doors.http,
         http=bounded(limits), ws="none", lifespan="off", interface="asgi3", loop="none", log_config=None,
-        access_log=False, server_header=False, proxy_headers=False, timeout_keep_alive=limits.keep_alive_s,
+        access_log=False, server_header=False, proxy_headers=False,
+        timeout_keep_alive=limits.keep_alive_s,  # type: ignore[arg-type]  # it is added to a time
         timeout_graceful_shutdown=max(1, int(drain_s)), backlog=1024,
         ssl_context_factory=None if certificate is None else lambda *_: certificate.context,
     )  # fmt: skip

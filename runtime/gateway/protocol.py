@@ -116,20 +116,22 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _begin(self) -> None:
         """As uvicorn's `on_headers_complete`, with a cycle of ours. Requests that come before an answer wait."""
-        version, scope = self.parser.get_http_version(), self.scope
+        version = self.parser.get_http_version()
+        scope: dict[str, Any] = self.scope  # type: ignore[assignment]
         parsed = httptools.parse_url(self.url)
         path = parsed.path.decode("ascii")
         scope["method"], scope["http_version"] = self.parser.get_method().decode("ascii"), version
         scope["path"] = unquote(path) if "%" in path else path
         scope["raw_path"], scope["query_string"] = parsed.path, parsed.query or b""
-        scope[CLIENT] = Presence()  # type: ignore[typeddict-unknown-key]
+        scope[CLIENT] = presence = Presence()
         before = self.cycle
         self.cycle = BoundedCycle(
-            scope=scope, transport=self.transport, flow=self.flow, logger=self.logger,
+            scope=self.scope, transport=self.transport, flow=self.flow, logger=self.logger,
             access_logger=self.access_logger, access_log=False, default_headers=self.server_state.default_headers,
             message_event=asyncio.Event(), expect_100_continue=self.expect_100_continue,
             keep_alive=version != "1.0" and self.parser.should_keep_alive(), on_response=self.on_response_complete,
         )  # fmt: skip
+        self.cycle.presence = presence
         if before is None or before.response_complete:
             self._start_asgi_task(self.cycle, self.app)
         else:
@@ -190,7 +192,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if cycle is not None and not cycle.response_complete:
             cycle.disconnected = True
             cycle.message_event.set()
-            cycle.scope[CLIENT].leave()  # type: ignore[typeddict-item]
+            cycle.presence.leave()
 
     def _by(self, seconds: float | None) -> None:
         """What is being received must be there within this time; None: nothing is. The timer is set when all bytes at
