@@ -96,6 +96,8 @@ def _makers(model: str, chance: random.Random) -> dict[str, Callable[[], bytes]]
         "control in header": lambda: _head(b"X: a\x00b\r\nContent-Length: 0\r\n"),
         "small chunks": lambda: _head(b"Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n")
         + b"1\r\n \r\n" * chance.randint(5000, 50_000),
+        "trailer": lambda: _head(b"Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n")
+        + b"2\r\n{}\r\n0\r\nX: " + long[: chance.randint(1 << 19, 1 << 20)],
         "other path": lambda: b"POST /v2/repository/models/%d/unload HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n"
         % chance.randint(0, 9),
     }  # fmt: skip

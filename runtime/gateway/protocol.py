@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 _REASONS = {400: b"Bad Request", 408: b"Request Timeout", 413: b"Content Too Large", 431: b"Header Fields Too Large"}
 
+_FRAME = 12  # bytes around a chunk: its size, and two ends of lines
+
 
 class BoundedProtocol(HttpToolsProtocol):
     """One connection. `limits` and `addresses`, how many connections each address has, are set by `bounded`."""
@@ -47,6 +49,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._address: str | None = None
         self._reading_head, self._moved = True, False
         self._head_bytes = self._piece_bytes = self._chunks = 0
+        self._frame_bytes = 0  # of a body that comes in chunks: what is around them, and behind the last
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -79,17 +82,22 @@ class BoundedProtocol(HttpToolsProtocol):
         self._piece_bytes = len(data)
         if self._reading_head:
             self._head_bytes += len(data)
+        else:
+            self._frame_bytes += len(data)
         super().data_received(data)
         # After the parser: a head that ended within these bytes is no longer read. One piece is at most 256 kB.
         if self._reading_head and self._head_bytes > self.limits.header_bytes:
             self._end(431)
+        elif not self._reading_head and self._frame_bytes > self.limits.header_bytes + _FRAME * self.limits.chunks:
+            self._end(413)
         if self._moved and (self._allowed is not None or self._deadline is not None):
             self._set_timer()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._by(self.limits.head_s)  # empty lines before it begin nothing
-        self._reading_head, self._chunks, self._idle_since = True, 0, None
+        self._reading_head, self._idle_since = True, None
+        self._chunks = self._frame_bytes = 0
 
     def on_header(self, name: bytes, value: bytes) -> None:
         name = name.lower()
@@ -144,6 +152,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._end(413)
 
     def on_body(self, body: bytes) -> None:
+        self._frame_bytes -= len(body)
         if not self.transport.is_closing():
             super().on_body(body)
 
