@@ -121,7 +121,7 @@ class BlockLinear(torch.nn.Linear):
     def unrounded(self) -> torch.Tensor:
         """[outputs, blocks, block]"""
         start: Any = self.scale.start
-        blocks = self.weight.unflatten(1, (start.shape[1], -1))
+        blocks = self.weight.reshape(*start.shape, -1)
         found: torch.Tensor = blocks * (_BLOCK_PACE * start[:, :, None])
         return found
 
