@@ -73,7 +73,7 @@ def compare(
     first: SideArgument,
     second: SideArgument,
     task: Annotated[
-        Literal["embedding", "classification", "reranking"] | None,
+        Literal["embedding", "classification", "reranking", "generation"] | None,
         typer.Option(help="of checkpoints; default: the other side's spec, or embedding"),
     ] = None,
     max_length: Annotated[
@@ -97,9 +97,43 @@ def compare(
     from builders.pipeline.compare import compared
 
     specs = _sides((first, second), task, max_length, pooling)
+    if any(spec.generates for spec in specs):
+        _compare_language((first, second), specs, labels, build_dir, as_json)
+        return
     with show.build_progress(quiet=as_json) as report:
         found = compared((first, second), specs, labels, build_dir, report)
     print(json.dumps(_comparison_json(found), indent=2)) if as_json else _print_comparison(found)
+
+
+def _compare_language(
+    names: tuple[str, str],
+    specs: tuple[DeploymentSpec, DeploymentSpec],
+    labels: Path | None,
+    build_dir: Path,
+    as_json: bool,
+) -> None:
+    from builders.commands import figures, show
+    from builders.pipeline.compare import compared_language
+
+    if labels is not None:
+        raise InputError(
+            "--labels", got="a language model", expected="classifiers of two labels or more", fix="leave --labels out"
+        )
+    with show.build_progress(quiet=as_json) as report:
+        found = compared_language(names, specs, build_dir, report)
+    if as_json:
+        sides = [
+            {"name": side.name, "checkpoint": str(side.checkpoint.directory), "digest": side.checkpoint.digest,
+             "served": side.served, **figures.language_json(side.judged)} for side in found.sides
+        ]  # fmt: skip
+        print(json.dumps({"sides": sides, "differences": figures.difference_json(found.differences)}, indent=2))
+        return
+    rows = [(f"{name} ({side.served})", side.judged) for name, side in zip("AB", found.sides, strict=True)]
+    figures.say(*(f"{name}: {side.name}" for name, side in zip("AB", found.sides, strict=True)))
+    figures.print_language_table("model", rows)
+    figures.say(figures.language_heading(rows[0][1], "A"))
+    figures.say(*(figures.interval_line(name, judged) for name, judged in rows))
+    figures.say(*figures.difference_lines("B", "A", found.differences))
 
 
 def _sides(
@@ -130,7 +164,7 @@ def _sides(
                 "name": "compared",
                 "model": {"source": name, "task": chosen, "max_length": longest, **given},
                 "precision": {"cpu": "fp32", **precision},
-                "serving": {"length_buckets": [longest]},
+                **({} if chosen in ("generation", "seq2seq") else {"serving": {"length_buckets": [longest]}}),
             }
         )
 

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from builders.judging.intervals import ConfidenceInterval
     from builders.pipeline.differences import Difference
     from builders.pipeline.judged import StepFigures
+    from builders.pipeline.judged_language import LanguageFigures
 
 _WIDTH = 160
 _CONFIDENCE = "95 %"
@@ -37,7 +38,54 @@ def say(*lines: str) -> None:
         Console().print(line, highlight=False, soft_wrap=True, markup=False)
 
 
-def interval_line(name: str, judged: StepFigures) -> str:
+def print_language_table(heading: str, rows: Sequence[tuple[str, LanguageFigures]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    console = Console(width=max(console.width, _WIDTH))
+    table = Table()
+    headings = (heading, "M weights", "MB stored", "MB graph", "MFLOP/token", "perplexity", "ratio", "agreement",
+                "divergence", f"x {rows[0][1].executor}")  # fmt: skip
+    for name in headings:
+        table.add_column(name, justify="left" if name == heading else "right")
+    for name, judged in rows:
+        table.add_row(name, *language_cells(judged))
+    console.print(table)
+
+
+def language_cells(judged: LanguageFigures) -> list[str]:
+    return [
+        f"{judged.parameters / 1e6:.2f}",
+        f"{judged.stored_bytes / 1e6:.1f}",
+        f"{judged.graph_bytes / 1e6:.1f}",
+        f"{judged.flops_per_token / 1e6:.2f}",
+        f"{judged.perplexity:.3f}",
+        f"{judged.perplexity_ratio:.4f}",
+        f"{judged.mean_agreement:.1%}",
+        f"{judged.mean_divergence:.4f}",
+        f"{judged.speed:.2f}",
+    ]
+
+
+def language_heading(judged: LanguageFigures, reference: str) -> str:
+    return (
+        f"{judged.tokens} held-out tokens; ratio, agreement of the likeliest next token, divergence (nats) and speed "
+        f"against {reference}, by CPU time"
+    )
+
+
+def language_json(judged: LanguageFigures) -> dict[str, Any]:
+    found = judged.model_dump(
+        mode="json", exclude={"files", "losses", "reference_losses", "agreement", "divergence"}
+    )  # fmt: skip
+    return {
+        **found, "perplexity": judged.perplexity, "perplexity_ratio": judged.perplexity_ratio,
+        "agreement": judged.mean_agreement, "divergence": judged.mean_divergence,
+    }  # fmt: skip
+
+
+def interval_line(name: str, judged: StepFigures | LanguageFigures) -> str:
     """Each figure's interval, in one line."""
     return f"{name}, {_CONFIDENCE}: " + "; ".join(f"{key} {value}" for key, value in judged.intervals.items())
 

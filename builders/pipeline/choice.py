@@ -115,7 +115,7 @@ def speeds(reference: Build, candidate: Build, fewest: int = speed.FEWEST_ROUNDS
     """Of rounds by turns; 2.0: the candidate's graph takes half the CPU time of the reference's, each by the executor
     that serves it. Graphs are whole, whatever ranks share them."""
     plain, other = (replace(each, partition=None, ranks=None) for each in (reference, candidate))
-    return (_decoder_speeds if reference.spec.generates else encoder_speeds)(plain, other, fewest)
+    return (decoder_speeds if reference.spec.generates else encoder_speeds)(plain, other, fewest)
 
 
 def encoder_speed(reference: Build, candidate: Build) -> float:
@@ -138,20 +138,22 @@ def _encoder(built: Build) -> contextlib.closing[Encoder]:
     return contextlib.closing(open_encoder(settings, {key: part.path(name) for key, name in settings.files.items()}))
 
 
-def _decoder_speeds(reference: Build, candidate: Build, fewest: int) -> list[float]:
+def decoder_speeds(reference: Build, candidate: Build, fewest: int = speed.FEWEST_ROUNDS) -> list[float]:
+    """As `encoder_speeds`, of language models with the same tokens."""
     _, held_out = vectors.calibration_and_held_out(reference.spec.precision)
     count = min(speed.DECODE_ROWS, reference.spec.generation.slots)
     rows = perplexity.token_rows(reference.checkpoint, held_out, rows=count)
-    capacities, encodes = reference.spec.cache_lengths_on("cpu"), reference.checkpoint.task == "seq2seq"
-    with _decoder(reference, len(rows)) as plain, _decoder(candidate, len(rows)) as other:
-        return speed.speed_ratios(
-            speed.decoder_work(plain, capacities, rows, encodes),
-            speed.decoder_work(other, capacities, rows, encodes),
-            fewest,
-        )
+    encodes = reference.checkpoint.task == "seq2seq"
+    with decoder(reference, len(rows)) as plain, decoder(candidate, len(rows)) as other:
+        works = [
+            speed.decoder_work(executor, built.spec.cache_lengths_on("cpu"), rows, encodes)
+            for executor, built in ((plain, reference), (other, candidate))
+        ]
+        return speed.speed_ratios(*works, fewest)
 
 
-def _decoder(built: Build, rows: int) -> contextlib.closing[StepExecutor]:
+def decoder(built: Build, rows: int) -> contextlib.closing[StepExecutor]:
+    """What serves the build on this CPU, with a slot for each of `rows`."""
     part, settings = built.served_graph, generator.service_settings(built)
     files = {key: part.path(name) for key, name in settings.files.items()}
     return contextlib.closing(open_executor(settings.model_copy(update={"slots": rows}), files))

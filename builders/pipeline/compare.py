@@ -10,9 +10,10 @@ from builders.checkpoint import load_checkpoint
 from builders.errors import InputError
 from builders.judging import corpus, labels
 from builders.judging.labels import Labelled
-from builders.pipeline import choice, compress, encoder
+from builders.pipeline import choice, compress, encoder, generator
 from builders.pipeline.differences import Difference, differences, faster
 from builders.pipeline.judged import StepFigures, judge_graphs, outputs_of
+from builders.pipeline.judged_language import LanguageFigures, judge_language, language_differences, language_faster
 from builders.pipeline.result import Build, Report
 from builders.spec import DeploymentSpec, ParallelSlice
 from builders.store.store import Store
@@ -63,13 +64,52 @@ def compared(
     return Comparison((a, b), (*near, *faster(b.judged)), found)
 
 
+@dataclass(frozen=True)
+class LanguageSide:
+    """As `ComparedSide`, of a language model."""
+
+    name: str
+    checkpoint: Checkpoint
+    served: str
+    judged: LanguageFigures
+
+
+@dataclass(frozen=True)
+class LanguageComparison:
+    sides: tuple[LanguageSide, LanguageSide]
+    differences: tuple[Difference, ...]
+
+
+def compared_language(
+    names: tuple[str, str],
+    specs: tuple[DeploymentSpec, DeploymentSpec],
+    root: Path,
+    report: Report = lambda stage, message: None,
+) -> LanguageComparison:
+    """The same of two language models with the same tokens, by the executor that serves each."""
+    _require_comparable(names, specs)
+    _require_same_tokens(names, (load_checkpoint(specs[0].model), load_checkpoint(specs[1].model)))
+    store = Store(root / "store")
+    first, second = (_served(spec, store, report) for spec in specs)
+    sides = []
+    for name, built in zip(names, (first, second), strict=True):
+        report("compress", f"{name} against {names[0]}")
+        judged = judge_language(first, built, store)
+        sides.append(LanguageSide(name, built.checkpoint, str(built.spec.precision.cpu), judged))
+    a, b = sides
+    # A's agreement with itself is 1, and its divergence 0.
+    near = [each for each in language_differences(a.judged, b.judged) if each.figure not in ("agreement", "divergence")]
+    return LanguageComparison((a, b), (*near, language_faster(b.judged)))
+
+
 def _served(spec: DeploymentSpec, store: Store, report: Report) -> Build:
     """Up to the graph that a CPU serves."""
     built = Build(spec, "cpu", load_checkpoint(spec.model))
     if spec.compress:
         built = compress.carried_out(built, store, report)  # widths depend on the ranks that are to share them
     built = replace(built, spec=spec.model_copy(update={"parallel": ParallelSlice()}))
-    for step in (choice.choose, encoder.export, encoder.quantize):
+    kind = generator if spec.generates else encoder
+    for step in (choice.choose, kind.export, kind.quantize):
         built = step(built, store, report)
     return built
 
@@ -82,10 +122,10 @@ def _labelled(first: Build, second: Build, file: Path) -> Labelled:
 def _require_comparable(names: tuple[str, str], specs: tuple[DeploymentSpec, DeploymentSpec]) -> None:
     first, second = specs
     for name, spec in zip(names, specs, strict=True):
-        if spec.generates:
+        if spec.model.task == "seq2seq":
             raise InputError(
-                f"compare: {name}", got=f"model.task={spec.model.task}",
-                expected="embedding, classification or reranking: language models are judged by perplexity",
+                f"compare: {name}", got="model.task=seq2seq",
+                expected="generation, embedding, classification or reranking: it is not built for encoder-decoders",
                 fix="build both with `trireme build`, which says what each is to its own checkpoint",
             )  # fmt: skip
     for key, values in (
@@ -99,6 +139,23 @@ def _require_comparable(names: tuple[str, str], specs: tuple[DeploymentSpec, Dep
                 expected="the same in both: texts that one was made with cannot judge the other",
                 fix=f"set {key} alike",
             )  # fmt: skip
+
+
+def _require_same_tokens(names: tuple[str, str], found: tuple[Checkpoint, Checkpoint]) -> None:
+    """Perplexities of other tokens are other figures."""
+    kept = [
+        ({record.sha256 for record in each.files if record.name == "tokenizer.json"}, each.generation) for each in found
+    ]
+    (first, facts), (second, other) = kept
+    assert facts is not None
+    assert other is not None
+    sizes = [(each.vocabulary, each.bos_id, each.eos_ids[:1]) for each in (facts, other)]
+    if first != second or sizes[0] != sizes[1]:
+        raise InputError(
+            "compare: tokens", got=f"{names[0]} and {names[1]} with other tokenizers or vocabularies",
+            expected="one tokenizer.json, vocabulary and marks: perplexities by other tokens cannot be compared",
+            fix="compare a model with what was made of it",
+        )  # fmt: skip
 
 
 def _require_labels(names: tuple[str, str], found: tuple[Checkpoint, Checkpoint], file: Path | None) -> None:

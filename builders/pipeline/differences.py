@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from builders.judging import intervals
 from builders.judging.intervals import ConfidenceInterval, Verdict
@@ -32,7 +32,7 @@ class Difference:
 
 def differences(reference: StepFigures, candidate: StepFigures) -> tuple[Difference, ...]:
     """Both judged against the same original, on the same texts."""
-    return (*_found(reference, candidate), *_near(reference, candidate), *_sizes(reference, candidate))
+    return (*_found(reference, candidate), *_near(reference, candidate), *sizes(reference, candidate))
 
 
 def faster(candidate: StepFigures) -> tuple[Difference, ...]:
@@ -68,7 +68,20 @@ def _near(reference: StepFigures, candidate: StepFigures) -> Iterator[Difference
         yield Difference("cosine", old, new, over, over.against(0.0))
 
 
-def _sizes(reference: StepFigures, candidate: StepFigures) -> Iterator[Difference]:
+class Sized(Protocol):
+    """What is counted of any judged model."""
+
+    @property
+    def parameters(self) -> int: ...
+    @property
+    def stored_bytes(self) -> int: ...
+    @property
+    def graph_bytes(self) -> int: ...
+    @property
+    def flops_per_token(self) -> float: ...
+
+
+def sizes(reference: Sized, candidate: Sized) -> Iterator[Difference]:
     for name, key in (
         ("weights", "parameters"), ("bytes stored", "stored_bytes"), ("bytes of the graph", "graph_bytes"),
         ("FLOPs a token", "flops_per_token"),

@@ -80,12 +80,3 @@ def test_what_cannot_be_compared(tiny_bert: Path, tmp_path: Path, root: Path) ->
     other = _spec(tmp_path / "b", tiny_bert, precision={"cpu": "fp32", "calibration_samples": 64})
     with pytest.raises(InputError, match=r"precision\.calibration_samples: got 32 in .* and 64 in"):
         compare(smaller, other, build_dir=root)
-    with pytest.raises(InputError, match=r"compare: .*: got model.task=generation"):
-        compare(str(tiny_bert), _generates(tmp_path), task="embedding", build_dir=root)
-
-
-def _generates(folder: Path) -> str:
-    file = folder / "writes.yaml"
-    model = {"source": "x/y", "task": "generation", "max_length": 64}
-    file.write_text(yaml.safe_dump({"name": "writes", "model": model}))
-    return str(file)

@@ -1,0 +1,164 @@
+"""A language model against another on one CPU: perplexity, agreement, divergence, bytes, and speed as it is served."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+from builders.artifacts import Artifact, Checkpoint
+from builders.graph import flops_per_token
+from builders.judging import corpus, intervals, language, perplexity, vectors
+from builders.judging.intervals import MEDIAN_ROUNDS, ConfidenceInterval
+from builders.pipeline import choice, generator
+from builders.pipeline.differences import Difference, sizes
+from builders.pipeline.judged import weight_bytes
+from builders.pipeline.result import Build, Report
+from builders.spec import ParallelSlice
+from builders.store.processor import this_processor
+from builders.store.store import Store
+from runtime.generation.grouping import pool_for
+from runtime.step import Batch, StepExecutor
+
+
+class LanguageFigures(Artifact):
+    """A language model against a reference, both by the executors that serve them. No files: the figures are the
+    result.
+
+    `losses`, in nats, `agreement` and `divergence` are those of `judging.language`, by row of held-out tokens; `speed`:
+    of the reference's, by CPU time in the same run, prompts and decoding together. `flops_per_token`: of one decoding
+    step, attention over the cache left out. `stored_bytes`: of the checkpoint's weights; `graph_bytes`: of the graph,
+    scales counted. `intervals`: 95 %, by figure.
+    """
+
+    parameters: int
+    graph_bytes: int
+    stored_bytes: int
+    flops_per_token: float
+    tokens: int
+    losses: tuple[float, ...]
+    reference_losses: tuple[float, ...]
+    agreement: tuple[float, ...]
+    divergence: tuple[float, ...]
+    speed: float
+    executor: str
+    intervals: dict[str, ConfidenceInterval]
+
+    @property
+    def perplexity(self) -> float:
+        return language.perplexity(np.array(self.losses))
+
+    @property
+    def perplexity_ratio(self) -> float:
+        return self.perplexity / language.perplexity(np.array(self.reference_losses))
+
+    @property
+    def mean_agreement(self) -> float:
+        return float(np.mean(self.agreement))
+
+    @property
+    def mean_divergence(self) -> float:
+        return float(np.mean(self.divergence))
+
+
+def judge_language(reference: Build, candidate: Build, store: Store) -> LanguageFigures:
+    """The graph that `candidate` serves against that of `reference`, whose held-out texts judge both. Their tokens must
+    be the same."""
+    first, second = reference.served_graph, candidate.served_graph
+
+    def run(out: Path) -> LanguageFigures:
+        return _figures(out, reference, candidate)
+
+    item, _ = store.get_or_build(
+        "judge-language",
+        {
+            "reference": [first.digest, _key(reference)],
+            "candidate": [second.digest, _key(candidate)],
+            "texts": corpus.corpus_key(reference.spec.precision.calibration_texts),
+            "left out": reference.spec.precision.calibration_samples,
+            "processor": this_processor().model_dump(mode="json"),
+        },
+        LanguageFigures,
+        run,
+    )
+    return item
+
+
+def _key(built: Build) -> list[object]:
+    spec = built.spec
+    return [
+        built.checkpoint.model_dump(mode="json", exclude={"source"}),
+        spec.serving.model_dump(mode="json", include={"threads"}),
+        [spec.precision.cpu, spec.cpu_executor, spec.generation.slots, spec.cache_lengths_on("cpu")],
+    ]
+
+
+def _figures(out: Path, reference: Build, candidate: Build) -> LanguageFigures:
+    _, held_out = vectors.calibration_and_held_out(reference.spec.precision)
+    rows = perplexity.token_rows(reference.checkpoint, held_out)
+    with choice.decoder(reference, len(rows)) as plain, choice.decoder(candidate, len(rows)) as other:
+
+        def step_of(built: Build, executor: StepExecutor) -> language.Step:
+            pool = pool_for(rows.shape[1] - 1, built.spec.cache_lengths_on("cpu"))
+            return lambda at, ids: executor.run([Batch(pool, 0, ids, np.full(len(ids), at))])[0]
+
+        found = language.side_by_side(rows, step_of(reference, plain), step_of(candidate, other))
+    rounds = choice.decoder_speeds(reference, candidate, MEDIAN_ROUNDS)
+    graph = candidate.graph("fp32")
+    return LanguageFigures(
+        directory=out,
+        files=(),
+        parameters=candidate.checkpoint.parameters,
+        graph_bytes=candidate.served_graph.bytes,
+        stored_bytes=weight_bytes(candidate.checkpoint),
+        flops_per_token=flops_per_token(graph.file_path, 1),
+        tokens=rows[:, 1:].size,
+        losses=tuple(found.losses.tolist()),
+        reference_losses=tuple(found.reference_losses.tolist()),
+        agreement=tuple(found.agreement.tolist()),
+        divergence=tuple(found.divergence.tolist()),
+        speed=median(rounds),
+        executor=candidate.spec.cpu_executor,
+        intervals={
+            "perplexity_ratio": language.perplexity_ratio_interval(found.reference_losses, found.losses),
+            "agreement": intervals.of_mean(found.agreement),
+            "divergence": intervals.of_mean(found.divergence),
+            "speed": intervals.of_median(rounds),
+        },
+    )
+
+
+def plain_language(built: Build, checkpoint: Checkpoint, store: Store, report: Report) -> Build:
+    """The fp32 graph of a checkpoint, as a CPU serves it without ranks; the very one that a build exports."""
+    spec = built.spec.with_cpu_precision("fp32").model_copy(update={"parallel": ParallelSlice()})
+    return generator.export(replace(built, platform="cpu", spec=spec, checkpoint=checkpoint), store, report)
+
+
+def language_differences(reference: LanguageFigures, candidate: LanguageFigures) -> tuple[Difference, ...]:
+    """Both judged against the same original, on the same rows."""
+    return (*_perplexity(reference, candidate), *_nearness(reference, candidate), *sizes(reference, candidate))
+
+
+def _perplexity(reference: LanguageFigures, candidate: LanguageFigures) -> Iterator[Difference]:
+    over = language.perplexity_difference(np.array(reference.losses), np.array(candidate.losses))
+    verdict = over.against(0.0, more_is_better=False)
+    yield Difference("perplexity", reference.perplexity, candidate.perplexity, over, verdict)
+
+
+def _nearness(reference: LanguageFigures, candidate: LanguageFigures) -> Iterator[Difference]:
+    """Which is nearer to the original that both were judged against."""
+    for name, old, new, more in (
+        ("agreement", reference.agreement, candidate.agreement, True),
+        ("divergence", reference.divergence, candidate.divergence, False),
+    ):
+        over = intervals.of_difference(old, new)
+        yield Difference(name, float(np.mean(old)), float(np.mean(new)), over, over.against(0.0, more_is_better=more))
+
+
+def language_faster(candidate: LanguageFigures) -> Difference:
+    """Than the model that it was judged against, by the interval over rounds."""
+    over = candidate.intervals["speed"]
+    return Difference(f"x {candidate.executor}", None, candidate.speed, over, over.against(1.0))
