@@ -26,9 +26,41 @@ def compress(spec: SpecArgument, build_dir: BuildDir = DEFAULT_BUILD, as_json: J
     from builders.pipeline.recipe import judged_recipe
     from builders.spec import load_spec
 
+    asked = load_spec(spec)
+    if asked.generates:
+        _compress_language(asked, build_dir, as_json)
+        return
     with show.build_progress(quiet=as_json) as report:
-        recipe = judged_recipe(load_spec(spec), build_dir, report)
+        recipe = judged_recipe(asked, build_dir, report)
     print(json.dumps(_recipe_json(recipe), indent=2)) if as_json else _print_recipe(recipe)
+    if recipe.fault is not None:
+        raise QualityError(recipe.fault)
+
+
+def _compress_language(spec: DeploymentSpec, build_dir: Path, as_json: bool) -> None:
+    from builders.commands import figures, show
+    from builders.pipeline.recipe_language import judged_language_recipe
+
+    with show.build_progress(quiet=as_json) as report:
+        recipe = judged_language_recipe(spec, build_dir, report)
+    if as_json:
+        rows = [
+            {"name": row.name, "checkpoint": str(row.made.directory), "digest": row.made.digest, "notes": row.notes,
+             **figures.language_json(row.judged)} for row in recipe.rows
+        ]  # fmt: skip
+        against = [
+            {"name": name, "against": other, "figures": figures.difference_json(found)}
+            for name, other, found in recipe.against()
+        ]
+        print(json.dumps({"rows": rows, "differences": against, "fault": recipe.fault}, indent=2))
+    else:
+        figures.print_language_table("step", [(row.name, row.judged) for row in recipe.rows])
+        figures.say(figures.language_heading(recipe.rows[0].judged, "the original"))
+        figures.say(*(figures.interval_line(row.name, row.judged) for row in recipe.rows))
+        for name, other, found in recipe.against():
+            figures.say(*figures.difference_lines(name, other, found))
+        figures.say(*(f"{row.name}: {note}" for row in recipe.rows for note in row.notes))
+        figures.say(*(f"{row.name}: {row.made.directory}" for row in recipe.rows))
     if recipe.fault is not None:
         raise QualityError(recipe.fault)
 

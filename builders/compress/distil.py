@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 PAGE = "distil.html"  # the loss curve
 _PROBE = 64  # watched texts behind each point of the curve
-_TOO_MUCH = 100  # a loss this many times that of the untrained student has left it for good
+TOO_MUCH = 100  # a loss this many times that of the untrained student has left it for good
 _TEMPERATURE = 2.0
 
 
@@ -53,7 +53,7 @@ class Teaching:
 
 
 @dataclass(frozen=True)
-class _Lesson:
+class Lesson:
     number: int  # of the batch
     batch: Batch
     labels: torch.Tensor | None
@@ -96,10 +96,10 @@ def distil(
             return float(np.mean([probe.loss(lesson).item() for lesson in shown]))
 
     before, start = cosines(), judged()
-    with _frozen(model, asked.words), reproducible(asked.seed):
-        work = TrainingWork(model, measure.loss, _endless(lessons, asked.seed), lambda lesson: lesson.tokens, judged)
+    with frozen(model, asked.words), reproducible(asked.seed):
+        work = TrainingWork(model, measure.loss, endless(lessons, asked.seed), lambda lesson: lesson.tokens, judged)
         tokens_per_step = sum(lesson.tokens for lesson in lessons) / len(lessons)
-        settings = _settings(asked, tokens_per_step, _TOO_MUCH * start or math.inf, teaching.numbers)
+        settings = settings_of(asked, tokens_per_step, TOO_MUCH * start or math.inf, teaching.numbers)
         resume = Resume(teaching.scratch / "training.pt", teaching.key, teaching.save_every_s)
         found = train(work, settings, teaching.report, resume)
     after, end = cosines(), judged()
@@ -114,14 +114,14 @@ def distil(
     return notes
 
 
-def _lessons(asked: DistilSlice, checkpoint: Checkpoint, texts: CalibrationText) -> tuple[list[_Lesson], list[_Lesson]]:
+def _lessons(asked: DistilSlice, checkpoint: Checkpoint, texts: CalibrationText) -> tuple[list[Lesson], list[Lesson]]:
     """To learn from, and to watch."""
     most = asked.batch_tokens
     if asked.labels is None:
         learnt, watched = batches(texts.requests(asked.text_tokens, most), most), texts.watched()
         return (
-            [_Lesson(number, batch, None) for number, batch in enumerate(learnt)],
-            [_Lesson(number, batch, None) for number, batch in enumerate(watched)],
+            [Lesson(number, batch, None) for number, batch in enumerate(learnt)],
+            [Lesson(number, batch, None) for number, batch in enumerate(watched)],
         )
     requests, labels = labelled_requests(checkpoint, asked.labels)
     if len(requests) < 2:
@@ -132,13 +132,13 @@ def _lessons(asked: DistilSlice, checkpoint: Checkpoint, texts: CalibrationText)
     apart = max(1, min(WATCHED, len(requests) // 8))
     sides = (slice(apart, None), slice(0, apart))
     learnt_side, watched_side = (
-        [_Lesson(number, *pair) for number, pair in enumerate(zip(*found, strict=True))]
+        [Lesson(number, *pair) for number, pair in enumerate(zip(*found, strict=True))]
         for found in (labelled_batches(requests[side], labels[side], most) for side in sides)
     )
     return learnt_side, watched_side
 
 
-def _endless(lessons: Sequence[_Lesson], seed: int) -> Iterator[_Lesson]:
+def endless(lessons: Sequence[Lesson], seed: int) -> Iterator[Lesson]:
     """In another order at each pass."""
     random = np.random.default_rng(seed)
     while True:
@@ -146,7 +146,7 @@ def _endless(lessons: Sequence[_Lesson], seed: int) -> Iterator[_Lesson]:
             yield lessons[number]
 
 
-def _settings(
+def settings_of(
     asked: DistilSlice, tokens_per_step: float, ceiling: float, numbers: Arithmetic
 ) -> TrainingSettings:  # fmt: skip
     import torch
@@ -192,13 +192,13 @@ class _Measure:
             teaching.model, teaching.forward, wanted(1), teaching.numbers, teaching.states / side
         )
 
-    def loss(self, lesson: _Lesson) -> torch.Tensor:
+    def loss(self, lesson: Lesson) -> torch.Tensor:
         wanted = self.teacher.of(lesson.number, lesson.batch)
         seen = losses.look(self._model, self._forward, lesson.batch, self._wanted)
         parts = [weight * self._one(name, seen, wanted, lesson) for name, weight in self._weights.items()]
         return sum(parts[1:], parts[0])
 
-    def _one(self, name: str, seen: losses.Seen, wanted: losses.Seen, lesson: _Lesson) -> torch.Tensor:
+    def _one(self, name: str, seen: losses.Seen, wanted: losses.Seen, lesson: Lesson) -> torch.Tensor:
         if name == "token_mse":
             return losses.squared_error(seen.states[self._last[0]], wanted.states[self._last[1]])
         if name == "embedding_cosine":
@@ -220,7 +220,7 @@ class _Measure:
         return sum(each[1:], each[0]) / len(each)
 
 
-class _frozen:  # noqa: N801
+class frozen:  # noqa: N801
     """The tables of words and positions need no gradient for a while, unless they are trained."""
 
     def __init__(self, model: Any, words: bool) -> None:
@@ -239,7 +239,7 @@ class _frozen:  # noqa: N801
 
 
 def _notes(
-    found: Trained, lessons: Sequence[_Lesson], teacher: TeacherStates, cosines: tuple[Any, Any], numbers: str
+    found: Trained, lessons: Sequence[Lesson], teacher: TeacherStates, cosines: tuple[Any, Any], numbers: str
 ) -> list[str]:
     text = sum(lesson.tokens for lesson in lessons)
     before, after = cosines

@@ -11,7 +11,9 @@ from builders.spec import DistilSlice, LossesSlice, Task
 _OF_TASK: dict[str, tuple[Task, ...]] = {
     "embedding_cosine": ("embedding",),
     "similarity": ("embedding",),
-    "soft_labels": ("classification", "reranking"),
+    "soft_labels": ("classification", "reranking", "generation"),
+    "next_tokens": ("generation",),
+    "attention": ("embedding", "classification", "reranking"),  # a decoder's keys are turned by their positions first
     "hard_labels": ("classification", "reranking"),
 }
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from builders.checkpoint.widths import PARTS, first_linear, last_linear, layers_of, widths_of_model
+from builders.checkpoint.widths import Widths, first_linear, last_linear, layers_of, part_of, widths_of_model
 from builders.compress.kept import Scores
 from builders.compress.losses import hard_labels
 from builders.compress.texts import Batch
@@ -56,6 +56,23 @@ def gauss_newton(model: Any, forward: Forward, batches: Sequence[Batch], seed: i
             yield (outputs * torch.randn(outputs.shape, generator=source)).sum()
 
     return _measured(model, forward, batches, projected, lambda gradient: gradient.square())
+
+
+def fisher(model: Any, forward: Forward, batches: Sequence[Batch], seed: int) -> Worth:
+    """Of a language model: `forward` gives logits [texts, length, vocabulary], and what moves is the likelihood of next
+    tokens, drawn from the model itself. The expected square of its slope is the diagonal of Fisher's matrix, and so of
+    the Gauss-Newton matrix of the divergence."""
+    import torch
+
+    source = torch.Generator().manual_seed(seed)
+
+    def drawn(logits: torch.Tensor, _: int) -> Iterator[torch.Tensor]:
+        every = torch.log_softmax(logits.float(), dim=-1)
+        for _ in range(PROJECTIONS):
+            tokens = torch.multinomial(every.detach().flatten(0, 1).exp(), 1, generator=source)
+            yield every.flatten(0, 1).gather(1, tokens).sum()
+
+    return _measured(model, forward, batches, drawn, lambda gradient: gradient.square())
 
 
 def taylor(model: Any, forward: Forward, batches: Sequence[Batch], labels: Sequence[torch.Tensor]) -> Worth:
@@ -109,7 +126,7 @@ def _masked(model: Any, texts: int) -> Iterator[_Masks]:
     for number, layer in enumerate(layers_of(model)):
         heads = masks.heads[number].repeat_interleave(widths.head_size, dim=-1)
         for part, mask in (("attention_output", heads), ("ffn_out", masks.ffn[number])):
-            module = layer.get_submodule(PARTS[part])
+            module = part_of(model, layer, part)
             hooks.append(module.register_forward_pre_hook(lambda _, given, mask=mask: (given[0] * mask,)))
         hooks.append(
             layer.register_forward_hook(
@@ -131,12 +148,13 @@ def magnitude(model: Any) -> Worth:
     heads, ffn, layers = [], [], []
     with torch.no_grad():
         for layer in layers_of(model):
-            rows = [last_linear(layer.get_submodule(PARTS[part])).weight for part in ("query", "key", "value")]
-            out = first_linear(layer.get_submodule(PARTS["attention_output"])).weight
-            squares = torch.stack([*(row.square().sum(1) for row in rows), out.square().sum(0)]).sum(0)
+            rows = [last_linear(part_of(model, layer, part)).weight for part in ("query", "key", "value")]
+            out = first_linear(part_of(model, layer, "attention_output")).weight
+            shared = [_of_queries(row.square().sum(1), widths) for row in rows[1:]]
+            squares = torch.stack([rows[0].square().sum(1), *shared, out.square().sum(0)]).sum(0)
             heads.append(squares.reshape(-1, widths.head_size).sum(1).sqrt())
-            up = last_linear(layer.get_submodule(PARTS["ffn_in"])).weight
-            down = first_linear(layer.get_submodule(PARTS["ffn_out"])).weight
+            up = last_linear(part_of(model, layer, "ffn_in")).weight
+            down = first_linear(part_of(model, layer, "ffn_out")).weight
             ffn.append(up.square().sum(1).sqrt() * down.square().sum(0).sqrt())
             layers.append(float(heads[-1].square().sum() + ffn[-1].sum()))
     return Worth(
@@ -144,3 +162,10 @@ def magnitude(model: Any) -> Worth:
         [(found / found.mean()).double().numpy() for found in ffn],
         np.array(layers),
     )
+
+
+def _of_queries(squares: torch.Tensor, widths: Widths) -> torch.Tensor:
+    """Of rows of keys or values [kv_heads * size], for each head of queries that reads them."""
+    if widths.group == 1:
+        return squares
+    return squares.reshape(-1, widths.head_size).repeat_interleave(widths.group, dim=0).reshape(-1) / widths.group

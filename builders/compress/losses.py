@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from builders.checkpoint.widths import PARTS, layers_of, widths_of_model
+from builders.checkpoint.widths import layers_of, part_of, widths_of_model
 from builders.compress.texts import Batch
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def _hooks(
     handles = [layers[number].register_forward_hook(keep(states, number)) for number in wanted.states]
     for number in wanted.attention:
         for part in ("query", "key"):
-            module = layers[number].get_submodule(PARTS[part])
+            module = part_of(model, layers[number], part)
             handles.append(module.register_forward_hook(keep(projected, (number, part))))
     try:
         yield

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from builders.checkpoint.widths import PARTS, layers_of, widths_of_model
+from builders.checkpoint.widths import layers_of, part_of, widths_of_model
 from builders.compress.importance import Forward
 from builders.compress.inputs import Inputs, observed
-from builders.compress.plan import FFN_MULTIPLE, PARTS_OF, break_even
+from builders.compress.plan import FFN_MULTIPLE, asked_parts, break_even
 from builders.compress.prune import become, stem_of
 from builders.compress.texts import Batch
 from builders.errors import SpecError
@@ -46,7 +46,7 @@ def low_rank(model: Any, forward: Forward, batches: Sequence[Batch], asked: LowR
     import torch
 
     widths = widths_of_model(model)
-    places = [(number, part) for number in range(len(widths.layers)) for part in PARTS_OF[asked.parts]]
+    places = [(number, part) for number in range(len(widths.layers)) for part in asked_parts(asked, widths.model_type)]
     with torch.no_grad():
         inputs = (
             observed({place: _matrix(model, place) for place in places}, forward, batches)
@@ -99,7 +99,7 @@ def share_out(
 
 
 def _matrix(model: Any, place: Place) -> Any:
-    return layers_of(model)[place[0]].get_submodule(PARTS[place[1]])
+    return part_of(model, layers_of(model)[place[0]], place[1])
 
 
 def _sizes(found: _Factored) -> tuple[int, int]:
@@ -115,7 +115,8 @@ def _factor(linear: Any, inputs: Inputs | None) -> _Factored:
         left, singular, right = torch.linalg.svd(weight, full_matrices=False)
         mean = torch.zeros(len(weight), dtype=torch.float64)
     else:
-        covariance = inputs.covariance
+        # Without a bias, nothing can take up the mean.
+        covariance = inputs.moment if linear.bias is None else inputs.covariance
         damping = _DAMPING * covariance.diagonal().mean()
         root = torch.linalg.cholesky(covariance + damping * torch.eye(len(weight), dtype=torch.float64)).T
         left, singular, right = torch.linalg.svd(root @ weight, full_matrices=False)
@@ -132,10 +133,11 @@ def _replace(model: Any, factored: dict[Place, _Factored], ranks: dict[Place, in
         found, stem = factored[place], stem_of(model, number, part)
         first, second = found.first[:, :rank], found.second[:rank]
         lost = state[f"{stem}.weight"].T.double() - first @ second
-        bias = state.pop(f"{stem}.bias")
+        bias = state.pop(f"{stem}.bias", None)
         del state[f"{stem}.weight"]
         state[f"{stem}.0.weight"], state[f"{stem}.1.weight"] = first.T.float(), second.T.float()
-        state[f"{stem}.1.bias"] = (bias.double() + found.mean @ lost).float()
+        if bias is not None:
+            state[f"{stem}.1.bias"] = (bias.double() + found.mean @ lost).float()
         layers[number] = layers[number].model_copy(update={"ranks": {**layers[number].ranks, part: rank}})
     become(model, widths.model_copy(update={"layers": tuple(layers)}), state)
 

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from builders.checkpoint.widths import LayerWidths, Widths
+from builders.checkpoint.widths import DECODERS, LayerWidths, Widths, parts_of
 from builders.compress.distil_plan import Teacher, distilled
 from builders.errors import SpecError
 from builders.spec import ClusterSlice, LowRankSlice, PruneSlice, SparsifySlice, StepSlice
 
 FFN_MULTIPLE = 8  # neurons of a rank come in eights, the lanes of a vector of fp32
-PARTS_OF = {
-    "ffn": ("ffn_in", "ffn_out"),
-    "attention": ("query", "key", "value", "attention_output"),
-    "all": ("query", "key", "value", "attention_output", "ffn_in", "ffn_out"),
-}
+_ATTENTION, _FFN = ("query", "key", "value", "attention_output"), ("gate", "ffn_in", "ffn_out")
+_ASKED = {"ffn": _FFN, "attention": _ATTENTION, "all": (*_ATTENTION, *_FFN)}
 
 
 def check(
@@ -42,9 +39,15 @@ def check(
     return widths
 
 
-def multiples(tensor: int) -> dict[str, int]:
-    """What heads and neurons of a layer come in, so that `parallel.tensor` ranks share them out evenly."""
-    return {"heads": tensor, "ffn": FFN_MULTIPLE * tensor}
+def asked_parts(low_rank: LowRankSlice, model_type: str) -> list[str]:
+    """The matrices of a layer that `parts` means."""
+    return [part for part in parts_of(model_type) if part in _ASKED[low_rank.parts]]
+
+
+def multiples(tensor: int, group: int = 1) -> dict[str, int]:
+    """What heads and neurons of a layer come in, so that `parallel.tensor` ranks share them out evenly. `group` heads
+    share keys and values, and go together."""
+    return {"heads": tensor * group, "ffn": FFN_MULTIPLE * tensor}
 
 
 def counts(widths: Widths, what: str) -> list[int]:
@@ -67,13 +70,21 @@ def layers_that_stay(prune: PruneSlice, layers: int) -> int:
 
 def _pruned(prune: PruneSlice, widths: Widths, tensor: int, key: str) -> Widths:
     layers = widths.layers
+    if widths.model_type in DECODERS:
+        _decoder(prune, key)
     if "layers" in prune.what:
         layers = _fewer_layers(prune, layers, key)
     for what, exact in (("heads", prune.heads), ("ffn", prune.ffn)):
         if what not in prune.what:
             continue
-        there, multiple = counts(widths.model_copy(update={"layers": layers}), what), multiples(tensor)[what]
-        reason = "parallel.tensor" if what == "heads" else f"{FFN_MULTIPLE} x parallel.tensor"
+        there, multiple = (
+            counts(widths.model_copy(update={"layers": layers}), what),
+            multiples(tensor, widths.group)[what],
+        )
+        heads = (
+            "parallel.tensor" if widths.group == 1 else f"parallel.tensor x {widths.group} that share keys and values"
+        )
+        reason = heads if what == "heads" else f"{FFN_MULTIPLE} x parallel.tensor"
         odd = next((count for count in there if count % multiple), None)
         if odd is not None:
             raise SpecError(
@@ -97,6 +108,20 @@ def _pruned(prune: PruneSlice, widths: Widths, tensor: int, key: str) -> Widths:
     return widths.model_copy(update={"layers": layers})
 
 
+def _decoder(prune: PruneSlice, key: str) -> None:
+    """What is not built for language models."""
+    if prune.refit is not None:
+        raise SpecError(
+            f"{key}.refit", got=prune.refit, expected="nothing: it is built for encoders, whose sums go into a norm",
+            fix="remove it, and put a distil step behind",
+        )  # fmt: skip
+    if "heads" in prune.what and prune.ranking == "global":
+        raise SpecError(
+            f"{key}.ranking", got="global with heads", expected="uniform: all layers of a cache have as many heads",
+            fix="use ranking: uniform; neurons may be ranked by a step of their own",
+        )  # fmt: skip
+
+
 def _fewer_layers(prune: PruneSlice, layers: tuple[LayerWidths, ...], key: str) -> tuple[LayerWidths, ...]:
     if prune.keep_layers is not None and prune.keep_layers[-1] >= len(layers):
         raise SpecError(
@@ -113,7 +138,7 @@ def _fewer_layers(prune: PruneSlice, layers: tuple[LayerWidths, ...], key: str) 
 
 
 def _low_rank(low_rank: LowRankSlice, widths: Widths, key: str) -> Widths:
-    parts = PARTS_OF[low_rank.parts]
+    parts = asked_parts(low_rank, widths.model_type)
     for number, part, (inputs, outputs) in widths.matrices():
         if part not in parts:
             continue

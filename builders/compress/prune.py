@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from builders.checkpoint.widths import PARTS, Widths, layers_of, reshape, widths_of_model
+from builders.checkpoint.widths import Widths, layers_of, parts_of, reshape, widths_of_model
 from builders.compress.kept import Indices
 
 if TYPE_CHECKING:
@@ -16,19 +16,20 @@ State = dict[str, "torch.Tensor"]
 
 def keep(model: Any, heads: Sequence[Indices], ffn: Sequence[Indices]) -> None:
     """Each layer keeps these of its heads and neurons, in place. The model computes what the whole one would with the
-    others' outputs set to zero."""
+    others' outputs set to zero. Heads that share keys and values count as one."""
     import numpy as np
 
     widths, state = widths_of_model(model), model.state_dict()
     size, layers = widths.head_size, []
     for number, layer in enumerate(widths.layers):
-        rows = (np.asarray(heads[number])[:, None] * size + np.arange(size)).ravel()
-        for part in ("query", "key", "value"):
-            _select(state, stem_of(model, number, part), rows, 0, part in layer.ranks)
-        _select(state, stem_of(model, number, "attention_output"), rows, 1, "attention_output" in layer.ranks)
-        _select(state, stem_of(model, number, "ffn_in"), ffn[number], 0, "ffn_in" in layer.ranks)
-        _select(state, stem_of(model, number, "ffn_out"), ffn[number], 1, "ffn_out" in layer.ranks)
-        layers.append(layer.model_copy(update={"heads": len(heads[number]), "ffn": len(ffn[number])}))
+        shared = (np.asarray(heads[number])[:, None] * size + np.arange(size)).ravel()
+        rows = (np.asarray(heads[number])[:, None] * size * widths.group + np.arange(size * widths.group)).ravel()
+        for part in parts_of(widths.model_type):
+            chosen = {"query": rows, "attention_output": rows, "key": shared, "value": shared}.get(part, ffn[number])
+            dim = 1 if part in ("attention_output", "ffn_out") else 0
+            _select(state, stem_of(model, number, part), chosen, dim, part in layer.ranks)
+        left = {"heads": len(heads[number]) * widths.group, "ffn": len(ffn[number])}
+        layers.append(layer.model_copy(update=left))
     become(model, widths.model_copy(update={"layers": tuple(layers)}), state)
 
 
@@ -58,7 +59,7 @@ def _start(model: Any) -> str:
 
 
 def stem_of(model: Any, layer: int, part: str) -> str:
-    return f"{_start(model)}{layer}.{PARTS[part]}"
+    return f"{_start(model)}{layer}.{parts_of(model.config.model_type)[part]}"
 
 
 def _select(state: State, stem: str, indices: Indices, dim: int, thin: bool) -> None:
@@ -68,5 +69,5 @@ def _select(state: State, stem: str, indices: Indices, dim: int, thin: bool) -> 
     chosen = torch.as_tensor(indices)
     factor = f"{stem}.{1 - dim}" if thin else stem
     state[f"{factor}.weight"] = state[f"{factor}.weight"].index_select(dim, chosen)
-    if dim == 0:
+    if dim == 0 and f"{factor}.bias" in state:
         state[f"{factor}.bias"] = state[f"{factor}.bias"].index_select(0, chosen)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from builders.checkpoint.widths import PARTS, last_linear, layers_of
+from builders.checkpoint.widths import last_linear, layers_of, part_of
 from builders.compress.importance import Forward
 from builders.compress.texts import Batch
 
@@ -41,7 +41,7 @@ def least_squares(
             while done < matched[number]:
                 done, wanted = next(targets)
             for part, block in _FITTED:
-                _fit(layer, part, block, states, masks, seen, wanted[part])
+                _fit(model, layer, part, block, states, masks, seen, wanted[part])
             states = [layer(hidden, mask) for hidden, mask in zip(states, masks, strict=True)]
 
 
@@ -76,7 +76,7 @@ def _targets(whole: Any, forward: Forward, batches: Sequence[Batch]) -> Iterator
 
 
 def _fit(
-    layer: Any, part: str, block: str, states: States, masks: list[Any], seen: States, wanted: States
+    model: Any, layer: Any, part: str, block: str, states: States, masks: list[Any], seen: States, wanted: States
 ) -> None:  # fmt: skip
     """Solves (X'X + damping) D = X'(Y - X W) for the change D of one matrix and its bias, over real tokens.
 
@@ -85,7 +85,7 @@ def _fit(
     """
     import torch
 
-    linear, norm = last_linear(layer.get_submodule(PARTS[part])), layer.get_submodule(block).LayerNorm
+    linear, norm = last_linear(part_of(model, layer, part)), layer.get_submodule(block).LayerNorm
     count = linear.in_features + 1
     gram, cross = torch.zeros(count, count, dtype=torch.float64), torch.zeros(count, linear.out_features).double()
     for hidden, mask, tokens, target in zip(states, masks, seen, wanted, strict=True):

@@ -38,7 +38,7 @@ def save(
     found = manifest.widths_of_model(model)
     config = json.loads(checkpoint.path("config.json").read_text())
     config.pop("torch_dtype", None)
-    config |= {"num_hidden_layers": len(found.layers), "dtype": "float32"}
+    config |= {**manifest.said_in_config(found), "dtype": "float32"}
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     if found != manifest.widths_of_config(config, out):
         (out / manifest.FILE).write_text(found.model_dump_json(indent=2) + "\n")
@@ -46,7 +46,12 @@ def save(
     steps.append({"step": step.model_dump(mode="json", exclude_none=True), "notes": notes})
     (out / LOG).write_text(json.dumps(steps, indent=2) + "\n")
     unused = "pooler." if checkpoint.task == "embedding" else "\0"  # an embedding pools the tokens' states itself
-    state = {name: value.contiguous() for name, value in model.state_dict().items() if not name.startswith(unused)}
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())  # one with the table of words, which is saved
+    state = {
+        name: value.contiguous()
+        for name, value in model.state_dict().items()
+        if not name.startswith(unused) and name not in tied
+    }
     matrices = {} if step.cluster is None else coded(model, step.cluster)
     for name, matrix in matrices.items():
         state |= codebooks.stored(name, *encode(state.pop(name), matrix), matrix.bits)

@@ -64,12 +64,16 @@ def _prune(
         matched = asked.keep_layers or kept.best(worth().layers, plan.layers_that_stay(asked, len(matched))).tolist()
         prune.keep_layers(model, matched)
     if {"heads", "ffn"} & set(asked.what):
-        scores, multiples = worth(), plan.multiples(tensor)
+        scores, multiples, group = worth(), plan.multiples(tensor), widths_of_model(model).group
+        heads = [layer.reshape(-1, group).sum(1) for layer in scores.heads]  # those that share keys and values as one
         chosen = {
             what: kept.kept(found, asked.ranking, asked.amount if exact is None else None, exact, multiples[what])
             if what in asked.what
             else [np.arange(len(layer)) for layer in found]
-            for what, found, exact in (("heads", scores.heads, asked.heads), ("ffn", scores.ffn, asked.ffn))
+            for what, found, exact in (
+                ("heads", heads, None if asked.heads is None else asked.heads // group),
+                ("ffn", scores.ffn, asked.ffn),
+            )
         }
         prune.keep(model, chosen["heads"], chosen["ffn"])
     if whole is None:
@@ -81,7 +85,8 @@ def _worth(asked: PruneSlice, model: Any, forward: Forward, checkpoint: Checkpoi
     if asked.importance == "magnitude":
         return importance.magnitude(model)
     if asked.importance == "gauss_newton":
-        return importance.gauss_newton(model, forward, texts.batches(asked.tokens, "prune.tokens"), asked.seed)
+        measured = importance.gauss_newton if checkpoint.generation is None else importance.fisher
+        return measured(model, forward, texts.batches(asked.tokens, "prune.tokens"), asked.seed)
     assert asked.labels is not None
     return importance.taylor(model, forward, *labelled(checkpoint, asked.labels))
 

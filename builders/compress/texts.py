@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ import numpy as np
 from builders.artifacts import Checkpoint
 from builders.errors import InputError
 from builders.judging import corpus, retrieval, vectors
+from builders.judging.perplexity import token_rows
 from builders.spec import PrecisionSlice
 from runtime.graph import Tensors
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 Batch = Mapping[str, "torch.Tensor"]  # names of the graph's inputs; [texts, length]
 TOKENS_PER_BATCH = 2048
+ROW_TOKENS = 256  # of a language model's rows, at most
 _CHARACTERS_PER_TOKEN = 6  # four and a half or so, and some more, since long texts are cut
 WATCHED = 256  # texts that no fit sees, by which it is kept or undone
 
@@ -37,7 +40,20 @@ class CalibrationText:
         return batches(self.watched_requests())
 
     def watched_requests(self) -> list[Tensors]:
-        return vectors.sample_requests(self._checkpoint, self._watched)
+        found = self._as_requests(self._watched)
+        if not found:
+            raise self._too_few(0, ROW_TOKENS, "a row of what is watched", "model.max_length")
+        return found
+
+    def _as_requests(self, texts: Sequence[str]) -> list[Tensors]:
+        """A text each; of a language model, rows of one text after another."""
+        if self._checkpoint.generation is None:
+            return vectors.sample_requests(self._checkpoint, texts)
+        try:
+            rows = token_rows(self._checkpoint, texts, rows=sys.maxsize, length=ROW_TOKENS)
+        except InputError:  # too little for one row
+            return []
+        return [{"input_ids": row[None], "attention_mask": np.ones_like(row[None])} for row in rows]
 
     def requests(self, tokens: int, least: int) -> list[Tensors]:
         """Up to `tokens` tokens to learn from: of the spec's file, or of the standard library and of the libraries that
@@ -49,7 +65,7 @@ class CalibrationText:
             texts = corpus.mixed({*texts, *(text for text in more if text not in known)})
         count, taken = 0, list[Tensors]()
         for start in range(0, len(texts), WATCHED):
-            for request in vectors.sample_requests(self._checkpoint, texts[start : start + WATCHED]):
+            for request in self._as_requests(texts[start : start + WATCHED]):
                 if count + request["input_ids"].size > tokens and count >= least:
                     return taken
                 taken.append(request)
@@ -62,7 +78,7 @@ class CalibrationText:
         """At least `tokens` tokens. Raises InputError where the texts hold fewer; `key` is the spec's."""
         count, taken = 0, list[Tensors]()
         for start in range(0, len(self._texts), WATCHED):
-            for request in vectors.sample_requests(self._checkpoint, self._texts[start : start + WATCHED]):
+            for request in self._as_requests(self._texts[start : start + WATCHED]):
                 taken.append(request)
                 count += request["input_ids"].size
                 if count >= tokens:

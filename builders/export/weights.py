@@ -65,7 +65,7 @@ def _load(loader: Any, checkpoint: Checkpoint, absent: str = r"^$", **options: s
     with _base_files(checkpoint) as folder:
         try:
             if (folder / widths.FILE).is_file():
-                model, info = _of_own_widths(loader, folder)
+                model, info = _of_own_widths(loader, folder, **options)
             else:
                 model, info = loader.from_pretrained(
                     folder,
@@ -92,14 +92,14 @@ def _load(loader: Any, checkpoint: Checkpoint, absent: str = r"^$", **options: s
     return model.eval()
 
 
-def _of_own_widths(loader: Any, folder: Path) -> tuple[Any, dict[str, Any]]:
+def _of_own_widths(loader: Any, folder: Path, **options: str) -> tuple[Any, dict[str, Any]]:
     """A checkpoint whose layers are as `widths.json` says, and what `from_pretrained` would report of it."""
     import torch
     import transformers
     from safetensors.torch import load_file
 
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    model = loader.from_config(config, dtype=torch.float32)
+    model = loader.from_config(config, dtype=torch.float32, **options)
     found = widths.read_widths(folder, config.to_dict(), [folder / "model.safetensors"])
     assert found is not None
     widths.reshape(model, found)
@@ -110,8 +110,9 @@ def _of_own_widths(loader: Any, folder: Path) -> tuple[Any, dict[str, Any]]:
     fit = {name: value.float() for name, value in state.items() if name in wanted and value.shape == wanted[name].shape}
     model.load_state_dict(fit, strict=False)
     unexpected = [name for name in state if name not in wanted]
+    tied = set(model.all_tied_weights_keys or ())  # one tensor with another that is there
     return model, {
-        "missing_keys": [name for name in wanted if name not in state],
+        "missing_keys": [name for name in wanted if name not in state and name not in tied],
         "mismatched_keys": wrong,
         "unexpected_keys": unexpected,
     }

@@ -4,7 +4,8 @@ result     what a build has come to                            choice     precis
 compress   steps of the spec                                   judged     what they left, and the step at fault
 recipe     each step judged, beside what is free               static     the baseline without layers
 compare    two models on the same texts                        differences  figure by figure, with the word allowed
-judged_language    the same figures of language models, by the executor that serves them
+judged_language    figures of language models, by the executor that serves them
+recipe_language    their recipes                          opened     a checkpoint as a technique gets it
 search     recipes tried and timed                             space      what it may choose: arithmetic
 front      what it found, as a page
 encoder    steps of embedding, classification and reranking    generator  steps of language models

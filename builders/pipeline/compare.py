@@ -51,7 +51,7 @@ def compared(
     """
     _require_comparable(names, specs)
     store = Store(root / "store")
-    first, second = (_served(spec, store, report) for spec in specs)
+    first, second = (served(spec, store, report) for spec in specs)
     _require_labels(names, (first.checkpoint, second.checkpoint), label_file)
     sides = []
     for name, built in zip(names, (first, second), strict=True):
@@ -90,7 +90,7 @@ def compared_language(
     _require_comparable(names, specs)
     _require_same_tokens(names, (load_checkpoint(specs[0].model), load_checkpoint(specs[1].model)))
     store = Store(root / "store")
-    first, second = (_served(spec, store, report) for spec in specs)
+    first, second = (served(spec, store, report) for spec in specs)
     sides = []
     for name, built in zip(names, (first, second), strict=True):
         report("compress", f"{name} against {names[0]}")
@@ -102,8 +102,8 @@ def compared_language(
     return LanguageComparison((a, b), (*near, language_faster(b.judged)))
 
 
-def _served(spec: DeploymentSpec, store: Store, report: Report) -> Build:
-    """Up to the graph that a CPU serves."""
+def served(spec: DeploymentSpec, store: Store, report: Report) -> Build:
+    """Up to the graph that a CPU serves without ranks, `compress` carried out whatever its budget says."""
     built = Build(spec, "cpu", load_checkpoint(spec.model))
     if spec.compress:
         built = compress.carried_out(built, store, report)  # widths depend on the ranks that are to share them

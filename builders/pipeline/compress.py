@@ -16,18 +16,16 @@ from builders.checkpoint.source import locate
 from builders.checkpoint.weights import weight_files
 from builders.compress import plan
 from builders.compress.distil import PAGE, distil
+from builders.compress.distil_language import distil_language
 from builders.compress.distil_plan import Teacher
-from builders.compress.importance import Forward
 from builders.compress.saving import LOG, save
 from builders.compress.step import carry_out, described
 from builders.compress.texts import CalibrationText
 from builders.errors import QualityError
-from builders.export.encoder import graph_module
-from builders.export.sentence import head_modules
-from builders.export.weights import load_encoder
 from builders.judging import corpus
-from builders.pipeline import teaching
+from builders.pipeline import judged_language, teaching
 from builders.pipeline.judged import at_fault, judge, missed
+from builders.pipeline.opened import opened
 from builders.pipeline.result import Build, Report, done
 from builders.spec import DeploymentSpec, StepSlice
 from builders.store.store import Store
@@ -39,12 +37,24 @@ def compress(built: Build, store: Store, report: Report) -> Build:
     if not built.spec.compress:
         return built
     found = carried_out(built, store, report)
+    if built.spec.generates:
+        return _language(found, store, report)
     last = judge(found, found.checkpoint, store, report)
     if missed(last, built.spec.compress_budget, built.spec.cpu_executor):
         every = [judge(found, checkpoint, store, report) for checkpoint in found.steps]
         raise QualityError(at_fault(built.spec, every))
     assert last.quality is not None
     report("compress", f"{last.quality.summary}, {last.speeds[built.spec.cpu_executor]:.2f} x as fast")
+    return found
+
+
+def _language(found: Build, store: Store, report: Report) -> Build:
+    spec = found.spec
+    last = judged_language.judge_step(found, found.checkpoint, store, report)
+    if judged_language.missed_by_language(last, spec.compress_budget):
+        every = [judged_language.judge_step(found, checkpoint, store, report) for checkpoint in found.steps]
+        raise QualityError(judged_language.language_at_fault(spec, every))
+    report("compress", last.summary)
     return found
 
 
@@ -81,9 +91,10 @@ def planned(spec: DeploymentSpec, config: dict[str, Any]) -> tuple[dict[str, int
     widths = plan.check(spec.compress, whole, spec.parallel.tensor, teacher=teacher)
     heads, ffn = (
         max(multiple, sum(plan.counts(widths, what)) // len(widths.layers) // multiple * multiple)
-        for what, multiple in plan.multiples(spec.parallel.tensor).items()
+        for what, multiple in plan.multiples(spec.parallel.tensor, widths.group).items()
     )
-    sizes = {"layers": len(widths.layers), "heads": heads, "kv_heads": heads, "head_dim": widths.head_size, "ffn": ffn}
+    shared = heads // widths.group
+    sizes = {"layers": len(widths.layers), "heads": heads, "kv_heads": shared, "head_dim": widths.head_size, "ffn": ffn}
     thin = ["low_rank"] if any(layer.ranks for layer in whole.layers) else []
     return sizes, [*thin, *(step.name for step in spec.compress if step.prune is None and step.distil is None)]
 
@@ -106,19 +117,19 @@ def _one(
         inputs |= teaching.inputs(teacher, spec.precision, arithmetic())
 
     def run(out: Path) -> Checkpoint:
-        model, head = load_encoder(checkpoint), head_modules(checkpoint)
+        model, as_forward = opened(checkpoint)
         texts = CalibrationText(checkpoint, spec.precision)
-
-        def as_forward(found: Any) -> Forward:
-            return graph_module(found, head, checkpoint)
-
         if step.distil is None:
             notes = carry_out(step, model, as_forward, checkpoint, texts, spec.parallel.tensor)
             return save(model, checkpoint, spec.model, step, notes, out)
         before = manifest.widths_of_model(model)
         line = teaching.lines(report, "compress", f"step {number}: distil")
-        with teaching.teaching(teacher, step.distil, inputs, store, line, "distil", distil) as lesson:
-            notes = distil(step.distil, model, as_forward, checkpoint, texts, lesson)
+        code = distil if checkpoint.generation is None else distil_language
+        with teaching.teaching(teacher, step.distil, inputs, store, line, "distil", code) as lesson:
+            if checkpoint.generation is None:
+                notes = distil(step.distil, model, as_forward, checkpoint, texts, lesson)
+            else:
+                notes = distil_language(step.distil, model, checkpoint, texts, lesson)
             notes.insert(0, described(before, manifest.widths_of_model(model)))
             return save(model, checkpoint, spec.model, step, notes, out, [lesson.scratch / PAGE])
 

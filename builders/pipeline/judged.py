@@ -200,13 +200,24 @@ def at_fault(spec: DeploymentSpec, judged: Sequence[StepFigures]) -> str | None:
     That is the first of the steps since which it has been missed: one that a later step made good is not. No step slows
     a model down, so of a speed that is not reached the last is named.
     """
-    budget, executor = spec.compress_budget, spec.cpu_executor
-    every = [missed(item, budget, executor) for item in judged]
-    said = []
+    executor = spec.cpu_executor
+    every = [missed(item, spec.compress_budget, executor) for item in judged]
+    what = f"{vectors.HELD_OUT_TEXTS} held-out texts"
+    return blamed(spec, every, [figures(item, executor) for item in judged], what)
+
+
+def blamed(
+    spec: DeploymentSpec,
+    every: Sequence[Mapping[str, float]],
+    figures: Sequence[Mapping[str, float | None]],
+    what: str,
+) -> str | None:
+    """The same of what each step misses, and of its figures; `what` they were judged on."""
+    budget, said = spec.compress_budget, []
     for key, value in every[-1].items():
         since = next(number for number in range(len(every)) if all(key in later for later in every[number:]))
         number = len(every) - 1 if key == "min_speedup" else since
-        found = [figures(item, executor)[key] for item in judged]
+        found = [each[key] for each in figures]
         steps = ", ".join(f"{step.name} {value:.4f}" for step, value in zip(spec.compress, found, strict=True))
         said.append(
             f"budget.{key} is {getattr(budget, key)}, and {value:.4f} is left: step {number} "
@@ -215,6 +226,6 @@ def at_fault(spec: DeploymentSpec, judged: Sequence[StepFigures]) -> str | None:
     if not said:
         return None
     return (
-        f"compress misses its budget on {vectors.HELD_OUT_TEXTS} held-out texts: {'; '.join(said)}. Take out less "
+        f"compress misses its budget on {what}: {'; '.join(said)}. Take out less "
         "in that step, add one that recovers, or lower the budget knowingly"
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -15,9 +16,9 @@ from builders.judging import corpus, intervals, language, perplexity, vectors
 from builders.judging.intervals import MEDIAN_ROUNDS, ConfidenceInterval
 from builders.pipeline import choice, generator
 from builders.pipeline.differences import Difference, sizes
-from builders.pipeline.judged import weight_bytes
+from builders.pipeline.judged import blamed, missed_of, weight_bytes
 from builders.pipeline.result import Build, Report
-from builders.spec import ParallelSlice
+from builders.spec import BudgetSlice, DeploymentSpec, ParallelSlice
 from builders.store.processor import this_processor
 from builders.store.store import Store
 from runtime.generation.grouping import pool_for
@@ -56,6 +57,13 @@ class LanguageFigures(Artifact):
         return self.perplexity / language.perplexity(np.array(self.reference_losses))
 
     @property
+    def summary(self) -> str:
+        return (
+            f"perplexity {self.perplexity:.3f}, {self.perplexity_ratio:.4f} of the original's, "
+            f"{self.mean_agreement:.1%} of next tokens the same, {self.speed:.2f} x as fast ({self.executor})"
+        )
+
+    @property
     def mean_agreement(self) -> float:
         return float(np.mean(self.agreement))
 
@@ -64,13 +72,15 @@ class LanguageFigures(Artifact):
         return float(np.mean(self.divergence))
 
 
-def judge_language(reference: Build, candidate: Build, store: Store) -> LanguageFigures:
-    """The graph that `candidate` serves against that of `reference`, whose held-out texts judge both. Their tokens must
-    be the same."""
+def judge_language(
+    reference: Build, candidate: Build, store: Store, rows: perplexity.Ids | None = None
+) -> LanguageFigures:  # fmt: skip
+    """The graph that `candidate` serves against that of `reference`, whose held-out texts judge both unless there are
+    `rows` of tokens. Their tokens must be the same."""
     first, second = reference.served_graph, candidate.served_graph
 
     def run(out: Path) -> LanguageFigures:
-        return _figures(out, reference, candidate)
+        return _figures(out, reference, candidate, rows)
 
     item, _ = store.get_or_build(
         "judge-language",
@@ -78,6 +88,7 @@ def judge_language(reference: Build, candidate: Build, store: Store) -> Language
             "reference": [first.digest, _key(reference)],
             "candidate": [second.digest, _key(candidate)],
             "texts": corpus.corpus_key(reference.spec.precision.calibration_texts),
+            "rows": None if rows is None else hashlib.sha256(rows.tobytes()).hexdigest(),
             "left out": reference.spec.precision.calibration_samples,
             "processor": this_processor().model_dump(mode="json"),
         },
@@ -96,13 +107,16 @@ def _key(built: Build) -> list[object]:
     ]
 
 
-def _figures(out: Path, reference: Build, candidate: Build) -> LanguageFigures:
-    _, held_out = vectors.calibration_and_held_out(reference.spec.precision)
-    rows = perplexity.token_rows(reference.checkpoint, held_out)
+def _figures(
+    out: Path, reference: Build, candidate: Build, rows: perplexity.Ids | None
+) -> LanguageFigures:  # fmt: skip
+    if rows is None:
+        _, held_out = vectors.calibration_and_held_out(reference.spec.precision)
+        rows = perplexity.token_rows(reference.checkpoint, held_out)
     with choice.decoder(reference, len(rows)) as plain, choice.decoder(candidate, len(rows)) as other:
 
-        def step_of(built: Build, executor: StepExecutor) -> language.Step:
-            pool = pool_for(rows.shape[1] - 1, built.spec.cache_lengths_on("cpu"))
+        def step_of(built: Build, executor: StepExecutor, longest: int = rows.shape[1] - 1) -> language.Step:
+            pool = pool_for(longest, built.spec.cache_lengths_on("cpu"))
             return lambda at, ids: executor.run([Batch(pool, 0, ids, np.full(len(ids), at))])[0]
 
         found = language.side_by_side(rows, step_of(reference, plain), step_of(candidate, other))
@@ -129,6 +143,37 @@ def _figures(out: Path, reference: Build, candidate: Build) -> LanguageFigures:
             "speed": intervals.of_median(rounds),
         },
     )
+
+
+def judge_step(built: Build, checkpoint: Checkpoint, store: Store, report: Report) -> LanguageFigures:
+    """A checkpoint against `built.original`, as fp32 graphs."""
+    assert built.original is not None
+    report("compress", f"{checkpoint.source} against the original")
+    reference, candidate = (plain_language(built, item, store, report) for item in (built.original, checkpoint))
+    return judge_language(reference, candidate, store)
+
+
+def language_figures(item: LanguageFigures) -> dict[str, float | None]:
+    """By the key of the budget that bounds each."""
+    return {
+        "max_perplexity_ratio": item.perplexity_ratio,
+        "min_agreement": item.mean_agreement,
+        "min_speedup": item.speed,
+    }
+
+
+def missed_by_language(item: LanguageFigures, budget: BudgetSlice) -> dict[str, float]:
+    """Keys of the budget that are missed, with the figure."""
+    found = language_figures(item)
+    ratio = item.perplexity_ratio
+    over = {} if ratio <= budget.max_perplexity_ratio else {"max_perplexity_ratio": ratio}
+    return {**over, **missed_of({key: found[key] for key in ("min_agreement", "min_speedup")}, budget)}
+
+
+def language_at_fault(spec: DeploymentSpec, judged: Sequence[LanguageFigures]) -> str | None:
+    """As `at_fault`, of a language model."""
+    every = [missed_by_language(item, spec.compress_budget) for item in judged]
+    return blamed(spec, every, [language_figures(item) for item in judged], f"{judged[-1].tokens} held-out tokens")
 
 
 def plain_language(built: Build, checkpoint: Checkpoint, store: Store, report: Report) -> Build:

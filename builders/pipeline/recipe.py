@@ -70,18 +70,24 @@ def judged_recipe(spec: DeploymentSpec, root: Path, report: Report = lambda stag
         for number, (step, checkpoint) in enumerate(zip(spec.compress, built.steps, strict=True))
     ]
     rows = [row("original", built.original), *steps]
-    gone = rows[0].judged.parameters - steps[-1].judged.parameters
-    kept = layers_as_small(compress.widths_of(built.original), gone)
-    if kept:
-        free = StepSlice(prune=PruneSlice(what=("layers",), keep_layers=kept, importance="magnitude"))
-        alone = replace(built, spec=spec.model_copy(update={"compress": (free,)}), checkpoint=built.original)
-        shorter = compress.carried_out(alone, store, report).checkpoint
-        rows.append(
-            row(f"truncate to layers {', '.join(map(str, kept))}", shorter, "no step: layers dropped, untrained")
-        )
+    free = truncated(built, rows[0].judged.parameters - steps[-1].judged.parameters, store, report)
+    if free is not None:
+        rows.append(row(*free, "no step: layers dropped, untrained"))
     if built.original.task == "embedding":
         rows.append(static_row(built, store, report))
     return Recipe(tuple(rows), len(steps), at_fault(spec, [step.judged for step in steps]))
+
+
+def truncated(built: Build, gone: int, store: Store, report: Report) -> tuple[str, Checkpoint] | None:
+    """The baseline of some layers alone, without about `gone` weights: its name, and its checkpoint."""
+    assert built.original is not None
+    kept = layers_as_small(compress.widths_of(built.original), gone)
+    if not kept:
+        return None
+    step = StepSlice(prune=PruneSlice(what=("layers",), keep_layers=kept, importance="magnitude"))
+    alone = replace(built, spec=built.spec.model_copy(update={"compress": (step,)}), checkpoint=built.original)
+    shorter = compress.carried_out(alone, store, report).checkpoint
+    return f"truncate to layers {', '.join(map(str, kept))}", shorter
 
 
 def static_row(built: Build, store: Store, report: Report) -> RecipeRow:

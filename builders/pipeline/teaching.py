@@ -11,10 +11,8 @@ from typing import Any
 from builders.artifacts import Checkpoint
 from builders.compress.distil import Teaching
 from builders.errors import DivergedError
-from builders.export.encoder import graph_module
-from builders.export.sentence import head_modules
-from builders.export.weights import load_encoder
 from builders.judging import corpus
+from builders.pipeline.opened import opened
 from builders.pipeline.result import Report, Stage
 from builders.spec import DistilSlice, PrecisionSlice
 from builders.store.closure import code_key
@@ -47,7 +45,7 @@ def teaching(
 ) -> Iterator[Teaching]:  # fmt: skip
     """The run's own folder goes when it has ended, well or by diverging; a run that is killed, or interrupted, leaves
     it. The teacher's states stay: the next student of the same text finds them. `code` is what trains."""
-    model = load_encoder(teacher)
+    model, as_forward = opened(teacher)
     key = key_of({**made_from, "made by": code_key(code)})
     text = {"text_tokens": asked.text_tokens, "batch_tokens": asked.batch_tokens, "match": asked.match_layers}
     shared = {name: made_from[name] for name in _OF_STATES if name in made_from}
@@ -57,7 +55,7 @@ def teaching(
     scratch = store.root / what / key
     lesson = Teaching(
         model,
-        graph_module(model, head_modules(teacher), teacher),
+        as_forward(model),
         store.root / "teacher" / states,
         scratch,
         key,
@@ -77,7 +75,7 @@ def _states_code(folder: Path) -> Any:
     """Not called: its imports are the code that the teacher's states come from."""
     from builders.compress.teacher import TeacherStates
 
-    return TeacherStates, load_encoder, graph_module, head_modules, folder
+    return TeacherStates, opened, folder
 
 
 def lines(report: Report, stage: Stage, what: str) -> Line:

@@ -108,8 +108,9 @@ class LossesSlice(Slice):
     )
     soft_labels: NotLess = Field(
         0.0, description="classification, reranking: the same of the scores' probabilities at `temperature`, times its "
-        "square"
+        "square; generation: of those of each next token"
     )  # fmt: skip
+    next_tokens: NotLess = Field(0.0, description="generation: cross-entropy of the text's own next tokens")
     hard_labels: NotLess = Field(0.0, description="classification, reranking: cross-entropy to those of `labels`")
 
     @model_validator(mode="after")
@@ -132,7 +133,9 @@ class DistilSlice(Slice):
         None, description="numbers of the layers that the student starts from, from 0, of what the step before left"
     )
     losses: LossesSlice | None = Field(
-        None, description="none given: token_mse 1 and embedding_cosine 4 for embeddings, soft_labels 1 for scores"
+        None,
+        description="none given: token_mse 1 and embedding_cosine 4 for embeddings, soft_labels 1 for scores and "
+        "for next tokens",
     )
     minutes: Annotated[float, Field(gt=0, le=10_000)] | None = Field(
         None, description="of training on all `threads` of this machine, by CPU time: a busy machine takes longer"
@@ -156,7 +159,7 @@ class DistilSlice(Slice):
     )
     words: bool = Field(False, description="the table of words, and of positions, is trained too")
     temperature: Annotated[float, Field(gt=0, le=100)] | None = Field(
-        None, description="soft_labels: scores are divided by it, 2 if not given"
+        None, description="soft_labels: scores are divided by it, 2 if not given, 1 for generation"
     )
     labels: Path | None = Field(
         None, description="hard_labels: UTF-8 file, a label's number, a tab and a text in each line (reranking: a tab "
@@ -221,10 +224,17 @@ class StepSlice(Slice):
 class BudgetSlice(Slice):
     """What must remain when all steps of `compress` are done, in fp32, against the original checkpoint."""
 
-    min_mean_cosine: Fraction = Field(
-        0.9, description="of the outputs on held-out texts; of scores, the correlation of the worst label"
+    max_perplexity_ratio: Annotated[float, Field(ge=1)] = Field(
+        1.1, description="generation only: perplexity on held-out texts, over the original's"
     )
-    min_worst_cosine: Fraction = Field(0.0, description="the same of the worst held-out text or label")
+    min_agreement: Fraction | None = Field(
+        None, description="generation only: share of held-out tokens for which both find the same one likeliest"
+    )
+    min_mean_cosine: Fraction = Field(
+        0.9,
+        description="not generation: of the outputs on held-out texts; of scores, the correlation of the worst label",
+    )
+    min_worst_cosine: Fraction = Field(0.0, description="not generation: the same of the worst held-out text or label")
     min_mrr_ratio: Annotated[float, Field(ge=0)] | None = Field(
         None, description="embedding only: mean reciprocal rank of a docstring's body for its first line, of the "
         "original's"

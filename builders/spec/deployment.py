@@ -44,6 +44,8 @@ UNREAD: dict[str, dict[str, tuple[str, ...]]] = {
         ),
     },
 }  # fmt: skip
+_BUDGET_OF_GENERATION = ("max_perplexity_ratio", "min_agreement")
+_BUDGET_OF_OTHERS = ("min_mean_cosine", "min_worst_cosine", "min_mrr_ratio")
 _ENCODER_PRECISIONS = {"cpu": ("auto", "fp32", "bf16", "int8", "w8", "w4"), "gpu": ("fp16", "int8")}
 # No w8 on a GPU: TensorRT for RTX keeps weights in 4 bits, but unpacks those in 8. Of a 100 M Llama it makes an engine
 # of 211 MB from fp16, 151 MB from w4, and 217 (a scale for each channel) to 270 MB (for each block) from w8.
@@ -135,8 +137,11 @@ class DeploymentSpec(Slice):
         """Techniques for a kind of model that they are built for, and a budget for something."""
         if self.budget is not None and not self.compress:
             raise ValueError("budget says nothing without steps of compress; precision has a budget of its own")
-        if self.compress and self.generates:
-            raise ValueError(f"compress is built for encoders, not for model.task={self.model.task}; remove it")
+        if self.compress and self.model.task == "seq2seq":
+            raise ValueError("compress is built for encoders and for model.task=generation, not for seq2seq; remove it")
+        unread = _BUDGET_OF_OTHERS if self.generates else _BUDGET_OF_GENERATION
+        for key in (key for key in unread if getattr(self.compress_budget, key) != getattr(BudgetSlice(), key)):
+            raise ValueError(f"budget.{key} says nothing to model.task={self.model.task}; remove it")
         if self.compress_budget.min_mrr_ratio is not None and self.model.task != "embedding":
             raise ValueError(f"budget.min_mrr_ratio says nothing to model.task={self.model.task}; remove it")
         for step in self.compress:

@@ -1,7 +1,8 @@
 """`make bench-compression`: recipes of compression on MiniLM, judged as `trireme compare` does, beside what is free.
 
 Each recipe's checkpoint, graph and figures stay in the store, so a run that was stopped goes on, and a second one only
-prints. Language models have no recipes here: `compress` takes encoders alone.
+prints. Behind them come recipes of the small language model that `make demo-generate` trains, judged on text that it
+has never seen; it is trained first where it is not there, but for a quick run, which then leaves them out and says so.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from builders.pipeline.recipe import static_row
 from builders.pipeline.result import Build, Report
 from builders.store.processor import this_processor
 from builders.store.store import Store
+from measure.bench.compression_language import language_rows
 from measure.bench.compression_recipes import QUICK_MINUTES, BenchRecipe, recipes
 
 PAGE = "bench-compression.md"
@@ -58,8 +60,7 @@ def measured(recipe: BenchRecipe, quick: bool, root: Path, report: Report) -> Be
 def verdict(recipe: BenchRecipe, judged: StepFigures) -> str:
     if not recipe.aim:
         return ""
-    spec = recipe.spec()
-    budget, executor = spec.compress_budget, spec.cpu_executor
+    budget, executor = recipe.budget, recipe.spec().cpu_executor
     over = missed(judged, budget, executor)
     said = ", ".join(f"{key} {value:.3f} of {getattr(budget, key)}" for key, value in over.items())
     if said:
@@ -143,7 +144,8 @@ def main() -> None:
             rows.append(row if before is None else replace(row, verdict=lessened(row, before)))
         if not options.only:
             rows.append(without_layers(options.build_dir, report))
-    text = page(rows, options.quick)
+        language = language_rows(options.build_dir, options.quick, options.only, report)
+    text = "\n".join([page(rows, options.quick), "", language])
     options.build_dir.mkdir(parents=True, exist_ok=True)
     (options.build_dir / PAGE).write_text(text + "\n")
     print(text)

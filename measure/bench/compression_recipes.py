@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from builders.spec import DeploymentSpec, load_spec
+from builders.spec import BudgetSlice, DeploymentSpec, load_spec
 
 PRESET = "minilm-small"
 QUICK_MINUTES = 0.5  # of training, at most, in a quick run
@@ -38,7 +38,7 @@ class BenchRecipe:
                 "name": "bench-compression",
                 "model": preset.model.model_dump(),
                 "compress": steps,
-                "budget": {"min_mean_cosine": 0.0, **self.aim} if steps else None,
+                "budget": self.budget.model_dump() if steps else None,
                 "precision": {
                     "cpu": self.precision, "rounding": self.rounding, "qat": self._training(quick),
                     "min_mean_cosine": 0.9, "min_worst_cosine": 0.8,
@@ -46,6 +46,10 @@ class BenchRecipe:
                 "serving": {"executor": preset.serving.executor, "length_buckets": preset.serving.length_buckets},
             }
         )  # fmt: skip
+
+    @property
+    def budget(self) -> BudgetSlice:
+        return BudgetSlice.model_validate({"min_mean_cosine": 0.0, **self.aim})
 
     def _training(self, quick: bool) -> dict[str, Any] | None:
         if self.qat is None or not quick:
@@ -67,6 +71,14 @@ def recipes() -> tuple[BenchRecipe, ...]:
     return (
         BenchRecipe("original", quick=True),
         BenchRecipe("original, bf16", precision="bf16"),
+        BenchRecipe("original, w8", precision="w8"),
+        BenchRecipe("original, w4, to the nearest", precision="w4", rounding="nearest", quick=True),
+        BenchRecipe(
+            "original, w4, GPTQ", precision="w4", rounding="gptq", against="original, w4, to the nearest",
+            aim={"min_mean_cosine": 0.988}, quick=True,
+        ),
+        BenchRecipe("original, w4, AWQ", precision="w4", rounding="awq", against="original, w4, to the nearest"),
+        BenchRecipe("original, w4, AWQ and GPTQ", precision="w4", rounding="awq+gptq", against="original, w4, GPTQ"),
         BenchRecipe("original, int8, to the nearest", precision="int8", rounding="nearest"),
         BenchRecipe("original, int8", precision="int8", against="original, int8, to the nearest", quick=True),
         BenchRecipe(

@@ -76,8 +76,9 @@ def train_small_model(
     return found
 
 
-def held_out_rows(folder: Path) -> text.TokenIds:
-    """The text that the model in `folder` never saw, as token ids [rows, context + 1]; each row stands alone.
+def held_out_rows(folder: Path, wanted: Callable[[corpus.Document], bool] = lambda document: True) -> text.TokenIds:
+    """The text that the model in `folder` never saw, as token ids [rows, context + 1]; each row stands alone. Of the
+    documents that are `wanted`.
 
     The last token of a row is the first of the next, so that every token but the very first is judged once. What does
     not fill a row is left out.
@@ -85,7 +86,7 @@ def held_out_rows(folder: Path) -> text.TokenIds:
     from tokenizers import Tokenizer
 
     recipe = TrainingReport.model_validate_json((folder / "training.json").read_text()).recipe
-    documents = text.split(corpus.documents(), recipe.held_out_share)[1]
+    documents = [each for each in text.split(corpus.documents(), recipe.held_out_share)[1] if wanted(each)]
     stream = text.to_tokens(Tokenizer.from_file(str(folder / "tokenizer.json")), documents)
     return text.windows(stream, recipe.context)
 

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from builders.artifacts import Checkpoint
 from builders.checkpoint import load_checkpoint
-from builders.checkpoint.widths import PARTS
+from builders.checkpoint.widths import parts_of
 from builders.compress import losses
 from builders.compress.distil import Teaching, distil
 from builders.compress.plan import Teacher, check
@@ -167,7 +167,7 @@ def test_what_other_steps_left_recovers(tiny_bert: Path, texts: Path, tmp_path: 
     old, new = (load_file(folder.path("model.safetensors")) for folder in (before, after))
     moved = {name for name in old if not torch.equal(old[name], new[name])}
     assert {name: value.shape for name, value in old.items()} == {name: value.shape for name, value in new.items()}
-    assert {f"encoder.layer.1.{PARTS['ffn_in']}.{factor}.weight" for factor in (0, 1)} <= moved
+    assert {f"encoder.layer.1.{parts_of('bert')['ffn_in']}.{factor}.weight" for factor in (0, 1)} <= moved
     assert not [name for name in moved if "embeddings.weight" in name]
     file = tmp_path / "g.onnx"
     command = ["export", str(after.directory), "-o", str(file), "--pooling", "mean", "--max-length", "64"]

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
 
 from builders.artifacts import Quality
+from builders.checkpoint.widths import LayerWidths, Widths
 from builders.compress.plan import Teacher, check
 from builders.judging.intervals import ConfidenceInterval
 from builders.judging.retrieval import Retrieval
 from builders.pipeline.judged import StepFigures
+from builders.pipeline.judged_language import LanguageFigures
 from builders.spec import load_spec
 from measure.bench import compression
 from measure.bench.compression import BenchRow
+from measure.bench.compression_language import (
+    LanguageBenchRow,
+    LanguageRecipe,
+    language_recipes,
+    language_rows,
+    language_table,
+    language_verdict,
+)
 from measure.bench.compression_recipes import PRESET, QUICK_MINUTES, BenchRecipe, recipes
 from tests.compress.test_spec import WIDTHS
 
@@ -92,6 +103,46 @@ def test_the_table_has_a_cell_for_every_heading() -> None:
     assert {line.count("|") for line in lines} == {lines[0].count("|")}
     assert "| 17.00 | 69.0 | 68.0 | 11.0 | 2.00 (0.50" in lines[2]
     assert lines[3].endswith("| refused: training diverged |")
+
+
+LLAMA = Widths(
+    model_type="llama", hidden=256, head_size=32, group=2, layers=(LayerWidths(heads=8, ffn=768),) * 4
+)  # fmt: skip
+
+
+def test_the_language_model_can_take_every_recipe(tmp_path: Path) -> None:
+    found = language_recipes()
+    assert len({recipe.name for recipe in found}) == len(found)
+    for recipe in found:
+        for quick in (False, True):
+            steps = recipe.spec(tmp_path, quick).compress
+            check(steps, LLAMA, 1, teacher=Teacher(LLAMA, "generation"))
+            assert not quick or all(step.distil.minutes <= QUICK_MINUTES for step in steps if step.distil is not None)
+
+
+def _language(ratio: float, speed: float) -> LanguageFigures:
+    names = ("perplexity_ratio", "agreement", "divergence", "speed")
+    interval = ConfidenceInterval(low=0.5, high=1.5)
+    return LanguageFigures(
+        directory=Path(), files=(), parameters=3_000_000, graph_bytes=12_000_000, stored_bytes=12_000_000,
+        flops_per_token=6e6, tokens=100, losses=(4.0 + math.log(ratio),), reference_losses=(4.0,), agreement=(0.8,),
+        divergence=(0.1,), speed=speed, executor="openvino", intervals=dict.fromkeys(names, interval),
+    )  # fmt: skip
+
+
+def test_a_language_recipe_that_misses_its_aim_is_refused_with_the_figure() -> None:
+    recipe = LanguageRecipe("less", aim={"max_perplexity_ratio": 1.15, "min_speedup": 1.1})
+    assert language_verdict(recipe, _language(1.2, 1.0)) == (
+        "refused: max_perplexity_ratio 1.200 of 1.15, min_speedup 1.000 of 1.1"
+    )
+    assert language_verdict(recipe, _language(1.1, 1.2)).startswith("meets max_perplexity_ratio 1.15 (1.100)")
+    rows = [LanguageBenchRow("x", _language(1.1, 1.2), "y"), LanguageBenchRow("z", None, "refused: diverged")]
+    lines = language_table(rows).splitlines()
+    assert {line.count("|") for line in lines} == {lines[0].count("|")}
+
+
+def test_a_quick_run_without_the_language_model_says_so(tmp_path: Path) -> None:
+    assert "`make demo-generate` trains it" in language_rows(tmp_path, True, "", lambda stage, message: None)
 
 
 @pytest.mark.slow
