@@ -63,8 +63,9 @@ def quantize(built: Build, store: Store, report: Report) -> Build:
         calibration, held_out = vectors.calibration_and_held_out(budget)
         ratio, progress = budget.max_perplexity_ratio, lambda text: report("quantize", f"{wanted}: {text}")
         return weight_only.quantize_weights(
-            source, reference, checkpoint, wanted, ratio, calibration, held_out, out, progress, ranks, budget.rounding
-        )
+            source, reference, checkpoint, wanted, ratio, calibration, held_out, out, progress, ranks, budget.rounding,
+            weight_only.form_of(budget),
+        )  # fmt: skip
 
     report("quantize", wanted)
     item, hit = store.get_or_build(
@@ -76,7 +77,7 @@ def quantize(built: Build, store: Store, report: Report) -> Build:
             "scheme": wanted,
             "ranks": ranks,
             "ratio": budget.max_perplexity_ratio,
-            "rounding": budget.rounding,
+            "rounding": [budget.rounding, budget.blocks, budget.ranges],
             "samples": budget.calibration_samples,
             "texts": corpus.corpus_key(budget.calibration_texts),
             "processor": this_processor().model_dump(mode="json"),

@@ -21,8 +21,8 @@ import numpy as np
 import onnx_ir as ir
 
 from builders.errors import ParityError
-from builders.quantize.blocks import BLOCK, Bits, block_size, round_to_nearest
-from builders.quantize.products import Hessians, Product, constant, find_products, save, shares
+from builders.quantize.blocks import block_size, round_to_nearest
+from builders.quantize.products import Hessians, Product, WeightRecipe, constant, find_products, save, shares
 from builders.quantize.scales import FACTORS, Floats, Type
 
 ALPHAS = np.linspace(0.0, 1.0, 11)
@@ -179,9 +179,8 @@ def _only(value: ir.Value | None, reader: ir.Node, kind: str, outputs: set[ir.Va
 def search(
     source: Path,
     hessians_of: Hessians,
-    bits: Bits,
+    recipe: WeightRecipe,
     dtype: Type = np.float32,
-    longest_block: int = BLOCK,
     ranks: int = 1,
     progress: Callable[[str], None] = lambda message: None,
 ) -> list[Floats | None]:
@@ -197,21 +196,25 @@ def search(
             progress(f"AWQ {len(found) + 1} of {len(folds)}")
             fold = folds[number]
             weights = [products[index].array() for index in fold.readers]
-            size = block_size(len(weights[0]), longest_block, ranks)
+            size = block_size(len(weights[0]), recipe.longest_block, ranks)
             hessian = hessians[products[fold.readers[0]].input_name]
-            found[number] = best_factors(fold, weights, hessian, bits, size, dtype)
+
+            def rounded(weight: Floats, size: int = size) -> Floats:
+                return round_to_nearest(weight, recipe.bits, size, dtype, recipe.form).restore()
+
+            found[number] = best_factors(fold, weights, hessian, rounded)
     return [found[number] for number in range(len(folds))]
 
 
 def best_factors(
-    fold: Fold, weights: Sequence[Floats], hessian: Floats, bits: Bits, size: int = BLOCK, dtype: Type = np.float32
+    fold: Fold, weights: Sequence[Floats], hessian: Floats, rounded: Callable[[Floats], Floats]
 ) -> Floats | None:
-    """Of the source's channels. `weights` [K, N] read inputs whose X^T X is `hessian` [K, K]."""
+    """Of the source's channels. `weights` [K, N] read inputs whose X^T X is `hessian` [K, K], and become `rounded`."""
     magnitude = np.sqrt(fold.gathered(np.maximum(np.diag(hessian), 0.0)))
     best, least = None, np.inf
     for alpha in ALPHAS:
         factors = _balanced(magnitude, float(alpha))
-        error = sum(_error(weight, fold.spread(factors), hessian, bits, size, dtype) for weight in weights)
+        error = sum(_error(weight, fold.spread(factors), hessian, rounded) for weight in weights)
         if error < least:
             best, least = (factors if alpha else None), error
     return best
@@ -227,10 +230,9 @@ def _balanced(magnitude: Floats, alpha: float) -> Floats:
     return balanced
 
 
-def _error(weight: Floats, factors: Floats, hessian: Floats, bits: Bits, size: int, dtype: Type) -> float:
+def _error(weight: Floats, factors: Floats, hessian: Floats, rounded: Callable[[Floats], Floats]) -> float:
     """|| X (W' - W) ||^2 with W' as it is after rounding, over all rows X."""
-    rounded = round_to_nearest(weight * factors[:, None], bits, size, dtype).restore() / factors[:, None]
-    off = rounded - weight
+    off = rounded(weight * factors[:, None]) / factors[:, None] - weight
     return float(np.einsum("kn,kn->", off, hessian @ off))
 
 

@@ -17,7 +17,7 @@ from builders.judging.vectors import graph_outputs, measure, require_budget, sam
 from builders.quantize.linears import activations
 from builders.quantize.rounding import JUDGED, to_round_by
 from builders.quantize.scales import Floats
-from builders.quantize.weight_only import Progress, WeightWriter, choose
+from builders.quantize.weight_only import Progress, WeightWriter, choose, form_of
 from builders.spec import PrecisionSlice
 from runtime.graph import Tensors
 
@@ -63,7 +63,7 @@ def quantize_encoder_weights(
     subject = _Encoder(source, checkpoint, sample_requests(checkpoint, calibration_texts))
     with tempfile.TemporaryDirectory(prefix="trireme-weights-") as work:
         writer = WeightWriter(source, source, subject, Path(work), ranks, progress)
-        recipe, chosen = choose(writer, 8 if precision == "w8" else 4, budget.rounding, file)
+        recipe, chosen = choose(writer, 8 if precision == "w8" else 4, budget.rounding, file, form_of(budget))
         writer.write(recipe, file)
     held_out = sample_requests(checkpoint, held_out_texts)
     expected = graph_outputs(source, held_out, checkpoint)

@@ -19,7 +19,17 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from builders.errors import ParityError, UnsupportedError
 from builders.graph import INLINE_WEIGHT_BYTES
-from builders.quantize.blocks import BLOCK, HESSIAN_BYTES, Bits, Blocks, block_size, gptq, round_to_nearest
+from builders.quantize.blocks import (
+    BLOCK,
+    HESSIAN_BYTES,
+    SYMMETRIC,
+    Bits,
+    BlockForm,
+    Blocks,
+    block_size,
+    gptq,
+    round_to_nearest,
+)
 from builders.quantize.scales import Floats, Type
 
 _MIN_QUANTISED = 0.5  # below this share of the product weights the graph is quantised in name only
@@ -38,6 +48,7 @@ class WeightRecipe:
     gptq: bool = False
     longest_block: int = BLOCK
     awq: bool = False
+    form: BlockForm = SYMMETRIC
 
 
 @dataclass(frozen=True)
@@ -123,7 +134,9 @@ def write_quantised(
             bits = recipe.head_bits if item.is_head else recipe.bits
             better = recipe.gptq and bits == recipe.bits
             size = block_size(item.shape[0], recipe.longest_block, ranks)
-            blocks = compensated[index] if better else round_to_nearest(item.array(), bits, size, item.dtype)
+            blocks = (
+                compensated[index] if better else round_to_nearest(item.array(), bits, size, item.dtype, recipe.form)
+            )
             done[key] = _insert(model.graph, item, blocks)
         item.node.replace_input_with(1, done[key])
     RemoveUnusedNodesPass()(model)
@@ -151,11 +164,14 @@ def _insert(graph: ir.Graph, item: Product, blocks: Blocks) -> ir.Value:
 
     assert item.weight.const_value is not None
     name = f"{item.weight.name}{'_transposed' if item.transposed else ''}"
-    integers = blocks.values if blocks.bits == 8 else blocks.values.astype(ml_dtypes.int4)
+    small = ml_dtypes.int4 if blocks.zeros is None else ml_dtypes.uint4
+    integers = blocks.values if blocks.bits == 8 else blocks.values.astype(small)
     inputs = [
         constant(graph, f"{name}_int{blocks.bits}", integers),
         constant(graph, f"{name}_scale", blocks.scales.astype(item.dtype)),
     ]
+    if blocks.zeros is not None:
+        inputs.append(constant(graph, f"{name}_zero", blocks.zeros.astype(integers.dtype)))
     attributes = {"axis": 0, "block_size": blocks.size}
     node = ir.node("DequantizeLinear", inputs, attributes=attributes, name=f"{name}_dequantize")
     node.outputs[0].name = f"{name}_dequantized"
@@ -173,10 +189,9 @@ def constant(graph: ir.Graph, name: str, array: NDArray[Any]) -> ir.Value:
 def compensate(
     source: Path,
     hessians_of: Hessians,
+    recipe: WeightRecipe,
     progress: Callable[[str], None] = lambda message: None,
     dtype: Type = np.float32,
-    bits: Bits = 4,
-    longest_block: int = BLOCK,
     ranks: int = 1,
 ) -> dict[int, Blocks]:
     """GPTQ for every product of a graph, on what it reads. `dtype` is that of the graph that gets the weights."""
@@ -186,8 +201,9 @@ def compensate(
         hessians = hessians_of(source, {products[index].input_name for index in share})
         for index in share:
             progress(f"GPTQ {len(done) + 1} of {len(products)}")
-            size = block_size(products[index].shape[0], longest_block, ranks)
-            done[index] = gptq(products[index].array(), hessians[products[index].input_name], bits, dtype, size)
+            item = products[index]
+            size = block_size(item.shape[0], recipe.longest_block, ranks)
+            done[index] = gptq(item.array(), hessians[item.input_name], recipe.bits, dtype, size, recipe.form)
     return done
 
 

@@ -61,7 +61,7 @@ def gptq_weights(
             smoothed = np.concatenate(weights, axis=1) * factors[:, None]
             # Columns are rounded each by itself, so that weights side by side share the work on their Hessian.
             scales = np.concatenate([each.weight_scale for each in nearest])
-            integers = compensated(smoothed, hessian, scales[None], (-127, 127))
+            integers = compensated(smoothed, hessian, scales[None], (-127, 127)).astype(np.int8)
             ends = np.cumsum([each.weight.shape[1] for each in nearest])[:-1]
             for index, each, found in zip(group.members, nearest, np.split(integers, ends, axis=1), strict=True):
                 done[index] = QuantizedLinear(np.ascontiguousarray(found), each.weight_scale)

@@ -34,11 +34,11 @@ from builders.judging.perplexity import (
     within_budget,
 )
 from builders.quantize import awq
-from builders.quantize.blocks import BLOCK, Bits, Blocks
+from builders.quantize.blocks import BLOCK, SYMMETRIC, Bits, BlockForm, Blocks
 from builders.quantize.products import WeightRecipe, compensate, find_products, write_quantised
 from builders.quantize.rounding import JUDGED
 from builders.quantize.scales import Floats
-from builders.spec import Rounding, WeightRounder
+from builders.spec import PrecisionSlice, Rounding, WeightRounder
 
 _LONGEST: dict[Bits, int] = {8: 128, 4: BLOCK}
 _METHODS: dict[WeightRounder, str] = {
@@ -63,11 +63,12 @@ class Subject(Protocol):
         """Of a few texts."""
 
 
-def recipe_of(bits: Bits, method: WeightRounder, head_bits: Bits | None = None) -> WeightRecipe:
-    name = _METHODS[method] if head_bits in (None, bits) else f"{_METHODS[method]}, head in {head_bits} bits"
-    return WeightRecipe(
-        name, bits, head_bits or bits, gptq="gptq" in method, longest_block=_LONGEST[bits], awq="awq" in method
-    )
+def recipe_of(bits: Bits, method: WeightRounder, form: BlockForm = SYMMETRIC) -> WeightRecipe:
+    return WeightRecipe(_METHODS[method], bits, bits, "gptq" in method, _LONGEST[bits], "awq" in method, form)
+
+
+def form_of(precision: PrecisionSlice) -> BlockForm:
+    return BlockForm(precision.blocks == "asymmetric", precision.ranges)
 
 
 def methods(bits: Bits, asked: Rounding) -> tuple[WeightRounder, ...]:
@@ -108,8 +109,7 @@ class WeightWriter:
         if self._factors is None:
             dtype = find_products(ir.load(self.source))[0].dtype
             self._factors = awq.search(
-                self.reference, self.subject.hessians, recipe.bits, dtype, recipe.longest_block, self.ranks,
-                self.progress,
+                self.reference, self.subject.hessians, recipe, dtype, self.ranks, self.progress
             )  # fmt: skip
             awq.write_folded(self.reference, self._factors, file)
             self._require_same(file)
@@ -119,7 +119,7 @@ class WeightWriter:
         if recipe.awq not in self._blocks:
             dtype = find_products(ir.load(self.source))[0].dtype
             self._blocks[recipe.awq] = compensate(
-                scaled, self.subject.hessians, self.progress, dtype, recipe.bits, recipe.longest_block, self.ranks
+                scaled, self.subject.hessians, recipe, self.progress, dtype, self.ranks
             )
         return self._blocks[recipe.awq]
 
@@ -133,18 +133,20 @@ class WeightWriter:
             )
 
 
-def choose(writer: WeightWriter, bits: Bits, asked: Rounding, target: Path) -> tuple[WeightRecipe, WeightRounding]:
+def choose(
+    writer: WeightWriter, bits: Bits, asked: Rounding, target: Path, form: BlockForm = SYMMETRIC
+) -> tuple[WeightRecipe, WeightRounding]:
     """The method that the spec asks for; or, of all, the one whose graph is nearest to the reference on texts by which
     nothing was rounded. `target` is written over."""
     tried = methods(bits, asked)
     losses: dict[str, float] = {}
     if len(tried) > 1:
         for method in tried:
-            writer.write(recipe_of(bits, method), target)
+            writer.write(recipe_of(bits, method, form), target)
             losses[method] = writer.subject.loss(target)
         writer.progress(", ".join(f"{_METHODS[name]} {losses[name]:.5g}" for name in tried))
     taken = min(tried, key=lambda name: losses.get(name, 0.0))
-    return recipe_of(bits, taken), WeightRounding(asked=asked, taken=taken, losses=losses)
+    return recipe_of(bits, taken, form), WeightRounding(asked=asked, taken=taken, losses=losses)
 
 
 @dataclass
@@ -193,6 +195,7 @@ def quantize_weights(
     progress: Progress = lambda message: None,
     ranks: int = 1,
     rounding: Rounding = "auto",
+    form: BlockForm = SYMMETRIC,
 ) -> OnnxGraph:
     """Writes the decoder `graph` with quantised weights into `out`; `reference` is its fp32 form;
     `ranks` will share every product.
@@ -212,7 +215,7 @@ def quantize_weights(
     with tempfile.TemporaryDirectory(prefix="trireme-weights-") as work:
         subject = _Decoder(checkpoint, calibration_texts, reference.directory)
         writer = WeightWriter(graph.file_path, reference.file_path, subject, Path(work), ranks, progress)
-        recipe, chosen = choose(writer, bits, rounding, file)
+        recipe, chosen = choose(writer, bits, rounding, file, form)
         tried: dict[str, GenerationQuality] = {}
         for each in dict.fromkeys((recipe, _wider_head(recipe))):
             writer.write(each, file)

@@ -121,6 +121,15 @@ class DeploymentSpec(Slice):
                 f"precision.rounding={asked.rounding} scales weights, so that precision.qat does not know them again; "
                 "use gptq, or leave one of the two out"
             )
+        for key in ("blocks", "ranges"):
+            value = getattr(asked, key)
+            if value != getattr(PrecisionSlice(), key) and not (served & {"w8", "w4"} or self._may_be_rounded):
+                raise ValueError(
+                    f"precision.{key}={value} says nothing to precision.cpu={asked.cpu} and precision.gpu={asked.gpu}: "
+                    "it is for weights alone; use w8 or w4, or remove it"
+                )
+        if asked.blocks == "asymmetric" and asked.gpu == "w4":
+            raise ValueError("precision.blocks=asymmetric: TensorRT takes no zero points of precision.gpu=w4")
         in_int8 = not self.generates and bool(served & {"int8", "auto"})
         if asked.rounding != "auto" and not (in_int8 or served & {"auto", "w8", "w4"}):
             raise ValueError(
@@ -132,6 +141,11 @@ class DeploymentSpec(Slice):
                 f"precision.rounding={asked.rounding} is for weights alone (w8, w4); INT8 graphs scale their inputs by "
                 "SmoothQuant: use nearest or gptq, or precision.cpu w8 or w4"
             )
+
+    @property
+    def _may_be_rounded(self) -> bool:
+        """Language models with `auto` may come to w8 or w4."""
+        return self.generates and self.precision.cpu == "auto"
 
     def _require_compressible(self) -> None:
         """Techniques for a kind of model that they are built for, and a budget for something."""

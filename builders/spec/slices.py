@@ -120,6 +120,16 @@ class PrecisionSlice(Slice):
         "on the calibration texts; w8, w4: awq, after their inputs were scaled where that costs nothing; or both. "
         "auto: what is nearest to fp32 on those of them that it does not see (w8: to the nearest)",
     )
+    blocks: Literal["symmetric", "asymmetric"] = Field(
+        "symmetric",
+        description="w8, w4 on a CPU: a block's range lies evenly around 0; or it is that of its weights, with a zero "
+        "point, which TensorRT does not take",
+    )
+    ranges: Literal["auto", "minmax", "mse"] = Field(
+        "auto",
+        description="w8, w4: minmax: of all weights of a block; mse: less, where the squared error gets smaller. auto: "
+        "mse in 4 bits, minmax in 8",
+    )
     qat: QatSlice | None = Field(
         None, description="encoders in int8 or w4: the graph is trained before it is judged; off unless given"
     )

@@ -10,7 +10,8 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from builders.artifacts import Checkpoint, OnnxGraph, WeightRounding
+from builders import pipeline
+from builders.artifacts import Checkpoint, OnnxGraph, Quality, WeightRounding
 from builders.checkpoint import load_checkpoint
 from builders.errors import ParityError, QualityError
 from builders.export.decoder import export_decoder
@@ -28,6 +29,7 @@ from builders.spec import PrecisionSlice
 from tests.conftest import save_tiny, tiny_spec
 from tests.generators import TEXTS, generator_checkpoint, save_generator
 
+_LOOSE: dict[str, object] = {"min_mean_cosine": 0.9, "min_worst_cosine": 0.8}
 PLACES = {"llama": 4, "gpt2": 2}  # in a layer, and one before the head
 
 
@@ -97,6 +99,10 @@ def test_an_encoder_has_a_place_behind_its_values_alone(bert: tuple[Checkpoint, 
     assert np.abs(after - before).max() < 1e-5
 
 
+def _in_four_bits(weight: Floats) -> Floats:
+    return round_to_nearest(weight, 4).restore()
+
+
 def test_large_channels_are_rounded_finer() -> None:
     random = np.random.default_rng(0)
     weight = random.standard_normal((64, 48)).astype(np.float32)
@@ -104,7 +110,7 @@ def test_large_channels_are_rounded_finer() -> None:
     inputs[:, 5] *= 40
     unseen = random.standard_normal((500, 64)).astype(np.float32)
     unseen[:, 5] *= 40
-    factors = best_factors(Fold((0,)), [weight], inputs.T @ inputs, 4)
+    factors = best_factors(Fold((0,)), [weight], inputs.T @ inputs, _in_four_bits)
     assert factors is not None
     assert factors[5] > 2 * np.delete(factors, 5).max()
     scaled = round_to_nearest(weight * factors[:, None], 4).restore() / factors[:, None]
@@ -119,7 +125,7 @@ def test_channels_that_are_always_zero_get_no_wild_factors() -> None:
     inputs[:, 10:20] = 0
     inputs[:, 3] *= 100
     for hessian in (inputs.T @ inputs, np.zeros((64, 64), np.float32)):
-        factors = best_factors(Fold((0,)), [weight], hessian, 4)
+        factors = best_factors(Fold((0,)), [weight], hessian, _in_four_bits)
         assert factors is None or (np.isfinite(factors).all() and factors.min() > 1e-3)
 
 
@@ -181,13 +187,19 @@ def test_factors_that_change_the_model_are_refused(
 @pytest.mark.parametrize("precision", ["w8", "w4"])
 def test_weights_of_an_encoder(bert: tuple[Checkpoint, OnnxGraph], tmp_path: Path, precision: str) -> None:
     checkpoint, graph = bert
-    budget = PrecisionSlice(cpu="w4", min_mean_cosine=0.9, min_worst_cosine=0.8)
+    budget = PrecisionSlice.model_validate({"cpu": "w4", **_LOOSE})
     arguments = (checkpoint, precision, budget, TEXTS[:32], TEXTS[32:])
     made = quantize_encoder_weights(graph, *arguments, tmp_path)  # type: ignore[arg-type]
     assert isinstance(made.rounding, WeightRounding)
     assert made.operators["DequantizeLinear"] == made.operators["MatMul"]
     assert made.bytes < graph.bytes
     assert set(made.rounding.losses) == (set() if precision == "w8" else {"nearest", "gptq", "awq", "awq+gptq"})
+    if precision == "w4":  # as OpenVINO serves it
+        served = tiny_spec(checkpoint.directory, precision={"cpu": "w4", **_LOOSE})
+        built = pipeline.build(served, "cpu", tmp_path / "build", "qualify")
+        assert isinstance(built.served, Quality)
+        assert 0.9 < built.served.mean_cosine < 1
+        assert built.served_graph.precision == "w4"
     strict = budget.model_copy(update={"min_mean_cosine": 1.0})
     with pytest.raises(QualityError, match=f"{precision} graph of .* misses the quality budget"):
         quantize_encoder_weights(graph, checkpoint, precision, strict, *arguments[3:], tmp_path)  # type: ignore[arg-type]

@@ -134,7 +134,16 @@ def test_the_largest_count_is_found_from_any_guess(total: int) -> None:
         ),
         (
             {"precision": {"cpu": "int8", "rounding": "awq"}},
-            "precision.rounding=awq is for weights alone (w8, w4)",
+            "precision.rounding=awq is for weights alone",
+        ),
+        ({"precision": {"cpu": "int8", "blocks": "asymmetric"}}, "precision.blocks=asymmetric says nothing to"),
+        ({"precision": {"cpu": "fp32", "ranges": "mse"}}, "it is for weights alone; use w8 or w4, or remove it"),
+        (
+            {
+                "model": {"source": "x", "task": "generation"},
+                "precision": {"cpu": "w4", "gpu": "w4", "blocks": "asymmetric"},
+            },
+            "TensorRT takes no zero points of precision.gpu=w4",
         ),
         (
             {"precision": {"cpu": "w4", "qat": {"minutes": 1}}},

@@ -17,10 +17,10 @@ from builders.engine.tensorrt import compile_plan
 from builders.errors import ParityError, QualityError, UnsupportedError
 from builders.export.decoder import export_decoder
 from builders.graph import describe, fix_dimension
-from builders.quantize.blocks import BLOCK, Bits, gptq, round_to_nearest
+from builders.quantize.blocks import BLOCK, Bits, BlockForm, Ranges, gptq, round_to_nearest
 from builders.quantize.products import WeightRecipe, compensate, find_products, write_quantised
 from builders.quantize.weight_only import decoder_hessians, quantize_weights, recipe_of
-from builders.spec import ProfileSlice, Range
+from builders.spec import ProfileSlice, Range, WeightRounder
 from runtime.session import open_session
 from tests.generators import TEXTS, generator_checkpoint, save_generator
 
@@ -37,6 +37,35 @@ def test_rounding_stays_within_half_a_step(bits: Bits, blocks: int, columns: int
     assert bits == 4 or inside.mean() > 0.99  # eight bits cut nothing off but by rounding
     assert np.abs(found.values).max() <= 2 ** (bits - 1)
     assert np.linalg.norm(error) < np.linalg.norm(weight) * (0.15 if bits == 4 else 0.01)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from([4, 8]), st.sampled_from(["minmax", "mse"]), st.integers(0, 2**32 - 1), st.floats(-3, 3))
+def test_zero_points_stay_within_half_a_step(bits: Bits, ranges: Ranges, seed: int, middle: float) -> None:
+    """Wherever the weights of a block lie; 0 is one of its steps."""
+    weight = (np.random.default_rng(seed).standard_normal((2 * BLOCK, 5)) + middle).astype(np.float32)
+    found = round_to_nearest(weight, bits, form=BlockForm(True, ranges))
+    assert found.zeros is not None
+    assert found.values.dtype == np.uint8
+    assert found.values.max() < 2**bits
+    steps, error = found.scales.repeat(BLOCK, axis=0), np.abs(found.restore() - weight)
+    if ranges == "minmax":
+        assert (error <= steps * 1.01).all()  # half of one, and what the rounded zero point shifts at an end
+    even = round_to_nearest(weight, bits, form=BlockForm(False, ranges))
+    if abs(middle) > 2:
+        assert np.linalg.norm(error) < np.linalg.norm(even.restore() - weight)
+
+
+def test_ranges_are_what_is_asked_for() -> None:
+    """One far weight in a block of four bits: all of it, or the others finer."""
+    weight = np.random.default_rng(0).standard_normal((BLOCK, 1)).astype(np.float32)
+    weight[0] = 5
+    whole, cut, auto = (round_to_nearest(weight, 4, form=BlockForm(False, each)) for each in ("minmax", "mse", "auto"))
+    assert np.isclose(whole.restore()[0], 5, rtol=1e-3)
+    assert cut.scales < whole.scales
+    assert np.array_equal(auto.scales, cut.scales)
+    losses = [float(((found.restore() - weight) ** 2).sum()) for found in (whole, cut)]
+    assert losses[1] < losses[0]
 
 
 def test_blocks_of_zeros_stay_zero() -> None:
@@ -119,6 +148,25 @@ def test_onnxruntime_runs_each_product_on_the_integers(
     assert not {"MatMul", "DequantizeLinear"} & set(fused)
 
 
+@pytest.mark.parametrize(("bits", "method"), [(4, "awq+gptq"), (8, "nearest")])
+def test_zero_points_in_a_graph(
+    exported: tuple[Checkpoint, OnnxGraph], bits: Bits, method: WeightRounder, tmp_path: Path
+) -> None:
+    checkpoint, graph = exported
+    made = quantize_weights(
+        graph, graph, checkpoint, "w8" if bits == 8 else "w4", 1.5, TEXTS[:40], TEXTS[40:], tmp_path, rounding=method,
+        form=BlockForm(asymmetric=True),
+    )  # fmt: skip
+    assert isinstance(made.quality, GenerationQuality)
+    assert abs(made.quality.ratio - 1) < (0.005 if bits == 8 else 0.2)
+    nodes = [node for node in onnx.load(str(made.file_path)).graph.node if node.op_type == "DequantizeLinear"]
+    assert len(nodes) == 15
+    assert all(len(node.input) == 3 for node in nodes)
+    open_session(made.file_path, optimized=tmp_path / "optimised.onnx")
+    fused = [node.op_type for node in onnx.load(str(tmp_path / "optimised.onnx")).graph.node]
+    assert fused.count("MatMulNBits") == 15
+
+
 def test_the_tied_head_is_quantised_and_the_lookup_is_not(
     exported: tuple[Checkpoint, OnnxGraph], tmp_path: Path
 ) -> None:
@@ -152,7 +200,7 @@ def test_gptq_is_what_the_graph_holds(exported: tuple[Checkpoint, OnnxGraph], tm
 
     source, file = exported[1].file_path, tmp_path / "graph.onnx"
     rows = np.random.default_rng(0).integers(4, 400, (8, 24))
-    found = compensate(source, lambda file, names: decoder_hessians(file, names, rows))
+    found = compensate(source, lambda file, names: decoder_hessians(file, names, rows), recipe_of(4, "gptq"))
     assert len(found) == len(find_products(ir.load(source))) == 15
     write_quantised(source, recipe_of(4, "gptq"), found, file)
     held = [numpy_helper.to_array(item).astype(np.int8) for item in onnx.load(str(file)).graph.initializer
