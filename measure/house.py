@@ -33,6 +33,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("loadtest/drive",),
     ("builders/errors.py", "builders/digests.py"),
     ("builders/spec",),
+    ("builders/rounded.py",),
     ("builders/artifacts.py",),
     ("builders/graph.py",),
     ("builders/store", "builders/checkpoint", "builders/planning", "builders/partition", "builders/manifests/lint"),

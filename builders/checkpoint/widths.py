@@ -29,14 +29,14 @@ DECODERS = ("llama",)
 
 
 @dataclass(frozen=True)
-class Layout:
+class LayerLayout:
     """Where the layers stand in the model without its head, and their matrices in each."""
 
     layers: str
     parts: Mapping[str, str]
 
 
-_BERT = Layout(
+_BERT = LayerLayout(
     "encoder.layer",
     {
         "query": "attention.self.query",
@@ -47,7 +47,7 @@ _BERT = Layout(
         "ffn_out": "output.dense",
     },
 )
-_LLAMA = Layout(
+_LLAMA = LayerLayout(
     "layers",
     {
         "query": "self_attn.q_proj",

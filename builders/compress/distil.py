@@ -53,7 +53,7 @@ class Teaching:
 
 
 @dataclass(frozen=True)
-class Lesson:
+class DistilLesson:
     number: int  # of the batch
     batch: Batch
     labels: torch.Tensor | None
@@ -114,14 +114,16 @@ def distil(
     return notes
 
 
-def _lessons(asked: DistilSlice, checkpoint: Checkpoint, texts: CalibrationText) -> tuple[list[Lesson], list[Lesson]]:
+def _lessons(
+    asked: DistilSlice, checkpoint: Checkpoint, texts: CalibrationText
+) -> tuple[list[DistilLesson], list[DistilLesson]]:
     """To learn from, and to watch."""
     most = asked.batch_tokens
     if asked.labels is None:
         learnt, watched = batches(texts.requests(asked.text_tokens, most), most), texts.watched()
         return (
-            [Lesson(number, batch, None) for number, batch in enumerate(learnt)],
-            [Lesson(number, batch, None) for number, batch in enumerate(watched)],
+            [DistilLesson(number, batch, None) for number, batch in enumerate(learnt)],
+            [DistilLesson(number, batch, None) for number, batch in enumerate(watched)],
         )
     requests, labels = labelled_requests(checkpoint, asked.labels)
     if len(requests) < 2:
@@ -132,13 +134,13 @@ def _lessons(asked: DistilSlice, checkpoint: Checkpoint, texts: CalibrationText)
     apart = max(1, min(WATCHED, len(requests) // 8))
     sides = (slice(apart, None), slice(0, apart))
     learnt_side, watched_side = (
-        [Lesson(number, *pair) for number, pair in enumerate(zip(*found, strict=True))]
+        [DistilLesson(number, *pair) for number, pair in enumerate(zip(*found, strict=True))]
         for found in (labelled_batches(requests[side], labels[side], most) for side in sides)
     )
     return learnt_side, watched_side
 
 
-def endless(lessons: Sequence[Lesson], seed: int) -> Iterator[Lesson]:
+def endless(lessons: Sequence[DistilLesson], seed: int) -> Iterator[DistilLesson]:
     """In another order at each pass."""
     random = np.random.default_rng(seed)
     while True:
@@ -192,13 +194,13 @@ class _Measure:
             teaching.model, teaching.forward, wanted(1), teaching.numbers, teaching.states / side
         )
 
-    def loss(self, lesson: Lesson) -> torch.Tensor:
+    def loss(self, lesson: DistilLesson) -> torch.Tensor:
         wanted = self.teacher.of(lesson.number, lesson.batch)
         seen = losses.look(self._model, self._forward, lesson.batch, self._wanted)
         parts = [weight * self._one(name, seen, wanted, lesson) for name, weight in self._weights.items()]
         return sum(parts[1:], parts[0])
 
-    def _one(self, name: str, seen: losses.Seen, wanted: losses.Seen, lesson: Lesson) -> torch.Tensor:
+    def _one(self, name: str, seen: losses.Seen, wanted: losses.Seen, lesson: DistilLesson) -> torch.Tensor:
         if name == "token_mse":
             return losses.squared_error(seen.states[self._last[0]], wanted.states[self._last[1]])
         if name == "embedding_cosine":
@@ -239,7 +241,7 @@ class frozen:  # noqa: N801
 
 
 def _notes(
-    found: Trained, lessons: Sequence[Lesson], teacher: TeacherStates, cosines: tuple[Any, Any], numbers: str
+    found: Trained, lessons: Sequence[DistilLesson], teacher: TeacherStates, cosines: tuple[Any, Any], numbers: str
 ) -> list[str]:
     text = sum(lesson.tokens for lesson in lessons)
     before, after = cosines

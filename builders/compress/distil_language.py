@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from builders.artifacts import Checkpoint
 from builders.checkpoint.widths import layers_of
 from builders.compress import losses, prune
-from builders.compress.distil import PAGE, TOO_MUCH, Lesson, Teaching, endless, frozen, settings_of
+from builders.compress.distil import PAGE, TOO_MUCH, DistilLesson, Teaching, endless, frozen, settings_of
 from builders.compress.distil_plan import losses_of, matched_layers
 from builders.compress.teacher import TeacherStates
 from builders.compress.texts import Batch, CalibrationText, batches
@@ -72,8 +72,8 @@ def distil_language(
     return notes
 
 
-def _lessons(made: Sequence[Batch]) -> list[Lesson]:
-    return [Lesson(number, batch, None) for number, batch in enumerate(made)]
+def _lessons(made: Sequence[Batch]) -> list[DistilLesson]:
+    return [DistilLesson(number, batch, None) for number, batch in enumerate(made)]
 
 
 def final_states(model: Any) -> Callable[..., torch.Tensor]:
@@ -88,7 +88,7 @@ def final_states(model: Any) -> Callable[..., torch.Tensor]:
     return forward
 
 
-def perplexity(model: Any, lessons: Sequence[Lesson]) -> float:
+def perplexity(model: Any, lessons: Sequence[DistilLesson]) -> float:
     import torch
 
     total, count = 0.0, 0
@@ -126,7 +126,7 @@ class _Measure:
             teaching.model, final_states(teaching.model), theirs, teaching.numbers, teaching.states / side
         )
 
-    def loss(self, lesson: Lesson) -> torch.Tensor:
+    def loss(self, lesson: DistilLesson) -> torch.Tensor:
         wanted = self._teacher.of(lesson.number, lesson.batch)
         seen = losses.look(self._model, self._forward, lesson.batch, self._wanted)
         logits = self._model.get_output_embeddings()(seen.output)
@@ -134,7 +134,7 @@ class _Measure:
         return sum(parts[1:], parts[0])
 
     def _one(
-        self, name: str, seen: losses.Seen, wanted: losses.Seen, logits: torch.Tensor, lesson: Lesson
+        self, name: str, seen: losses.Seen, wanted: losses.Seen, logits: torch.Tensor, lesson: DistilLesson
     ) -> torch.Tensor:  # fmt: skip
         import torch
 

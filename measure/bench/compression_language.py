@@ -33,7 +33,7 @@ _HEAD = (
 
 
 @dataclass(frozen=True)
-class LanguageRecipe:
+class LanguageBenchRecipe:
     """As `BenchRecipe`, of the small language model."""
 
     name: str
@@ -68,39 +68,39 @@ def _shortened(step: dict[str, Any]) -> dict[str, Any]:
     return {"distil": {**asked, "minutes": min(asked["minutes"], QUICK_MINUTES), "text_tokens": 50_000}}
 
 
-def language_recipes() -> tuple[LanguageRecipe, ...]:
+def language_recipes() -> tuple[LanguageBenchRecipe, ...]:
     """Layers 0, 1 and 3 stay of four; 576 neurons of 768 in each layer, on average."""
     fewer = {"prune": {"what": ["ffn"], "ffn": 576}}
     rank = {"low_rank": {"parts": "ffn", "rank": 128}}
     return (
-        LanguageRecipe("original", quick=True),
-        LanguageRecipe("w8, to the nearest", precision="w8", aim={"max_perplexity_ratio": 1.005}, quick=True),
-        LanguageRecipe("w4, to the nearest", precision="w4", rounding="nearest", quick=True),
-        LanguageRecipe("w4, GPTQ", precision="w4", rounding="gptq", aim={"max_perplexity_ratio": 1.02}, quick=True),
-        LanguageRecipe("w4, AWQ", precision="w4", rounding="awq", aim={"max_perplexity_ratio": 1.02}, quick=True),
-        LanguageRecipe(
+        LanguageBenchRecipe("original", quick=True),
+        LanguageBenchRecipe("w8, to the nearest", precision="w8", aim={"max_perplexity_ratio": 1.005}, quick=True),
+        LanguageBenchRecipe("w4, to the nearest", precision="w4", rounding="nearest", quick=True),
+        LanguageBenchRecipe("w4, GPTQ", precision="w4", rounding="gptq", aim={"max_perplexity_ratio": 1.02}, quick=True),
+        LanguageBenchRecipe("w4, AWQ", precision="w4", rounding="awq", aim={"max_perplexity_ratio": 1.02}, quick=True),
+        LanguageBenchRecipe(
             "w4, AWQ and GPTQ", precision="w4", rounding="awq+gptq", aim={"max_perplexity_ratio": 1.02}, quick=True
         ),
-        LanguageRecipe("layers 0, 1, 3, untrained", ({"prune": {"what": ["layers"], "keep_layers": [0, 1, 3]}},)),
-        LanguageRecipe(
+        LanguageBenchRecipe("layers 0, 1, 3, untrained", ({"prune": {"what": ["layers"], "keep_layers": [0, 1, 3]}},)),
+        LanguageBenchRecipe(
             "student 0, 1, 3, 3 min", (_taught(3, student_layers=[0, 1, 3]),),
             aim={"max_perplexity_ratio": 1.15, "min_speedup": 1.1},
         ),
-        LanguageRecipe("FFN 576", (fewer,), quick=True),
-        LanguageRecipe(
+        LanguageBenchRecipe("FFN 576", (fewer,), quick=True),
+        LanguageBenchRecipe(
             "FFN 576, each layer alike, by magnitude",
             ({"prune": {"what": ["ffn"], "ffn": 576, "importance": "magnitude", "ranking": "uniform"}},),
         ),
-        LanguageRecipe(
+        LanguageBenchRecipe(
             "FFN 576, 2 min", (fewer, _taught(2)), aim={"max_perplexity_ratio": 1.05, "min_speedup": 1.05}, quick=True
         ),
-        LanguageRecipe("FFN 576, 2 min, w4", (fewer, _taught(2)), "w4", aim={"max_perplexity_ratio": 1.08}),
-        LanguageRecipe("FFN rank 128, whitened", (rank,)),
-        LanguageRecipe(
+        LanguageBenchRecipe("FFN 576, 2 min, w4", (fewer, _taught(2)), "w4", aim={"max_perplexity_ratio": 1.08}),
+        LanguageBenchRecipe("FFN rank 128, whitened", (rank,)),
+        LanguageBenchRecipe(
             "FFN rank 128, plain SVD", ({"low_rank": {"method": "plain", "parts": "ffn", "rank": 128}},),
             aim={"max_perplexity_ratio": 1.5},
         ),
-        LanguageRecipe("codebooks of 4 bits", ({"cluster": {"bits": 4}},)),
+        LanguageBenchRecipe("codebooks of 4 bits", ({"cluster": {"bits": 4}},)),
     )  # fmt: skip
 
 
@@ -130,7 +130,7 @@ def language_rows(root: Path, quick: bool, only: str, report: Report) -> str:
         report("compress", f"the small language model is trained into {folder}")
         train_small_model(folder)
     store, judged_by = Store(root / "store"), held_out_rows(folder, _calibrates_nothing)[:ROWS]
-    original = served(LanguageRecipe("original").spec(folder), store, report)
+    original = served(LanguageBenchRecipe("original").spec(folder), store, report)
     rows = []
     for number, recipe in enumerate(asked, 1):
         report("compress", f"language recipe {number} of {len(asked)}: {recipe.name}")
@@ -145,7 +145,7 @@ def _calibrates_nothing(document: Document) -> bool:
 
 
 def measured(
-    recipe: LanguageRecipe, original: Build, judged_by: TokenIds, folder: Path, quick: bool, store: Store,
+    recipe: LanguageBenchRecipe, original: Build, judged_by: TokenIds, folder: Path, quick: bool, store: Store,
     report: Report,
 ) -> LanguageBenchRow:  # fmt: skip
     """Against the original in fp32."""
@@ -161,7 +161,7 @@ def measured(
     return LanguageBenchRow(recipe.name, judged, language_verdict(recipe, judged), tuple(notes))
 
 
-def language_verdict(recipe: LanguageRecipe, judged: LanguageFigures) -> str:
+def language_verdict(recipe: LanguageBenchRecipe, judged: LanguageFigures) -> str:
     if not recipe.aim:
         return ""
     over = missed_by_language(judged, recipe.budget)

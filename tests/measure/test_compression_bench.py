@@ -18,8 +18,8 @@ from builders.spec import load_spec
 from measure.bench import compression
 from measure.bench.compression import BenchRow
 from measure.bench.compression_language import (
+    LanguageBenchRecipe,
     LanguageBenchRow,
-    LanguageRecipe,
     language_recipes,
     language_rows,
     language_table,
@@ -131,7 +131,7 @@ def _language(ratio: float, speed: float) -> LanguageFigures:
 
 
 def test_a_language_recipe_that_misses_its_aim_is_refused_with_the_figure() -> None:
-    recipe = LanguageRecipe("less", aim={"max_perplexity_ratio": 1.15, "min_speedup": 1.1})
+    recipe = LanguageBenchRecipe("less", aim={"max_perplexity_ratio": 1.15, "min_speedup": 1.1})
     assert language_verdict(recipe, _language(1.2, 1.0)) == (
         "refused: max_perplexity_ratio 1.200 of 1.15, min_speedup 1.000 of 1.1"
     )
