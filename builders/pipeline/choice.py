@@ -145,11 +145,11 @@ def decoder_speeds(reference: Build, candidate: Build, fewest: int = speed.FEWES
     rows = perplexity.token_rows(reference.checkpoint, held_out, rows=count)
     encodes = reference.checkpoint.task == "seq2seq"
     with decoder(reference, len(rows)) as plain, decoder(candidate, len(rows)) as other:
-        works = [
+        first, second = (
             speed.decoder_work(executor, built.spec.cache_lengths_on("cpu"), rows, encodes)
             for executor, built in ((plain, reference), (other, candidate))
-        ]
-        return speed.speed_ratios(*works, fewest)
+        )
+        return speed.speed_ratios(first, second, fewest)
 
 
 def decoder(built: Build, rows: int) -> contextlib.closing[StepExecutor]:

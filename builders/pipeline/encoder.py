@@ -51,7 +51,7 @@ def _wanted_precisions(built: Build) -> tuple[str, ...]:
 def quantize(built: Build, store: Store, report: Report) -> Build:
     wanted = built.spec.precision_on(built.platform)
     if wanted in ("w8", "w4"):
-        return _weights_alone(built, wanted, store, report)  # type: ignore[arg-type]  # one of the two above
+        return _weights_alone(built, wanted, store, report)
     if wanted != "int8":
         return built
     budget, checkpoint = built.spec.precision, built.checkpoint

@@ -46,11 +46,11 @@ class Grid:
     scales: Floats
     zeros: NDArray[np.uint8] | None
 
-    def ends(self, bits: Bits, size: int) -> tuple[Any, Any]:
-        """The least and the greatest number of steps from 0, of all weights or of each [K, N]."""
+    def ends(self, bits: Bits, size: int) -> tuple[NDArray[np.int16], NDArray[np.int16]]:
+        """The least and the greatest number of steps from 0, of all weights [1, 1] or of each [K, N]."""
         top = 2 ** (bits - 1)
         if self.zeros is None:
-            return -top, top - 1
+            return np.full((1, 1), -top, np.int16), np.full((1, 1), top - 1, np.int16)
         zeros = self.zeros.astype(np.int16).repeat(size, axis=0)
         return -zeros, 2 * top - 1 - zeros
 
@@ -104,7 +104,7 @@ def block_grid(weight: Floats, bits: Bits, size: int, dtype: Type, form: BlockFo
     best, least = None, np.full(low.shape, np.inf, np.float32)
     for shrink in form.shrinks(bits)[::-1]:
         grid = _grid(low * shrink, high * shrink, bits, dtype, form.asymmetric)
-        first, last = (end if np.isscalar(end) else end[::size][:, None] for end in grid.ends(bits, size))
+        first, last = (end[::size][:, None] for end in grid.ends(bits, size))
         steps = np.clip(np.rint(blocks / grid.scales[:, None]), first, last)
         error = ((steps * grid.scales[:, None] - blocks) ** 2).sum(axis=1)
         better = error < least

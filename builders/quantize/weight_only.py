@@ -180,7 +180,8 @@ class _Decoder:
         counts = np.full(len(rows[:_CHECKED]), rows.shape[1] - 1)
         found = [session.step(np.ascontiguousarray(rows[:_CHECKED, :-1]), counts)[0]]
         found += [session.step(np.ascontiguousarray(rows[:_CHECKED, -1:]), np.ones_like(counts))[0]]
-        return np.concatenate(found).astype(np.float32)
+        logits: Floats = np.concatenate(found).astype(np.float32)
+        return logits
 
 
 def quantize_weights(

@@ -72,14 +72,15 @@ def language_recipes() -> tuple[LanguageBenchRecipe, ...]:
     """Layers 0, 1 and 3 stay of four; 576 neurons of 768 in each layer, on average."""
     fewer = {"prune": {"what": ["ffn"], "ffn": 576}}
     rank = {"low_rank": {"parts": "ffn", "rank": 128}}
+    near = {"max_perplexity_ratio": 1.02}
     return (
         LanguageBenchRecipe("original", quick=True),
         LanguageBenchRecipe("w8, to the nearest", precision="w8", aim={"max_perplexity_ratio": 1.005}, quick=True),
         LanguageBenchRecipe("w4, to the nearest", precision="w4", rounding="nearest", quick=True),
-        LanguageBenchRecipe("w4, GPTQ", precision="w4", rounding="gptq", aim={"max_perplexity_ratio": 1.02}, quick=True),
-        LanguageBenchRecipe("w4, AWQ", precision="w4", rounding="awq", aim={"max_perplexity_ratio": 1.02}, quick=True),
+        LanguageBenchRecipe("w4, GPTQ", precision="w4", rounding="gptq", aim=near, quick=True),
+        LanguageBenchRecipe("w4, AWQ", precision="w4", rounding="awq", aim=near, quick=True),
         LanguageBenchRecipe(
-            "w4, AWQ and GPTQ", precision="w4", rounding="awq+gptq", aim={"max_perplexity_ratio": 1.02}, quick=True
+            "w4, AWQ and GPTQ", precision="w4", rounding="awq+gptq", aim=near, quick=True
         ),
         LanguageBenchRecipe("layers 0, 1, 3, untrained", ({"prune": {"what": ["layers"], "keep_layers": [0, 1, 3]}},)),
         LanguageBenchRecipe(
