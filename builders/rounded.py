@@ -30,7 +30,8 @@ class RoundingChoice(Record):
 
 class WeightRounding(Record):
     """How weights alone were rounded to 8 or 4 bits. `losses` by method, where several were tried, on texts by which
-    none rounded: perplexity, or an encoder's distance to fp32 as in `RoundingChoice`. The least is taken."""
+    none rounded: the divergence of next tokens from fp32's in nats, or an encoder's distance to fp32 as in
+    `RoundingChoice`. The least is taken."""
 
     asked: Rounding
     taken: WeightRounder

@@ -21,6 +21,7 @@ import onnx_ir as ir
 from builders.artifacts import Checkpoint, GenerationQuality, OnnxGraph, WeightRounding
 from builders.errors import ParityError
 from builders.graph import record_graph, require_standard
+from builders.judging.language import Step, side_by_side
 from builders.judging.perplexity import (
     ENCODER_FILE,
     Constants,
@@ -151,27 +152,34 @@ def choose(
 
 @dataclass
 class _Decoder:
-    """A language model. Its texts become rows of tokens when they are asked for; `folder` holds its encoder, if any."""
+    """A language model. Its texts become rows of tokens when they are asked for; beside `reference`, the fp32 graph,
+    lies its encoder, if it has one."""
 
     checkpoint: Checkpoint
     texts: Sequence[str]
-    folder: Path
+    reference: Path
 
     @cached_property
     def _seen(self) -> tuple[Ids, Constants]:
         texts = [text for number, text in enumerate(self.texts) if number % JUDGED]
-        return _material(self.checkpoint, texts, self.folder)
+        return _material(self.checkpoint, texts, self.reference.parent)
 
     @cached_property
     def _judged(self) -> tuple[Ids, Constants]:
-        return _material(self.checkpoint, self.texts[::JUDGED], self.folder)
+        return _material(self.checkpoint, self.texts[::JUDGED], self.reference.parent)
 
     def hessians(self, file: Path, names: Collection[str]) -> dict[str, Floats]:
         return decoder_hessians(file, names, *self._seen)
 
     def loss(self, file: Path) -> float:
-        found = graph_perplexity(file, *self._judged)[0]
-        return found if np.isfinite(found) else float("inf")
+        """Divergence of next-token probabilities. Few tokens tell it, where a perplexity may be lower by chance."""
+        (rows, constants), ones = self._judged, np.ones(len(self._judged[0]), np.int64)
+
+        def step_of(graph: Path) -> Step:
+            session = DecoderSession(graph, len(rows), rows.shape[1], constants)
+            return lambda _, ids: session.step(ids, ones)[0]
+
+        return float(side_by_side(rows, step_of(self.reference), step_of(file)).divergence.mean())
 
     def outputs(self, file: Path) -> Floats:
         rows, constants = self._seen
@@ -214,7 +222,7 @@ def quantize_weights(
     rows, constants = _material(checkpoint, held_out_texts, out)
     bits: Bits = 8 if precision == "w8" else 4
     with tempfile.TemporaryDirectory(prefix="trireme-weights-") as work:
-        subject = _Decoder(checkpoint, calibration_texts, reference.directory)
+        subject = _Decoder(checkpoint, calibration_texts, reference.file_path)
         writer = WeightWriter(graph.file_path, reference.file_path, subject, Path(work), ranks, progress)
         recipe, chosen = choose(writer, bits, rounding, file, form)
         tried: dict[str, GenerationQuality] = {}

@@ -143,6 +143,7 @@ def test_the_whole_way_with_ranks(llama: Path, tmp_path: Path) -> None:
     assert after < before
 
 
+@pytest.mark.slow
 def test_a_new_process_exports_shards_and_verifies_it(llama: Path, tmp_path: Path) -> None:
     checkpoint = generator_checkpoint(llama)
     model = load_weights(checkpoint)
