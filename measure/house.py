@@ -43,7 +43,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "builders/compress", "builders/export", "builders/quantize", "builders/partition/cut", "builders/engine",
         "builders/repository",
     ),
-    ("builders/partition/prove", "builders/qat"),
+    ("builders/partition/prove", "builders/qat", "builders/edge"),
     ("builders/pipeline",),
     ("online/feedback/migrations/versions", "online", "online/tasks"),
     ("online/feedback", "online/rollout", "online/gate"),

@@ -98,15 +98,23 @@ def quantize(
 
 def package(
     graph: Annotated[Path, typer.Argument(help="ONNX file of an encoder, written by `trireme export` or `quantize`")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="file to write, ending in .xml; weights go to .bin")],
-    target: Annotated[Literal["openvino"], typer.Option(help="whose format: openvino")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="file to write, ending in .xml (weights go to .bin), .mnn or .tflite")
+    ],
+    target: Annotated[Literal["openvino", "mnn", "tflite"], typer.Option(help="whose format")],
+    litert_python: Annotated[
+        str | None, typer.Option(help="tflite: a Python that has litert-torch, in an environment of its own")
+    ] = None,
     calibration: Annotated[Path | None, typer.Option(help="UTF-8 file, one text a line; its end judges")] = None,
     min_mean_cosine: Annotated[float, typer.Option(min=0, max=1)] = 0.998,
     min_worst_cosine: Annotated[float, typer.Option(min=0, max=1)] = 0.98,
     max_logit_error: Annotated[float, typer.Option(min=0, help="classification, reranking: of the spread")] = 0.2,
     as_json: JsonFlag = False,
 ) -> None:
-    """One graph to OpenVINO's own files, by its converter, judged by its runtime; OUTPUT.json has the figures."""
+    """One graph to files of OpenVINO, MNN or LiteRT, by the maker's converter, judged by the maker's runtime.
+
+    OUTPUT.json has the figures.
+    """
     from builders.pipeline import edge
     from builders.spec import PrecisionSlice
 
@@ -117,7 +125,7 @@ def package(
         calibration_texts=calibration,
     )
     with status(f"package {graph} for {target}", as_json):
-        record = edge.package(graph, budget, output)
+        record = edge.package(graph, target, budget, output, litert_python)
     if as_json:
         print(record.model_dump_json(indent=2))
         return
