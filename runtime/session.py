@@ -14,7 +14,14 @@ if TYPE_CHECKING:
 # wrong. With this entry ONNX Runtime multiplies unsigned by unsigned bytes. Its rewriting takes no weights in blocks
 # (they get a zero point of the wrong rank), so graphs of weights alone, whose products are others, go without.
 _EXACT_INT8 = ("session.x64quantprecision", "1")
-_QUANTISES = b"\x22\x0eQuantizeLinear"  # protobuf: NodeProto.op_type, 14 bytes
+_QUANTISES = (
+    b"\x22\x0eQuantizeLinear",
+    b"\x22\x15DynamicQuantizeLinear",
+)  # protobuf: NodeProto.op_type, 14 and 21 bytes
+# What the zero points of FP8 activations are called. ONNX Runtime takes QuantizeLinear to FP8 for one to INT8, makes a
+# product of bytes of it, and then refuses the graph; with this entry it computes operator by operator.
+FP8_ZERO = "zero_e4m3fn"
+_AS_WRITTEN = ("session.disable_quant_qdq", "1")
 _IN_BLOCKS = b"\x0a\x0ablock_size"  # AttributeProto.name, 10 bytes
 
 
@@ -30,7 +37,7 @@ def open_session(
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    for key, value in (*((_EXACT_INT8,) if _quantises_activations(graph) else ()), *entries):
+    for key, value in (*_entries_for(graph), *entries):
         options.add_session_config_entry(key, value)
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
@@ -38,12 +45,19 @@ def open_session(
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-def _quantises_activations(graph: Path | bytes) -> bool:
+def _entries_for(graph: Path | bytes) -> tuple[tuple[str, str], ...]:
     """Read from the bytes: a server has no ONNX library. A file that cannot be read is left to ONNX Runtime's error."""
     if isinstance(graph, bytes):
-        return _QUANTISES in graph and _IN_BLOCKS not in graph
+        return _entries(graph)
     try:
         with graph.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return content.find(_QUANTISES) >= 0 and content.find(_IN_BLOCKS) < 0
+            return _entries(content)
     except (OSError, ValueError):  # ValueError: an empty file
-        return False
+        return ()
+
+
+def _entries(content: bytes | mmap.mmap) -> tuple[tuple[str, str], ...]:
+    if content.find(FP8_ZERO.encode()) >= 0:
+        return (_AS_WRITTEN,)
+    quantises = any(content.find(operator) >= 0 for operator in _QUANTISES)
+    return (_EXACT_INT8,) if quantises and content.find(_IN_BLOCKS) < 0 else ()

@@ -70,17 +70,20 @@ def quantize(
     graph: Annotated[Path, typer.Argument(help="ONNX file written by `trireme export`, fp32 or fp16")],
     output: Annotated[Path, typer.Option("-o", "--output", help="ONNX file to write")],
     scheme: Annotated[
-        Literal["int8", "w8", "w4"] | None,
-        typer.Option(help="int8: encoders (default there); w8 (default), w4: weights of language models"),
+        Literal["int8", "dynamic_int8", "fp8", "w8", "w4"] | None,
+        typer.Option(
+            help="encoders: int8 (default), dynamic_int8 for ONNX Runtime, fp8 for GPUs; language models, weights "
+            "alone: w8 (default), w4"
+        ),
     ] = None,
     calibration: Annotated[Path | None, typer.Option(help="UTF-8 file, one text a line")] = None,
-    min_mean_cosine: Annotated[float, typer.Option(min=0, max=1, help="int8")] = 0.998,
-    min_worst_cosine: Annotated[float, typer.Option(min=0, max=1, help="int8")] = 0.98,
+    min_mean_cosine: Annotated[float, typer.Option(min=0, max=1, help="encoders")] = 0.998,
+    min_worst_cosine: Annotated[float, typer.Option(min=0, max=1, help="encoders")] = 0.98,
     max_logit_error: Annotated[float, typer.Option(min=0, help="classification, reranking: of the spread")] = 0.2,
     max_perplexity_ratio: Annotated[float, typer.Option(min=1, help="w8, w4")] = 1.03,
     as_json: JsonFlag = False,
 ) -> None:
-    """One graph to INT8 with explicit QDQ, or to weights in 8 or 4 bits; refused when it misses the quality budget."""
+    """One graph to INT8 or FP8, or to weights in 8 or 4 bits; refused when it misses the quality budget."""
     from builders.pipeline import one_file
     from builders.spec import PrecisionSlice
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from builders.planning.report import PlanReport
     from builders.spec import DeploymentSpec
 
-_WEIGHT_BITS = {"fp32": 32, "fp16": 16, "int8": 8, "w8": 8, "w4": 4.5}  # w4: and an fp16 scale for 32 weights
+_WEIGHT_BITS = {"fp32": 32, "fp16": 16, "int8": 8, "fp8": 8, "w8": 8, "w4": 4.5}  # w4: and an fp16 scale for 32 weights
 
 
 def plan(

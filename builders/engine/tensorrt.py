@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import Any
 
 from builders.artifacts import Engine, FileRecord, OnnxGraph, Partition, TensorSpec
+from builders.engine.fp8 import require_fp8
 from builders.engine.top import add_top
 from builders.errors import EngineError, MachineError, SpecError
 from builders.graph import describe, fix_dimension
@@ -246,6 +247,7 @@ def compile_plan(
     would keep CUDA graphs from being captured. TensorRT for RTX must be told; TensorRT takes none anyway.
     """
     trt = _tensorrt(flavour)
+    require_fp8(graph, target)
     from polygraphy.backend.trt import Profile, engine_bytes_from_network, network_from_onnx_path
     from polygraphy.exception import PolygraphyException
     from polygraphy.logger import G_LOGGER

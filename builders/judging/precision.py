@@ -12,14 +12,14 @@ from builders.artifacts import PrecisionCandidate, Processor
 from builders.errors import QualityError
 from builders.spec import CpuPrecision
 
-WIDEST_FIRST: tuple[CpuPrecision, ...] = ("fp32", "bf16", "int8", "w8", "w4")
+WIDEST_FIRST: tuple[CpuPrecision, ...] = ("fp32", "bf16", "dynamic_int8", "int8", "w8", "w4")
 # Two runs of one graph differ by a few per cent on a machine that others use. Within this share the wider one is taken.
 AS_FAST = 0.05
 Executor = Literal["openvino", "onnxruntime"]
 
 
 def candidates(
-    generates: bool, executor: Executor, processor: Processor
+    generates: bool, executor: Executor, processor: Processor, ranks: int = 1
 ) -> tuple[list[CpuPrecision], list[PrecisionCandidate]]:
     """(to try, the likeliest first; left out, with the reason). fp32 is always tried: it is what speed is measured by.
 
@@ -31,12 +31,17 @@ def candidates(
     if executor == "onnxruntime":
         reasons["int8"] = "ONNX Runtime computes INT8 graphs no faster than fp32 on a CPU"
         reasons["bf16"] = "ONNX Runtime computes in fp32 on a CPU"
+        if ranks > 1:
+            reasons["dynamic_int8"] = "a rank would scale by its own share of an activation"
+        elif not processor.multiplies_bytes:
+            reasons["dynamic_int8"] = "this CPU has no VNNI, and its INT8 products are no faster than fp32"
     else:
         if not processor.multiplies_bytes:
             reasons["int8"] = "this CPU has no VNNI, and its INT8 products saturate and take longer than fp32"
         if not processor.has_bfloat16:
             reasons["bf16"] = "this CPU has no bf16"
-    order: tuple[CpuPrecision, ...] = ("int8", "bf16", "fp32")
+    own: tuple[CpuPrecision, ...] = ("dynamic_int8",) if executor == "onnxruntime" else ()
+    order: tuple[CpuPrecision, ...] = (*own, "int8", "bf16", "fp32")
     return (
         [name for name in order if name not in reasons],
         [PrecisionCandidate(precision=name, reason=f"not tried: {reasons[name]}") for name in order if name in reasons],

@@ -44,7 +44,7 @@ def make_proof(
     """`reference` is the fp32 graph, `served` the one that the platform runs or builds engines from, `texts` are held
     out. Raises QualityError when the served graph is within the budget on none of the samples.
     """
-    compressed = served.precision in ("int8", "w8", "w4")
+    compressed = served.precision in ("int8", "dynamic_int8", "fp8", "w8", "w4")
     if spec.generates:
         rows = _Rows.of(spec, platform, checkpoint)
         generator = (_generator_proof(spec, rows, reference, part) for part in _documents(texts))

@@ -13,6 +13,7 @@ from builders.judging.vectors import HELD_OUT_TEXTS
 from builders.pipeline import qat
 from builders.pipeline.result import Build, Report, done
 from builders.quantize import encoder_weights, int8
+from builders.quantize.forms import FORMS
 from builders.repository import directories
 from builders.store.closure import tool_versions
 from builders.store.processor import this_processor
@@ -43,32 +44,44 @@ def export(built: Build, store: Store, report: Report) -> Build:
 
 
 def _wanted_precisions(built: Build) -> tuple[str, ...]:
-    """fp32 is always there, as the reference. INT8 starts from fp16, so that both worlds share one small graph."""
+    """fp32 is always there, as the reference. INT8 starts from fp16, so that both worlds share one small graph; dynamic
+    INT8 from fp32, the only type that its operator reads."""
     wanted = built.spec.precision_on(built.platform)
-    return ("fp32", "fp16") if wanted in ("fp16", "int8") else ("fp32",)
+    return ("fp32", "fp16") if wanted in ("fp16", "int8", "fp8") else ("fp32",)
 
 
 def quantize(built: Build, store: Store, report: Report) -> Build:
     wanted = built.spec.precision_on(built.platform)
     if wanted in ("w8", "w4"):
         return _weights_alone(built, wanted, store, report)
-    if wanted != "int8":
+    form = FORMS.get(wanted)
+    if form is None:
         return built
     budget, checkpoint = built.spec.precision, built.checkpoint
-    source, reference = built.graph("fp16"), built.graph("fp32")
-    if budget.qat is not None:
+    source, reference = built.graph(form.source), built.graph("fp32")
+    trained = budget.qat if form.precision == "int8" else None
+    if trained is not None:
         qat.require_trainable(checkpoint)
 
     def run(out: Path) -> OnnxGraph:
         calibration, held_out = vectors.calibration_and_held_out(budget)
-        return int8.quantize_int8(
-            source, reference, checkpoint, budget, calibration, held_out, out, lambda text: report("quantize", text)
+        return int8.quantize_linears(
+            source,
+            reference,
+            checkpoint,
+            budget,
+            calibration,
+            held_out,
+            out,
+            lambda text: report("quantize", text),
+            form,
         )
 
-    report("quantize", "int8")
+    report("quantize", form.precision)
     item, hit = store.get_or_build(
         "quantize",
         {
+            "form": form.precision,
             "graph": source.digest,
             "reference": reference.digest,
             "checkpoint": checkpoint.digest,
@@ -78,9 +91,9 @@ def quantize(built: Build, store: Store, report: Report) -> Build:
         OnnxGraph,
         run,
     )
-    report("quantize", done(f"int8, {item.bytes / 1e6:.1f} MB, {item.judged}", hit))
-    if budget.qat is not None:
-        item = qat.trained(built, item, budget.qat, store, report)
+    report("quantize", done(f"{form.precision}, {item.bytes / 1e6:.1f} MB, {item.judged}", hit))
+    if trained is not None:
+        item = qat.trained(built, item, trained, store, report)
     return replace(built, graphs=(*built.graphs, item))
 
 

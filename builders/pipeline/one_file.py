@@ -20,10 +20,11 @@ from builders.graph import GRAPH_FILE
 from builders.judging import corpus
 from builders.judging.perplexity import ENCODER_FILE
 from builders.judging.vectors import HELD_OUT_TEXTS, calibration_and_held_out
+from builders.quantize.forms import FORMS
 from builders.spec import Flavour, ModelSlice, PrecisionSlice, ProfileSlice, Range
 from runtime.record import Record
 
-Scheme = Literal["int8", "w8", "w4"]
+Scheme = Literal["int8", "dynamic_int8", "fp8", "w8", "w4"]
 DECODER_FILE = "decoder.onnx"  # of an encoder-decoder, as its export names it
 
 
@@ -65,19 +66,27 @@ def quantize(source: Path, scheme: Scheme | None, budget: PrecisionSlice, output
             f"graph {source}", got=f"a graph in {graph.precision}", expected="fp32 or fp16",
             fix="give the graph it was made of",
         )  # fmt: skip
-    if (chosen == "int8") != (checkpoint.generation is None):
+    form = FORMS.get(chosen)
+    if (form is not None) != (checkpoint.generation is None):
         raise InputError(
             f"--scheme for {source}", got=f"{chosen} with a graph of task {checkpoint.task}",
-            expected="int8 for encoders; w8 or w4, weights alone, for language models", fix="choose one of these",
+            expected=f"{', '.join(FORMS)} for encoders; w8 or w4, weights alone, for language models",
+            fix="choose one of these",
+        )  # fmt: skip
+    if chosen == "dynamic_int8" and graph.precision != "fp32":
+        raise InputError(
+            f"graph {source}", got=f"a graph in {graph.precision} for --scheme dynamic_int8",
+            expected="fp32, the only type that DynamicQuantizeLinear reads", fix="export it in fp32",
         )  # fmt: skip
     calibration, held_out = calibration_and_held_out(budget)
     with beside(output) as work, beside(output) as staged:
         given = _staged(graph, checkpoint, staged)
-        if chosen == "int8":
-            from builders.quantize.int8 import quantize_int8
+        if form is not None:
+            from builders.quantize.int8 import quantize_linears
 
-            result = quantize_int8(given, given, checkpoint, budget, calibration, held_out, work)
+            result = quantize_linears(given, given, checkpoint, budget, calibration, held_out, work, form=form)
         else:
+            assert chosen in ("w8", "w4")
             from builders.quantize.weight_only import quantize_weights
 
             ratio = budget.max_perplexity_ratio

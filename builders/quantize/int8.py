@@ -1,11 +1,12 @@
-"""fp16 graph -> INT8 graph with explicit QuantizeLinear/DequantizeLinear, for TensorRT and OpenVINO alike.
+"""An encoder's graph -> its matrix products in eight bits, in one of the forms of `forms.py`.
 
-Weights are INT8 per output channel, activations INT8 per tensor after SmoothQuant. Only matrix products with a
+INT8 of calibrated scales is for TensorRT and OpenVINO alike, written into the fp16 graph: weights per output channel,
+activations per tensor after SmoothQuant. Only matrix products with a
 constant weight are quantised; their outputs stay in floating point. Which of them lose too much is measured, not
 guessed: each group that reads one activation is quantised alone, the groups are ordered by the loss per weight, and
 as many as the quality budget bears are taken. The search runs on the fp32 graph, which ONNX Runtime computes far
-faster on CPU; the choice is then carried out on the fp16 graph. Weights are rounded to the nearest step, or by GPTQ
-where that comes nearer to fp32 on texts by which it did not round.
+faster on CPU; the choice is then carried out on the graph that is served. INT8 weights are rounded to the nearest step,
+or by GPTQ where that comes nearer to fp32 on texts by which it did not round.
 """
 
 from __future__ import annotations
@@ -22,15 +23,14 @@ from builders.artifacts import Checkpoint, OnnxGraph, Quality, RoundingChoice
 from builders.errors import ParityError, QualityError, UnsupportedError
 from builders.graph import GRAPH_FILE, record_graph, require_standard
 from builders.judging.vectors import graph_outputs, measure, require_budget, sample_requests, within_budget
+from builders.quantize.forms import FORMS, QuantizedForm
 from builders.quantize.linears import BATCH, Group, activations, groups_of, input_of, linears_of, weight_of
 from builders.quantize.rounding import JUDGED, gptq_weights, to_round_by
 from builders.quantize.scales import Floats
 from builders.quantize.smoothquant import (
     Calibration,
     QuantizedLinear,
-    activation_scale,
     best_smoothing,
-    quantize_weight,
     thin_out,
 )
 from builders.spec import PrecisionSlice
@@ -47,7 +47,7 @@ _MIN_QUANTISED = 0.5  # below this share of the weights the graph is INT8 in nam
 Weights = Mapping[int, QuantizedLinear]  # by position among all linear layers; those that are not there: to the nearest
 
 
-def quantize_int8(
+def quantize_linears(
     graph: OnnxGraph,
     reference: OnnxGraph,
     checkpoint: Checkpoint,
@@ -56,8 +56,10 @@ def quantize_int8(
     held_out_texts: Sequence[str],
     out: Path,
     progress: Callable[[str], None] = lambda message: None,
+    form: QuantizedForm = FORMS["int8"],
 ) -> OnnxGraph:
-    """Writes the INT8 form of `graph` (fp16) into `out`; quality is measured against `reference` (fp32).
+    """Writes a quantised form of `graph` (fp16; of dynamic INT8, fp32) into `out`; quality is measured against
+    `reference` (fp32).
 
     Raises QualityError when fewer than half of the weights could be quantised within the budget, or when the result
     misses it on the held-out texts; UnsupportedError when there is nothing to quantise.
@@ -65,12 +67,12 @@ def quantize_int8(
     progress("calibrating")
     requests = sample_requests(checkpoint, calibration_texts)
     calibrations = _calibrate(reference.file_path, requests)
-    smoothing = _smoothing(reference.file_path, calibrations)
+    smoothing = _smoothing(reference.file_path, calibrations, form)
     file = out / GRAPH_FILE
 
     def rewrite(source: OnnxGraph, groups: Sequence[Group], weights: Weights) -> None:
         members = {member for group in groups for member in group.members}
-        _rewrite(source.file_path, members, calibrations, smoothing, file, weights)
+        _rewrite(source.file_path, members, calibrations, smoothing, file, weights, form)
 
     def by_gptq(groups: Sequence[Group]) -> Weights:
         seen = to_round_by(requests)
@@ -85,8 +87,8 @@ def quantize_int8(
             total, lambda number: search.good_enough(groups[:number], total, progress), _guess(groups, budget)
         )
     chosen = groups[:count]
-    _require_most(chosen, groups, checkpoint, budget)
-    weights, rounding = search.rounding(chosen, by_gptq, progress)
+    _require_most(chosen, groups, checkpoint, budget, form)
+    weights, rounding = search.rounding(chosen, by_gptq, progress) if form.integers else ({}, None)
     held_out = sample_requests(checkpoint, held_out_texts)
     expected = graph_outputs(reference.file_path, held_out, checkpoint)
 
@@ -97,21 +99,25 @@ def quantize_int8(
         return measure(expected, graph_outputs(file, held_out, checkpoint), checkpoint.task, "ONNX Runtime")
 
     quality = written(weights)
-    if weights and budget.rounding == "auto" and not within_budget(quality, budget):
+    if weights and rounding is not None and budget.rounding == "auto" and not within_budget(quality, budget):
         quality, rounding = written({}), rounding.model_copy(update={"taken": "nearest"})
-    require_budget(quality, budget, f"INT8 graph of {checkpoint.source}")
-    return record_graph(out, "int8", quality, graph.digest).model_copy(update={"rounding": rounding})
+    require_budget(quality, budget, f"{form.precision} graph of {checkpoint.source}")
+    return record_graph(out, form.precision, quality, graph.digest).model_copy(update={"rounding": rounding})
 
 
 def _require_most(
-    chosen: Sequence[Group], groups: Sequence[Group], checkpoint: Checkpoint, budget: PrecisionSlice
+    chosen: Sequence[Group],
+    groups: Sequence[Group],
+    checkpoint: Checkpoint,
+    budget: PrecisionSlice,
+    form: QuantizedForm,
 ) -> None:
     share = sum(group.weights for group in chosen) / sum(group.weights for group in groups)
     if share < _MIN_QUANTISED:
         scores = "" if checkpoint.task == "embedding" else f" and max_logit_error={budget.max_logit_error}"
         raise QualityError(
-            f"INT8 of {checkpoint.source}: only {len(chosen)} of {len(groups)} groups of matrix products ({share:.0%} "
-            f"of their weights) stay within min_mean_cosine={budget.min_mean_cosine} and "
+            f"{form.precision} of {checkpoint.source}: only {len(chosen)} of {len(groups)} groups of matrix products "
+            f"({share:.0%} of their weights) stay within min_mean_cosine={budget.min_mean_cosine} and "
             f"min_worst_cosine={budget.min_worst_cosine}{scores}; use bf16 or fp16, or lower the budget knowingly"
         )
 
@@ -144,7 +150,7 @@ class _Search:
     def good_enough(self, groups: Sequence[Group], total: int, progress: Callable[[str], None]) -> bool:
         quality = self._quality(groups, len(self._requests))
         progress(
-            f"{len(groups)} of {total} groups in INT8: "
+            f"{len(groups)} of {total} groups quantised: "
             f"cosine {quality.mean_cosine:.5f}, worst {quality.worst_cosine:.5f}"
         )
         return (
@@ -240,6 +246,7 @@ def _rewrite(
     smoothing: Mapping[int, Floats],
     target: Path,
     weights: Weights,
+    form: QuantizedForm = FORMS["int8"],
 ) -> None:
     """Saves `source` with the chosen linear layers quantised; the others keep reading the activation itself.
 
@@ -254,18 +261,20 @@ def _rewrite(
         first = group.members[0]
         if first not in chosen:
             continue
-        smoothed = _insert_activation(model.graph, linears[first], smoothing[first], calibrations[first].channel_max)
+        before, factors = linears[first], smoothing[first]
+        read = form.activation(model.graph, before, factors, calibrations[first].channel_max)
         for index in group.members:
-            _insert_weight(model.graph, linears[first], linears[index], smoothing[first], weights.get(index))
-            linears[index].replace_input_with(0, smoothed)
+            form.product(model.graph, before, linears[index], read, factors, weights.get(index))
     for value in [v for v in model.graph.initializers.values() if not v.uses()]:
         del model.graph.initializers[str(value.name)]
     external = f"{target.name}.data" if (source.parent / f"{source.name}.data").exists() else None
     ir.save(model, target, external_data=external)
 
 
-def _smoothing(source: Path, calibrations: Sequence[Calibration]) -> dict[int, Floats]:
-    """The best factors of every group, by its first member."""
+def _smoothing(source: Path, calibrations: Sequence[Calibration], form: QuantizedForm) -> dict[int, Floats]:
+    """The best factors of every group, by its first member; none where the form has no use for them."""
+    if not form.integers:
+        return {group.members[0]: np.ones(0, np.float32) for group in groups_of(ir.load(source))}
     model = ir.load(source)
     linears = linears_of(model)
     return {
@@ -274,48 +283,3 @@ def _smoothing(source: Path, calibrations: Sequence[Calibration]) -> dict[int, F
         )
         for group in groups_of(model)
     }
-
-
-def _insert_activation(graph: ir.Graph, before: ir.Node, factors: Floats, channel_max: Floats) -> ir.Value:
-    """activation -> Mul(1 / factors) -> QuantizeLinear -> DequantizeLinear."""
-    activation = input_of(before, 0)
-    name, dtype = str(activation.name), input_of(before, 1).const_value.numpy().dtype  # type: ignore[union-attr]
-    inverse = _constant(graph, f"{name}_smooth", (1 / factors).astype(dtype))
-    scale_value = _constant(graph, f"{name}_scale", np.array(activation_scale(channel_max, factors, dtype), dtype))
-    zero = _constant(graph, f"{name}_zero", np.zeros((), np.int8))
-    smooth = ir.node("Mul", [activation, inverse], name=f"{name}_smooth_mul")
-    quantize = ir.node("QuantizeLinear", [smooth.outputs[0], scale_value, zero], name=f"{name}_quantize")
-    dequantize = ir.node("DequantizeLinear", [quantize.outputs[0], scale_value, zero], name=f"{name}_dequantize")
-    for node in (smooth, quantize, dequantize):
-        node.outputs[0].name = f"{node.name}_out"
-    graph.insert_before(before, [smooth, quantize, dequantize])
-    return dequantize.outputs[0]
-
-
-def _insert_weight(
-    graph: ir.Graph, before: ir.Node, node: ir.Node, factors: Floats, given: QuantizedLinear | None
-) -> None:
-    """INT8 weight -> DequantizeLinear along the output channels, as the new weight of `node`."""
-    old = input_of(node, 1)
-    name, dtype = str(old.name), old.const_value.numpy().dtype  # type: ignore[union-attr]
-    quantized = given or quantize_weight(weight_of(node), factors, dtype)
-    inputs = [
-        _constant(graph, f"{name}_int8", quantized.weight),
-        _constant(graph, f"{name}_scale", quantized.weight_scale.astype(dtype)),
-        _constant(graph, f"{name}_zero", np.zeros(quantized.weight_scale.shape, np.int8)),
-    ]
-    dequantize = ir.node("DequantizeLinear", inputs, attributes={"axis": 1}, name=f"{name}_dequantize")
-    dequantize.outputs[0].name = f"{name}_dequantized"
-    graph.insert_before(before, [dequantize])
-    node.replace_input_with(1, dequantize.outputs[0])
-
-
-def _constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:  # type: ignore[type-arg]
-    value = ir.Value(
-        name=name,
-        const_value=ir.tensor(array, name=name),
-        shape=ir.Shape(array.shape),
-        type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
-    )
-    graph.register_initializer(value)
-    return value

@@ -12,6 +12,7 @@ from builders.spec.kubernetes import KubernetesSlice
 from builders.spec.online import CanarySlice, FederatedSlice, GateSlice, LearnerSlice, OnlineSlice, WhenSlice
 from builders.spec.reading import PRESETS, load_spec, resolve_spec_path
 from builders.spec.slices import (
+    FP8_TARGET,
     POOLINGS,
     CpuPrecision,
     EngineSlice,
@@ -37,6 +38,7 @@ from builders.spec.slices import (
 from builders.spec.weights import ClusterSlice, SparsifySlice
 
 __all__ = [
+    "FP8_TARGET",
     "POOLINGS",
     "PRESETS",
     "BudgetSlice",

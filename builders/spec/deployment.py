@@ -12,9 +12,11 @@ from builders.spec.compress import BudgetSlice, StepSlice
 from builders.spec.kubernetes import KubernetesSlice
 from builders.spec.online import OnlineSlice
 from builders.spec.slices import (
+    FP8_TARGET,
     CpuPrecision,
     EngineSlice,
     GenerationSlice,
+    GraphPrecision,
     ModelSlice,
     Name,
     ParallelSlice,
@@ -46,7 +48,9 @@ UNREAD: dict[str, dict[str, tuple[str, ...]]] = {
 }  # fmt: skip
 _BUDGET_OF_GENERATION = ("max_perplexity_ratio", "min_agreement")
 _BUDGET_OF_OTHERS = ("min_mean_cosine", "min_worst_cosine", "min_mrr_ratio")
-_ENCODER_PRECISIONS = {"cpu": ("auto", "fp32", "bf16", "int8", "w8", "w4"), "gpu": ("fp16", "int8")}
+_ENCODER_PRECISIONS = {
+    "cpu": ("auto", "fp32", "bf16", "int8", "dynamic_int8", "w8", "w4"), "gpu": ("fp16", "int8", "fp8"),
+}  # fmt: skip
 # No w8 on a GPU: TensorRT for RTX keeps weights in 4 bits, but unpacks those in 8. Of a 100 M Llama it makes an engine
 # of 211 MB from fp16, 151 MB from w4, and 217 (a scale for each channel) to 270 MB (for each block) from w8.
 _GENERATOR_PRECISIONS = {"cpu": ("auto", "fp32", "w8", "w4"), "gpu": ("fp16", "w4")}
@@ -121,6 +125,8 @@ class DeploymentSpec(Slice):
                 f"precision.rounding={asked.rounding} scales weights, so that precision.qat does not know them again; "
                 "use gptq, or leave one of the two out"
             )
+        if asked.qat is not None and asked.blocks == "asymmetric":
+            raise ValueError("precision.blocks=asymmetric: precision.qat trains no zero points; use symmetric")
         for key in ("blocks", "ranges"):
             value = getattr(asked, key)
             if value != getattr(PrecisionSlice(), key) and not (served & {"w8", "w4"} or self._may_be_rounded):
@@ -130,11 +136,11 @@ class DeploymentSpec(Slice):
                 )
         if asked.blocks == "asymmetric" and asked.gpu == "w4":
             raise ValueError("precision.blocks=asymmetric: TensorRT takes no zero points of precision.gpu=w4")
-        in_int8 = not self.generates and bool(served & {"int8", "auto"})
+        in_int8 = not self.generates and bool(served & {"int8", "dynamic_int8", "auto"})
         if asked.rounding != "auto" and not (in_int8 or served & {"auto", "w8", "w4"}):
             raise ValueError(
                 f"precision.rounding says nothing to precision.cpu={asked.cpu} and precision.gpu={asked.gpu}: it is "
-                f"for weights in integers; use {'w8 or w4' if self.generates else 'int8, w8 or w4'}, or remove it"
+                f"for weights in integers; use {'w8 or w4' if self.generates else 'int8, dynamic_int8, w8 or w4'}, or remove it"
             )
         if in_int8 and "awq" in asked.rounding:
             raise ValueError(
@@ -221,10 +227,31 @@ class DeploymentSpec(Slice):
             raise ValueError("engine.profiles: engines of flavour tensorrt-rtx are served with one profile; give one")
         if self.precision.cpu == "bf16" and self.cpu_executor == "onnxruntime":
             raise ValueError("precision.cpu=bf16 needs serving.executor=openvino; ONNX Runtime computes in fp32 on CPU")
+        self._require_quantised_choices()
         self._require_rank_choices()
         if 0 < self.serving.response_cache_bytes < 1 << 20:
             raise ValueError(
                 f"serving.response_cache_bytes={self.serving.response_cache_bytes} is under Triton's minimum of 1048576"
+            )
+
+    def _require_quantised_choices(self) -> None:
+        """Where dynamic INT8 and FP8 run."""
+        if self.precision.cpu == "dynamic_int8":
+            if self.parallel.ranks > 1:
+                raise ValueError(
+                    "precision.cpu=dynamic_int8 does not go with parallel: a rank would scale by its own share of an "
+                    "activation; use fp32 or int8"
+                )
+            if self.cpu_executor != "onnxruntime":
+                raise ValueError(
+                    "precision.cpu=dynamic_int8 needs serving.executor=onnxruntime: OpenVINO takes longer for it than "
+                    "for fp32; use int8 there"
+                )
+        old = [target for target in self.engine.targets if int(target.removeprefix("sm")) < FP8_TARGET]
+        if self.precision.gpu == "fp8" and old:
+            raise ValueError(
+                f"precision.gpu=fp8 needs engine.targets of sm{FP8_TARGET} or newer, and {', '.join(old)} does not "
+                "multiply FP8; use int8 or fp16 there"
             )
 
     def _require_rank_choices(self) -> None:
@@ -269,7 +296,7 @@ class DeploymentSpec(Slice):
             ),
         )
 
-    def precision_on(self, platform: Platform) -> Literal["fp32", "bf16", "fp16", "int8", "w8", "w4"]:
+    def precision_on(self, platform: Platform) -> CpuPrecision | GraphPrecision:
         """What the platform serves. Raises ValueError for `auto` that no build has measured yet."""
         chosen = self.precision.cpu if platform == "cpu" else self.precision.gpu
         if chosen == "auto":

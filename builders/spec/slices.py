@@ -12,8 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Platform = Literal["cpu", "gpu"]
 Task = Literal["embedding", "classification", "reranking", "generation", "seq2seq"]
-GraphPrecision = Literal["fp32", "fp16", "int8", "w8", "w4"]
-CpuPrecision = Literal["fp32", "bf16", "int8", "w8", "w4"]
+GraphPrecision = Literal["fp32", "fp16", "int8", "dynamic_int8", "fp8", "w8", "w4"]
+CpuPrecision = Literal["fp32", "bf16", "int8", "dynamic_int8", "w8", "w4"]
+FP8_TARGET = 89  # the first multiprocessors that multiply FP8: Ada, then Hopper and Blackwell
 WeightRounder = Literal["nearest", "gptq", "awq", "awq+gptq"]
 Rounding = Literal["auto", WeightRounder]
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
@@ -92,11 +93,14 @@ class PrecisionSlice(Slice):
     cpu: CpuPrecision | Literal["auto"] = Field(
         "auto",
         description="auto: the fastest within the budget, measured on the CPU that builds. Encoders: fp32, bf16 (the "
-        "fp32 graph, computed in bfloat16 by OpenVINO where the CPU has it) or int8; language models: fp32, or weights "
-        "alone in 8 or 4 bits (w8, w4). These are for encoders too, by name: smaller files, seldom faster",
+        "fp32 graph, computed in bfloat16 by OpenVINO where the CPU has it), int8, or dynamic_int8 (with the scales of "
+        "each batch, on ONNX Runtime); language models: fp32, or weights alone in 8 or 4 bits (w8, w4). These are for "
+        "encoders too, by name: smaller files, seldom faster",
     )
-    gpu: Literal["fp16", "int8", "w4"] = Field(
-        "fp16", description="encoders: fp16 or int8; language models: fp16, or weights alone in 4 bits (w4)"
+    gpu: Literal["fp16", "int8", "fp8", "w4"] = Field(
+        "fp16",
+        description="encoders: fp16, int8, or fp8 (E4M3, for sm89 and newer); language models: fp16, or weights alone "
+        "in 4 bits (w4)",
     )
     min_mean_cosine: Fraction = Field(0.998, description="least cosine to the fp32 model, mean over held-out texts")
     min_worst_cosine: Fraction = Field(0.98, description="least cosine to the fp32 model, of the worst held-out text")
@@ -116,9 +120,9 @@ class PrecisionSlice(Slice):
     )
     rounding: Rounding = Field(
         "auto",
-        description="int8, w8, w4: weights to the nearest step; gptq, so that later weights make up for earlier ones "
-        "on the calibration texts; w8, w4: awq, after their inputs were scaled where that costs nothing; or both. "
-        "auto: what is nearest to fp32 on those of them that it does not see (w8: to the nearest)",
+        description="int8, dynamic_int8, w8, w4: weights to the nearest step; gptq, so that later weights make up for "
+        "earlier ones on the calibration texts; w8, w4: awq, after their inputs were scaled where that costs nothing; "
+        "or both. auto: what is nearest to fp32 on those of them that it does not see (w8: to the nearest)",
     )
     blocks: Literal["symmetric", "asymmetric"] = Field(
         "symmetric",

@@ -75,6 +75,7 @@ def test_ranks_compute_in_fp32_and_the_record_says_why(tiny_bert: Path, tmp_path
     assert built.spec.precision.cpu == "fp32"
     assert built.choice is not None
     assert [item.precision for item in built.choice.candidates if item.reason.startswith("not tried")] == [
+        "dynamic_int8",
         "int8",
         "bf16",
     ]

@@ -293,6 +293,6 @@ def _quantised(quantised: Build, out: Path, **given: Any) -> Any:
     out.mkdir()
     texts = corpus.texts(None, 48)
     budget = quantised.spec.precision.model_copy(update={**LOOSE, **given})
-    return int8.quantize_int8(
+    return int8.quantize_linears(
         quantised.graph("fp16"), quantised.graph("fp32"), quantised.checkpoint, budget, texts[:16], texts[16:], out
     )
