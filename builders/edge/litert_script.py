@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 PACKAGES = ("torch", "litert-torch", "ai-edge-litert")
@@ -52,4 +53,5 @@ def run(model: str, output: str, given: str, made: str) -> None:
 
 
 if __name__ == "__main__":
-    {"check": check, "convert": convert, "run": run}[sys.argv[1]](*sys.argv[2:])
+    verbs: dict[str, Callable[..., None]] = {"check": check, "convert": convert, "run": run}
+    verbs[sys.argv[1]](*sys.argv[2:])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 
@@ -44,4 +45,5 @@ def run(model: str, output: str, given: str, made: str) -> None:
 
 
 if __name__ == "__main__":
-    {"convert": convert, "run": run}[sys.argv[1]](*sys.argv[2:])
+    verbs: dict[str, Callable[..., None]] = {"convert": convert, "run": run}
+    verbs[sys.argv[1]](*sys.argv[2:])

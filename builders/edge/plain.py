@@ -39,7 +39,9 @@ def _attention(graph: ir.Graph, node: ir.Node, source: Path) -> None:
         )  # fmt: skip
     assert query.dtype is not None
     dtype = query.dtype.numpy()
-    scale = node.attributes["scale"].as_float() if "scale" in node.attributes else float(query.shape[-1]) ** -0.5
+    width = query.shape[-1]
+    assert isinstance(width, int)  # of a head
+    scale = node.attributes["scale"].as_float() if "scale" in node.attributes else width**-0.5
     chain = _Chain(graph, node)
     turned = chain.add("Transpose", key, perm=[0, 1, 3, 2])
     scores = chain.add("Mul", chain.add("MatMul", query, turned), chain.constant("scale", np.array(scale, dtype)))

@@ -19,7 +19,7 @@ Executor = Literal["openvino", "onnxruntime"]
 
 
 def candidates(
-    generates: bool, executor: Executor, processor: Processor, ranks: int = 1
+    generates: bool, executor: Executor, processor: Processor
 ) -> tuple[list[CpuPrecision], list[PrecisionCandidate]]:
     """(to try, the likeliest first; left out, with the reason). fp32 is always tried: it is what speed is measured by.
 
@@ -31,10 +31,7 @@ def candidates(
     if executor == "onnxruntime":
         reasons["int8"] = "ONNX Runtime computes INT8 graphs no faster than fp32 on a CPU"
         reasons["bf16"] = "ONNX Runtime computes in fp32 on a CPU"
-        if ranks > 1:
-            reasons["dynamic_int8"] = "a rank would scale by its own share of an activation"
-        elif not processor.multiplies_bytes:
-            reasons["dynamic_int8"] = "this CPU has no VNNI, and its INT8 products are no faster than fp32"
+        reasons["dynamic_int8"] = "what a text is answered would depend on its batch; it is taken by name alone"
     else:
         if not processor.multiplies_bytes:
             reasons["int8"] = "this CPU has no VNNI, and its INT8 products saturate and take longer than fp32"

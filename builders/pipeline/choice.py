@@ -70,9 +70,7 @@ def _try_all(
     built: Build, processor: Processor, store: Store, report: Report
 ) -> tuple[list[PrecisionCandidate], list[PrecisionCandidate]]:
     """Candidates with their figures or refusals, and those left out."""
-    names, left_out = precision.candidates(
-        built.spec.generates, built.spec.cpu_executor, processor, built.spec.parallel.ranks
-    )
+    names, left_out = precision.candidates(built.spec.generates, built.spec.cpu_executor, processor)
     builds: dict[CpuPrecision, Build] = {"fp32": _qualified(built, "fp32", store, report)}
     found = []
     for name in names:

@@ -100,7 +100,8 @@ def quantize(built: Build, store: Store, report: Report) -> Build:
 def _weights_alone(built: Build, wanted: Literal["w8", "w4"], store: Store, report: Report) -> Build:
     budget, checkpoint, reference = built.spec.precision, built.checkpoint, built.graph("fp32")
     ranks = built.spec.parallel.tensor
-    if budget.qat is not None:
+    trained = budget.qat if wanted == "w4" else None
+    if trained is not None:
         qat.require_trainable(checkpoint)
         # Training knows the graph's products by the model's weights, which AWQ scales.
         budget = budget.model_copy(update={"rounding": "gptq" if budget.rounding == "auto" else budget.rounding})
@@ -127,8 +128,8 @@ def _weights_alone(built: Build, wanted: Literal["w8", "w4"], store: Store, repo
         run,
     )
     report("quantize", done(f"{wanted}, {item.bytes / 1e6:.1f} MB, {item.judged}", hit))
-    if budget.qat is not None:
-        item = qat.trained(built, item, budget.qat, store, report)
+    if trained is not None:
+        item = qat.trained(built, item, trained, store, report)
     return replace(built, graphs=(*built.graphs, item))
 
 

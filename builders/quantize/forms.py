@@ -130,8 +130,9 @@ class DynamicInt8:
         for made in (integers, wide, scales, scaled):
             made.outputs[0].name = f"{made.name}_out"
         graph.insert_before(node, [integers, wide, scales, scaled])
-        made, made.shape, made.type = scaled.outputs[0], out.shape, out.type
-        convenience.replace_all_uses_with(out, made, replace_graph_outputs=True)
+        result = scaled.outputs[0]
+        result.shape, result.type = out.shape, out.type
+        convenience.replace_all_uses_with(out, result, replace_graph_outputs=True)
         graph.remove(node, safe=True)
 
 
@@ -174,7 +175,8 @@ def _dtype(node: ir.Node) -> np.dtype[Any]:
     """Of the weight, which is that of the graph's arithmetic."""
     tensor = input_of(node, 1).const_value
     assert tensor is not None
-    return tensor.numpy().dtype
+    dtype: np.dtype[Any] = tensor.numpy().dtype
+    return dtype
 
 
 def _smoothed(graph: ir.Graph, before: ir.Node, factors: Floats) -> ir.Value:

@@ -271,7 +271,9 @@ def _rewrite(
     ir.save(model, target, external_data=external)
 
 
-def _smoothing(source: Path, calibrations: Sequence[Calibration], form: QuantizedForm) -> dict[int, Floats]:
+def _smoothing(
+    source: Path, calibrations: Sequence[Calibration], form: QuantizedForm = FORMS["int8"]
+) -> dict[int, Floats]:
     """The best factors of every group, by its first member; none where the form has no use for them."""
     if not form.integers:
         return {group.members[0]: np.ones(0, np.float32) for group in groups_of(ir.load(source))}

@@ -20,7 +20,7 @@ def test_every_key_is_described(kind: type[Slice]) -> None:
 
 def test_the_page_names_choices_bounds_and_who_reads_a_key() -> None:
     page = render()
-    assert "| `cpu` | `fp32`, `bf16`, `int8`, `w8`, `w4`, `auto` | `auto` | all |" in page
+    assert "| `cpu` | `fp32`, `bf16`, `int8`, `dynamic_int8`, `w8`, `w4`, `auto` | `auto` | all |" in page
     assert "| `calibration_samples` | whole number, at least 8, at most 4096 | `128` |" in page
     assert "| `max_perplexity_ratio` | number, at least 1 | `1.03` | language models |" in page
     assert "| `source` | text | **required** |" in page

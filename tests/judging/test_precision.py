@@ -33,8 +33,7 @@ def _processor(text: str, *capabilities: str) -> Processor:
         (_processor(OLD), "openvino", ["fp32"]),
         (_processor(NEW, "BF16"), "openvino", ["int8", "bf16", "fp32"]),
         (_processor(CLIENT), "openvino", ["int8", "fp32"]),
-        (_processor(NEW, "BF16"), "onnxruntime", ["dynamic_int8", "fp32"]),
-        (_processor(OLD), "onnxruntime", ["fp32"]),
+        (_processor(NEW, "BF16"), "onnxruntime", ["fp32"]),  # ranks too
         (_processor("", "BF16"), "openvino", ["bf16", "fp32"]),
     ],
 )
@@ -46,12 +45,6 @@ def test_what_cannot_pay_is_not_tried_and_says_why(processor: Processor, executo
     assert all(item.reason.startswith("not tried: ") and item.speed is None for item in left_out)
     if not processor.multiplies_bytes and executor == "openvino":
         assert any("no VNNI" in item.reason for item in left_out)
-
-
-def test_ranks_compute_in_fp32() -> None:
-    names, left_out = candidates(False, "onnxruntime", _processor(NEW, "BF16"), ranks=2)
-    assert names == ["fp32"]
-    assert {item.precision for item in left_out} == {"int8", "dynamic_int8", "bf16"}
 
 
 def test_fewer_bytes_are_tried_for_generators_on_any_cpu() -> None:
