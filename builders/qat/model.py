@@ -141,7 +141,7 @@ class RoundedModel:
         return named
 
 
-def _steps(weight: Floats, scales: Floats, integers: NDArray[np.int8]) -> Floats:
+def _steps(weight: Floats, scales: Floats, integers: NDArray[np.signedinteger[Any]]) -> Floats:
     """[N, K] of all three [K, N]: weights in steps, brought to where they round to `integers`. So those that were
     nearest to another step are the first that training moves there."""
     found: Floats = np.clip(weight / scales, integers - _WITHIN, integers + _WITHIN).T.astype(np.float32).copy()

@@ -138,9 +138,10 @@ class DeploymentSpec(Slice):
             raise ValueError("precision.blocks=asymmetric: TensorRT takes no zero points of precision.gpu=w4")
         in_int8 = not self.generates and bool(served & {"int8", "dynamic_int8", "auto"})
         if asked.rounding != "auto" and not (in_int8 or served & {"auto", "w8", "w4"}):
+            integers = "w8 or w4" if self.generates else "int8, dynamic_int8, w8 or w4"
             raise ValueError(
                 f"precision.rounding says nothing to precision.cpu={asked.cpu} and precision.gpu={asked.gpu}: it is "
-                f"for weights in integers; use {'w8 or w4' if self.generates else 'int8, dynamic_int8, w8 or w4'}, or remove it"
+                f"for weights in integers; use {integers}, or remove it"
             )
         if in_int8 and "awq" in asked.rounding:
             raise ValueError(
