@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import mmap
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,10 +15,8 @@ if TYPE_CHECKING:
 # wrong. With this entry ONNX Runtime multiplies unsigned by unsigned bytes. Its rewriting takes no weights in blocks
 # (they get a zero point of the wrong rank), so graphs of weights alone, whose products are others, go without.
 _EXACT_INT8 = ("session.x64quantprecision", "1")
-_QUANTISES = (
-    b"\x22\x0eQuantizeLinear",
-    b"\x22\x15DynamicQuantizeLinear",
-)  # protobuf: NodeProto.op_type, 14 and 21 bytes
+_QUANTISES = b"\x22\x0eQuantizeLinear"  # protobuf: NodeProto.op_type, 14 bytes
+_DYNAMIC = b"\x22\x15DynamicQuantizeLinear"  # 21 bytes
 # What the zero points of FP8 activations are called. ONNX Runtime takes QuantizeLinear to FP8 for one to INT8, makes a
 # product of bytes of it, and then refuses the graph; with this entry it computes operator by operator.
 FP8_ZERO = "zero_e4m3fn"
@@ -59,5 +58,13 @@ def _entries_for(graph: Path | bytes) -> tuple[tuple[str, str], ...]:
 def _entries(content: bytes | mmap.mmap) -> tuple[tuple[str, str], ...]:
     if content.find(FP8_ZERO.encode()) >= 0:
         return (_AS_WRITTEN,)
-    quantises = any(content.find(operator) >= 0 for operator in _QUANTISES)
-    return (_EXACT_INT8,) if quantises and content.find(_IN_BLOCKS) < 0 else ()
+    if content.find(_DYNAMIC) >= 0:  # unsigned products take a third longer, and with VNNI signed ones are exact too
+        return () if multiplies_bytes() else (_EXACT_INT8,)
+    return (_EXACT_INT8,) if content.find(_QUANTISES) >= 0 and content.find(_IN_BLOCKS) < 0 else ()
+
+
+@functools.cache
+def multiplies_bytes() -> bool:
+    """Whether this CPU adds products of bytes in 32 bits: VNNI. Where Linux does not say, it is taken not to."""
+    file = Path("/proc/cpuinfo")
+    return file.is_file() and "vnni" in file.read_text()

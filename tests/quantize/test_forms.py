@@ -20,7 +20,7 @@ from builders.pipeline import Build, one_file
 from builders.quantize.forms import FORMS
 from builders.quantize.linears import linears_of
 from builders.spec import ModelSlice, PrecisionSlice, ProfileSlice, Range
-from runtime.session import _EXACT_INT8, _entries_for, open_session
+from runtime.session import multiplies_bytes, open_session
 from tests.conftest import tiny_spec
 
 ON_ONNXRUNTIME = {"executor": "onnxruntime"}
@@ -102,10 +102,21 @@ def test_onnx_runtime_serves_dynamic_int8_as_products_of_bytes(dynamic: Build, t
     assert dynamic.served.executor.startswith("ONNX Runtime")
     assert dynamic.served.mean_cosine >= 0.998
     open_session(graph.file_path, optimized=tmp_path / "fused.onnx")
-    fused = [node.op_type for node in onnx.load(str(tmp_path / "fused.onnx")).graph.node]
+    run = onnx.load(str(tmp_path / "fused.onnx")).graph
+    fused = [node.op_type for node in run.node]
     assert "MatMulInteger" not in fused
     assert {"MatMulIntegerToFloat", "DynamicQuantizeMatMul"} & set(fused)
-    assert _entries_for(graph.file_path) == (_EXACT_INT8,)  # without VNNI, such products saturate
+    # Products of signed bytes saturate without VNNI, and are faster with it.
+    assert (TensorProto.INT8 in {tensor.data_type for tensor in run.initializer}) == multiplies_bytes()
+
+
+def test_without_vnni_dynamic_products_are_of_unsigned_bytes(
+    dynamic: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.session.multiplies_bytes", lambda: False)
+    open_session(dynamic.graph("dynamic_int8").file_path, optimized=tmp_path / "fused.onnx")
+    run = onnx.load(str(tmp_path / "fused.onnx")).graph
+    assert TensorProto.INT8 not in {tensor.data_type for tensor in run.initializer}
 
 
 def test_fp8_builds_for_every_gpu_that_has_it(fp8: Build) -> None:
