@@ -106,7 +106,7 @@ def language_recipes() -> tuple[LanguageBenchRecipe, ...]:
 
 
 def _taught(minutes: float, **more: Any) -> dict[str, Any]:
-    return {"distil": {"minutes": minutes, "losses": {"soft_labels": 1.0, "next_tokens": 0.2}, **more}}
+    return {"distil": {"minutes": minutes, "losses": {"soft_labels": 1.0}, **more}}
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ class BenchRecipe:
     quick: bool = False
     qat: dict[str, Any] | None = None
     rounding: str = "auto"
+    blocks: str = "symmetric"
     against: str = ""
 
     def spec(self, quick: bool = False) -> DeploymentSpec:
@@ -40,7 +41,7 @@ class BenchRecipe:
                 "compress": steps,
                 "budget": self.budget.model_dump() if steps else None,
                 "precision": {
-                    "cpu": self.precision, "rounding": self.rounding, "qat": self._training(quick),
+                    "cpu": self.precision, "rounding": self.rounding, "blocks": self.blocks, "qat": self._training(quick),
                     "min_mean_cosine": 0.9, "min_worst_cosine": 0.8,
                 },
                 "serving": {"executor": preset.serving.executor, "length_buckets": preset.serving.length_buckets},
@@ -79,6 +80,10 @@ def recipes() -> tuple[BenchRecipe, ...]:
         ),
         BenchRecipe("original, w4, AWQ", precision="w4", rounding="awq", against="original, w4, to the nearest"),
         BenchRecipe("original, w4, AWQ and GPTQ", precision="w4", rounding="awq+gptq", against="original, w4, GPTQ"),
+        BenchRecipe(
+            "original, w4, GPTQ, zero points", precision="w4", rounding="gptq", blocks="asymmetric",
+            against="original, w4, GPTQ",
+        ),
         BenchRecipe("original, int8, to the nearest", precision="int8", rounding="nearest"),
         BenchRecipe("original, int8", precision="int8", against="original, int8, to the nearest", quick=True),
         BenchRecipe(
