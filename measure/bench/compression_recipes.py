@@ -41,8 +41,8 @@ class BenchRecipe:
                 "compress": steps,
                 "budget": self.budget.model_dump() if steps else None,
                 "precision": {
-                    "cpu": self.precision, "rounding": self.rounding, "blocks": self.blocks, "qat": self._training(quick),
-                    "min_mean_cosine": 0.9, "min_worst_cosine": 0.8,
+                    "cpu": self.precision, "rounding": self.rounding, "blocks": self.blocks,
+                    "qat": self._training(quick), "min_mean_cosine": 0.9, "min_worst_cosine": 0.8,
                 },
                 "serving": {"executor": preset.serving.executor, "length_buckets": preset.serving.length_buckets},
             }
