@@ -33,7 +33,7 @@ def trained(built: Build, graph: OnnxGraph, asked: QatSlice, store: Store, repor
     """`graph`, as post-training quantisation left it, with other numbers. It stays in the store, whatever comes of
     this. The teacher is the model in fp32: what `compress` left, where it did anything."""
     checkpoint, budget, reference = built.checkpoint, built.spec.precision, built.graph("fp32")
-    training = as_training(asked)
+    training = as_training(asked, graph.precision)
     inputs = {
         "graph": graph.digest,
         "reference": reference.digest,

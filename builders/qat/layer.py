@@ -11,7 +11,7 @@ INT8_ACTIVATION, INT8_WEIGHT = (-128, 127), (-127, 127)  # steps
 # weight by a hundredth of the distance that rounding leaves between two values, and a scale by 0.06 %.
 _WEIGHT_PACE = 300.0
 _SCALE_PACE = 20.0
-_BLOCK_PACE = 300.0
+_BLOCK_PACE = 100.0  # at a rate of 0.0001, a weight in 4 bits moves by a hundredth of a step, and a scale by 0.2 %
 
 
 class Rounding(torch.autograd.Function):
@@ -99,7 +99,7 @@ class Int8Linear(torch.nn.Linear):
 
 class BlockLinear(torch.nn.Linear):
     """In the place of a linear layer with this bias, whose weights alone are integers. `steps` [outputs, inputs] are
-    its weights in steps of `block_scale` [outputs, inputs / block], not yet rounded.
+    its weights in steps of `block_scale` [outputs, inputs / block].
     """
 
     def __init__(
@@ -108,14 +108,10 @@ class BlockLinear(torch.nn.Linear):
         super().__init__(steps.shape[1], steps.shape[0], bias is not None)
         self.ends = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
         self.scale = LearntScale(block_scale)
-        self.set_steps(steps)
-        if bias is not None:
-            self.bias = bias
-
-    def set_steps(self, steps: torch.Tensor) -> None:
-        """[outputs, inputs]"""
         with torch.no_grad():
             self.weight.copy_(steps / _BLOCK_PACE)
+        if bias is not None:
+            self.bias = bias
 
     @property
     def unrounded(self) -> torch.Tensor:

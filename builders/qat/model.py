@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from builders.compress.importance import Forward
 from builders.compress.inputs import observed
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     from builders.qat.layer import BlockLinear, Int8Linear
 
 _SAME = 0.5  # of a weight's mean size: far more than rounding moves it, far less than any other matrix is away
-_WITHIN = 0.49  # of a step from its middle
 _PREFIX = "model."  # of the model's parameters in the graph's names
 
 
@@ -35,7 +33,7 @@ class RoundedModel:
     def __init__(self, model: Any, graph: RoundedGraph) -> None:
         self._graph, self._model = graph, model
         self._int8: list[tuple[Int8Product, Int8Linear, str]] = []  # with the layer's name
-        self._blocks: list[tuple[BlockProduct, BlockLinear, str]] = []
+        self._blocks: list[tuple[BlockProduct, BlockLinear]] = []
         self._plain: list[tuple[PlainProduct, torch.nn.Linear]] = []
         self._place()
         self._named = self._freeze()
@@ -53,7 +51,7 @@ class RoundedModel:
                 steps = np.rint(layer.smoothed.numpy().T / held).clip(-127, 127)
                 found |= {integers: steps.astype(np.int8), scales: held}
                 found[activation] = representable(layer.activation().numpy(), self._graph.dtype)
-            for block_product, block_layer, _ in self._blocks:
+            for block_product, block_layer in self._blocks:
                 found |= self._block_arrays(block_product, block_layer)
             found |= {product.name: linear.weight.numpy().T for product, linear in self._plain}
             found |= {name: parameter.detach().numpy() for name, parameter in self._named.items()}
@@ -67,14 +65,13 @@ class RoundedModel:
         return {integers: steps.reshape(product.integers.shape).astype(np.int8), scales: held}
 
     def round_by_gptq(self, teacher: Any, forward: Forward, batches: Sequence[Batch]) -> None:
-        """The weights of `teacher`, the model as it was, rounded with the same scales so that later weights make up for
-        earlier ones, on what its layers read."""
+        """INT8: the weights of `teacher`, the model as it was, rounded with the same scales so that later weights make
+        up for earlier ones, on what its layers read."""
         import torch
 
         readers: dict[str, torch.nn.Linear] = {}
         for product, _, name in self._int8:
             readers.setdefault(product.names[2], teacher.get_submodule(name))
-        readers |= {name: teacher.get_submodule(name) for _, _, name in self._blocks}
         with torch.no_grad():
             read = observed(readers, forward, batches)
         for product, layer, name in self._int8:
@@ -82,10 +79,6 @@ class RoundedModel:
             hessian = (read[product.names[2]].moment.numpy() * np.outer(inverse, inverse)).astype(np.float32)
             smoothed = teacher.get_submodule(name).weight.detach().numpy().T / inverse[:, None]
             layer.set_steps(torch.from_numpy(compensated(smoothed, hessian, product.scales[None], (-127, 127)).T))
-        for block_product, block_layer, name in self._blocks:
-            weight, scales = teacher.get_submodule(name).weight.detach().numpy().T, block_product.each_scale
-            integers = compensated(weight, read[name].moment.numpy().astype(np.float32), scales, block_layer.ends)
-            block_layer.set_steps(torch.from_numpy(_steps(weight, scales, integers)))
 
     def _place(self) -> None:
         import torch
@@ -102,10 +95,10 @@ class RoundedModel:
                 continue
             if isinstance(product, BlockProduct):
                 scales = torch.from_numpy(product.scales.T.copy())
-                steps = _steps(linear.weight.detach().numpy().T, product.each_scale, product.integers)
-                placed = BlockLinear(torch.from_numpy(steps), linear.bias, scales, product.bits)
+                steps = torch.from_numpy(product.integers.T.astype(np.float32))
+                placed = BlockLinear(steps, linear.bias, scales, product.bits)
                 self._put(name, placed)
-                self._blocks.append((product, placed, name))
+                self._blocks.append((product, placed))
                 continue
             scale = torch.tensor(product.activation_scale)
             smoothed = torch.from_numpy((product.integers * product.scales).T.copy())  # as they were rounded
@@ -134,18 +127,11 @@ class RoundedModel:
         ways |= {id(linear.weight) for _, linear in self._plain}
         for _, layer, _ in self._int8:
             ways |= {id(each) for each in (layer.weight, layer.scale.change, layer.activation.change)}
-        for _, block_layer, _ in self._blocks:
+        for _, block_layer in self._blocks:
             ways |= {id(each) for each in (block_layer.weight, block_layer.scale.change)}
         for parameter in self._model.parameters():
             parameter.requires_grad_(id(parameter) in ways)
         return named
-
-
-def _steps(weight: Floats, scales: Floats, integers: NDArray[np.signedinteger[Any]]) -> Floats:
-    """[N, K] of all three [K, N]: weights in steps, brought to where they round to `integers`. So those that were
-    nearest to another step are the first that training moves there."""
-    found: Floats = np.clip(weight / scales, integers - _WITHIN, integers + _WITHIN).T.astype(np.float32).copy()
-    return found
 
 
 def _belonging(weight: Floats, layers: dict[str, torch.nn.Linear]) -> str:

@@ -34,14 +34,17 @@ _MOST_OFF = 2.0
 _ROOM = 1e-5  # and as much as fp16 may cost where rounding costs next to nothing
 
 
-def as_training(asked: QatSlice) -> DistilSlice:
+_RATES = {"int8": 3e-5, "w4": 1e-4}
+
+
+def as_training(asked: QatSlice, precision: str) -> DistilSlice:
     """Towards the model itself, on its own outputs, with an average of the weights as the result."""
     return DistilSlice(
         minutes=asked.minutes,
         tokens=asked.tokens,
         text_tokens=asked.text_tokens,
         batch_tokens=asked.batch_tokens,
-        learning_rate=asked.learning_rate,
+        learning_rate=asked.learning_rate or _RATES[precision],
         optimiser="adamw",
         ema=_EMA,
         seed=asked.seed,
@@ -67,8 +70,8 @@ def train_rounded(
     """
     model, as_forward = models
     changed, texts = RoundedModel(model, read_graph(graph.file_path)), CalibrationText(checkpoint, budget)
-    rounded_on = batches(texts.requests(_GPTQ_TOKENS, 1))
-    changed.round_by_gptq(teaching.model, teaching.forward, rounded_on)
+    if graph.precision == "int8":
+        changed.round_by_gptq(teaching.model, teaching.forward, batches(texts.requests(_GPTQ_TOKENS, 1)))
     distil(asked, model, as_forward, checkpoint, texts, teaching)
     file = out / GRAPH_FILE
     replace_constants(graph.file_path, changed.arrays(), file)

@@ -75,8 +75,10 @@ class QatSlice(Slice):
         description="of text at most, passed over again and again; fp32's states of it take 2 bytes a number on disk",
     )
     batch_tokens: Annotated[int, Field(ge=16)] = Field(1024, description="in a batch, of texts of like length")
-    learning_rate: Annotated[float, Field(gt=0)] = Field(
-        3e-5, description="at its height, of AdamW: it rises over a twentieth of the training, then falls to 0"
+    learning_rate: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="at its height, of AdamW: it rises over a twentieth of the training, then falls to 0; default: "
+        "0.00003 in int8, 0.0001 in w4",
     )
     seed: NotNegative = Field(0, description="of the order of the batches")
 

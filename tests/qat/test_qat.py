@@ -20,7 +20,7 @@ from builders.judging import corpus, vectors
 from builders.pipeline import Build
 from builders.qat.graph import Int8Product, read_graph
 from builders.qat.layer import INT8_ACTIVATION, INT8_WEIGHT, BlockLinear, Int8Linear, LearntScale, rounded
-from builders.qat.model import RoundedModel, _steps
+from builders.qat.model import RoundedModel
 from builders.qat.train import _require_nearer
 from builders.quantize.blocks import compensated, round_to_nearest
 from builders.spec import DeploymentSpec, QatSlice
@@ -142,8 +142,8 @@ def test_a_layer_in_blocks_computes_what_its_integers_and_scales_say(bits: int) 
     linear = torch.nn.Linear(64, 5)
     weight = linear.weight.detach().numpy().T  # [K, N]
     blocks = round_to_nearest(weight, bits)  # type: ignore[arg-type]
-    steps = _steps(weight, blocks.scales.repeat(blocks.size, axis=0), blocks.values)
-    layer = BlockLinear(torch.from_numpy(steps), linear.bias, torch.from_numpy(blocks.scales.T.copy()), bits)
+    steps = torch.from_numpy(blocks.values.T.astype(np.float32))
+    layer = BlockLinear(steps, linear.bias, torch.from_numpy(blocks.scales.T.copy()), bits)
     given = torch.from_numpy(random.normal(size=(4, 64)).astype(np.float32))
     wanted = given @ torch.from_numpy(blocks.restore()) + linear.bias
     assert torch.allclose(layer(given), wanted, atol=1e-5)
