@@ -49,9 +49,14 @@ class BlockProduct:
     bits: int
 
     @property
+    def each_scale(self) -> Floats:
+        """[K, N]"""
+        return self.scales.repeat(len(self.integers) // len(self.scales), axis=0)
+
+    @property
     def weight(self) -> Floats:
         """Of the model before, but for the rounding."""
-        restored: Floats = self.integers * self.scales.repeat(len(self.integers) // len(self.scales), axis=0)
+        restored: Floats = self.integers * self.each_scale
         return restored
 
 

@@ -108,10 +108,14 @@ class BlockLinear(torch.nn.Linear):
         super().__init__(steps.shape[1], steps.shape[0], bias is not None)
         self.ends = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
         self.scale = LearntScale(block_scale)
-        with torch.no_grad():
-            self.weight.copy_(steps / _BLOCK_PACE)
+        self.set_steps(steps)
         if bias is not None:
             self.bias = bias
+
+    def set_steps(self, steps: torch.Tensor) -> None:
+        """[outputs, inputs]"""
+        with torch.no_grad():
+            self.weight.copy_(steps / _BLOCK_PACE)
 
     @property
     def unrounded(self) -> torch.Tensor:

@@ -33,7 +33,7 @@ class RoundedModel:
     def __init__(self, model: Any, graph: RoundedGraph) -> None:
         self._graph, self._model = graph, model
         self._int8: list[tuple[Int8Product, Int8Linear, str]] = []  # with the layer's name
-        self._blocks: list[tuple[BlockProduct, BlockLinear]] = []
+        self._blocks: list[tuple[BlockProduct, BlockLinear, str]] = []
         self._plain: list[tuple[PlainProduct, torch.nn.Linear]] = []
         self._place()
         self._named = self._freeze()
@@ -51,7 +51,7 @@ class RoundedModel:
                 steps = np.rint(layer.smoothed.numpy().T / held).clip(-127, 127)
                 found |= {integers: steps.astype(np.int8), scales: held}
                 found[activation] = representable(layer.activation().numpy(), self._graph.dtype)
-            for block_product, block_layer in self._blocks:
+            for block_product, block_layer, _ in self._blocks:
                 found |= self._block_arrays(block_product, block_layer)
             found |= {product.name: linear.weight.numpy().T for product, linear in self._plain}
             found |= {name: parameter.detach().numpy() for name, parameter in self._named.items()}
@@ -65,13 +65,14 @@ class RoundedModel:
         return {integers: steps.reshape(product.integers.shape).astype(np.int8), scales: held}
 
     def round_by_gptq(self, teacher: Any, forward: Forward, batches: Sequence[Batch]) -> None:
-        """INT8: the weights of `teacher`, the model as it was, rounded with the same scales so that later weights make
-        up for earlier ones, on what its layers read."""
+        """The weights of `teacher`, the model as it was, rounded with the same scales so that later weights make up for
+        earlier ones, on what its layers read."""
         import torch
 
         readers: dict[str, torch.nn.Linear] = {}
         for product, _, name in self._int8:
             readers.setdefault(product.names[2], teacher.get_submodule(name))
+        readers |= {name: teacher.get_submodule(name) for _, _, name in self._blocks}
         with torch.no_grad():
             read = observed(readers, forward, batches)
         for product, layer, name in self._int8:
@@ -79,6 +80,12 @@ class RoundedModel:
             hessian = (read[product.names[2]].moment.numpy() * np.outer(inverse, inverse)).astype(np.float32)
             smoothed = teacher.get_submodule(name).weight.detach().numpy().T / inverse[:, None]
             layer.set_steps(torch.from_numpy(compensated(smoothed, hessian, product.scales[None], (-127, 127)).T))
+        for block_product, block_layer, name in self._blocks:
+            weight = teacher.get_submodule(name).weight.detach().numpy().T
+            hessian = read[name].moment.numpy().astype(np.float32)
+            block_layer.set_steps(
+                torch.from_numpy(compensated(weight, hessian, block_product.each_scale, block_layer.ends).T)
+            )
 
     def _place(self) -> None:
         import torch
@@ -98,7 +105,7 @@ class RoundedModel:
                 steps = torch.from_numpy(product.integers.T.astype(np.float32))
                 placed = BlockLinear(steps, linear.bias, scales, product.bits)
                 self._put(name, placed)
-                self._blocks.append((product, placed))
+                self._blocks.append((product, placed, name))
                 continue
             scale = torch.tensor(product.activation_scale)
             smoothed = torch.from_numpy((product.integers * product.scales).T.copy())  # as they were rounded
@@ -127,7 +134,7 @@ class RoundedModel:
         ways |= {id(linear.weight) for _, linear in self._plain}
         for _, layer, _ in self._int8:
             ways |= {id(each) for each in (layer.weight, layer.scale.change, layer.activation.change)}
-        for _, block_layer in self._blocks:
+        for _, block_layer, _ in self._blocks:
             ways |= {id(each) for each in (block_layer.weight, block_layer.scale.change)}
         for parameter in self._model.parameters():
             parameter.requires_grad_(id(parameter) in ways)

@@ -70,8 +70,7 @@ def train_rounded(
     """
     model, as_forward = models
     changed, texts = RoundedModel(model, read_graph(graph.file_path)), CalibrationText(checkpoint, budget)
-    if graph.precision == "int8":
-        changed.round_by_gptq(teaching.model, teaching.forward, batches(texts.requests(_GPTQ_TOKENS, 1)))
+    changed.round_by_gptq(teaching.model, teaching.forward, batches(texts.requests(_GPTQ_TOKENS, 1)))
     distil(asked, model, as_forward, checkpoint, texts, teaching)
     file = out / GRAPH_FILE
     replace_constants(graph.file_path, changed.arrays(), file)

@@ -81,6 +81,10 @@ def recipes() -> tuple[BenchRecipe, ...]:
         BenchRecipe("original, w4, AWQ", precision="w4", rounding="awq", against="original, w4, to the nearest"),
         BenchRecipe("original, w4, AWQ and GPTQ", precision="w4", rounding="awq+gptq", against="original, w4, GPTQ"),
         BenchRecipe(
+            "original, w4, GPTQ, QAT 3 min", precision="w4", rounding="gptq", qat={"minutes": 3},
+            against="original, w4, GPTQ",
+        ),
+        BenchRecipe(
             "original, w4, GPTQ, zero points", precision="w4", rounding="gptq", blocks="asymmetric",
             against="original, w4, GPTQ",
         ),
