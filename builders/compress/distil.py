@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 PAGE = "distil.html"  # the loss curve
 _PROBE = 64  # watched texts behind each point of the curve
-TOO_MUCH = 100  # a loss this many times that of the untrained student has left it for good
+_TOO_MUCH = 100  # a loss this many times that of the untrained student has left it for good
 _TEMPERATURE = 2.0
 
 
@@ -95,23 +95,43 @@ def distil(
         with torch.no_grad():
             return float(np.mean([probe.loss(lesson).item() for lesson in shown]))
 
-    before, start = cosines(), judged()
+    before = cosines()
+    found = taught(asked, model, measure.loss, lessons, judged, teaching)
+    notes = _notes(found, lessons, measure.teacher, (before, cosines()), teaching.numbers)
+    draw(teaching, checkpoint, notes, found)
+    return notes
+
+
+def taught(
+    asked: DistilSlice,
+    model: Any,
+    loss: Callable[[DistilLesson], torch.Tensor],
+    lessons: Sequence[DistilLesson],
+    judged: Callable[[], float],
+    teaching: Teaching,
+) -> Trained:
+    """`model`, trained in place by `loss`; `judged` is its loss of texts that it is not trained on. Raises
+    DivergedError where that gets no less."""
+    start = judged()
     with frozen(model, asked.words), reproducible(asked.seed):
-        work = TrainingWork(model, measure.loss, endless(lessons, asked.seed), lambda lesson: lesson.tokens, judged)
+        work = TrainingWork(model, loss, endless(lessons, asked.seed), lambda lesson: lesson.tokens, judged)
         tokens_per_step = sum(lesson.tokens for lesson in lessons) / len(lessons)
-        settings = settings_of(asked, tokens_per_step, TOO_MUCH * start or math.inf, teaching.numbers)
+        settings = _settings(asked, tokens_per_step, _TOO_MUCH * start or math.inf, teaching.numbers)
         resume = Resume(teaching.scratch / "training.pt", teaching.key, teaching.save_every_s)
         found = train(work, settings, teaching.report, resume)
-    after, end = cosines(), judged()
+    end = judged()
     if not end < start:
         raise DivergedError(
             f"{teaching.what} made the model no better: of texts that it was not trained on, the loss was {start:.4g} "
             f"and is {end:.4g}; lower learning_rate, or train longer"
         )
-    notes = _notes(found, lessons, measure.teacher, (before, after), settings.arithmetic)
+    return found
+
+
+def draw(teaching: Teaching, checkpoint: Checkpoint, notes: Sequence[str], found: Trained) -> None:
+    """The page with the loss curve."""
     teaching.scratch.mkdir(parents=True, exist_ok=True)
     (teaching.scratch / PAGE).write_text(training_page(f"{teaching.what} of {checkpoint.source}", notes, found.curve))
-    return notes
 
 
 def _lessons(
@@ -148,7 +168,7 @@ def endless(lessons: Sequence[DistilLesson], seed: int) -> Iterator[DistilLesson
             yield lessons[number]
 
 
-def settings_of(
+def _settings(
     asked: DistilSlice, tokens_per_step: float, ceiling: float, numbers: Arithmetic
 ) -> TrainingSettings:  # fmt: skip
     import torch

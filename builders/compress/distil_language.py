@@ -13,16 +13,11 @@ from typing import TYPE_CHECKING, Any
 from builders.artifacts import Checkpoint
 from builders.checkpoint.widths import layers_of
 from builders.compress import losses, prune
-from builders.compress.distil import PAGE, TOO_MUCH, DistilLesson, Teaching, endless, frozen, settings_of
+from builders.compress.distil import DistilLesson, Teaching, draw, taught
 from builders.compress.distil_plan import losses_of, matched_layers
 from builders.compress.teacher import TeacherStates
 from builders.compress.texts import Batch, CalibrationText, batches
-from builders.errors import DivergedError
 from builders.spec import DistilSlice
-from builders.training.arithmetic import reproducible
-from builders.training.curve import training_page
-from builders.training.loop import TrainingWork, train
-from builders.training.resume import Resume
 
 if TYPE_CHECKING:
     import torch
@@ -47,28 +42,17 @@ def distil_language(
         with torch.no_grad():
             return float(sum(probe.loss(lesson).item() for lesson in watched) / len(watched))
 
-    start, before = judged(), perplexity(model, watched)
-    with frozen(model, asked.words), reproducible(asked.seed):
-        work = TrainingWork(model, measure.loss, endless(lessons, asked.seed), lambda lesson: lesson.tokens, judged)
-        tokens_per_step = sum(lesson.tokens for lesson in lessons) / len(lessons)
-        settings = settings_of(asked, tokens_per_step, TOO_MUCH * start or math.inf, teaching.numbers)
-        resume = Resume(teaching.scratch / "training.pt", teaching.key, teaching.save_every_s)
-        found = train(work, settings, teaching.report, resume)
-    end, after = judged(), perplexity(model, watched)
-    if not end < start:
-        raise DivergedError(
-            f"{teaching.what} made the model no better: of texts that it was not trained on, the loss was {start:.4g} "
-            f"and is {end:.4g}; lower learning_rate, or train longer"
-        )
+    before = perplexity(model, watched)
+    found = taught(asked, model, measure.loss, lessons, judged, teaching)
+    after = perplexity(model, watched)
     seen = sum(lesson.tokens for lesson in watched)
     notes = [
         f"{found.tokens:,} tokens in {found.steps:,} steps, of a text of {sum(each.tokens for each in lessons):,}; "
-        f"{found.cpu_s:.0f} CPU-seconds; {settings.arithmetic}",
+        f"{found.cpu_s:.0f} CPU-seconds; {teaching.numbers}",
         f"loss {found.curve[0].train:.4g} -> {found.curve[-1].train:.4g}; perplexity of {seen:,} tokens that it did "
         f"not see {before:.3f} -> {after:.3f}, the original's {perplexity(teaching.model, watched):.3f}",
     ]
-    teaching.scratch.mkdir(parents=True, exist_ok=True)
-    (teaching.scratch / PAGE).write_text(training_page(f"{teaching.what} of {checkpoint.source}", notes, found.curve))
+    draw(teaching, checkpoint, notes, found)
     return notes
 
 

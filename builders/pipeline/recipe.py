@@ -51,29 +51,38 @@ class Recipe:
         return found + [(last.name, row.name, differences(row.judged, last.judged)) for row in free]
 
 
-def judged_recipe(spec: DeploymentSpec, root: Path, report: Report = lambda stage, message: None) -> Recipe:
-    """Raises SpecError for a spec without steps, and what `compress` of a build raises but for the budget."""
+def carried_out(spec: DeploymentSpec, store: Store, report: Report) -> tuple[Build, Checkpoint]:
+    """All steps of a spec, and the original. Raises SpecError for a spec without steps, and what `compress` of a build
+    raises but for the budget."""
     if not spec.compress:
         raise SpecError(
             f"compress of {spec.name}", got="no steps", expected="at least one, such as `- prune: {amount: 0.3}`",
             fix="add compress to the spec",
         )  # fmt: skip
-    store = Store(root / "store")
     built = compress.carried_out(Build(spec, "cpu", load_checkpoint(spec.model)), store, report)
     assert built.original is not None
+    return built, built.original
+
+
+def named_steps(built: Build) -> list[tuple[str, Checkpoint]]:
+    names = [f"{number} {step.name}" for number, step in enumerate(built.spec.compress)]
+    return list(zip(names, built.steps, strict=True))
+
+
+def judged_recipe(spec: DeploymentSpec, root: Path, report: Report = lambda stage, message: None) -> Recipe:
+    """Raises what `carried_out` does."""
+    store = Store(root / "store")
+    built, original = carried_out(spec, store, report)
 
     def row(name: str, checkpoint: Checkpoint, *notes: str) -> RecipeRow:
         return RecipeRow(name, checkpoint, judge(built, checkpoint, store, report), notes)
 
-    steps = [
-        row(f"{number} {step.name}", checkpoint, *compress.notes_of(checkpoint))
-        for number, (step, checkpoint) in enumerate(zip(spec.compress, built.steps, strict=True))
-    ]
-    rows = [row("original", built.original), *steps]
+    steps = [row(name, made, *compress.notes_of(made)) for name, made in named_steps(built)]
+    rows = [row("original", original), *steps]
     free = truncated(built, rows[0].judged.parameters - steps[-1].judged.parameters, store, report)
     if free is not None:
         rows.append(row(*free, "no step: layers dropped, untrained"))
-    if built.original.task == "embedding":
+    if original.task == "embedding":
         rows.append(static_row(built, store, report))
     return Recipe(tuple(rows), len(steps), at_fault(spec, [step.judged for step in steps]))
 

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from builders.artifacts import Checkpoint
-from builders.checkpoint import load_checkpoint
-from builders.errors import SpecError
 from builders.pipeline import compress
 from builders.pipeline.differences import Difference
 from builders.pipeline.judged_language import (
@@ -17,8 +15,8 @@ from builders.pipeline.judged_language import (
     language_differences,
     language_faster,
 )
-from builders.pipeline.recipe import truncated
-from builders.pipeline.result import Build, Report
+from builders.pipeline.recipe import carried_out, named_steps, truncated
+from builders.pipeline.result import Report
 from builders.spec import DeploymentSpec
 from builders.store.store import Store
 
@@ -58,25 +56,16 @@ class LanguageRecipe:
 def judged_language_recipe(
     spec: DeploymentSpec, root: Path, report: Report = lambda stage, message: None
 ) -> LanguageRecipe:  # fmt: skip
-    """Raises SpecError for a spec without steps, and what `compress` of a build raises but for the budget."""
-    if not spec.compress:
-        raise SpecError(
-            f"compress of {spec.name}", got="no steps", expected="at least one, such as `- prune: {amount: 0.3}`",
-            fix="add compress to the spec",
-        )  # fmt: skip
+    """Raises what `carried_out` does."""
     store = Store(root / "store")
-    built = compress.carried_out(Build(spec, "cpu", load_checkpoint(spec.model)), store, report)
-    assert built.original is not None
+    built, original = carried_out(spec, store, report)
 
     def row(name: str, checkpoint: Checkpoint, *notes: str) -> LanguageRow:
         return LanguageRow(name, checkpoint, judge_step(built, checkpoint, store, report), notes)
 
-    steps = [
-        row(f"{number} {step.name}", checkpoint, *compress.notes_of(checkpoint))
-        for number, (step, checkpoint) in enumerate(zip(spec.compress, built.steps, strict=True))
-    ]
-    rows = [row("original", built.original), *steps]
-    free = truncated(built, built.original.parameters - built.checkpoint.parameters, store, report)
+    steps = [row(name, made, *compress.notes_of(made)) for name, made in named_steps(built)]
+    rows = [row("original", original), *steps]
+    free = truncated(built, original.parameters - built.checkpoint.parameters, store, report)
     if free is not None:
         rows.append(row(*free, "no step: layers dropped, untrained"))
     return LanguageRecipe(tuple(rows), len(steps), language_at_fault(spec, [step.judged for step in steps]))

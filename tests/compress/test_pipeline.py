@@ -176,5 +176,5 @@ def test_int8_of_a_pruned_model_is_judged_against_the_pruned_one(tiny_bert: Path
     assert built.graph("int8").source_digest == built.graph("fp16").digest
     assert built.graph("fp16").source_digest == built.checkpoint.digest != built.original.digest  # type: ignore[union-attr]
     strict = {"cpu": "int8", "min_mean_cosine": 0.9999999, "min_worst_cosine": 0.9999999}
-    with pytest.raises(QualityError, match=r"INT8 of .* after prune: .*min_mean_cosine=0\.9999999"):
+    with pytest.raises(QualityError, match=r"int8 of .* after prune: .*min_mean_cosine=0\.9999999"):
         _said(compressing(tiny_bert, [PRUNE], precision=strict), root, "qualify")
