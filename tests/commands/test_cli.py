@@ -78,7 +78,7 @@ def test_single_stages_chain(tiny_bert: Path, tmp_path: Path) -> None:
         (["quantize", "no-such.onnx", "-o", "x.onnx"], "no such file"),
         (["engine", "no-such.onnx", "-o", "x.plan", "--target", "sm89"], "no such file"),
         (["package", "no-such.onnx", "-o", "x.xml", "--target", "openvino"], "no such file"),
-        (["package", "README.md", "-o", "x.xml", "--target", "tflite"], "Invalid value for '--target'"),
+        (["package", "README.md", "-o", "x.xml", "--target", "ncnn"], "Invalid value for '--target'"),
         (["report", "no-such.json"], "no-such.json"),
         (["engine", "README.md", "-o", "x.plan", "--target", "sm89"], "no ONNX model"),
         (["loadtest", "minilm", "-o", "x.html"], "FILE.json"),

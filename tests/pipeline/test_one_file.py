@@ -34,7 +34,7 @@ def test_language_models_from_checkpoint_to_weights_in_8_bits(
     with pytest.raises(InputError, match="got int8 with a graph of task"):
         one_file.quantize(out / "m.onnx", "int8", BUDGET, small / "m.onnx")
     with pytest.raises(InputError, match=f"got a graph of task {task}; expected an encoder's"):
-        edge.package(out / "m.onnx", BUDGET, small / "m.xml")
+        edge.package(out / "m.onnx", "openvino", BUDGET, small / "m.xml")
     assert not list(small.iterdir())
     result = one_file.quantize(out / "m.onnx", None, BUDGET, small / "m.onnx")
     assert (graph.precision, result.precision) == ("fp32", "w8")

@@ -146,8 +146,8 @@ def test_the_largest_count_is_found_from_any_guess(total: int) -> None:
             "TensorRT takes no zero points of precision.gpu=w4",
         ),
         (
-            {"precision": {"cpu": "w4", "qat": {"minutes": 1}}},
-            "precision.qat says nothing to precision.cpu=w4",
+            {"precision": {"cpu": "w4", "blocks": "asymmetric", "qat": {"minutes": 1}}},
+            "precision.qat trains no zero points",
         ),
         ({"precision": {"cpu": "int8", "rounding": "floor"}}, "precision.rounding"),
     ],
