@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from builders.artifacts import FileRecord, GenerationQuality, OnnxGraph, Quality, TensorSpec
 from builders.errors import InputError, ParityError
 from builders.spec import GraphPrecision
 
+if TYPE_CHECKING:
+    import onnx_ir
+    from numpy.typing import NDArray
+
 OPSET = 24
-INLINE_WEIGHT_BYTES = 1 << 30  # protobuf ends at 2 GiB; larger weights go to a file of their own
+_INLINE_WEIGHT_BYTES = 1 << 30  # protobuf ends at 2 GiB; larger weights go to a file of their own
 GRAPH_FILE = "graph.onnx"  # in the directory of every graph that a stage writes
 ALLOWED_DOMAINS = ("", "ai.onnx")
 
@@ -34,6 +38,26 @@ def require_standard(file: Path) -> None:
             f"{file.name}: domains {sorted(used)}, opset {versions.get('')}, {len(model.functions)} local functions; "
             f"expected standard operators of opset {OPSET} only"
         )
+
+
+def write_model(model: onnx_ir.Model, file: Path) -> None:
+    """With large weights beside the file."""
+    import onnx_ir
+
+    weights = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
+    onnx_ir.save(model, file, external_data=f"{file.name}.data" if weights > _INLINE_WEIGHT_BYTES else None)
+
+
+def add_constant(graph: onnx_ir.Graph, name: str, array: NDArray[Any]) -> onnx_ir.Value:
+    """An initializer of the graph."""
+    import onnx_ir
+
+    tensor = onnx_ir.tensor(array, name=name)
+    value = onnx_ir.Value(
+        name=name, const_value=tensor, shape=onnx_ir.Shape(array.shape), type=onnx_ir.TensorType(tensor.dtype)
+    )
+    graph.register_initializer(value)
+    return value
 
 
 def record_graph(

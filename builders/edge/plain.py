@@ -10,7 +10,7 @@ import onnx_ir as ir
 from onnx_ir import convenience
 
 from builders.errors import UnsupportedError
-from builders.graph import INLINE_WEIGHT_BYTES
+from builders.graph import add_constant, write_model
 
 
 def write_plain(source: Path, target: Path) -> None:
@@ -21,8 +21,7 @@ def write_plain(source: Path, target: Path) -> None:
             _attention(model.graph, node, source)
         elif node.op_type == "ReduceL2":
             _norm(model.graph, node)
-    weights = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
-    ir.save(model, target, external_data=f"{target.name}.data" if weights > INLINE_WEIGHT_BYTES else None)
+    write_model(model, target)
 
 
 def _attention(graph: ir.Graph, node: ir.Node, source: Path) -> None:
@@ -73,12 +72,7 @@ class _Chain:
         return made.outputs[0]
 
     def constant(self, name: str, array: np.ndarray[Any, Any]) -> ir.Value:
-        tensor = ir.tensor(array, name=f"{self._name}/{name}")
-        value = ir.Value(
-            name=tensor.name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype)
-        )
-        self._graph.register_initializer(value)
-        return value
+        return add_constant(self._graph, f"{self._name}/{name}", array)
 
     def end(self, value: ir.Value) -> None:
         old = self._node.outputs[0]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from builders.errors import TriremeError, UnsupportedError
-from builders.graph import INLINE_WEIGHT_BYTES, OPSET
+from builders.graph import OPSET, write_model
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -71,12 +71,10 @@ def exporter_faults() -> Iterator[None]:
 
 def save_model(model: onnx_ir.Model, file: Path) -> None:
     """Without the exporter's notes on every node, and with large weights beside the file."""
-    import onnx_ir
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
     ClearMetadataAndDocStringPass()(model)  # stack traces: paths of this machine, never twice the same
-    weights = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
-    onnx_ir.save(model, file, external_data=f"{file.name}.data" if weights > INLINE_WEIGHT_BYTES else None)
+    write_model(model, file)
 
 
 def _root(error: BaseException) -> str:

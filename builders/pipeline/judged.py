@@ -15,8 +15,8 @@ from builders.graph import count_weights, flops_per_token
 from builders.judging import corpus, intervals, retrieval, vectors
 from builders.judging.intervals import MEDIAN_ROUNDS, ConfidenceInterval
 from builders.judging.retrieval import Retrieval, RetrievalFigures
-from builders.pipeline import choice, encoder
-from builders.pipeline.result import Build, Report
+from builders.pipeline import choice, encoder, generator
+from builders.pipeline.result import Build, Report, Step
 from builders.repository.directories import encoder_settings
 from builders.spec import BudgetSlice, DeploymentSpec, ParallelSlice
 from builders.store.processor import this_processor
@@ -152,7 +152,8 @@ def weight_bytes(checkpoint: Checkpoint) -> int:
 def plain(built: Build, checkpoint: Checkpoint, store: Store, report: Report) -> Build:
     """The fp32 graph of a checkpoint, as a CPU serves it without ranks; the very one that a build exports."""
     spec = built.spec.with_cpu_precision("fp32").model_copy(update={"parallel": ParallelSlice()})
-    return encoder.export(replace(built, platform="cpu", spec=spec, checkpoint=checkpoint), store, report)
+    export: Step = generator.export if spec.generates else encoder.export
+    return export(replace(built, platform="cpu", spec=spec, checkpoint=checkpoint), store, report)
 
 
 def by_executor(built: Build, executor: str) -> Build:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -14,11 +13,11 @@ from builders.artifacts import Artifact, Checkpoint
 from builders.graph import flops_per_token
 from builders.judging import corpus, intervals, language, perplexity, vectors
 from builders.judging.intervals import MEDIAN_ROUNDS, ConfidenceInterval
-from builders.pipeline import choice, generator
+from builders.pipeline import choice
 from builders.pipeline.differences import Difference, sizes
-from builders.pipeline.judged import blamed, missed_of, weight_bytes
+from builders.pipeline.judged import blamed, missed_of, plain, weight_bytes
 from builders.pipeline.result import Build, Report
-from builders.spec import BudgetSlice, DeploymentSpec, ParallelSlice
+from builders.spec import BudgetSlice, DeploymentSpec
 from builders.store.processor import this_processor
 from builders.store.store import Store
 from runtime.generation.grouping import pool_for
@@ -149,7 +148,7 @@ def judge_step(built: Build, checkpoint: Checkpoint, store: Store, report: Repor
     """A checkpoint against `built.original`, as fp32 graphs."""
     assert built.original is not None
     report("compress", f"{checkpoint.source} against the original")
-    reference, candidate = (plain_language(built, item, store, report) for item in (built.original, checkpoint))
+    reference, candidate = (plain(built, item, store, report) for item in (built.original, checkpoint))
     return judge_language(reference, candidate, store)
 
 
@@ -174,12 +173,6 @@ def language_at_fault(spec: DeploymentSpec, judged: Sequence[LanguageFigures]) -
     """As `at_fault`, of a language model."""
     every = [missed_by_language(item, spec.compress_budget) for item in judged]
     return blamed(spec, every, [language_figures(item) for item in judged], f"{judged[-1].tokens} held-out tokens")
-
-
-def plain_language(built: Build, checkpoint: Checkpoint, store: Store, report: Report) -> Build:
-    """The fp32 graph of a checkpoint, as a CPU serves it without ranks; the very one that a build exports."""
-    spec = built.spec.with_cpu_precision("fp32").model_copy(update={"parallel": ParallelSlice()})
-    return generator.export(replace(built, platform="cpu", spec=spec, checkpoint=checkpoint), store, report)
 
 
 def language_differences(reference: LanguageFigures, candidate: LanguageFigures) -> tuple[Difference, ...]:

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from builders.artifacts import Checkpoint, OnnxGraph
 from builders.checkpoint.widths import FAMILIES
-from builders.compress.importance import Forward
 from builders.errors import UnsupportedError
-from builders.export.encoder import graph_module
-from builders.export.sentence import head_modules
-from builders.export.weights import load_encoder
 from builders.judging import vectors
 from builders.pipeline import teaching
+from builders.pipeline.opened import opened
 from builders.pipeline.result import Build, Report, done
 from builders.qat.train import as_training, train_rounded
 from builders.spec import QatSlice
@@ -43,15 +39,10 @@ def trained(built: Build, graph: OnnxGraph, asked: QatSlice, store: Store, repor
 
     def run(out: Path) -> OnnxGraph:
         _, held_out = vectors.calibration_and_held_out(budget)
-        model, head = load_encoder(checkpoint), head_modules(checkpoint)
-
-        def as_forward(found: Any) -> Forward:
-            return graph_module(found, head, checkpoint)
-
         line = teaching.lines(report, "quantize", "qat")
         with teaching.teaching(checkpoint, training, inputs, store, line, "qat", train_rounded) as lesson:
             return train_rounded(
-                graph, reference, checkpoint, (model, as_forward), training, budget, lesson, held_out, out
+                graph, reference, checkpoint, opened(checkpoint), training, budget, lesson, held_out, out
             )
 
     report("quantize", f"{graph.precision}, trained")

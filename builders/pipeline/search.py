@@ -30,6 +30,7 @@ from builders.graph import GRAPH_FILE, count_weights, record_graph
 from builders.judging import corpus
 from builders.pipeline import choice, compress
 from builders.pipeline.judged import StepFigures, by_executor, judge, missed, missed_of, plain
+from builders.pipeline.opened import opened
 from builders.pipeline.result import Build, Report
 from builders.pipeline.space import Choices, Tried, front
 from builders.spec import DeploymentSpec, StepSlice
@@ -122,7 +123,8 @@ class _Bench:
         built = Build(spec, "cpu", checkpoint, original=checkpoint)
         texts = CalibrationText(checkpoint, spec.precision)
         watched = texts.watched()
-        wanted = outputs(graph_module(load_encoder(checkpoint), head_modules(checkpoint), checkpoint), watched)
+        model, as_forward = opened(checkpoint)
+        wanted = outputs(as_forward(model), watched)
         reference = by_executor(plain(built, checkpoint, store, report), spec.cpu_executor)
         choices = Choices.of(compress.widths_of(checkpoint), spec.parallel.tensor)
         return _Bench(built, reference, choices, texts, watched, wanted)
@@ -149,11 +151,7 @@ class _Bench:
         """The steps carried out in memory. Raises SpecError for steps that the model cannot take."""
         spec, checkpoint = self.built.spec, self.built.checkpoint
         plan.check(steps, compress.widths_of(checkpoint), spec.parallel.tensor)
-        model, head = load_encoder(checkpoint), head_modules(checkpoint)
-
-        def as_forward(found: Any) -> Any:
-            return graph_module(found, head, checkpoint)
-
+        model, as_forward = opened(checkpoint)
         for step in steps:
             carry_out(step, model, as_forward, checkpoint, self.texts, spec.parallel.tensor)
         return self._figures(number, steps, model)

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from builders.errors import ParityError
-from builders.graph import INLINE_WEIGHT_BYTES
+from builders.graph import write_model
 from builders.quantize.scales import Floats
 
 Array = NDArray[Any]
@@ -159,5 +159,4 @@ def replace_constants(source: Path, arrays: Mapping[str, Array], target: Path) -
         if value is None or value.const_value is None or tuple(value.const_value.shape.numpy()) != array.shape:
             raise ParityError(f"{source.name} has no constant {name} of shape {list(array.shape)}: it is not replaced")
         value.const_value = ir.tensor(array.astype(value.const_value.dtype.numpy()), name=name)
-    held = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
-    ir.save(model, target, external_data=f"{target.name}.data" if held > INLINE_WEIGHT_BYTES else None)
+    write_model(model, target)

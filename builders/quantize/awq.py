@@ -21,8 +21,9 @@ import numpy as np
 import onnx_ir as ir
 
 from builders.errors import ParityError
+from builders.graph import add_constant, write_model
 from builders.quantize.blocks import block_size, round_to_nearest
-from builders.quantize.products import Hessians, Product, WeightRecipe, constant, find_products, save, shares
+from builders.quantize.products import Hessians, Product, WeightRecipe, find_products, shares
 from builders.quantize.scales import FACTORS, Floats, Type
 
 ALPHAS = np.linspace(0.0, 1.0, 11)
@@ -259,7 +260,7 @@ def write_folded(source: Path, factors: Sequence[Floats | None], target: Path) -
         _scaled(model.graph, products[index], rows.get(index), columns.get(index))
     for value in [each for each in model.graph.initializers.values() if not each.uses()]:
         del model.graph.initializers[str(value.name)]
-    save(model, target)
+    write_model(model, target)
 
 
 def _divided(graph: ir.Graph, node: ir.Node, index: int, factors: Floats) -> None:
@@ -270,7 +271,7 @@ def _divided(graph: ir.Graph, node: ir.Node, index: int, factors: Floats) -> Non
     assert value.const_value is not None
     array = value.const_value.numpy()
     name = f"{node.outputs[0].name}_{value.name}_divided"
-    node.replace_input_with(index, constant(graph, name, (array / factors).astype(array.dtype)))
+    node.replace_input_with(index, add_constant(graph, name, (array / factors).astype(array.dtype)))
 
 
 def _scaled(graph: ir.Graph, item: Product, rows: Floats | None, columns: Floats | None) -> None:
@@ -278,7 +279,7 @@ def _scaled(graph: ir.Graph, item: Product, rows: Floats | None, columns: Floats
     weight = weight if rows is None else weight * rows[:, None]
     weight = weight if columns is None else weight / columns
     array = (weight.T if item.transposed else weight).astype(item.dtype)
-    made = constant(graph, f"{item.node.outputs[0].name}_{item.weight.name}_scaled", np.ascontiguousarray(array))
+    made = add_constant(graph, f"{item.node.outputs[0].name}_{item.weight.name}_scaled", np.ascontiguousarray(array))
     turned = item.node.inputs[1].producer() if item.node.inputs[1] is not None else None
     if item.transposed and turned is not None:
         turned.replace_input_with(0, made)

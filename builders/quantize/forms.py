@@ -6,12 +6,14 @@ wider type, and outputs stay in floating point.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir import convenience
 
+from builders.graph import add_constant
 from builders.quantize.linears import input_of, weight_of
 from builders.quantize.scales import Floats, representable
 from builders.quantize.smoothquant import QuantizedLinear, activation_scale, quantize_weight
@@ -19,6 +21,56 @@ from builders.spec import GraphPrecision
 from runtime.session import FP8_ZERO
 
 _E4M3_MAX = 448.0
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where new nodes go: in front of `before`, the first reader of an activation."""
+
+    graph: ir.Graph
+    before: ir.Node
+
+    @property
+    def activation(self) -> ir.Value:
+        return input_of(self.before, 0)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return _dtype(self.before)
+
+    def constant(self, name: str, array: np.ndarray[Any, Any]) -> ir.Value:
+        return add_constant(self.graph, name, array)
+
+    def add(self, node: ir.Node, output: str = "") -> ir.Value:
+        """`output`: its name; default: the node's, and `_out`."""
+        node.outputs[0].name = output or f"{node.name}_out"
+        self.graph.insert_before(self.before, [node])
+        return node.outputs[0]
+
+    def smoothed(self, factors: Floats) -> ir.Value:
+        """The activation, divided by its factors."""
+        inverse = self.constant(f"{self.activation.name}_smooth", (1 / factors).astype(self.dtype))
+        return self.add(ir.node("Mul", [self.activation, inverse], name=f"{self.activation.name}_smooth_mul"))
+
+    def there_and_back(self, value: ir.Value, scale: ir.Value, zero: ir.Value) -> ir.Value:
+        """`value`, which is the activation or made of it, through QuantizeLinear and DequantizeLinear."""
+        name = self.activation.name
+        quantized = self.add(ir.node("QuantizeLinear", [value, scale, zero], name=f"{name}_quantize"))
+        return self.add(ir.node("DequantizeLinear", [quantized, scale, zero], name=f"{name}_dequantize"))
+
+    def multiply(
+        self, node: ir.Node, read: ir.Value, numbers: np.ndarray[Any, Any], scale: np.ndarray[Any, Any], kind: str
+    ) -> None:
+        """`node` multiplies `read` by a weight [K, N] of these numbers, with a scale for each column."""
+        name = str(input_of(node, 1).name)
+        inputs = [
+            self.constant(f"{name}_{kind}", numbers),
+            self.constant(f"{name}_scale", scale),
+            self.constant(f"{name}_zero", np.zeros(scale.shape, numbers.dtype)),
+        ]
+        dequantize = ir.node("DequantizeLinear", inputs, attributes={"axis": 1}, name=f"{name}_dequantize")
+        node.replace_input_with(1, self.add(dequantize, f"{name}_dequantized"))
+        node.replace_input_with(0, read)
 
 
 class QuantizedForm(Protocol):
@@ -30,22 +82,13 @@ class QuantizedForm(Protocol):
     source: GraphPrecision
     integers: bool
 
-    def activation(
-        self, graph: ir.Graph, before: ir.Node, factors: Floats, channel_max: Floats
-    ) -> tuple[ir.Value, ...]:
-        """Writes the quantised form of what `before` reads in front of it; what `product` needs of it."""
+    def activation(self, site: Site, factors: Floats, channel_max: Floats) -> tuple[ir.Value, ...]:
+        """Writes the quantised form of the activation; what `product` needs of it."""
 
     def product(
-        self,
-        graph: ir.Graph,
-        before: ir.Node,
-        node: ir.Node,
-        read: tuple[ir.Value, ...],
-        factors: Floats,
-        given: QuantizedLinear | None,
+        self, site: Site, node: ir.Node, read: tuple[ir.Value, ...], factors: Floats, given: QuantizedLinear | None
     ) -> None:
-        """Makes `node` a product of quantised numbers; `given` are its weights where they are rounded already. New
-        constants and their nodes stand in front of `before`, the first reader of the activation."""
+        """Makes `node` a product of quantised numbers; `given` are its weights where they are rounded already."""
 
 
 class StaticInt8:
@@ -55,31 +98,19 @@ class StaticInt8:
     source: GraphPrecision = "fp16"
     integers = True
 
-    def activation(
-        self, graph: ir.Graph, before: ir.Node, factors: Floats, channel_max: Floats
-    ) -> tuple[ir.Value, ...]:
+    def activation(self, site: Site, factors: Floats, channel_max: Floats) -> tuple[ir.Value, ...]:
         """activation -> Mul(1 / factors) -> QuantizeLinear -> DequantizeLinear."""
-        name, dtype = str(input_of(before, 0).name), _dtype(before)
-        smooth = _smoothed(graph, before, factors)
-        scale = _constant(graph, f"{name}_scale", np.array(activation_scale(channel_max, factors, dtype), dtype))
-        zero = _constant(graph, f"{name}_zero", np.zeros((), np.int8))
-        return (_there_and_back(graph, before, name, smooth, scale, zero),)
+        name, dtype, smooth = site.activation.name, site.dtype, site.smoothed(factors)
+        scale = site.constant(f"{name}_scale", np.array(activation_scale(channel_max, factors, dtype), dtype))
+        return (site.there_and_back(smooth, scale, site.constant(f"{name}_zero", np.zeros((), np.int8))),)
 
     def product(
-        self,
-        graph: ir.Graph,
-        before: ir.Node,
-        node: ir.Node,
-        read: tuple[ir.Value, ...],
-        factors: Floats,
-        given: QuantizedLinear | None,
+        self, site: Site, node: ir.Node, read: tuple[ir.Value, ...], factors: Floats, given: QuantizedLinear | None
     ) -> None:
         """INT8 weight -> DequantizeLinear along the output channels, as the new weight of `node`."""
         dtype = _dtype(node)
         quantized = given or quantize_weight(weight_of(node), factors, dtype)
-        weight = _dequantized(graph, before, node, quantized.weight, quantized.weight_scale.astype(dtype), "int8")
-        node.replace_input_with(1, weight)
-        node.replace_input_with(0, read[0])
+        site.multiply(node, read[0], quantized.weight, quantized.weight_scale.astype(dtype), "int8")
 
 
 class DynamicInt8:
@@ -93,39 +124,27 @@ class DynamicInt8:
     source: GraphPrecision = "fp32"
     integers = True
 
-    def activation(
-        self, graph: ir.Graph, before: ir.Node, factors: Floats, channel_max: Floats
-    ) -> tuple[ir.Value, ...]:
+    def activation(self, site: Site, factors: Floats, channel_max: Floats) -> tuple[ir.Value, ...]:
         """activation -> Mul(1 / factors) -> DynamicQuantizeLinear: (uint8, scale, zero point)."""
-        name = str(input_of(before, 0).name)
-        node = ir.node(
-            "DynamicQuantizeLinear", [_smoothed(graph, before, factors)], num_outputs=3, name=f"{name}_quantize"
-        )
+        name = site.activation.name
+        node = ir.node("DynamicQuantizeLinear", [site.smoothed(factors)], num_outputs=3, name=f"{name}_quantize")
         for value, what in zip(node.outputs, ("uint8", "scale", "zero"), strict=True):
             value.name = f"{name}_{what}"
-        graph.insert_before(before, [node])
+        site.graph.insert_before(site.before, [node])
         return tuple(node.outputs)
 
     def product(
-        self,
-        graph: ir.Graph,
-        before: ir.Node,
-        node: ir.Node,
-        read: tuple[ir.Value, ...],
-        factors: Floats,
-        given: QuantizedLinear | None,
+        self, site: Site, node: ir.Node, read: tuple[ir.Value, ...], factors: Floats, given: QuantizedLinear | None
     ) -> None:
         """MatMulInteger -> Cast -> Mul(scale of the activation * scales of the weight), in the place of `node`."""
-        name, out = str(input_of(node, 1).name), node.outputs[0]
+        graph, name, out = site.graph, str(input_of(node, 1).name), node.outputs[0]
         quantized = given or quantize_weight(weight_of(node), factors, np.float32)
         activation, scale, zero = read
-        weight = _constant(graph, f"{name}_int8", quantized.weight)
-        weight_zero = _constant(graph, f"{name}_zero", np.zeros((), np.int8))
+        weight = site.constant(f"{name}_int8", quantized.weight)
+        weight_zero = site.constant(f"{name}_zero", np.zeros((), np.int8))
         integers = ir.node("MatMulInteger", [activation, weight, zero, weight_zero], name=f"{name}_integer")
         wide = ir.node("Cast", [integers.outputs[0]], {"to": ir.DataType.FLOAT.value}, name=f"{name}_wide")
-        scales = ir.node(
-            "Mul", [scale, _constant(graph, f"{name}_scale", quantized.weight_scale)], name=f"{name}_scales"
-        )
+        scales = ir.node("Mul", [scale, site.constant(f"{name}_scale", quantized.weight_scale)], name=f"{name}_scales")
         scaled = ir.node("Mul", [wide.outputs[0], scales.outputs[0]], name=f"{name}_scaled")
         for made in (integers, wide, scales, scaled):
             made.outputs[0].name = f"{made.name}_out"
@@ -143,32 +162,23 @@ class Fp8:
     source: GraphPrecision = "fp16"
     integers = False
 
-    def activation(
-        self, graph: ir.Graph, before: ir.Node, factors: Floats, channel_max: Floats
-    ) -> tuple[ir.Value, ...]:
+    def activation(self, site: Site, factors: Floats, channel_max: Floats) -> tuple[ir.Value, ...]:
         import ml_dtypes
 
-        name, dtype = str(input_of(before, 0).name), _dtype(before)
-        scale = _constant(graph, f"{name}_scale", representable(channel_max.max() / _E4M3_MAX, dtype).astype(dtype))
-        zero = _constant(graph, f"{name}_{FP8_ZERO}", np.zeros((), ml_dtypes.float8_e4m3fn))
-        return (_there_and_back(graph, before, name, input_of(before, 0), scale, zero),)
+        name, dtype = site.activation.name, site.dtype
+        scale = site.constant(f"{name}_scale", representable(channel_max.max() / _E4M3_MAX, dtype).astype(dtype))
+        zero = site.constant(f"{name}_{FP8_ZERO}", np.zeros((), ml_dtypes.float8_e4m3fn))
+        return (site.there_and_back(site.activation, scale, zero),)
 
     def product(
-        self,
-        graph: ir.Graph,
-        before: ir.Node,
-        node: ir.Node,
-        read: tuple[ir.Value, ...],
-        factors: Floats,
-        given: QuantizedLinear | None,
+        self, site: Site, node: ir.Node, read: tuple[ir.Value, ...], factors: Floats, given: QuantizedLinear | None
     ) -> None:
         import ml_dtypes
 
         dtype, weight = _dtype(node), weight_of(node)
         scale = representable(np.abs(weight).max(axis=0) / _E4M3_MAX, dtype)
         numbers = np.clip(weight / scale, -_E4M3_MAX, _E4M3_MAX).astype(ml_dtypes.float8_e4m3fn)
-        node.replace_input_with(1, _dequantized(graph, before, node, numbers, scale.astype(dtype), "fp8"))
-        node.replace_input_with(0, read[0])
+        site.multiply(node, read[0], numbers, scale.astype(dtype), "fp8")
 
 
 def _dtype(node: ir.Node) -> np.dtype[Any]:
@@ -177,53 +187,6 @@ def _dtype(node: ir.Node) -> np.dtype[Any]:
     assert tensor is not None
     dtype: np.dtype[Any] = tensor.numpy().dtype
     return dtype
-
-
-def _smoothed(graph: ir.Graph, before: ir.Node, factors: Floats) -> ir.Value:
-    activation = input_of(before, 0)
-    inverse = _constant(graph, f"{activation.name}_smooth", (1 / factors).astype(_dtype(before)))
-    return _added(graph, before, ir.node("Mul", [activation, inverse], name=f"{activation.name}_smooth_mul"))
-
-
-def _there_and_back(
-    graph: ir.Graph, before: ir.Node, name: str, value: ir.Value, scale: ir.Value, zero: ir.Value
-) -> ir.Value:
-    quantized = _added(graph, before, ir.node("QuantizeLinear", [value, scale, zero], name=f"{name}_quantize"))
-    return _added(graph, before, ir.node("DequantizeLinear", [quantized, scale, zero], name=f"{name}_dequantize"))
-
-
-def _added(graph: ir.Graph, before: ir.Node, node: ir.Node) -> ir.Value:
-    node.outputs[0].name = f"{node.name}_out"
-    graph.insert_before(before, [node])
-    return node.outputs[0]
-
-
-def _dequantized(
-    graph: ir.Graph,
-    before: ir.Node,
-    node: ir.Node,
-    numbers: np.ndarray[Any, Any],
-    scale: np.ndarray[Any, Any],
-    kind: str,
-) -> ir.Value:
-    """The weight of `node` [K, N] from its numbers, with a scale for each column."""
-    name = str(input_of(node, 1).name)
-    inputs = [
-        _constant(graph, f"{name}_{kind}", numbers),
-        _constant(graph, f"{name}_scale", scale),
-        _constant(graph, f"{name}_zero", np.zeros(scale.shape, numbers.dtype)),
-    ]
-    dequantize = ir.node("DequantizeLinear", inputs, attributes={"axis": 1}, name=f"{name}_dequantize")
-    dequantize.outputs[0].name = f"{name}_dequantized"
-    graph.insert_before(before, [dequantize])
-    return dequantize.outputs[0]
-
-
-def _constant(graph: ir.Graph, name: str, array: np.ndarray[Any, Any]) -> ir.Value:
-    tensor = ir.tensor(array, name=name)
-    value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype))
-    graph.register_initializer(value)
-    return value
 
 
 FORMS: dict[str, QuantizedForm] = {form.precision: form for form in (StaticInt8(), DynamicInt8(), Fp8())}

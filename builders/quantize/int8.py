@@ -23,7 +23,7 @@ from builders.artifacts import Checkpoint, OnnxGraph, Quality, RoundingChoice
 from builders.errors import ParityError, QualityError, UnsupportedError
 from builders.graph import GRAPH_FILE, record_graph, require_standard
 from builders.judging.vectors import graph_outputs, measure, require_budget, sample_requests, within_budget
-from builders.quantize.forms import FORMS, QuantizedForm
+from builders.quantize.forms import FORMS, QuantizedForm, Site
 from builders.quantize.linears import BATCH, Group, activations, groups_of, input_of, linears_of, weight_of
 from builders.quantize.rounding import JUDGED, gptq_weights, to_round_by
 from builders.quantize.scales import Floats
@@ -261,10 +261,10 @@ def _rewrite(
         first = group.members[0]
         if first not in chosen:
             continue
-        before, factors = linears[first], smoothing[first]
-        read = form.activation(model.graph, before, factors, calibrations[first].channel_max)
+        site, factors = Site(model.graph, linears[first]), smoothing[first]
+        read = form.activation(site, factors, calibrations[first].channel_max)
         for index in group.members:
-            form.product(model.graph, before, linears[index], read, factors, weights.get(index))
+            form.product(site, linears[index], read, factors, weights.get(index))
     for value in [v for v in model.graph.initializers.values() if not v.uses()]:
         del model.graph.initializers[str(value.name)]
     external = f"{target.name}.data" if (source.parent / f"{source.name}.data").exists() else None

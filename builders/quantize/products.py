@@ -14,11 +14,10 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from builders.errors import ParityError, UnsupportedError
-from builders.graph import INLINE_WEIGHT_BYTES
+from builders.graph import add_constant, write_model
 from builders.quantize.blocks import (
     BLOCK,
     HESSIAN_BYTES,
@@ -140,12 +139,7 @@ def write_quantised(
             done[key] = _insert(model.graph, item, blocks)
         item.node.replace_input_with(1, done[key])
     RemoveUnusedNodesPass()(model)
-    save(model, target)
-
-
-def save(model: ir.Model, target: Path) -> None:
-    weights = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
-    ir.save(model, target, external_data=f"{target.name}.data" if weights > INLINE_WEIGHT_BYTES else None)
+    write_model(model, target)
 
 
 def _require_most(products: Sequence[Product], source: Path) -> None:
@@ -167,23 +161,16 @@ def _insert(graph: ir.Graph, item: Product, blocks: Blocks) -> ir.Value:
     small = ml_dtypes.int4 if blocks.zeros is None else ml_dtypes.uint4
     integers = blocks.values if blocks.bits == 8 else blocks.values.astype(small)
     inputs = [
-        constant(graph, f"{name}_int{blocks.bits}", integers),
-        constant(graph, f"{name}_scale", blocks.scales.astype(item.dtype)),
+        add_constant(graph, f"{name}_int{blocks.bits}", integers),
+        add_constant(graph, f"{name}_scale", blocks.scales.astype(item.dtype)),
     ]
     if blocks.zeros is not None:
-        inputs.append(constant(graph, f"{name}_zero", blocks.zeros.astype(integers.dtype)))
+        inputs.append(add_constant(graph, f"{name}_zero", blocks.zeros.astype(integers.dtype)))
     attributes = {"axis": 0, "block_size": blocks.size}
     node = ir.node("DequantizeLinear", inputs, attributes=attributes, name=f"{name}_dequantize")
     node.outputs[0].name = f"{name}_dequantized"
     graph.insert_before(item.node, [node])
     return node.outputs[0]
-
-
-def constant(graph: ir.Graph, name: str, array: NDArray[Any]) -> ir.Value:
-    tensor = ir.tensor(array, name=name)
-    value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype))
-    graph.register_initializer(value)
-    return value
 
 
 def compensate(

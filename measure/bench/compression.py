@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,49 +27,34 @@ from builders.store.processor import this_processor
 from builders.store.store import Store
 from measure.bench.compression_language import language_rows
 from measure.bench.compression_recipes import QUICK_MINUTES, BenchRecipe, recipes
+from measure.bench.compression_table import BenchRow, markdown, notes, spread, word
 
 PAGE = "bench-compression.md"
-_HEAD = (
-    "recipe", "M weights", "MB stored", "MB graph", "MFLOP a token", "x OpenVINO", "x ONNX Runtime", "cosine", "worst",
-    "Spearman", "MRR", "of the original's", "verdict",
-)  # fmt: skip
+_HEAD = ("x OpenVINO", "x ONNX Runtime", "cosine", "worst", "Spearman", "MRR", "of the original's")
+
+EncoderRow = BenchRow[StepFigures]
 
 
-@dataclass(frozen=True)
-class BenchRow:
-    """`judged` is None where a step refused itself. `verdict`: what of its aim a recipe misses, or that it meets it."""
-
-    name: str
-    judged: StepFigures | None
-    verdict: str
-    notes: tuple[str, ...] = ()
-
-
-def measured(recipe: BenchRecipe, quick: bool, root: Path, report: Report) -> BenchRow:
+def measured(recipe: BenchRecipe, quick: bool, root: Path, report: Report) -> EncoderRow:
     """Against the original in fp32."""
     spec, original = recipe.spec(quick), BenchRecipe("original").spec()
     try:
         found = compared(("original", recipe.name), (original, spec), None, root, report)
     except CheckError as error:
-        return BenchRow(recipe.name, None, f"refused: {error}")
+        return EncoderRow(recipe.name, None, f"refused: {error}")
     side = found.sides[1]
     notes = tuple(notes_of(side.checkpoint)) if recipe.steps else ()
-    return BenchRow(recipe.name, side.judged, verdict(recipe, side.judged), notes)
+    return EncoderRow(recipe.name, side.judged, verdict(recipe, side.judged), notes)
 
 
 def verdict(recipe: BenchRecipe, judged: StepFigures) -> str:
     if not recipe.aim:
         return ""
     budget, executor = recipe.budget, recipe.spec().cpu_executor
-    over = missed(judged, budget, executor)
-    said = ", ".join(f"{key} {value:.3f} of {getattr(budget, key)}" for key, value in over.items())
-    if said:
-        return f"refused: {said}"
-    there = figures(judged, executor)
-    return "meets " + ", ".join(f"{key} {limit} ({there[key]:.3f})" for key, limit in recipe.aim.items())
+    return word(recipe.aim, budget, missed(judged, budget, executor), figures(judged, executor))
 
 
-def lessened(row: BenchRow, before: BenchRow) -> str:
+def lessened(row: EncoderRow, before: EncoderRow) -> str:
     """How much of the distance to the original, 1 - cosine, is gone: of the means, on the same draws of texts."""
     if row.judged is None or before.judged is None:
         return row.verdict
@@ -80,52 +65,37 @@ def lessened(row: BenchRow, before: BenchRow) -> str:
     return f"{row.verdict}; {said}" if row.verdict else said
 
 
-def without_layers(root: Path, report: Report) -> BenchRow:
+def without_layers(root: Path, report: Report) -> EncoderRow:
     """The free baseline that has no recipe."""
     spec, store = BenchRecipe("original").spec(), Store(root / "store")
     original = load_checkpoint(spec.model)
     found = static_row(Build(spec, "cpu", original, original=original), store, report)
-    return BenchRow("no layers: static", found.judged, "")
+    return EncoderRow("no layers: static", found.judged, "")
 
 
-def table(rows: Sequence[BenchRow]) -> str:
+def table(rows: Sequence[EncoderRow]) -> str:
     """In Markdown, intervals in brackets."""
-    lines = [_HEAD, tuple("---" for _ in _HEAD), *(_cells(row) for row in rows)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return markdown(_HEAD, rows, _cells)
 
 
-def _cells(row: BenchRow) -> tuple[str, ...]:
-    found = row.judged
-    if found is None or found.quality is None or found.retrieval is None:
-        return (row.name, *("" for _ in _HEAD[2:]), row.verdict)
-
-    def spread(value: float, key: str, digits: int) -> str:
-        low, high = found.intervals[key].low, found.intervals[key].high
-        return f"{value:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
-
+def _cells(found: StepFigures) -> tuple[str, ...]:
+    if found.quality is None or found.retrieval is None:
+        return tuple("" for _ in _HEAD)
     return (
-        row.name,
-        f"{found.parameters / 1e6:.2f}",
-        f"{found.stored_bytes / 1e6:.1f}",
-        f"{found.graph_bytes / 1e6:.1f}",
-        f"{found.flops_per_token / 1e6:.1f}",
-        *(spread(found.speeds[name], f"x {name}", 2) for name in ("openvino", "onnxruntime")),
-        spread(found.quality.mean_cosine, "mean_cosine", 3),
+        *(spread(found, found.speeds[name], f"x {name}", 2) for name in ("openvino", "onnxruntime")),
+        spread(found, found.quality.mean_cosine, "mean_cosine", 3),
         f"{found.quality.worst_cosine:.3f}",
-        spread(found.spearman or 0.0, "spearman", 3),
-        spread(found.retrieval.mrr, "mrr", 3),
-        spread(found.mrr_ratio or 0.0, "mrr_ratio", 3),
-        row.verdict,
+        spread(found, found.spearman or 0.0, "spearman", 3),
+        spread(found, found.retrieval.mrr, "mrr", 3),
+        spread(found, found.mrr_ratio or 0.0, "mrr_ratio", 3),
     )
 
 
-def page(rows: Sequence[BenchRow], quick: bool) -> str:
+def page(rows: Sequence[EncoderRow], quick: bool) -> str:
     processor = this_processor()
     cut = f" A quick run: no training is longer than {QUICK_MINUTES} minutes." if quick else ""
-    notes = [f"- {row.name}: {'; '.join(row.notes)}" for row in rows if row.notes]
-    return "\n".join(
-        [f"{processor.name}, {processor.cores} cores; 95 % intervals in brackets.{cut}", "", table(rows), "", *notes]
-    )
+    said = f"{processor.name}, {processor.cores} cores; 95 % intervals in brackets.{cut}"
+    return "\n".join([said, "", table(rows), "", *notes(rows)])
 
 
 def main() -> None:
@@ -135,7 +105,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="recipes whose name holds this text")
     options = parser.parse_args()
     asked: list[Any] = [each for each in recipes() if (each.quick or not options.quick) and options.only in each.name]
-    rows: list[BenchRow] = []
+    rows: list[EncoderRow] = []
     with show.build_progress(quiet=False) as report:
         for number, recipe in enumerate(asked, 1):
             report("compress", f"recipe {number} of {len(asked)}: {recipe.name}")

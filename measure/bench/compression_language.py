@@ -20,16 +20,14 @@ from builders.pipeline.result import Build, Report
 from builders.spec import BudgetSlice, DeploymentSpec
 from builders.store.store import Store
 from builders.training.text import TokenIds
-from measure.bench.compression_recipes import QUICK_MINUTES
+from measure.bench.compression_recipes import shortened
+from measure.bench.compression_table import BenchRow, markdown, notes, spread, word
 from measure.small_model.folder import held_out_rows, train_small_model
 
 FOLDER = "small-model"  # of the build directory, as `make demo-generate` has it
 CONTEXT = 512
 ROWS = 32  # of the judged text, at most
-_HEAD = (
-    "recipe", "M weights", "MB stored", "MB graph", "MFLOP a token", "x OpenVINO", "perplexity", "of the original's",
-    "same next token", "divergence", "verdict",
-)  # fmt: skip
+_HEAD = ("x OpenVINO", "perplexity", "of the original's", "same next token", "divergence")
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class LanguageBenchRecipe:
         return BudgetSlice.model_validate({"max_perplexity_ratio": 1e9, **self.aim})
 
     def spec(self, folder: Path, quick: bool = False) -> DeploymentSpec:
-        steps = [_shortened(step) for step in self.steps] if quick else list(self.steps)
+        steps = [shortened(step) for step in self.steps] if quick else list(self.steps)
         precision = {"cpu": self.precision, "max_perplexity_ratio": 2.0}
         return DeploymentSpec.model_validate(
             {
@@ -59,13 +57,6 @@ class LanguageBenchRecipe:
                 "precision": precision if self.precision == "fp32" else {**precision, "rounding": self.rounding},
             }
         )
-
-
-def _shortened(step: dict[str, Any]) -> dict[str, Any]:
-    if "distil" not in step:
-        return step
-    asked = step["distil"]
-    return {"distil": {**asked, "minutes": min(asked["minutes"], QUICK_MINUTES), "text_tokens": 50_000}}
 
 
 def language_recipes() -> tuple[LanguageBenchRecipe, ...]:
@@ -109,14 +100,7 @@ def _taught(minutes: float, **more: Any) -> dict[str, Any]:
     return {"distil": {"minutes": minutes, "losses": {"soft_labels": 1.0}, **more}}
 
 
-@dataclass(frozen=True)
-class LanguageBenchRow:
-    """`judged` is None where a step refused itself."""
-
-    name: str
-    judged: LanguageFigures | None
-    verdict: str
-    notes: tuple[str, ...] = ()
+LanguageBenchRow = BenchRow[LanguageFigures]
 
 
 def language_rows(root: Path, quick: bool, only: str, report: Report) -> str:
@@ -137,8 +121,7 @@ def language_rows(root: Path, quick: bool, only: str, report: Report) -> str:
         report("compress", f"language recipe {number} of {len(asked)}: {recipe.name}")
         rows.append(measured(recipe, original, judged_by, folder, quick, store, report))
     said = f"The small language model: {judged_by[:, 1:].size} tokens of documents that it was not trained on."
-    notes = [f"- {row.name}: {'; '.join(row.notes)}" for row in rows if row.notes]
-    return "\n".join([said, "", language_table(rows), "", *notes])
+    return "\n".join([said, "", language_table(rows), "", *notes(rows)])
 
 
 def _calibrates_nothing(document: Document) -> bool:
@@ -155,48 +138,30 @@ def measured(
     except CheckError as error:
         return LanguageBenchRow(recipe.name, None, f"refused: {error}")
     judged = judge_language(original, built, store, judged_by)
-    notes = notes_of(built.checkpoint) if recipe.steps else []
+    said = notes_of(built.checkpoint) if recipe.steps else []
     rounding = built.served_graph.rounding
     if rounding is not None:
-        notes.append(rounding.summary)
-    return LanguageBenchRow(recipe.name, judged, language_verdict(recipe, judged), tuple(notes))
+        said.append(rounding.summary)
+    return LanguageBenchRow(recipe.name, judged, language_verdict(recipe, judged), tuple(said))
 
 
 def language_verdict(recipe: LanguageBenchRecipe, judged: LanguageFigures) -> str:
     if not recipe.aim:
         return ""
-    over = missed_by_language(judged, recipe.budget)
-    if over:
-        return "refused: " + ", ".join(f"{key} {value:.3f} of {recipe.aim[key]}" for key, value in over.items())
-    there = language_figures(judged)
-    return "meets " + ", ".join(f"{key} {limit} ({there[key]:.3f})" for key, limit in recipe.aim.items())
+    budget = recipe.budget
+    return word(recipe.aim, budget, missed_by_language(judged, budget), language_figures(judged))
 
 
 def language_table(rows: Sequence[LanguageBenchRow]) -> str:
     """In Markdown, intervals in brackets."""
-    lines = [_HEAD, tuple("---" for _ in _HEAD), *(_cells(row) for row in rows)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return markdown(_HEAD, rows, _cells)
 
 
-def _cells(row: LanguageBenchRow) -> tuple[str, ...]:
-    found = row.judged
-    if found is None:
-        return (row.name, *("" for _ in _HEAD[2:]), row.verdict)
-
-    def spread(value: float, key: str, digits: int) -> str:
-        low, high = found.intervals[key].low, found.intervals[key].high
-        return f"{value:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
-
+def _cells(found: LanguageFigures) -> tuple[str, ...]:
     return (
-        row.name,
-        f"{found.parameters / 1e6:.2f}",
-        f"{found.stored_bytes / 1e6:.1f}",
-        f"{found.graph_bytes / 1e6:.1f}",
-        f"{found.flops_per_token / 1e6:.1f}",
-        spread(found.speed, "speed", 2),
+        spread(found, found.speed, "speed", 2),
         f"{found.perplexity:.2f}",
-        spread(found.perplexity_ratio, "perplexity_ratio", 4),
-        spread(found.mean_agreement, "agreement", 3),
-        spread(found.mean_divergence, "divergence", 4),
-        row.verdict,
+        spread(found, found.perplexity_ratio, "perplexity_ratio", 4),
+        spread(found, found.mean_agreement, "agreement", 3),
+        spread(found, found.mean_divergence, "divergence", 4),
     )

@@ -33,7 +33,7 @@ class BenchRecipe:
     def spec(self, quick: bool = False) -> DeploymentSpec:
         """On the model, the texts and the executor of the preset."""
         preset = load_spec(PRESET)
-        steps = [_shortened(step) for step in self.steps] if quick else list(self.steps)
+        steps = [shortened(step) for step in self.steps] if quick else list(self.steps)
         return DeploymentSpec.model_validate(
             {
                 "name": "bench-compression",
@@ -58,7 +58,8 @@ class BenchRecipe:
         return {**self.qat, "minutes": min(self.qat["minutes"], QUICK_MINUTES)}
 
 
-def _shortened(step: dict[str, Any]) -> dict[str, Any]:
+def shortened(step: dict[str, Any]) -> dict[str, Any]:
+    """As a quick run has it."""
     if "distil" not in step:
         return step
     asked = step["distil"]

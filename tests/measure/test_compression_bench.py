@@ -16,7 +16,6 @@ from builders.pipeline.judged import StepFigures
 from builders.pipeline.judged_language import LanguageFigures
 from builders.spec import load_spec
 from measure.bench import compression
-from measure.bench.compression import BenchRow
 from measure.bench.compression_language import (
     LanguageBenchRecipe,
     LanguageBenchRow,
@@ -26,6 +25,7 @@ from measure.bench.compression_language import (
     language_verdict,
 )
 from measure.bench.compression_recipes import PRESET, QUICK_MINUTES, BenchRecipe, recipes
+from measure.bench.compression_table import BenchRow
 from tests.compress.test_spec import WIDTHS
 
 

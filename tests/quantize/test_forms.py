@@ -17,7 +17,7 @@ from builders.engine.tensorrt import compile_plan
 from builders.errors import InputError, SpecError
 from builders.graph import OPSET, describe
 from builders.pipeline import Build, one_file
-from builders.quantize.forms import FORMS
+from builders.quantize.forms import FORMS, Site
 from builders.quantize.linears import linears_of
 from builders.spec import ModelSlice, PrecisionSlice, ProfileSlice, Range
 from runtime.session import multiplies_bytes, open_session
@@ -64,8 +64,8 @@ def _computed(precision: str, folder: Path) -> tuple[np.ndarray, np.ndarray, np.
     factors, form = rng.uniform(0.5, 2, 16).astype(np.float32), FORMS[precision]
     model = _linear(folder / "g.onnx", weight)
     (node,) = linears_of(model)
-    read = form.activation(model.graph, node, factors, np.abs(x).max(axis=0))
-    form.product(model.graph, node, node, read, factors, None)
+    site = Site(model.graph, node)
+    form.product(site, node, form.activation(site, factors, np.abs(x).max(axis=0)), factors, None)
     ir.save(model, folder / "q.onnx")
     return x, weight, factors, open_session(folder / "q.onnx").run(None, {"x": x})[0]
 
