@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import onnx_ir as ir
@@ -105,12 +105,15 @@ class WeightWriter:
         write_quantised(source, recipe, blocks, target, self.ranks)
         require_standard(target)
 
+    @cached_property
+    def _dtype(self) -> np.dtype[Any]:
+        return find_products(ir.load(self.source))[0].dtype
+
     def _scaled(self, recipe: WeightRecipe) -> Path:
         file = self.work / "scaled.onnx"
         if self._factors is None:
-            dtype = find_products(ir.load(self.source))[0].dtype
             self._factors = awq.search(
-                self.reference, self.subject.hessians, recipe, dtype, self.ranks, self.progress
+                self.reference, self.subject.hessians, recipe, self._dtype, self.ranks, self.progress
             )  # fmt: skip
             awq.write_folded(self.reference, self._factors, file)
             self._require_same(file)
@@ -118,9 +121,8 @@ class WeightWriter:
 
     def _compensated(self, recipe: WeightRecipe, scaled: Path) -> dict[int, Blocks]:
         if recipe.awq not in self._blocks:
-            dtype = find_products(ir.load(self.source))[0].dtype
             self._blocks[recipe.awq] = compensate(
-                scaled, self.subject.hessians, recipe, self.progress, dtype, self.ranks
+                scaled, self.subject.hessians, recipe, self.progress, self._dtype, self.ranks
             )
         return self._blocks[recipe.awq]
 
