@@ -82,6 +82,6 @@ def _write(kept: Mapping[str, torch.Tensor], file: Path) -> None:
             file.parent.mkdir(parents=True, exist_ok=True)
             save_file({name: value.contiguous() for name, value in kept.items()}, part)
             part.replace(file)
-        except OSError:
+        except BaseException:
             part.unlink(missing_ok=True)
             raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -13,6 +14,9 @@ from builders.errors import MachineError
 from runtime.leases import abandoned, beating, owner
 
 _PREFIX = ".tmp-"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Where the number is lost: safetensors tells it in words, numpy that less was written than it asked for.
+_FULL_IN_WORDS = re.compile(rf"os error ({'|'.join(map(str, _FULL))})\b|\d+ requested and \d+ written")
 
 
 @contextlib.contextmanager
@@ -39,11 +43,11 @@ def atomic_directory(target: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def telling_disk_full(folder: Path) -> Iterator[None]:
-    """Raises MachineError for an OSError that says so."""
+    """Raises MachineError for what says so, in whatever words the library that wrote has for it."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    except Exception as error:
+        if not _says_full(error):
             raise
         free_mb = shutil.disk_usage(folder).free >> 20
         raise MachineError(
@@ -52,6 +56,17 @@ def telling_disk_full(folder: Path) -> Iterator[None]:
             expected="room for the result",
             fix="free space or choose another --build-dir; nothing half-written was left behind",
         ) from error
+
+
+def _says_full(error: BaseException | None) -> bool:
+    """It, or what it came from: torch closes its archive after a write that failed, and that is what it then raises."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            return True
+        if _FULL_IN_WORDS.search(str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _sweep_dead(parent: Path, now: float) -> None:

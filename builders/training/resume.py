@@ -36,7 +36,7 @@ class Resume:
                     stream.flush()
                     os.fsync(stream.fileno())
                 part.replace(self._file)
-            except OSError:
+            except BaseException:
                 part.unlink(missing_ok=True)
                 raise
         self._saved_at = time.monotonic()

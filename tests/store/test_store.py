@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
+import resource
+import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from builders.artifacts import FileRecord, Quality, ServedQuality, file_digest
 from builders.errors import MachineError
 from builders.store.atomic import atomic_directory
 from builders.store.store import Store
+from builders.training.resume import Resume
 from runtime import leases
 from tests.conftest import wait_until
 
@@ -93,14 +100,54 @@ def _read_by(action: Callable[[], str]) -> tuple[str, int]:
     return action(), count() - before
 
 
-def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
-    def fill(out: Path) -> ServedQuality:
-        (out / "half").write_bytes(b"1")
-        raise OSError(errno.ENOSPC, "No space left on device")
+_VALUES = np.ones(1 << 18, np.float32)  # 1 MiB
 
-    with pytest.raises(MachineError, match="no space left"):
+
+def _graph_of_values() -> onnx.ModelProto:
+    tensor = onnx.numpy_helper.from_array(_VALUES, "w")
+    return onnx.helper.make_model(onnx.helper.make_graph([], "g", [], [], [tensor]))
+
+
+_WRITERS: dict[str, Callable[[Path], object]] = {
+    "python": lambda file: file.write_bytes(_VALUES.tobytes()),
+    "numpy": lambda file: np.save(file, _VALUES),
+    "onnx": lambda file: onnx.save(_graph_of_values(), file),
+    "safetensors": lambda file: save_file({"w": torch.from_numpy(_VALUES)}, file),
+    "training state": lambda file: Resume(file, "key").save({"w": torch.from_numpy(_VALUES)}),
+}
+
+
+@contextmanager
+def _files_at_most(limit_bytes: int) -> Iterator[None]:
+    """Stands for a full disk: what this process writes beyond it fails in the very same calls."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize("writer", _WRITERS)
+def test_a_full_disk_is_told_by_every_writer_and_leaves_nothing_behind(tmp_path: Path, writer: str) -> None:
+    def fill(out: Path) -> ServedQuality:
+        _WRITERS[writer](out / "half")
+        raise AssertionError("all was written")
+
+    with pytest.raises(MachineError, match="no space left"), _files_at_most(1 << 16):
         Store(tmp_path).get_or_build("stage", {}, ServedQuality, fill)
     assert list((tmp_path / "stage").iterdir()) == []
+
+
+def test_a_training_whose_state_finds_no_room_keeps_the_one_before(tmp_path: Path) -> None:
+    resume = Resume(tmp_path / "state", "key")
+    resume.save({"step": 1})
+    with pytest.raises(MachineError, match="no space left"), _files_at_most(1 << 16):
+        resume.save({"step": 2, "w": torch.from_numpy(_VALUES)})
+    assert resume.load() == {"step": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["state"]
 
 
 def test_work_of_a_killed_process_is_swept(tmp_path: Path) -> None:
