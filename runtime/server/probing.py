@@ -7,8 +7,9 @@ it has answered.
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,8 +17,14 @@ from runtime.channel import connect, infer_input
 from runtime.generation.interface import split_status
 from runtime.told import STARTS_AGAIN
 
+if TYPE_CHECKING:
+    from queue import SimpleQueue
+
+    _Answers = SimpleQueue[tuple[Any, Any]]  # a result, or an error
+
 PROBE_TEXT = "trireme readiness probe"
 PROBE_TIMEOUT_S = 5.0
+_STREAM_S = 60.0  # longer than a server may stand still: whose probe waits so long has been ended before
 # A server that starts again is asked again soon, and a channel of before must not lend its patience to a new one.
 _CHANNEL = [
     ("grpc.initial_reconnect_backoff_ms", 100),
@@ -47,6 +54,7 @@ class Probe:
     def __init__(self, address: str, request_id: str, timeout_s: float = PROBE_TIMEOUT_S) -> None:
         self.client = connect(address, *_CHANNEL)  # of one thread at a time
         self._request_id, self._timeout_s = request_id, timeout_s
+        self._waiting: _Answers | None = None  # on the stream of a generator's probe that has no answer yet
 
     def close(self) -> None:
         self.client.close()
@@ -81,33 +89,39 @@ class Probe:
         return int(result.get_response().model_version)
 
     def _ask_generator(self, name: str, text: str) -> int | Failure:
-        """A decoupled model answers on a stream."""
-        from queue import Empty, SimpleQueue
+        """A decoupled model answers on a stream. One that waits in the queue of a busy server is left there, and the
+        next call waits for it again: Triton 2.51 can crash on a cancellation that meets the end of its stream."""
+        from queue import Empty
 
-        answers: SimpleQueue[tuple[Any, Any]] = SimpleQueue()
-        inputs = [
-            infer_input("text_input", np.array([[text.encode()]], np.object_)),
-            infer_input("max_tokens", np.array([[1]], np.int32)),
-        ]
-        self.client.start_stream(
-            lambda result, error: answers.put((result, error)),
-            stream_timeout=self._timeout_s,
-        )
-        ended = False
+        answers = self._waiting or self._send(name, text)
         try:
-            self.client.async_stream_infer(name, inputs, request_id=self._request_id)
             result, error = answers.get(timeout=self._timeout_s)
-            ended = True
         except Empty:
+            self._waiting = answers
             return Failure(f"{name} made no token within {self._timeout_s:.0f} s", busy=True)
-        finally:
-            # Triton 2.51 can crash on a cancellation that meets the end of its stream.
-            self.client.stop_stream(cancel_requests=not ended)
+        self._waiting = None
+        self.client.stop_stream()
         if error is not None:
             return failure_of(error)
         if result.as_numpy("output_ids") is None:
             return Failure(f"{name} answered without a token")
         return int(result.get_response().model_version)
+
+    def _send(self, name: str, text: str) -> _Answers:
+        from queue import SimpleQueue
+
+        from tritonclient.utils import InferenceServerException
+
+        answers: _Answers = SimpleQueue()
+        inputs = [
+            infer_input("text_input", np.array([[text.encode()]], np.object_)),
+            infer_input("max_tokens", np.array([[1]], np.int32)),
+        ]
+        self.client.start_stream(lambda result, error: answers.put((result, error)), stream_timeout=_STREAM_S)
+        # A stream that has ended before it was written to: why, stands in `answers`.
+        with suppress(InferenceServerException):
+            self.client.async_stream_infer(name, inputs, request_id=self._request_id)
+        return answers
 
 
 def failure_of(error: Any) -> Failure:
