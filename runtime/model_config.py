@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import Any
 
 CONFIG = "config.pbtxt"
+# A parameter of an encoder's ensemble, for the gateway: with a bound of its own, Triton 2.51 lets requests wait half a
+# second now and then.
+QUEUE_SIZE = "queue_size"
 
 
 def to_pbtxt(config: Any) -> str:

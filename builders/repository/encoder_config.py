@@ -17,6 +17,7 @@ from typing import Any
 from builders.artifacts import Checkpoint, PipelineStage, StagePort
 from builders.errors import UnsupportedError
 from builders.spec import DeploymentSpec, Platform
+from runtime.model_config import QUEUE_SIZE
 
 
 @dataclass(frozen=True)
@@ -247,6 +248,7 @@ def _ensemble(spec: DeploymentSpec, interface: EncoderInterface, parts: Sequence
             ]
         },
     )
+    config.parameters[QUEUE_SIZE].string_value = str(spec.serving.queue_size)
     if spec.serving.response_cache_bytes:
         config.response_cache.enable = True
     return config
@@ -265,10 +267,13 @@ def _instances(spec: DeploymentSpec, kind: str) -> dict[str, Any]:
 
 
 def _dynamic_batching(spec: DeploymentSpec, delay_us: int) -> dict[str, Any]:
-    policy: dict[str, Any] = {"max_queue_size": spec.serving.queue_size, "timeout_action": "REJECT"}
+    batching: dict[str, Any] = {"max_queue_delay_microseconds": delay_us}
     if spec.serving.queue_timeout_us:
-        policy["default_timeout_microseconds"] = spec.serving.queue_timeout_us
-    return {"max_queue_delay_microseconds": delay_us, "default_queue_policy": policy}
+        batching["default_queue_policy"] = {
+            "timeout_action": "REJECT",
+            "default_timeout_microseconds": spec.serving.queue_timeout_us,
+        }
+    return batching
 
 
 def _warmup(

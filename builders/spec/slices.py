@@ -223,11 +223,13 @@ class ServingSlice(Slice):
     )
     threads: Positive | None = Field(None, description="CPU threads of one instance; default: every core")
     queue_size: Positive = Field(
-        256, description="requests that may wait; one more is refused with UNAVAILABLE (HTTP 503)"
+        256, description="requests that may wait; one more is refused (429), an encoder's by the gateway"
     )
     queue_delay_us: NotNegative = Field(1000, description="how long a request may wait for others to share its batch")
     queue_timeout_us: NotNegative = Field(
-        2_000_000, description="a request that has waited so long is refused with UNAVAILABLE; 0: wait without limit"
+        0,
+        description="a request that has waited so long is refused with UNAVAILABLE; 0: no limit. With a limit "
+        "Triton 2.51 lets requests wait half a second now and then (docs/triton.md)",
     )
     response_cache_bytes: NotNegative = Field(
         0, description="memory for answers to texts that come again; at least 1048576, or 0: off"

@@ -82,9 +82,7 @@ def main() -> None:
 
 
 def _embeddings(arguments: argparse.Namespace) -> None:
-    spec = load_spec("minilm")
-    patient = spec.serving.model_copy(update={"queue_timeout_us": 60_000_000})  # on a machine that others use too
-    built = pipeline.build(spec.model_copy(update={"serving": patient}), "cpu", arguments.build_dir, "repository")
+    built = pipeline.build(load_spec("minilm"), "cpu", arguments.build_dir, "repository")
     assert built.entry is not None
     with ready_server(built.entry.repository) as server, MeasuredGateway(server) as gateway:
         print(f"{built.spec.name} in {built.spec.precision.cpu}, {os.cpu_count()} cores, {arguments.pairs} pairs")

@@ -45,8 +45,7 @@ def encoder_spec(shape: EncoderShape, setting: Setting, flavour: Flavour, precis
                (("batch", 32, batch), ("length", 128, length))}  # fmt: skip
     more: dict[str, dict[str, Any]] = {
         "precision": {"gpu": precision}, "engine": {"profiles": [profile]},
-        # Triton's batcher may sleep while requests wait (docs/triton.md): that is measured, and refuses none.
-        "serving": {"max_batch_size": batch, "length_buckets": list(setting.lengths), "queue_timeout_us": 0},
+        "serving": {"max_batch_size": batch, "length_buckets": list(setting.lengths)},
     }  # fmt: skip
     model = {"source": source, "task": "embedding", "max_length": length, "pooling": "mean"}
     return _spec(setting, flavour, f"proof-{name}", model, more)

@@ -149,6 +149,8 @@ def _require_parameters(asked: InferRequest) -> None:
 def require_parameter(name: str, value: Any, known: Mapping[str, type]) -> None:
     if name not in known or type(value) is not known[name]:
         raise Refused(400, f"parameter {name[:64]!r} is not taken here, or not as {type(value).__name__}")
+    if isinstance(value, int) and value < 0:
+        raise Refused(400, f"parameter {name!r} is {value}; send 0 or more")
 
 
 def _count(item: TensorIn) -> int:

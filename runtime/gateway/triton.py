@@ -4,6 +4,7 @@ as it came: requests are built here, tensors travel as binary.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
@@ -20,6 +21,7 @@ from runtime.gateway.refused import Refused, upstream_refusal
 from runtime.gateway.trip import TRIP
 from runtime.gateway.upstream import Upstream, UpstreamAnswer
 from runtime.generation.interface import CACHE_SALT
+from runtime.model_config import QUEUE_SIZE
 
 NUMPY = {
     "BOOL": np.bool_, "UINT8": np.uint8, "UINT16": np.uint16, "UINT32": np.uint32, "UINT64": np.uint64,
@@ -50,12 +52,14 @@ class Blob(NamedTuple):
 
 @dataclass(frozen=True)
 class Facts:
-    """Of the one model that is served. `metadata` is Triton's own answer; `optional`: inputs that may be left out."""
+    """Of the one model that is served. `metadata` is Triton's own answer; `optional`: inputs that may be left out;
+    `places`: inferences that the model may have been asked for and not answered, None where it bounds them itself."""
 
     version: int
     max_batch_size: int
     metadata: dict[str, Any]
     optional: frozenset[str] = frozenset()
+    places: int | None = None
 
     @cached_property
     def outputs(self) -> frozenset[str]:
@@ -125,6 +129,7 @@ class TritonHttp:
         self._path = f"/v2/models/{there or model}"
         self._facts: Facts | None = None
         self._known = 0.0
+        self._asked = 0  # inferences that have no answer yet
 
     async def facts(self) -> Facts:
         """Raises Refused when the model is not there, UpstreamGone when the server is not."""
@@ -134,9 +139,20 @@ class TritonHttp:
             versions = [int(item) for item in metadata.get("versions", [])]
             optional = frozenset(item["name"] for item in config.get("input", []) if item.get("optional"))
             size = int(config.get("max_batch_size", 0))
-            self._facts = Facts(max(versions, default=0), size, metadata, optional)
+            self._facts = Facts(max(versions, default=0), size, metadata, optional, await self._places(config))
             self._known = time.monotonic()
         return self._facts
+
+    async def _places(self, config: dict[str, Any]) -> int | None:
+        """For those who wait, and for a full batch of each copy that computes: Triton knows on how many GPUs they are.
+        The first step of an ensemble reads the texts."""
+        queue_size = config.get("parameters", {}).get(QUEUE_SIZE, {}).get("string_value")
+        if queue_size is None:
+            return None
+        computing = await self._get(f"/v2/models/{config['ensemble_scheduling']['step'][1]['model_name']}/config")
+        groups = computing["instance_group"]
+        copies = sum(int(group["count"]) * max(1, len(group.get("gpus", ()))) for group in groups)
+        return int(queue_size) + copies * max(1, int(computing["max_batch_size"]))
 
     def forget(self) -> None:
         """The server broke off: what comes back may be another version."""
@@ -158,7 +174,30 @@ class TritonHttp:
     async def infer(
         self, inputs: Sequence[Blob], outputs: Sequence[str], request_id: str, parameters: Mapping[str, Any]
     ) -> dict[str, Blob]:
-        """Outputs by name. Raises Refused with what the model said against it."""
+        """Outputs by name. Raises Refused with what the model said against it, when all places are taken, and when
+        there is no answer within the `timeout` of `parameters`, in microseconds.
+
+        Triton 2.51 could bound its queue, but then lets requests wait half a second now and then.
+        """
+        places = (await self.facts()).places
+        if places is not None and self._asked >= places:
+            raise Refused(429, f"{places} requests wait or run already; try again later")
+        timeout_us = parameters.get("timeout")
+        self._asked += 1
+        try:
+            if not timeout_us:
+                return await self._infer(inputs, outputs, request_id, parameters)
+            rest = {name: value for name, value in parameters.items() if name != "timeout"}
+            async with asyncio.timeout(timeout_us / 1e6):
+                return await self._infer(inputs, outputs, request_id, rest)
+        except TimeoutError:
+            raise Refused(504, f"no answer within the request's own timeout, {timeout_us} us") from None
+        finally:
+            self._asked -= 1
+
+    async def _infer(
+        self, inputs: Sequence[Blob], outputs: Sequence[str], request_id: str, parameters: Mapping[str, Any]
+    ) -> dict[str, Blob]:
         asked: dict[str, Any] = {
             "id": request_id,
             "inputs": [

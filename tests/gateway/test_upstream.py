@@ -6,11 +6,15 @@ import asyncio
 import contextlib
 import json
 from collections.abc import Awaitable, Callable
+from typing import Any
 
+import numpy as np
+import orjson
 import pytest
 
+from runtime.gateway.refused import Refused
 from runtime.gateway.trip import TRIP, Trip
-from runtime.gateway.triton import TritonHttp
+from runtime.gateway.triton import Blob, TritonHttp
 from runtime.gateway.upstream import Upstream, UpstreamGone
 
 Serve = Callable[[int, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -146,3 +150,71 @@ def test_a_salt_goes_to_the_model_with_the_prompt() -> None:
 
     _with_server(serve, test)
     assert [json.loads(body).get("cache_salt") for body in bodies] == ["ann", None]
+
+
+class _Encoder:
+    """A model server whose answers wait until they are let go."""
+
+    def __init__(self, queue_size: int, group: dict[str, Any], max_batch_size: int) -> None:
+        ensemble = {
+            "parameters": {"queue_size": {"string_value": str(queue_size)}},
+            "ensemble_scheduling": {"step": [{"model_name": "m-tokenizer"}, {"model_name": "m-encoder"}]},
+        }
+        encoder = {"instance_group": [group], "max_batch_size": max_batch_size}
+        self.configs = {b"/v2/models/m/config": ensemble, b"/v2/models/m-encoder/config": encoder}
+        self.go = asyncio.Event()
+
+    async def serve(self, number: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            head = await reader.readuntil(b"\r\n\r\n")
+            if head.startswith(b"GET"):
+                body = orjson.dumps(self.configs.get(head.split(b" ")[1], {}))
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+                continue
+            await reader.readexactly(int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0]))
+            await self.go.wait()
+            body = orjson.dumps({"outputs": []})
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+
+
+async def _infer(triton: TritonHttp, **parameters: int) -> int:
+    """200, or the status of the refusal."""
+    text = Blob("text", "BYTES", (1, 1), np.array([1, 0, 0, 0, 97], np.uint8).tobytes())
+    try:
+        await triton.infer([text], [], "id", parameters)
+    except Refused as refused:
+        return refused.status
+    return 200
+
+
+def test_more_than_there_are_places_for_are_refused_at_once() -> None:
+    async def test(upstream: Upstream) -> None:
+        triton = TritonHttp(upstream, upstream, "m")
+        waiting = [asyncio.create_task(_infer(triton)) for _ in range(2)]
+        await asyncio.sleep(0.1)
+        assert [await _infer(triton) for _ in range(3)] == [429] * 3
+        waiting[0].cancel()
+        await asyncio.wait(waiting[:1])
+        assert await _infer(triton, timeout=10_000) == 504, "who left gave its place back"
+        last = asyncio.create_task(_infer(triton, timeout=60_000_000))
+        await asyncio.sleep(0.1)
+        encoder.go.set()
+        assert [await waiting[1], await last, await _infer(triton)] == [200] * 3
+
+    encoder = _Encoder(1, {"count": 1, "kind": "KIND_CPU"}, 1)
+    _with_server(encoder.serve, test)
+
+
+@pytest.mark.parametrize(
+    ("group", "max_batch_size", "places"),
+    [
+        ({"count": 1, "kind": "KIND_CPU"}, 8, 5 + 8),
+        ({"count": 2, "kind": "KIND_GPU", "gpus": [0, 1, 2]}, 8, 5 + 6 * 8),
+        ({"count": 1, "kind": "KIND_MODEL"}, 0, 5 + 1),
+    ],
+)
+def test_there_are_places_for_a_batch_of_each_copy(group: dict[str, Any], max_batch_size: int, places: int) -> None:
+    async def test(upstream: Upstream) -> None:
+        assert (await TritonHttp(upstream, upstream, "m").facts()).places == places
+
+    _with_server(_Encoder(5, group, max_batch_size).serve, test)
