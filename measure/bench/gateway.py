@@ -2,8 +2,9 @@
 
 One client process drives both with the same code: closed loops of 1, 8 and 32 users, one text a request, kept
 connections. Directly it asks in Triton's binary tensors, through the gateway as OpenAI's client does, in base64. Short
-blocks of both alternate and are compared as pairs, so that noise of the machine hits both. Then 32 streams of a small
-language model at once, directly as `generate_stream` and through the gateway as OpenAI's completions.
+blocks of both alternate and are compared as pairs, so that noise of the machine hits both. Then 32 streams of a tiny
+language model at once, and of one of 100 M parameters, directly as `generate_stream` and through the gateway as
+OpenAI's completions.
 """
 
 from __future__ import annotations

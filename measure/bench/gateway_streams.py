@@ -1,6 +1,7 @@
 """32 streams of tokens at once: directly as Triton's `generate_stream`, through the gateway as OpenAI's completions.
 
-Blocks of both alternate and are compared as pairs. A small model makes many events, and asks the most of a gateway.
+Blocks of both alternate and are compared as pairs. A tiny model makes many events, and asks the most of a gateway; one
+of 100 M parameters is the smallest that people serve.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from builders import pipeline
 from builders.spec import DeploymentSpec
 from builders.training.recipe import TrainingRecipe
 from measure.bench.measured_gateway import MeasuredGateway, cpu_s
-from measure.bench.random_llama import random_llama
+from measure.bench.random_llama import LLAMA_100M, random_llama
 from runtime.gateway.triton import TritonHttp
 from runtime.gateway.upstream import Upstream
 from runtime.server.launch import LOOPBACK, TritonServer
@@ -28,7 +29,7 @@ from runtime.server.supervise import ready_server
 
 STREAMS, TOKENS = 32, 64
 _CONTEXT = 256
-_SIZES = TrainingRecipe(vocabulary=4096, hidden=256, layers=4, heads=4, kv_heads=2, ffn=512, context=_CONTEXT)
+_TINY = TrainingRecipe(vocabulary=4096, hidden=256, layers=4, heads=4, kv_heads=2, ffn=512, context=_CONTEXT)
 _HEAD = b"Content-Type: application/json\r\n"
 _ANSWER_BYTES = 16 << 20
 Way = Callable[[int], Awaitable[tuple[float, int]]]  # a stream by its number: when its first event came, how many did
@@ -44,12 +45,17 @@ class StreamBlock:
 
 
 def compare_streams(build_dir: Path, count: int) -> None:
-    """Prints medians over `count` pairs of blocks."""
+    """Prints medians over `count` pairs of blocks for the tiny model, and a third of them for the larger one."""
+    print(f"{STREAMS} streams of a model of 3 M: {_compared(build_dir, _TINY, count)}", flush=True)
+    print(f"{STREAMS} streams of one of 100 M: {_compared(build_dir, LLAMA_100M, max(3, count // 3))}", flush=True)
+
+
+def _compared(build_dir: Path, sizes: TrainingRecipe, count: int) -> str:
+    source = build_dir / f"streams-{sizes.layers}x{sizes.hidden}"
     spec = DeploymentSpec.model_validate(
         {
             "name": "streams",
-            "model": {"source": str(random_llama(build_dir / "streams-source", _SIZES)), "task": "generation",
-                      "max_length": _CONTEXT},
+            "model": {"source": str(random_llama(source, sizes)), "task": "generation", "max_length": _CONTEXT},
             "precision": {"cpu": "fp32"},
             "generation": {"slots": STREAMS, "cache_lengths": [_CONTEXT]},
         }
@@ -57,7 +63,7 @@ def compare_streams(build_dir: Path, count: int) -> None:
     built = pipeline.build(spec, "cpu", build_dir, "repository")
     assert built.entry is not None
     with ready_server(built.entry.repository) as server, MeasuredGateway(server) as gateway:
-        print(asyncio.run(_compare(server, gateway, count)), flush=True)
+        return asyncio.run(_compare(server, gateway, count))
 
 
 async def _compare(server: TritonServer, gateway: MeasuredGateway, count: int) -> str:
@@ -75,7 +81,7 @@ async def _compare(server: TritonServer, gateway: MeasuredGateway, count: int) -
     door.close()
     tokens = count * STREAMS * TOKENS
     return (
-        f"{STREAMS} streams: {median(direct.per_s for direct, _ in pairs):.0f} tokens/s directly, throughput "
+        f"{median(direct.per_s for direct, _ in pairs):.0f} tokens/s directly, throughput "
         f"{median(through.per_s / direct.per_s for direct, through in pairs):.3f} of it, first event "
         f"{median(direct.first_ms for direct, _ in pairs):.1f} ms, "
         f"{median(through.first_ms - direct.first_ms for direct, through in pairs):+.1f} ms; CPU: gateway "
