@@ -21,7 +21,7 @@ from builders.artifacts import Engine
 from builders.errors import ParityError, QualityError
 from builders.judging import corpus, vectors
 from builders.pipeline import Build
-from builders.spec import Flavour
+from builders.spec import FP8_TARGET, Flavour
 from measure.gpu_proof.folders import bert_config, built_row, encoder_spec, stand_in, weights_note
 from measure.gpu_proof.machine import require_torch, try_flavour
 from measure.gpu_proof.record import Measured
@@ -31,7 +31,7 @@ from measure.gpu_proof.timing import NotRun, captured, in_time, seconds_of
 from runtime.session import open_session
 from runtime.tensorrt.executor import load_engines
 
-LEAST_COSINE = {"fp16": 0.999, "int8": 0.98}  # of the worst text to the fp32 graph
+LEAST_COSINE = {"fp16": 0.999, "int8": 0.98, "fp8": 0.98}  # of the worst text to the fp32 graph
 _TEXTS = 64
 Call = Callable[[], Any]  # gives what lies on the device
 Feeds = Mapping[str, NDArray[Any]]
@@ -42,7 +42,7 @@ def timed_grid(
     setting: Setting, shape: EncoderShape, how: str, prepare: Callable[[int, int], Call]
 ) -> Iterator[Measured]:
     """A row for each size. `prepare(batch, length)` gives the call to time. Held against the limits at the setting's
-    own precision, INT8 engines too.
+    own precision, engines of eight bits too.
     """
 
     def measured(row: Measured) -> Iterator[Measured]:
@@ -89,8 +89,8 @@ def measure_engines(setting: Setting, flavour: Flavour) -> Iterator[Measured]:
         (Measured(f"{shape.name}, engine", f"{flavour} engine, {precision}"),
          partial(_engine, setting, flavour, shape, precision))
         for shape, precision in product(setting.encoders, LEAST_COSINE)
-        # Random weights have no quality that INT8 could keep or lose.
-        if precision != "int8" or weights_note(shape) == "real weights"
+        # Random weights have no quality that eight bits could keep or lose.
+        if precision == "fp16" or weights_note(shape) == "real weights"
     )  # fmt: skip
     return in_time(setting, cases)
 
@@ -98,6 +98,8 @@ def measure_engines(setting: Setting, flavour: Flavour) -> Iterator[Measured]:
 def _engine(
     setting: Setting, flavour: Flavour, shape: EncoderShape, precision: str, row: Measured
 ) -> Iterator[Measured]:
+    if precision == "fp8" and int(setting.target.removeprefix("sm")) < FP8_TARGET:
+        raise NotRun(f"FP8 needs SM{FP8_TARGET} or newer")
     try:
         built = pipeline.build(encoder_spec(shape, setting, flavour, precision), "gpu", setting.scratch, "engine")
     except QualityError as error:
