@@ -72,8 +72,8 @@ def quantize(
     scheme: Annotated[
         Literal["int8", "dynamic_int8", "fp8", "w8", "w4"] | None,
         typer.Option(
-            help="encoders: int8 (default), dynamic_int8 for ONNX Runtime, fp8 for GPUs; language models, weights "
-            "alone: w8 (default), w4"
+            help="encoders: int8 (default), dynamic_int8 for ONNX Runtime, fp8 for GPUs; weights alone: w8 (language "
+            "models' default), w4"
         ),
     ] = None,
     calibration: Annotated[Path | None, typer.Option(help="UTF-8 file, one text a line")] = None,

@@ -25,6 +25,7 @@ from builders.spec import Flavour, ModelSlice, PrecisionSlice, ProfileSlice, Ran
 from runtime.record import Record
 
 Scheme = Literal["int8", "dynamic_int8", "fp8", "w8", "w4"]
+_ENCODER_SCHEMES_OF_FP32 = ("dynamic_int8", "w8", "w4")  # DynamicQuantizeLinear reads no other type
 DECODER_FILE = "decoder.onnx"  # of an encoder-decoder, as its export names it
 
 
@@ -66,27 +67,29 @@ def quantize(source: Path, scheme: Scheme | None, budget: PrecisionSlice, output
             f"graph {source}", got=f"a graph in {graph.precision}", expected="fp32 or fp16",
             fix="give the graph it was made of",
         )  # fmt: skip
-    form = FORMS.get(chosen)
-    if (form is not None) != (checkpoint.generation is None):
+    if chosen in FORMS and checkpoint.generation is not None:
         raise InputError(
             f"--scheme for {source}", got=f"{chosen} with a graph of task {checkpoint.task}",
-            expected=f"{', '.join(FORMS)} for encoders; w8 or w4, weights alone, for language models",
-            fix="choose one of these",
+            expected="w8 or w4, weights alone, for language models", fix="choose one of these",
         )  # fmt: skip
-    if chosen == "dynamic_int8" and graph.precision != "fp32":
+    if graph.precision != "fp32" and chosen in _ENCODER_SCHEMES_OF_FP32 and checkpoint.generation is None:
         raise InputError(
-            f"graph {source}", got=f"a graph in {graph.precision} for --scheme dynamic_int8",
-            expected="fp32, the only type that DynamicQuantizeLinear reads", fix="export it in fp32",
+            f"graph {source}", got=f"a graph in {graph.precision} for --scheme {chosen}",
+            expected="fp32", fix="export it in fp32",
         )  # fmt: skip
     calibration, held_out = calibration_and_held_out(budget)
     with beside(output) as work, beside(output) as staged:
         given = _staged(graph, checkpoint, staged)
-        if form is not None:
+        if chosen not in ("w8", "w4"):
             from builders.quantize.int8 import quantize_linears
 
+            form = FORMS[chosen]
             result = quantize_linears(given, given, checkpoint, budget, calibration, held_out, work, form=form)
+        elif checkpoint.generation is None:
+            from builders.quantize.encoder_weights import quantize_encoder_weights
+
+            result = quantize_encoder_weights(given, checkpoint, chosen, budget, calibration, held_out, work)
         else:
-            assert chosen in ("w8", "w4")
             from builders.quantize.weight_only import quantize_weights
 
             ratio = budget.max_perplexity_ratio

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from builders.errors import InputError
+from builders.errors import InputError, QualityError
 from builders.pipeline import edge, one_file
 from builders.spec import ModelSlice, PrecisionSlice
 from tests.generators import save_generator
@@ -42,3 +42,18 @@ def test_language_models_from_checkpoint_to_weights_in_8_bits(
     assert sorted(path.name for path in small.iterdir()) == files
     with pytest.raises(InputError, match="got a graph in w8; expected fp32 or fp16"):
         one_file.quantize(small / "m.onnx", "w4", BUDGET, small / "n.onnx")
+
+
+def test_an_encoder_from_checkpoint_to_weights_in_4_bits(tiny_bert: Path, tmp_path: Path) -> None:
+    model = ModelSlice(source=str(tiny_bert), task="embedding", pooling="mean", max_length=64)
+    budget = PrecisionSlice(min_mean_cosine=0.9, min_worst_cosine=0.8, calibration_samples=32)
+    for precision in ("fp32", "fp16"):
+        one_file.export(model, precision, tmp_path / f"{precision}.onnx")
+    result = one_file.quantize(tmp_path / "fp32.onnx", "w4", budget, tmp_path / "w4.onnx")
+    assert result.precision == "w4"
+    assert result.bytes < (tmp_path / "fp32.onnx").stat().st_size
+    with pytest.raises(InputError, match="got a graph in fp16 for --scheme w4; expected fp32"):
+        one_file.quantize(tmp_path / "fp16.onnx", "w4", budget, tmp_path / "none.onnx")
+    with pytest.raises(QualityError):
+        one_file.quantize(tmp_path / "fp32.onnx", "w4", PrecisionSlice(min_mean_cosine=1.0), tmp_path / "none.onnx")
+    assert not (tmp_path / "none.onnx").exists()
