@@ -17,11 +17,15 @@ def search(
     spec: SpecArgument,
     trials: Annotated[int, typer.Option(min=1, help="in all, those of earlier runs among them")] = 40,
     minutes: Annotated[float, typer.Option(min=0, help="after which no new trial begins")] = 30.0,
+    distil_minutes: Annotated[
+        float, typer.Option(min=0, help="of training for each of the best five, all threads together; 0: none")
+    ] = 2.0,
     seed: Annotated[int, typer.Option(min=0, help="of what is proposed; times differ all the same")] = 0,
     build_dir: BuildDir = DEFAULT_BUILD,
     as_json: JsonFlag = False,
 ) -> None:
-    """Tries recipes of `compress` within the spec's budget, timed by what serves, and writes the best as a spec.
+    """Tries recipes of `compress` within the spec's budget, timed by what serves, trains the best few for a short time,
+    and writes the best as a spec.
 
     The spec's own steps stand beside, and are not part of what is chosen. What was tried is kept: run it again, and it
     goes on.
@@ -33,7 +37,7 @@ def search(
 
     loaded = load_spec(spec)
     with show.build_progress(quiet=as_json) as report:
-        found = searched(loaded, build_dir, trials, minutes, seed, report)
+        found = searched(loaded, build_dir, trials, minutes, seed, report, distil_minutes)
     folder = build_dir / loaded.name / "search"
     page, recipe = folder / "front.html", folder / "recipe.yaml"
     page.write_text(search_page(loaded, found), encoding="utf-8")
@@ -74,10 +78,9 @@ def _json(found: Found) -> dict[str, Any]:
 
 def _print(found: Found, executor: str) -> None:
     from builders.commands import figures
-    from builders.pipeline.space import front
 
     figures.say(f"{len(found.trials)} trials, {found.resumed} of them from earlier runs; speed on {executor}")
-    shown = front(list(found.trials)) + ([found.own] if found.own else [])
+    shown = found.front + ([found.own] if found.own else [])
     for each in shown:
         mark = "the spec's own: " if each is found.own else ""
         figures.say(f"{mark}{each.told}: cosine {each.cosine:.3f}, worst {each.worst:.3f}, {each.speed:.2f} x as fast")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from html import escape
 
 from builders.pipeline.search import Finalist, Found
-from builders.pipeline.space import Tried, front
+from builders.pipeline.space import Tried
 from builders.planning.page import page, table
 from builders.spec import DeploymentSpec
 
@@ -20,12 +20,13 @@ Scale = Callable[[float], float]
 
 def search_page(spec: DeploymentSpec, found: Found) -> str:
     """Speed across, cosine upwards, size as the dots' area; then the front, and the finalists on held-out texts."""
-    best = front(list(found.trials))
+    best = found.front
     notes = [
         f"{len(found.trials)} trials, {len(found.trials) - found.resumed} of them in this run; speed is the original's "
         f"time over the candidate's on {spec.cpu_executor}, by CPU time in the same run.",
-        "Cosines of trials are on texts that neither calibrate nor judge; the finalists' are on held-out texts, with "
-        "95 % intervals.",
+        "Cosines of trials are untrained, on texts that neither calibrate nor judge; the finalists' are "
+        + ("after a short training, " if found.trained else "")
+        + "on held-out texts, with 95 % intervals.",
         "Chosen: " + (found.chosen.trial.told if found.chosen else "none is within the budget"),
     ]
     rows = [_trial_row(each) for each in best]
@@ -106,7 +107,7 @@ def _kind(each: Tried, best: Sequence[Tried], chosen: int | None) -> str:
         return "own"
     if each.number == chosen:
         return "chosen"
-    return "over" if each.missed else "front" if each in best else "within"
+    return "front" if each in best else "over" if each.missed else "within"
 
 
 def _dot(each: Tried, x: Scale, y: Scale, largest: int, kind: str) -> str:

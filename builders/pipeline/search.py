@@ -1,8 +1,9 @@
 """`trireme search`: recipes of compression tried one after another, each timed by the executor that serves.
 
 Optuna proposes (Bergstra et al. 2011, tree-structured Parzen estimators, two objectives); SQLite keeps what was found,
-so a search that was killed goes on. A trial is judged on texts that neither calibrate nor judge a build; the best few
-are then judged as `trireme compress` does, and the fastest within the budget is taken.
+so a search that was killed goes on. A trial is judged on texts that neither calibrate nor judge a build, untrained; the
+best few are then trained for a short while and judged as `trireme compress` does, and the fastest within the budget is
+taken.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from builders.compress import plan
 from builders.compress.judged import by_text, outputs
 from builders.compress.step import carry_out
 from builders.compress.texts import Batch, CalibrationText
-from builders.errors import InputError, MachineError, QualityError, SpecError
+from builders.errors import DivergedError, InputError, MachineError, QualityError, SpecError
 from builders.export.encoder import graph_module, write_graph
 from builders.export.sentence import head_modules
 from builders.export.weights import load_encoder
@@ -32,8 +33,8 @@ from builders.pipeline import choice, compress
 from builders.pipeline.judged import StepFigures, by_executor, judge, missed, missed_of, plain
 from builders.pipeline.opened import opened
 from builders.pipeline.result import Build, Report
-from builders.pipeline.space import Choices, Tried, front
-from builders.spec import DeploymentSpec, StepSlice
+from builders.pipeline.space import LEFT_TO_TRAINING, Choices, Tried, finalists, front
+from builders.spec import DeploymentSpec, DistilSlice, StepSlice
 from builders.store.closure import code_key
 from builders.store.processor import this_processor
 from builders.store.store import Store, key_of
@@ -42,12 +43,13 @@ if TYPE_CHECKING:
     from optuna import Study
     from optuna.trial import FrozenTrial, Trial
 
-FINALISTS = 3
+FINALISTS = 5
 
 
 @dataclass(frozen=True)
 class Finalist:
-    """`judged` on held-out texts; `missed`: keys of the budget, with figures."""
+    """`trial`: what was tried, with the step behind it that trained it; `judged` on held-out texts; `missed`: keys of
+    the budget, with figures."""
 
     trial: Tried
     judged: StepFigures
@@ -56,20 +58,27 @@ class Finalist:
 
 @dataclass(frozen=True)
 class Found:
-    """`own`: the spec's own steps, measured like a trial. `chosen` is one of the finalists, or None."""
+    """`own`: the spec's own steps, measured like a trial. `trained`: the finalists were. `chosen` is one of them, or
+    None."""
 
     trials: tuple[Tried, ...]
     own: Tried | None
     finalists: tuple[Finalist, ...]
     chosen: Finalist | None
     resumed: int
+    trained: bool = False
+
+    @property
+    def front(self) -> list[Tried]:
+        return front(self.trials, self.trained)
 
 
 def searched(
     spec: DeploymentSpec, root: Path, trials: int, minutes: float, seed: int,
-    report: Report = lambda stage, message: None,
+    report: Report = lambda stage, message: None, distil_minutes: float = 0.0,
 ) -> Found:  # fmt: skip
-    """Until there are `trials` trials in all, those of earlier runs among them, or `minutes` are over.
+    """Until there are `trials` trials in all, those of earlier runs among them, or `minutes` are over. Each finalist is
+    then trained towards the original for `distil_minutes`, as `distil` of a spec has them.
 
     Raises SpecError for a model that compress is not built for, MachineError where the same search runs already.
     """
@@ -81,16 +90,27 @@ def searched(
     store, folder = Store(root / "store"), root / spec.name / "search"
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder / "lock"):
-        bench = _Bench.of(spec, store, report)
+        training = _training(spec, distil_minutes)
+        bench = _Bench.of(spec, store, report, trained=training is not None)
         study = _study(folder / "study.db", bench, seed)
         resumed = len(_complete(study))
         _run(study, bench, trials, minutes, report)
         done = [_measured(trial, bench.choices) for trial in _complete(study)]
         own = None if not spec.compress else bench.own(store, report)
-        finalists = tuple(_judged(bench, trial, store, report) for trial in front(done)[:FINALISTS])
-    within = [each for each in finalists if not each.missed]
+        best = finalists(done, FINALISTS, training)
+        judged = tuple(_judged(bench, trial, store, report) for trial in best)
+    within = [each for each in judged if not each.missed]
     chosen = max(within, key=lambda each: each.judged.speeds[spec.cpu_executor], default=None)
-    return Found(tuple(done), own, finalists, chosen, resumed)
+    return Found(tuple(done), own, judged, chosen, resumed, training is not None)
+
+
+def _training(spec: DeploymentSpec, minutes: float) -> DistilSlice | None:
+    """As the spec's own steps train, where they do."""
+    if not minutes:
+        return None
+    own = next((step.distil for step in reversed(spec.compress) if step.distil is not None), DistilSlice(minutes=1))
+    changes = {"minutes": minutes, "tokens": None, "student_layers": None, "match_layers": None}
+    return own.model_copy(update=changes)
 
 
 @contextlib.contextmanager
@@ -108,7 +128,8 @@ def _alone(file: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Bench:
-    """What every trial is measured with; the original's graph, and its vectors of the texts that are watched."""
+    """What every trial is measured with; the original's graph, and its vectors of the texts that are watched.
+    `trained`: the best are trained, so that what a trial's vectors miss of the budget does not count against it."""
 
     built: Build
     plain: Build
@@ -116,9 +137,10 @@ class _Bench:
     texts: CalibrationText
     watched: list[Batch]
     wanted: Any
+    trained: bool
 
     @staticmethod
-    def of(spec: DeploymentSpec, store: Store, report: Report) -> _Bench:
+    def of(spec: DeploymentSpec, store: Store, report: Report, trained: bool = False) -> _Bench:
         checkpoint = load_checkpoint(spec.model)
         built = Build(spec, "cpu", checkpoint, original=checkpoint)
         texts = CalibrationText(checkpoint, spec.precision)
@@ -127,7 +149,7 @@ class _Bench:
         wanted = outputs(as_forward(model), watched)
         reference = by_executor(plain(built, checkpoint, store, report), spec.cpu_executor)
         choices = Choices.of(compress.widths_of(checkpoint), spec.parallel.tensor)
-        return _Bench(built, reference, choices, texts, watched, wanted)
+        return _Bench(built, reference, choices, texts, watched, wanted, trained)
 
     @property
     def key(self) -> str:
@@ -141,6 +163,7 @@ class _Bench:
             "serving": self.plain.spec.serving.model_dump(mode="json", include={"threads", "tokens_per_batch"}),
             "executor": spec.cpu_executor,
             "tensor": spec.parallel.tensor,
+            "trained": self.trained,
             "budget": spec.compress_budget.model_dump(mode="json"),
             "processor": this_processor().model_dump(mode="json"),
             "code": code_key(searched),
@@ -227,6 +250,8 @@ def _run(study: Study, bench: _Bench, trials: int, minutes: float, report: Repor
             report("compress", f"trial {trial.number} cannot be: {error}")
             continue
         for key, value in _bounded(found).items():
+            if bench.trained and key in LEFT_TO_TRAINING:
+                continue
             if (limit := getattr(bench.built.spec.compress_budget, key)) is not None:
                 trial.set_constraint(key, limit - value)  # 0 or less is within it
         for key in ("cosine", "worst", "speed", "parameters"):
@@ -263,7 +288,12 @@ def _judged(bench: _Bench, trial: Tried, store: Store, report: Report) -> Finali
     spec = bench.built.spec.model_copy(update={"compress": trial.steps})
     built = replace(bench.built, spec=spec)
     if trial.steps:
-        built = compress.carried_out(built, store, report)
+        report("compress", f"finalist: {trial.told}")
+        try:
+            built = compress.carried_out(built, store, report)
+        except DivergedError as error:
+            report("compress", f"{error}; it stays as it is")
+            return _judged(bench, replace(trial, steps=trial.steps[:-1]), store, report)
     figures = judge(built, built.checkpoint, store, report)
     return Finalist(trial, figures, missed(figures, spec.compress_budget, spec.cpu_executor))
 

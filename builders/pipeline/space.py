@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from builders.checkpoint.widths import Widths
 from builders.compress.plan import FFN_MULTIPLE, break_even, multiples
 from builders.errors import SpecError
-from builders.spec import LowRankSlice, PruneSlice, StepSlice
+from builders.spec import DistilSlice, LowRankSlice, PruneSlice, StepSlice
 
 TOKENS = 8_000  # of calibration text for a step: a third of what a recipe takes unless told
 _WIDTHS = 12  # how many widths of the feed-forward part, and ranks, there are to choose from at most
@@ -72,7 +72,9 @@ class Choices:
 
 
 def spread(layers: int, count: int) -> tuple[int, ...]:
-    """`count` numbers of layers, evenly from the first to the last."""
+    """`count` numbers of layers, evenly from the first to the last; each of them where there are no more."""
+    if count >= layers:
+        return tuple(range(layers))
     return tuple(round(number * (layers - 1) / max(count - 1, 1)) for number in range(count))
 
 
@@ -107,6 +109,8 @@ class Tried:
 def _told(step: StepSlice) -> str:
     if step.low_rank is not None:
         return f"{step.low_rank.parts} rank {step.low_rank.rank}"
+    if step.distil is not None and step.distil.minutes is not None:
+        return f"distil {step.distil.minutes:g} min"
     prune = step.prune
     if prune is None:
         return step.name
@@ -116,10 +120,28 @@ def _told(step: StepSlice) -> str:
     return ", ".join(parts) or f"prune {prune.amount}"
 
 
-def front(trials: list[Tried]) -> list[Tried]:
-    """Those within the budget that no other of these beats in both speed and cosine, the fastest first."""
+LEFT_TO_TRAINING = frozenset({"min_mean_cosine", "min_worst_cosine"})  # keys of the budget that training may mend
+
+
+def front(trials: Sequence[Tried], trained: bool = False) -> list[Tried]:
+    """Those within the budget that no other of these beats in both speed and cosine, the fastest first. `trained`: they
+    are to be, so that their cosines are not held against the budget yet."""
+    mended = LEFT_TO_TRAINING if trained else frozenset()
+    within = [one for one in trials if mended.issuperset(one.missed)]
     found: list[Tried] = []
-    for each in sorted((one for one in trials if not one.missed), key=lambda one: (-one.speed, -one.cosine)):
+    for each in sorted(within, key=lambda one: (-one.speed, -one.cosine)):
         if not found or each.cosine > found[-1].cosine:
             found.append(each)
     return found
+
+
+def finalists(trials: Sequence[Tried], count: int, training: DistilSlice | None) -> list[Tried]:
+    """Of the front: the fastest, as they are. With `training`, from end to end of it, since that mends the fastest by
+    most: each with the step that trains it, but for the whole model, which has nothing to mend."""
+    best = front(trials, trained=training is not None)
+    if training is None:
+        return best[:count]
+    changed = [each for each in best if each.steps]
+    step = StepSlice(distil=training)
+    chosen = [changed[place] for place in spread(len(changed), count)]
+    return [replace(each, steps=(*each.steps, step)) for each in chosen] or best

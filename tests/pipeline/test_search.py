@@ -41,11 +41,11 @@ def test_it_goes_on_where_it_was_and_writes_a_spec(
     tiny_bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = _file(tmp_path, tiny_bert, LOOSE)
-    search(str(file), trials=1, minutes=9, seed=0, build_dir=tmp_path, as_json=True)
+    search(str(file), trials=1, minutes=9, distil_minutes=0, seed=0, build_dir=tmp_path, as_json=True)
     first = json.loads(capsys.readouterr().out)
     assert (len(first["trials"]), first["resumed"]) == (1, 0)
     _leave_one_running(load_spec(file), tmp_path)
-    search(str(file), trials=2, minutes=9, seed=0, build_dir=tmp_path, as_json=True)
+    search(str(file), trials=2, minutes=9, distil_minutes=0, seed=0, build_dir=tmp_path, as_json=True)
     found = json.loads(capsys.readouterr().out)
     assert (len(found["trials"]), found["resumed"]) == (2, 1)
     assert found["trials"][:1] == first["trials"]
@@ -59,13 +59,29 @@ def test_it_goes_on_where_it_was_and_writes_a_spec(
     assert {each["number"] for each in found["finalists"]} <= {each["number"] for each in found["trials"]}
 
 
+def test_the_best_are_trained_for_a_short_while(
+    tiny_bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the spec's own steps train; a cosine under the budget does not keep a trial out of it."""
+    short = {"minutes": 0.01, "text_tokens": 1_000, "batch_tokens": 512, "learning_rate": 3e-3}
+    file = _file(tmp_path, tiny_bert, {"min_mean_cosine": 0.3}, [*OWN, {"distil": short}])
+    search(str(file), trials=2, minutes=9, distil_minutes=0.02, seed=0, build_dir=tmp_path, as_json=True)
+    found = json.loads(capsys.readouterr().out)
+    for each in found["finalists"]:
+        *steps, last = each["steps"]
+        assert last["distil"] == {**last["distil"], "minutes": 0.02, "text_tokens": 1_000, "learning_rate": 3e-3}
+        assert steps == next(one["steps"] for one in found["trials"] if one["number"] == each["number"])
+    recipe = load_spec(tmp_path / "tiny" / "search" / "recipe.yaml")
+    assert recipe.compress[-1].distil is not None
+
+
 @pytest.mark.slow
 def test_own_steps_that_train_are_measured_too(
     tiny_bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     short = {"tokens": 2_000, "text_tokens": 1_000, "batch_tokens": 512, "student_layers": [1]}
     file = _file(tmp_path, tiny_bert, LOOSE, [*OWN, {"distil": short}])
-    search(str(file), trials=1, minutes=9, seed=0, build_dir=tmp_path, as_json=True)
+    search(str(file), trials=1, minutes=9, distil_minutes=0, seed=0, build_dir=tmp_path, as_json=True)
     found = json.loads(capsys.readouterr().out)
     assert [list(step) for step in found["own"]["steps"]] == [["prune"], ["distil"]]
     assert found["own"]["parameters"] < found["trials"][0]["parameters"]
@@ -83,7 +99,7 @@ def _leave_one_running(spec: DeploymentSpec, root: Path) -> None:
 def test_no_minutes_no_trials(tiny_bert: Path, tmp_path: Path) -> None:
     file = _file(tmp_path, tiny_bert, LOOSE)
     with pytest.raises(QualityError, match="none of 0 trials is within the budget"):
-        search(str(file), trials=2, minutes=0, seed=0, build_dir=tmp_path)
+        search(str(file), trials=2, minutes=0, distil_minutes=0, seed=0, build_dir=tmp_path)
 
 
 def test_a_budget_that_nothing_meets(tiny_bert: Path, tmp_path: Path) -> None:
@@ -94,7 +110,7 @@ def test_a_budget_that_nothing_meets(tiny_bert: Path, tmp_path: Path) -> None:
     with pytest.raises(
         QualityError, match=r"none of 1 trials is within the budget; the nearest: the original: cosine 1"
     ):
-        search(str(file), trials=1, minutes=9, seed=0, build_dir=tmp_path)
+        search(str(file), trials=1, minutes=9, distil_minutes=0, seed=0, build_dir=tmp_path)
     assert not recipe.exists()
 
 
@@ -115,7 +131,19 @@ def test_what_is_refused(tiny_bert: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_kill_minus_nine_loses_no_trial_that_was_complete(tiny_bert: Path, tmp_path: Path) -> None:
     file = _file(tmp_path, tiny_bert, LOOSE)
-    command = [sys.executable, "-m", "builders", "search", str(file), "--build-dir", str(tmp_path), "--trials", "4"]
+    command = [
+        sys.executable,
+        "-m",
+        "builders",
+        "search",
+        str(file),
+        "--build-dir",
+        str(tmp_path),
+        "--trials",
+        "4",
+        "--distil-minutes",
+        "0",
+    ]
     running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     database = tmp_path / "tiny" / "search" / "study.db"
 

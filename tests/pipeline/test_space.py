@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
@@ -13,8 +14,8 @@ from builders.compress.plan import check
 from builders.errors import SpecError
 from builders.pipeline.front import search_page
 from builders.pipeline.search import Found
-from builders.pipeline.space import Choices, Tried, front, spread
-from builders.spec import load_spec
+from builders.pipeline.space import Choices, Tried, finalists, front, spread
+from builders.spec import DistilSlice, PruneSlice, StepSlice, load_spec
 
 WIDTHS = Widths(model_type="bert", hidden=384, head_size=32, layers=(LayerWidths(heads=12, ffn=1536),) * 6)
 TINY = Widths(model_type="bert", hidden=32, head_size=8, layers=(LayerWidths(heads=4, ffn=64),) * 2)
@@ -67,6 +68,26 @@ def test_the_front_is_what_no_other_beats(found: list[tuple[int, int, bool]]) ->
         )
         assert beaten == all((one.speed, one.cosine) != (each.speed, each.cosine) for one in best)
     assert [each.speed for each in best] == sorted((each.speed for each in best), reverse=True)
+
+
+def test_finalists_that_are_trained_come_from_all_of_the_front() -> None:
+    """Their cosines may be under the budget yet; the whole model is none of them."""
+    step = StepSlice(prune=PruneSlice(what=("ffn",), ffn=64))
+    whole = _trial(0, 1, 1.0)
+    changed = [
+        replace(_trial(n, 1 + n, 1 - n / 20, *(["min_mean_cosine"] if n > 2 else [])), steps=(step,))
+        for n in range(1, 10)
+    ]
+    slow = replace(_trial(11, 0.5, 0.2, "min_speedup"), steps=(step,))
+    trials = [whole, *changed, slow]
+    assert [each.number for each in finalists(trials, 2, None)] == [2, 1], "within the budget, the fastest first"
+    training = DistilSlice(minutes=2)
+    found = finalists(trials, 3, training)
+    assert [each.number for each in found] == [9, 5, 1]
+    assert {each.steps for each in found} == {(step, StepSlice(distil=training))}
+    assert found[0].told == "ffn 64; distil 2 min"
+    assert len(finalists(trials[:3], 5, training)) == 2
+    assert finalists([whole], 5, training) == [whole]
 
 
 def test_the_page_is_sound_and_tells_all() -> None:
