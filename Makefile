@@ -111,8 +111,8 @@ bench-serving: install ## served sentences/s against the same model in process (
 bench-gateway: install ## embeddings through the gateway against Triton directly: added p50, throughput, CPU
 	$(BIN)/python -m measure.bench.gateway --build-dir $(BUILD)
 
-chaos: install ## a served model under load whose processes are killed and fuzzed; exit 1 for a wrong answer
-	$(BIN)/python -m measure.chaos --build-dir $(BUILD)
+chaos: install ## a served model under load whose processes are killed and fuzzed; exit 1 for a wrong answer (FULL=1: 45 kills)
+	$(BIN)/python -m measure.chaos --build-dir $(BUILD) $(if $(FULL),--full)
 
 # They want other versions of what Trireme has, so they have an environment of their own. perf_analyzer wants Debian's
 # libb64 as well; where it is not to be had, that client says so.
