@@ -16,6 +16,7 @@ from builders.compress import losses, prune
 from builders.compress.distil_plan import losses_of, matched_layers
 from builders.compress.importance import Forward
 from builders.compress.judged import by_text, outputs
+from builders.compress.rate import SHARE, rate_by_trial, told
 from builders.compress.teacher import TeacherStates
 from builders.compress.texts import WATCHED, Batch, CalibrationText, batches, labelled_batches, labelled_requests
 from builders.errors import DivergedError, InputError
@@ -96,8 +97,8 @@ def distil(
             return float(np.mean([probe.loss(lesson).item() for lesson in shown]))
 
     before = cosines()
-    found = taught(asked, model, measure.loss, lessons, judged, teaching)
-    notes = _notes(found, lessons, measure.teacher, (before, cosines()), teaching.numbers)
+    found, rate = taught(asked, model, measure.loss, lessons, judged, teaching)
+    notes = [*_notes(found, lessons, measure.teacher, (before, cosines()), teaching.numbers), rate]
     draw(teaching, checkpoint, notes, found)
     return notes
 
@@ -109,23 +110,39 @@ def taught(
     lessons: Sequence[DistilLesson],
     judged: Callable[[], float],
     teaching: Teaching,
-) -> Trained:
-    """`model`, trained in place by `loss`; `judged` is its loss of texts that it is not trained on. Raises
-    DivergedError where that gets no less."""
+) -> tuple[Trained, str]:
+    """`model`, trained in place by `loss`, and a note of the rate; `judged` is its loss of texts that it is not trained
+    on. Raises DivergedError where that gets no less."""
     start = judged()
-    with frozen(model, asked.words), reproducible(asked.seed):
-        work = TrainingWork(model, loss, endless(lessons, asked.seed), lambda lesson: lesson.tokens, judged)
-        tokens_per_step = sum(lesson.tokens for lesson in lessons) / len(lessons)
-        settings = _settings(asked, tokens_per_step, _TOO_MUCH * start or math.inf, teaching.numbers)
-        resume = Resume(teaching.scratch / "training.pt", teaching.key, teaching.save_every_s)
-        found = train(work, settings, teaching.report, resume)
+    tokens_per_step = sum(lesson.tokens for lesson in lessons) / len(lessons)
+
+    def work(judge: Callable[[], float] | None) -> TrainingWork[DistilLesson]:
+        return TrainingWork(model, loss, endless(lessons, asked.seed), lambda lesson: lesson.tokens, judge)
+
+    def settings(rate: float, share: float = 1.0) -> TrainingSettings:
+        ceiling = _TOO_MUCH * start or math.inf
+        return _settings(asked, _bounds(asked, tokens_per_step, share), rate, ceiling, teaching.numbers)
+
+    def trial(rate: float) -> float:
+        try:
+            with reproducible(asked.seed):
+                train(work(None), settings(rate, SHARE))
+        except DivergedError:
+            return math.inf
+        return judged()
+
+    with frozen(model, asked.words):
+        rate = asked.learning_rate or rate_by_trial(model, trial, start, teaching.scratch / "rate.json")
+        with reproducible(asked.seed):
+            resume = Resume(teaching.scratch / "training.pt", teaching.key, teaching.save_every_s)
+            found = train(work(judged), settings(rate), teaching.report, resume)
     end = judged()
     if not end < start:
         raise DivergedError(
             f"{teaching.what} made the model no better: of texts that it was not trained on, the loss was {start:.4g} "
-            f"and is {end:.4g}; lower learning_rate, or train longer"
+            f"and is {end:.4g}, by {told(asked.learning_rate, rate)}; lower it, or train longer"
         )
-    return found
+    return found, told(asked.learning_rate, rate)
 
 
 def draw(teaching: Teaching, checkpoint: Checkpoint, notes: Sequence[str], found: Trained) -> None:
@@ -168,17 +185,21 @@ def endless(lessons: Sequence[DistilLesson], seed: int) -> Iterator[DistilLesson
             yield lessons[number]
 
 
-def _settings(
-    asked: DistilSlice, tokens_per_step: float, ceiling: float, numbers: Arithmetic
-) -> TrainingSettings:  # fmt: skip
+def _bounds(asked: DistilSlice, tokens_per_step: float, share: float) -> Bounds:
     import torch
 
+    return Bounds(
+        steps=None if asked.tokens is None else max(1, round(share * asked.tokens / tokens_per_step)),
+        cpu_s=None if asked.minutes is None else share * asked.minutes * 60 * torch.get_num_threads(),
+    )
+
+
+def _settings(
+    asked: DistilSlice, bounds: Bounds, rate: float, ceiling: float, numbers: Arithmetic
+) -> TrainingSettings:  # fmt: skip
     return TrainingSettings(
-        Bounds(
-            steps=None if asked.tokens is None else max(1, round(asked.tokens / tokens_per_step)),
-            cpu_s=None if asked.minutes is None else asked.minutes * 60 * torch.get_num_threads(),
-        ),
-        rise_and_fall(asked.learning_rate),
+        bounds,
+        rise_and_fall(rate),
         Optimiser(kind=asked.optimiser, weight_decay=asked.weight_decay, betas=(0.9, 0.99)),
         numbers,
         asked.clip,

@@ -43,7 +43,7 @@ def distil_language(
             return float(sum(probe.loss(lesson).item() for lesson in watched) / len(watched))
 
     before = perplexity(model, watched)
-    found = taught(asked, model, measure.loss, lessons, judged, teaching)
+    found, rate = taught(asked, model, measure.loss, lessons, judged, teaching)
     after = perplexity(model, watched)
     seen = sum(lesson.tokens for lesson in watched)
     notes = [
@@ -51,6 +51,7 @@ def distil_language(
         f"{found.cpu_s:.0f} CPU-seconds; {teaching.numbers}",
         f"loss {found.curve[0].train:.4g} -> {found.curve[-1].train:.4g}; perplexity of {seen:,} tokens that it did "
         f"not see {before:.3f} -> {after:.3f}, the original's {perplexity(teaching.model, watched):.3f}",
+        rate,
     ]
     draw(teaching, checkpoint, notes, found)
     return notes

@@ -149,8 +149,10 @@ class DistilSlice(Slice):
     )  # fmt: skip
     batch_tokens: Annotated[int, Field(ge=16)] = Field(2048, description="in a batch, of texts of like length")
     optimiser: Literal["adamw", "muon", "sgd"] = Field("muon", description="that moves the weights")
-    learning_rate: Annotated[float, Field(gt=0)] = Field(
-        1e-3, description="at its height: it rises over a twentieth of the training, then falls to 0"
+    learning_rate: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="at its height: it rises over a twentieth of the training, then falls to 0. Default: 0.001, or a "
+        "quarter or a sixteenth of it where a short trial, a thirtieth of the training, made the model worse",
     )
     weight_decay: NotLess = Field(0.0, description="of matrices")
     clip: Annotated[float, Field(gt=0)] = Field(1.0, description="the longest gradient; a longer one is shortened")
