@@ -14,6 +14,7 @@ from builders.artifacts import Checkpoint
 from builders.checkpoint.widths import layers_of
 from builders.compress import losses, prune
 from builders.compress.distil_plan import losses_of, matched_layers
+from builders.compress.gradual import at_once, rising, zeros_note
 from builders.compress.importance import Forward
 from builders.compress.judged import by_text, outputs
 from builders.compress.rate import SHARE, rate_by_trial, told
@@ -83,7 +84,7 @@ def distil(
     if teaching.numbers == "bfloat16":  # torch's fused attention takes half of a step in its backward pass there
         model.set_attn_implementation("eager")
     forward = as_forward(model)
-    lessons, watched = _lessons(asked, checkpoint, texts)
+    lessons, watched = lessons_of(asked, checkpoint, texts)
     measure = _Measure(asked, model, forward, checkpoint, teaching)
     probe = _Measure(asked, model, forward, checkpoint, teaching, "probe")
     shown = watched[: max(1, len(watched) * _PROBE // WATCHED)]
@@ -96,9 +97,11 @@ def distil(
         with torch.no_grad():
             return float(np.mean([probe.loss(lesson).item() for lesson in shown]))
 
-    before = cosines()
+    with at_once(model, asked.sparsity):
+        before = cosines()
     found, rate = taught(asked, model, measure.loss, lessons, judged, teaching)
     notes = [*_notes(found, lessons, measure.teacher, (before, cosines()), teaching.numbers), rate]
+    notes += zeros_note(model, asked.sparsity)
     draw(teaching, checkpoint, notes, found)
     return notes
 
@@ -113,7 +116,8 @@ def taught(
 ) -> tuple[Trained, str]:
     """`model`, trained in place by `loss`, and a note of the rate; `judged` is its loss of texts that it is not trained
     on. Raises DivergedError where that gets no less."""
-    start = judged()
+    with at_once(model, asked.sparsity):
+        start = judged()
     tokens_per_step = sum(lesson.tokens for lesson in lessons) / len(lessons)
 
     def work(judge: Callable[[], float] | None) -> TrainingWork[DistilLesson]:
@@ -133,9 +137,9 @@ def taught(
 
     with frozen(model, asked.words):
         rate = asked.learning_rate or rate_by_trial(model, trial, start, teaching.scratch / "rate.json")
-        with reproducible(asked.seed):
-            resume = Resume(teaching.scratch / "training.pt", teaching.key, teaching.save_every_s)
-            found = train(work(judged), settings(rate), teaching.report, resume)
+        resume = Resume(teaching.scratch / "training.pt", teaching.key, teaching.save_every_s)
+        with reproducible(asked.seed), rising(model, asked.sparsity, work(judged), teaching.report) as (whole, report):
+            found = train(whole, settings(rate), report, resume)
     end = judged()
     if not end < start:
         raise DivergedError(
@@ -151,7 +155,7 @@ def draw(teaching: Teaching, checkpoint: Checkpoint, notes: Sequence[str], found
     (teaching.scratch / PAGE).write_text(training_page(f"{teaching.what} of {checkpoint.source}", notes, found.curve))
 
 
-def _lessons(
+def lessons_of(
     asked: DistilSlice, checkpoint: Checkpoint, texts: CalibrationText
 ) -> tuple[list[DistilLesson], list[DistilLesson]]:
     """To learn from, and to watch."""

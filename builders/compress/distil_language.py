@@ -15,6 +15,7 @@ from builders.checkpoint.widths import layers_of
 from builders.compress import losses, prune
 from builders.compress.distil import DistilLesson, Teaching, draw, taught
 from builders.compress.distil_plan import losses_of, matched_layers
+from builders.compress.gradual import at_once, zeros_note
 from builders.compress.teacher import TeacherStates
 from builders.compress.texts import Batch, CalibrationText, batches
 from builders.spec import DistilSlice
@@ -42,7 +43,8 @@ def distil_language(
         with torch.no_grad():
             return float(sum(probe.loss(lesson).item() for lesson in watched) / len(watched))
 
-    before = perplexity(model, watched)
+    with at_once(model, asked.sparsity):
+        before = perplexity(model, watched)
     found, rate = taught(asked, model, measure.loss, lessons, judged, teaching)
     after = perplexity(model, watched)
     seen = sum(lesson.tokens for lesson in watched)
@@ -52,6 +54,7 @@ def distil_language(
         f"loss {found.curve[0].train:.4g} -> {found.curve[-1].train:.4g}; perplexity of {seen:,} tokens that it did "
         f"not see {before:.3f} -> {after:.3f}, the original's {perplexity(teaching.model, watched):.3f}",
         rate,
+        *zeros_note(model, asked.sparsity),
     ]
     draw(teaching, checkpoint, notes, found)
     return notes

@@ -70,7 +70,24 @@ def distilled(asked: DistilSlice, widths: Widths, teacher: Teacher, key: str) ->
             f"{key}.temperature", got=asked.temperature, expected="losses.soft_labels beside it", fix="leave it out"
         )
     _require_layers(asked, losses, widths, teacher.widths, key)
-    return widths
+    return widths if asked.exits is None else _left_at_exit(asked, widths, teacher, key)
+
+
+def _left_at_exit(asked: DistilSlice, widths: Widths, teacher: Teacher, key: str) -> Widths:
+    """The first layers, up to the exit that becomes the model."""
+    assert asked.exits is not None
+    there = len(widths.layers)
+    if teacher.task != "embedding":
+        raise SpecError(
+            f"{key}.exits", got=f"a model for {teacher.task}", expected="embedding: exits share its pooling, and have "
+            "no head to learn", fix="use student_layers",
+        )  # fmt: skip
+    if asked.exits[-1] >= there:
+        raise SpecError(
+            f"{key}.exits", got=asked.exits[-1], expected=f"fewer than the {there} layers: the last one teaches",
+            fix=f"name numbers of layers up to {there - 1}",
+        )  # fmt: skip
+    return widths.model_copy(update={"layers": widths.layers[: asked.exit]})
 
 
 def _require_layers(asked: DistilSlice, losses: LossesSlice, student: Widths, teacher: Widths, key: str) -> None:

@@ -33,6 +33,7 @@ def check(
         if step.prune is not None:
             widths = _pruned(step.prune, widths, tensor, key)
         if step.distil is not None:
+            _no_zeros_yet(steps[: number - first], key)
             widths = distilled(step.distil, widths, teacher, key)
         if step.low_rank is not None:
             widths = _low_rank(step.low_rank, widths, key)
@@ -189,6 +190,15 @@ def _sparsify(sparsify: SparsifySlice, widths: Widths, key: str) -> None:
         raise SpecError(
             f"{key}.pattern", got=f"2:4 with {odd} inputs of a matrix", expected="a multiple of 4",
             fix="use pattern: unstructured",
+        )  # fmt: skip
+
+
+def _no_zeros_yet(steps: Sequence[StepSlice], key: str) -> None:
+    """Training moves every weight, also one that is zero."""
+    if any(step.sparsify is not None or (step.distil is not None and step.distil.sparsity) for step in steps):
+        raise SpecError(
+            key, got="a step before it that makes zeros", expected="none: training would fill them again",
+            fix="remove that step, and give distil.sparsity to this one (amount of each row, by magnitude)",
         )  # fmt: skip
 
 

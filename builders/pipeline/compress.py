@@ -18,6 +18,7 @@ from builders.compress import plan
 from builders.compress.distil import PAGE, distil
 from builders.compress.distil_language import distil_language
 from builders.compress.distil_plan import Teacher
+from builders.compress.exits import distil_exits
 from builders.compress.saving import LOG, save
 from builders.compress.step import carry_out, described
 from builders.compress.texts import CalibrationText
@@ -25,7 +26,7 @@ from builders.errors import QualityError
 from builders.judging import corpus
 from builders.pipeline import judged_language, teaching
 from builders.pipeline.judged import at_fault, judge, missed
-from builders.pipeline.opened import opened
+from builders.pipeline.opened import opened, pooled
 from builders.pipeline.result import Build, Report, done
 from builders.spec import DeploymentSpec, StepSlice
 from builders.store.store import Store
@@ -124,9 +125,11 @@ def _one(
             return save(model, checkpoint, spec.model, step, notes, out)
         before = manifest.widths_of_model(model)
         line = teaching.lines(report, "compress", f"step {number}: distil")
-        code = distil if checkpoint.generation is None else distil_language
+        code = distil_exits if step.distil.exits else distil if checkpoint.generation is None else distil_language
         with teaching.teaching(teacher, step.distil, inputs, store, line, "distil", code) as lesson:
-            if checkpoint.generation is None:
+            if step.distil.exits:
+                notes = distil_exits(step.distil, model, (as_forward, pooled(checkpoint)), checkpoint, texts, lesson)
+            elif checkpoint.generation is None:
                 notes = distil(step.distil, model, as_forward, checkpoint, texts, lesson)
             else:
                 notes = distil_language(step.distil, model, checkpoint, texts, lesson)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from builders.artifacts import Checkpoint
 from builders.compress.importance import Forward
 from builders.export.encoder import graph_module
-from builders.export.sentence import head_modules
+from builders.export.sentence import head_modules, pool
 from builders.export.weights import load_encoder, load_weights
 
 if TYPE_CHECKING:
@@ -22,6 +22,20 @@ def opened(checkpoint: Checkpoint) -> tuple[Any, Callable[[Any], Forward]]:
         head = head_modules(checkpoint)
         return load_encoder(checkpoint), lambda found: graph_module(found, head, checkpoint)
     return load_weights(checkpoint), _logits
+
+
+def pooled(checkpoint: Checkpoint) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Of an embedding's checkpoint: states [texts, length, hidden] and their mask become vectors [texts, width]."""
+    import torch
+
+    head = torch.nn.Sequential(*head_modules(checkpoint))
+
+    def vectors(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        assert checkpoint.pooling is not None
+        found: torch.Tensor = head(pool(states, mask, checkpoint.pooling))
+        return found
+
+    return vectors
 
 
 def _logits(model: Any) -> Forward:

@@ -35,7 +35,7 @@ from builders.spec.slices import (
     Task,
     WeightRounder,
 )
-from builders.spec.weights import ClusterSlice, SparsifySlice
+from builders.spec.weights import ClusterSlice, GradualSlice, SparsifySlice
 
 __all__ = [
     "FP8_TARGET",
@@ -52,6 +52,7 @@ __all__ = [
     "Flavour",
     "GateSlice",
     "GenerationSlice",
+    "GradualSlice",
     "GraphPrecision",
     "KubernetesSlice",
     "LearnerSlice",

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from builders.spec.slices import Fraction, NotNegative, Positive, Slice
-from builders.spec.weights import ClusterSlice, Share, SparsifySlice
+from builders.spec.weights import ClusterSlice, GradualSlice, Share, SparsifySlice
 
 NotLess = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Part = Literal["heads", "ffn", "layers"]
@@ -171,6 +171,12 @@ class DistilSlice(Slice):
         None, description="hidden, attention: the teacher's layer for each of the student's; if not given, "
         "student_layers, or each layer its own"
     )  # fmt: skip
+    sparsity: GradualSlice | None = Field(None, description="zeros that grow in number while it is trained")
+    exits: tuple[Positive, ...] | None = Field(
+        None, description="embedding: numbers of layers after which the model learns to end, from its own last layer, "
+        "which is held to the original; of what the step before left"
+    )  # fmt: skip
+    exit: Positive | None = Field(None, description="exits: the one that becomes the model, of that many first layers")
     seed: NotNegative = Field(0, description="of the order of the batches")
 
     @model_validator(mode="after")
@@ -190,6 +196,24 @@ class DistilSlice(Slice):
             raise ValueError("temperature says nothing without losses.soft_labels; remove it")
         if self.match_layers is not None and not {"hidden", "attention"} & set(given or ()):
             raise ValueError("match_layers says nothing without losses.hidden or losses.attention; remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _one_way_out(self) -> DistilSlice:
+        if (self.exits is None) != (self.exit is None):
+            raise ValueError("exits and exit go together: one is given without the other")
+        if self.exits is None:
+            return self
+        if not self.exits or list(self.exits) != sorted(set(self.exits)):
+            raise ValueError(f"exits={list(self.exits)} must name at least one, in rising order")
+        if self.exit not in self.exits:
+            raise ValueError(f"exit={self.exit} is none of exits={list(self.exits)}")
+        for name in ("student_layers", "sparsity"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name} and exits do not go together: give each a distil step of its own")
+        other = [name for name in ("hidden", "attention") if self.losses is not None and name in self.losses.given]
+        if other:
+            raise ValueError(f"losses.{other[0]} compares layer by layer, and exits learn from the last one; remove it")
         return self
 
 

@@ -57,3 +57,14 @@ class SparsifySlice(Slice):
         if (self.pattern == "unstructured") != (self.amount is not None):
             raise ValueError("pattern=unstructured needs amount, and 2:4 takes none")
         return self
+
+
+class GradualSlice(Slice):
+    """Single weights of the layers that become zero while they are trained: more and more of them, as 1 - (1 - t)^3,
+    the smallest of each row, chosen anew again and again; then these stay."""
+
+    amount: Share = Field(description="share of each row that is zero in the end")
+    every: Positive = Field(5, description="steps of training between two choices; until the last, a weight may return")
+    until: Annotated[float, Field(gt=0, le=0.95)] = Field(
+        0.7, description="share of the training after which the zeros are all there, and stay"
+    )
