@@ -128,8 +128,18 @@ def recipes() -> tuple[BenchRecipe, ...]:
             ({"sparsify": {"pattern": "unstructured", "amount": 0.5, "method": "magnitude"}},),
             aim={"min_mean_cosine": 0.9, "min_speedup": 1.2}, quick=True,
         ),
+        BenchRecipe(
+            "half of the weights zero, more and more in 3 min",
+            ({"distil": {**recovered["distil"], "minutes": 3, "sparsity": {"amount": 0.5}}},),
+            aim={"min_mean_cosine": 0.9, "min_speedup": 1.2},
+        ),
+        BenchRecipe("first 3 layers, taught by the last, 3 min", (_exits(recovered, 3),)),
         BenchRecipe("2:4, SparseGPT", ({"sparsify": {"pattern": "2:4"}},), aim={"min_speedup": 1.2}),
     )  # fmt: skip
+
+
+def _exits(training: dict[str, Any], minutes: float) -> dict[str, Any]:
+    return {"distil": {**training["distil"], "minutes": minutes, "exits": [2, 3, 4], "exit": 3}}
 
 
 def _layers(*numbers: int) -> dict[str, Any]:
