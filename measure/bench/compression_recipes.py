@@ -129,11 +129,11 @@ def recipes() -> tuple[BenchRecipe, ...]:
             aim={"min_mean_cosine": 0.9, "min_speedup": 1.2}, quick=True,
         ),
         BenchRecipe(
-            "half of the weights zero, more and more in 3 min",
-            ({"distil": {**recovered["distil"], "minutes": 3, "sparsity": {"amount": 0.5}}},),
+            "half of the weights zero, more and more in 2 min",
+            ({"distil": {**recovered["distil"], "minutes": 2, "sparsity": {"amount": 0.5}}},),
             aim={"min_mean_cosine": 0.9, "min_speedup": 1.2},
         ),
-        BenchRecipe("first 3 layers, taught by the last, 3 min", (_exits(recovered, 3),)),
+        BenchRecipe("first 3 layers, taught by the last, 2 min", (_exits(recovered, 2),)),
         BenchRecipe("2:4, SparseGPT", ({"sparsify": {"pattern": "2:4"}},), aim={"min_speedup": 1.2}),
     )  # fmt: skip
 
