@@ -19,8 +19,9 @@ from builders.checkpoint import load_checkpoint
 from builders.checkpoint.widths import layers_of
 from builders.compress import prune
 from builders.compress.distil import DistilLesson, Teaching
+from builders.compress.distil_plan import Teacher
 from builders.compress.exits import Exits, distil_exits
-from builders.compress.plan import Teacher, check
+from builders.compress.plan import check
 from builders.compress.texts import CalibrationText
 from builders.errors import SpecError
 from builders.export.encoder import write_graph
@@ -52,13 +53,13 @@ def test_the_loss_is_what_it_says(tiny_bert: Path, tmp_path: Path) -> None:
     asked = DistilSlice.model_validate({"tokens": 9, "exits": [1], "exit": 1})
     batch = tiny.batches(8)[0]
     exits = Exits(asked, tiny.model, (tiny.forward_of, pooled(tiny.checkpoint)), teaching)
-    found = exits.loss(DistilLesson(0, batch, None))
+    found: Any = exits.loss(DistilLesson(0, batch, None))
 
     def seen(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
         states = model(**batch).last_hidden_state[batch["attention_mask"].bool()]
         return states, tiny.forward_of(model)(**batch)
 
-    def far(one: Any, other: Any) -> torch.Tensor:
+    def far(one: Any, other: Any) -> Any:
         return (one[0] - other[0]).square().mean() + 4 * (1 - functional.cosine_similarity(one[1], other[1]).mean())
 
     short = copy.deepcopy(tiny.model)

@@ -71,13 +71,13 @@ def test_a_weight_may_return_until_the_last_choice(monkeypatch: pytest.MonkeyPat
 
     work = TrainingWork(model, loss, range(9), int, lambda: float((model.product.weight == 0).sum()))
 
-    def step(done: float, number: int, weights: list[float], following: Any) -> torch.Tensor:
+    def step(done: float, number: int, weights: list[float], following: Any) -> Any:
         with torch.no_grad():
             model.product.weight.copy_(torch.tensor([weights]))
         model.product.weight.grad = None
         following[0].loss(number).backward()
         following[1](TrainingProgress(number + 1, 8, 0.0, None, done))
-        return model.product.weight.grad[0]
+        return model.product.weight.grad[0]  # type: ignore[index]
 
     with rising(model, HALF, work, lambda progress: None) as given:
         assert step(0.25, 0, dense[0].tolist(), given).tolist() == [1] * 4
@@ -113,7 +113,7 @@ def test_at_once_is_for_a_while(tiny_bert: Path) -> None:
 
 def test_the_result_has_its_zeros_and_so_has_the_graph(tiny_bert: Path, texts: Path, tmp_path: Path) -> None:  # noqa: F811
     """An average of weights is the result, and zeros stay zeros in it."""
-    step = {"distil": {**TRAINED, "ema": 0.9, "sparsity": {"amount": 0.75}}}
+    step: dict[str, object] = {"distil": {**TRAINED, "ema": 0.9, "sparsity": {"amount": 0.75}}}
     spec = compressing(tiny_bert, [step], precision={"calibration_texts": str(texts), "calibration_samples": 16})
     built = Build(spec, "cpu", load_checkpoint(spec.model))
     made = carried_out(built, Store(tmp_path / "store"), lambda stage, message: None).checkpoint
