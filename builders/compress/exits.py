@@ -61,7 +61,7 @@ def distil_exits(
         return {exit: by_text(wanted, found) for exit, found in measure.outputs(watched).items()}
 
     before = cosines()
-    found = taught(asked, model, measure.loss, lessons, judged, teaching)
+    found, rate = taught(asked, model, measure.loss, lessons, judged, teaching)
     after = cosines()
     notes = [
         f"{found.tokens:,} tokens in {found.steps:,} steps, of a text of {sum(each.tokens for each in lessons):,}; "
@@ -72,6 +72,7 @@ def distil_exits(
             f"{after[exit].mean():.4f}, worst {before[exit].min():.4f} -> {after[exit].min():.4f}"
             for exit in after
         ),
+        rate,
     ]
     draw(teaching, checkpoint, notes, found)
     assert asked.exit is not None
