@@ -126,7 +126,9 @@ def widths_of_config(config: Mapping[str, Any], folder: Path) -> Widths:
 def said_in_config(widths: Widths) -> dict[str, Any]:
     """What a config.json can say of these widths."""
     found: dict[str, Any] = {"num_hidden_layers": len(widths.layers)}
-    if widths.model_type in DECODERS:
+    if widths.model_type in FAMILIES:  # there, heads are said by how wide one is
+        found |= {"hidden_size": widths.hidden, "num_attention_heads": widths.hidden // widths.head_size}
+    else:
         heads, ffn = widths.layers[0].heads, {layer.ffn for layer in widths.layers}
         found |= {
             "num_attention_heads": heads, "num_key_value_heads": heads // widths.group, "head_dim": widths.head_size,

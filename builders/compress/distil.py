@@ -12,7 +12,7 @@ import numpy as np
 
 from builders.artifacts import Checkpoint
 from builders.checkpoint.widths import layers_of
-from builders.compress import losses, prune
+from builders.compress import losses, narrow, prune
 from builders.compress.distil_plan import losses_of, matched_layers
 from builders.compress.gradual import at_once, rising, zeros_note
 from builders.compress.importance import Forward
@@ -73,7 +73,8 @@ def distil(
     texts: CalibrationText,
     teaching: Teaching,
 ) -> list[str]:
-    """Trains `model` in place. A page with the loss curve is left in `teaching.scratch`.
+    """Trains `model` in place. A page with the loss curve is left in `teaching.scratch`, and, of a student that is
+    narrower, what leads back to the teacher's width, as `narrow.BACK`.
 
     Raises InputError for texts that do not suffice, DivergedError for a student that training made no better.
     """
@@ -83,10 +84,11 @@ def distil(
         prune.keep_layers(model, asked.student_layers)
     if teaching.numbers == "bfloat16":  # torch's fused attention takes half of a step in its backward pass there
         model.set_attn_implementation("eager")
-    forward = as_forward(model)
     lessons, watched = lessons_of(asked, checkpoint, texts)
-    measure = _Measure(asked, model, forward, checkpoint, teaching)
-    probe = _Measure(asked, model, forward, checkpoint, teaching, "probe")
+    made = None if asked.student_width is None else _narrowed(asked, model, as_forward, lessons, teaching)
+    forward = as_forward(model) if made is None else made.forward
+    measure = _Measure(asked, model, forward, checkpoint, teaching, made)
+    probe = _Measure(asked, model, forward, checkpoint, teaching, made, "probe")
     shown = watched[: max(1, len(watched) * _PROBE // WATCHED)]
     wanted = outputs(teaching.forward, [lesson.batch for lesson in watched])
 
@@ -99,11 +101,32 @@ def distil(
 
     with at_once(model, asked.sparsity):
         before = cosines()
-    found, rate = taught(asked, model, measure.loss, lessons, judged, teaching)
+    trained = model if made is None else made.trained
+    found, rate = taught(asked, trained, measure.loss, lessons, judged, teaching)
     notes = [*_notes(found, lessons, measure.teacher, (before, cosines()), teaching.numbers), rate]
     notes += zeros_note(model, asked.sparsity)
     draw(teaching, checkpoint, notes, found)
+    if made is not None:
+        made.write(teaching.scratch / narrow.BACK)
     return notes
+
+
+def _narrowed(
+    asked: DistilSlice, model: Any, as_forward: Callable[[Any], Forward], lessons: Sequence[DistilLesson],
+    teaching: Teaching,
+) -> narrow.Narrow:  # fmt: skip
+    assert asked.student_width is not None
+    matched = matched_layers(asked, len(layers_of(model)), len(layers_of(teaching.model)))
+    given = asked.losses is not None and "hidden" in asked.losses.given
+    pairs = list(enumerate(matched)) if given and matched is not None else []
+    some, tokens = list[Batch](), 0
+    for lesson in endless(lessons, asked.seed):  # of all lengths
+        if tokens >= narrow.FIT_TOKENS or len(some) == len(lessons):
+            break
+        some.append(lesson.batch)
+        tokens += lesson.tokens
+    teacher = teaching.model, teaching.forward
+    return narrow.narrowed(model, asked.student_width, as_forward, teacher, some, pairs)
 
 
 def taught(
@@ -217,8 +240,9 @@ class _Measure:
 
     def __init__(
         self, asked: DistilSlice, model: Any, forward: Forward, checkpoint: Checkpoint, teaching: Teaching,
-        side: str = "learnt",
+        narrower: narrow.Narrow | None = None, side: str = "learnt",
     ) -> None:  # fmt: skip
+        self._narrower = narrower
         self._weights = losses_of(asked, checkpoint.task).given
         self._model, self._forward = model, forward
         self._temperature = _TEMPERATURE if asked.temperature is None else asked.temperature
@@ -247,7 +271,9 @@ class _Measure:
 
     def _one(self, name: str, seen: losses.Seen, wanted: losses.Seen, lesson: DistilLesson) -> torch.Tensor:
         if name == "token_mse":
-            return losses.squared_error(seen.states[self._last[0]], wanted.states[self._last[1]])
+            last = seen.states[self._last[0]]
+            last = last if self._narrower is None else self._narrower.back(last)
+            return losses.squared_error(last, wanted.states[self._last[1]])
         if name == "embedding_cosine":
             return losses.embedding_cosine(seen.output, wanted.output)
         if name == "similarity":
@@ -259,12 +285,17 @@ class _Measure:
             return losses.hard_labels(seen.output, lesson.labels)
         tokens = lesson.batch["attention_mask"].bool()
         each = [
-            losses.squared_error(seen.states[own], wanted.states[its])
+            losses.squared_error(self._compared(seen, own), wanted.states[its])
             if name == "hidden"
             else losses.attention_divergence(seen.attention[own], wanted.attention[its], tokens)
             for own, its in self._pairs
         ]
         return sum(each[1:], each[0]) / len(each)
+
+    def _compared(self, seen: losses.Seen, layer: int) -> torch.Tensor:
+        """The student's states at the teacher's width."""
+        states = seen.states[layer]
+        return states if self._narrower is None else self._narrower.hidden[layer](states)
 
 
 class frozen:  # noqa: N801

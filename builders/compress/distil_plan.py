@@ -70,6 +70,7 @@ def distilled(asked: DistilSlice, widths: Widths, teacher: Teacher, key: str) ->
             f"{key}.temperature", got=asked.temperature, expected="losses.soft_labels beside it", fix="leave it out"
         )
     _require_layers(asked, losses, widths, teacher.widths, key)
+    widths = _of_width(asked, losses, widths, teacher, key)
     return widths if asked.exits is None else _left_at_exit(asked, widths, teacher, key)
 
 
@@ -88,6 +89,40 @@ def _left_at_exit(asked: DistilSlice, widths: Widths, teacher: Teacher, key: str
             fix=f"name numbers of layers up to {there - 1}",
         )  # fmt: skip
     return widths.model_copy(update={"layers": widths.layers[: asked.exit]})
+
+
+def _of_width(asked: DistilSlice, losses: LossesSlice, widths: Widths, teacher: Teacher, key: str) -> Widths:
+    """The student at the width that it is asked for."""
+    wanted, size = asked.student_width, widths.head_size
+    narrower = widths.hidden != teacher.widths.hidden
+    if wanted is None:
+        between = next((name for name in ("token_mse", "hidden") if name in losses.given), None)
+        if narrower and between is not None:
+            raise SpecError(
+                f"{key}.losses.{between}", got=f"states {widths.hidden} wide, where the teacher's are "
+                f"{teacher.widths.hidden}", expected="student_width beside it, whose step learns how they compare",
+                fix="use losses: {embedding_cosine: 1}, or train longer in the step with student_width",
+            )  # fmt: skip
+        return widths
+    if teacher.task != "embedding":
+        raise SpecError(
+            f"{key}.student_width", got=f"a model for {teacher.task}", expected="embedding: behind its pooling, a "
+            "Dense leads back to the teacher's width", fix="leave it out, and take out layers, heads or neurons",
+        )  # fmt: skip
+    if narrower:
+        raise SpecError(
+            f"{key}.student_width", got=f"a model that a step before has made {widths.hidden} wide",
+            expected=f"one of the teacher's width, {teacher.widths.hidden}",
+            fix="give student_width once",
+        )  # fmt: skip
+    if wanted >= widths.hidden or wanted % size:
+        raise SpecError(
+            f"{key}.student_width", got=wanted,
+            expected=f"a multiple of {size}, the width of a head, under {widths.hidden}, the teacher's own",
+            fix=f"use {max(size, min(wanted, widths.hidden - size) // size * size)}"
+            if widths.hidden > size else "leave it out: the model has one head",
+        )  # fmt: skip
+    return widths.model_copy(update={"hidden": wanted})
 
 
 def _require_layers(asked: DistilSlice, losses: LossesSlice, student: Widths, teacher: Widths, key: str) -> None:

@@ -12,6 +12,7 @@ from builders.artifacts import Checkpoint
 from builders.checkpoint import codebooks, load_checkpoint
 from builders.checkpoint import widths as manifest
 from builders.checkpoint.weights import CODEBOOKS
+from builders.compress.back import lead_back
 from builders.compress.cluster import coded, encode
 from builders.spec import ModelSlice, StepSlice
 
@@ -21,10 +22,10 @@ _LEFT = ("adapter_config.json", "config.json", manifest.FILE, codebooks.FILE, LO
 
 def save(
     model: Any, checkpoint: Checkpoint, asked: ModelSlice, step: StepSlice, notes: list[str], out: Path,
-    pages: Sequence[Path] = (),
+    pages: Sequence[Path] = (), back: Path | None = None,
 ) -> Checkpoint:  # fmt: skip
     """Writes `model`, made of `checkpoint` by `step`, into `out`; what stands behind its pooling is copied, and so are
-    `pages`. Layers that are all as config.json says need no manifest."""
+    `pages`. `back`, where there is such a file, holds the Dense that leads a narrower model's vectors back. Layers that are all as config.json says need no manifest."""
     from safetensors.torch import save_file
 
     for record in checkpoint.files:
@@ -59,5 +60,7 @@ def save(
         said = codebooks.Codebooks(matrices=matrices)
         (out / codebooks.FILE).write_text(said.model_dump_json(indent=2) + "\n")
     save_file(state, out / (CODEBOOKS if matrices else "model.safetensors"), metadata={"format": "pt"})
+    if back is not None and back.is_file():
+        lead_back(checkpoint, found.hidden, back, out)
     made = load_checkpoint(asked.model_copy(update={"source": str(out), "revision": None, "allow_pickle": False}))
     return made.model_copy(update={"source": f"{checkpoint.source} after {step.name}"})

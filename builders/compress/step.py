@@ -129,6 +129,8 @@ def described(before: Any, after: Any) -> str:
     parts = []
     if len(before.layers) != len(after.layers):
         parts.append(f"layers {len(before.layers)} -> {len(after.layers)}")
+    if before.hidden != after.hidden:
+        parts.append(f"width {before.hidden} -> {after.hidden}")
     for what in ("heads", "ffn"):
         old, new = plan.counts(before, what), plan.counts(after, what)
         if old[: len(new)] != new:

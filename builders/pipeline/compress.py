@@ -19,6 +19,7 @@ from builders.compress.distil import PAGE, distil
 from builders.compress.distil_language import distil_language
 from builders.compress.distil_plan import Teacher
 from builders.compress.exits import distil_exits
+from builders.compress.narrow import BACK
 from builders.compress.saving import LOG, save
 from builders.compress.step import carry_out, described
 from builders.compress.texts import CalibrationText
@@ -96,6 +97,7 @@ def planned(spec: DeploymentSpec, config: dict[str, Any]) -> tuple[dict[str, int
     )
     shared = heads // widths.group
     sizes = {"layers": len(widths.layers), "heads": heads, "kv_heads": shared, "head_dim": widths.head_size, "ffn": ffn}
+    sizes["hidden"] = widths.hidden
     thin = ["low_rank"] if any(layer.ranks for layer in whole.layers) else []
     return sizes, [*thin, *(step.name for step in spec.compress if step.prune is None and step.distil is None)]
 
@@ -134,7 +136,7 @@ def _one(
             else:
                 notes = distil_language(step.distil, model, checkpoint, texts, lesson)
             notes.insert(0, described(before, manifest.widths_of_model(model)))
-            return save(model, checkpoint, spec.model, step, notes, out, [lesson.scratch / PAGE])
+            return save(model, checkpoint, spec.model, step, notes, out, [lesson.scratch / PAGE], lesson.scratch / BACK)
 
     report("compress", f"step {number}: {step.name}")
     item, hit = store.get_or_build("compress", inputs, Checkpoint, run)

@@ -109,7 +109,7 @@ def _training(spec: DeploymentSpec, minutes: float) -> DistilSlice | None:
     if not minutes:
         return None
     own = next((step.distil for step in reversed(spec.compress) if step.distil is not None), DistilSlice(minutes=1))
-    changes = {"minutes": minutes, "tokens": None, "student_layers": None, "match_layers": None}
+    changes = {"minutes": minutes, "tokens": None, "student_layers": None, "student_width": None, "match_layers": None}
     return own.model_copy(update=changes)
 
 

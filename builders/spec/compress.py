@@ -132,6 +132,10 @@ class DistilSlice(Slice):
     student_layers: tuple[NotNegative, ...] | None = Field(
         None, description="numbers of the layers that the student starts from, from 0, of what the step before left"
     )
+    student_width: Positive | None = Field(
+        None, description="embedding: hidden width that the student starts from, of the teacher's dimensions, a "
+        "multiple of a head's; a Dense that is trained with it makes vectors of the teacher's width again"
+    )  # fmt: skip
     losses: LossesSlice | None = Field(
         None,
         description="none given: token_mse 1 and embedding_cosine 4 for embeddings, soft_labels 1 for scores and "
