@@ -1,8 +1,8 @@
 """A student of another hidden width: it starts from some of the teacher's hidden dimensions, and leads back to its width.
 
 Dimensions are picked, not rotated: a LayerNorm computes the same of dimensions in another order, but not of rotated
-ones. What the others held is taken up by the matrices that read, as far as the picked ones tell it (least squares), and
-so is what a norm over fewer dimensions does. Heads and neurons stay as they are.
+ones. What the others held is taken up by the matrices that read, as far as the picked ones tell it (least squares).
+Heads and neurons stay as they are.
 
 `BACK`, a Dense behind the pooling, makes vectors of the teacher's width, so that what users have stored can still be
 compared; states after the last layer are compared through it too. The losses between other layers have a projection
@@ -62,7 +62,9 @@ def narrowed(
     with torch.no_grad():
         pick(model, width, as_forward(model), batches)
         last = len(layers_of(model)) - 1, len(layers_of(teacher[0])) - 1
-        back, *hidden = _projections(model, as_forward(model), teacher, [last, *pairs], batches)
+        looking: Any = as_forward(model)
+        looking.head = torch.nn.Identity()  # a Dense of the teacher's own cannot take these vectors yet
+        back, *hidden = _projections(model, looking, teacher, [last, *pairs], batches)
     forward: Any = as_forward(model)
     forward.head.insert(0, back)
     trained = torch.nn.ModuleDict({"model": model, "back": back, "hidden": torch.nn.ModuleList(hidden)})

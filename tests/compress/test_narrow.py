@@ -26,7 +26,6 @@ from builders.errors import SpecError
 from builders.export.weights import load_encoder
 from builders.judging import corpus
 from builders.pipeline.compress import carried_out
-from builders.pipeline.opened import opened
 from builders.pipeline.result import Build
 from builders.spec import PrecisionSlice, StepSlice
 from builders.store.store import Store
@@ -36,7 +35,7 @@ from tests.compress.tiny import Tiny, compressing
 from tests.conftest import save_tiny
 
 STEP: dict[str, Any] = {
-    "tokens": 12_000, "text_tokens": 4_000, "batch_tokens": 512, "learning_rate": 0.003, "student_width": 16,
+    "tokens": 6_000, "text_tokens": 4_000, "batch_tokens": 512, "learning_rate": 0.003, "student_width": 16,
 }  # fmt: skip
 
 
@@ -107,27 +106,200 @@ def test_what_reads_takes_up_what_the_picked_dimensions_tell(tiny_bert: Path) ->
     assert cosine(True) > cosine(False) > 0
 
 
-def test_projections_learn_and_are_no_part_of_the_result(tiny_bert: Path, texts: Path, tmp_path: Path) -> None:
-    tiny = Tiny.of(tiny_bert)
-    made = _narrowed(tiny, 16, [(0, 0), (1, 1)])
-    assert [tuple(one.weight.shape) for one in (made.back, *made.hidden)] == [(32, 16)] * 3
-    start = [copy.deepcopy(one.state_dict()) for one in made.hidden]
-    learnt: list[Any] = []
+def test_projections_learn_and_are_no_part_of_the_result(
+    tiny_bert: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, seen, start = narrow.narrowed, list[narrow.Narrow](), list[Any]()
 
-    def keep(progress: TrainingProgress) -> None:
-        learnt.append(progress.loss)
+    def narrowed(*given: Any) -> narrow.Narrow:
+        seen.append(whole(*given))
+        start.extend(copy.deepcopy(one) for one in (seen[0].back, *seen[0].hidden))
+        return seen[0]
 
+    monkeypatch.setattr(narrow, "narrowed", narrowed)
     losses = {"hidden": 1.0, "token_mse": 1.0, "embedding_cosine": 1.0}
-    step = {**STEP, "losses": losses}
-    seen: list[narrow.Narrow] = []
-    with pytest.MonkeyPatch.context() as patch:
-        whole = narrow.narrowed
-        patch.setattr(narrow, "narrowed", lambda *given: seen.append(whole(*given)) or seen[-1])
-        student = _built(tiny_bert, [{"distil": step}], texts, tmp_path)
-    assert len(start) == len(seen[0].hidden) == 2
+    student = _built(tiny_bert, [{"distil": {**STEP, "losses": losses}}], texts, tmp_path)
+    assert [tuple(one.weight.shape) for one in start] == [(32, 16)] * 3
+    for before, after in zip(start, (seen[0].back, *seen[0].hidden), strict=True):
+        assert not torch.equal(before.weight, after.weight)
+        assert not torch.equal(before.bias, after.bias)
     assert "width 32 -> 16" in _notes(student)
     weights = load_file(student.path("model.safetensors"))
-    assert not [name for name in weights if "hidden." in name or "back" in name]
+    assert not [name for name in weights if name.split(".")[0] not in ("embeddings", "encoder")]
     assert weights["embeddings.word_embeddings.weight"].shape[1] == 16
     kept = load_file(student.directory / "32_Dense" / "model.safetensors")
     assert torch.equal(kept["linear.weight"], seen[0].back.weight)
+    assert [path.name for path in student.directory.iterdir() if path.is_dir()].count("32_Dense") == 1
+
+
+_COMMANDS = """
+import json, sys
+from builders.commands import app
+for arguments in json.loads(sys.argv[1]):
+    app(arguments, standalone_mode=False)
+"""
+
+
+def _asked(**more: Any) -> dict[str, Any]:
+    return {"distil": {**STEP, **more}}
+
+
+def test_a_narrow_student_comes_nearer_and_is_an_ordinary_folder(tiny_bert: Path, texts: Path, tmp_path: Path) -> None:
+    """Of one layer too. Its vectors are as wide as before; a new process exports, shards and verifies it."""
+    student = _built(tiny_bert, [_asked(student_layers=[1])], texts, tmp_path)
+    before, after = _notes(student).partition("cosine mean ")[2].partition(", worst")[0].split(" -> ")
+    assert float(after) > float(before)
+    assert (student.hidden_size, student.width, student.normalize) == (16, 32, True)
+    assert [layer.kind for layer in student.head] == ["dense", "normalize"]
+    said = json.loads(student.path("config.json").read_text())
+    assert (said["hidden_size"], said["num_attention_heads"], said["num_hidden_layers"]) == (16, 2, 1)
+    assert Widths.model_validate_json(student.path(FILE).read_text()).layers[0].heads == 4
+    assert widths_of_model(load_encoder(student)).hidden == 16
+
+    graph, parts = tmp_path / "g.onnx", tmp_path / "parts"
+    arguments = [
+        ["export", str(student.directory), "-o", str(graph), "--max-length", "64"],
+        ["shard", str(graph), "-o", str(parts), "--tensor-parallel", "2"],
+        ["verify", str(parts), "--against", str(graph)],
+    ]
+    command = [sys.executable, "-c", _COMMANDS, json.dumps(arguments)]
+    said_last = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stdout
+    assert "equal: 2 rank processes" in said_last
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(graph))
+    tiny = Tiny(student, load_encoder(student))
+    batch = {name: value.numpy() for name, value in tiny.batches(8)[0].items()}
+    inputs = {one.name for one in session.get_inputs()}
+    found = session.run(None, {name: value for name, value in batch.items() if name in inputs})[0]
+    assert found.shape[1] == 32
+    assert np.allclose(found, tiny.outputs(tiny.batches(8)[:1]), atol=1e-4)
+
+
+def test_with_as_many_heads_as_it_is_wide_transformers_loads_it(tiny_bert: Path, texts: Path, tmp_path: Path) -> None:
+    """16 wide, two heads of 8: config.json says it all."""
+    import transformers
+
+    steps = [{"prune": {"what": ["heads"], "heads": 2, "importance": "magnitude"}}, _asked()]
+    student = _built(tiny_bert, steps, texts, tmp_path)
+    assert not (student.directory / FILE).exists()
+    model, info = transformers.AutoModel.from_pretrained(student.directory, output_loading_info=True)
+    assert {key.split(".")[0] for key in info["missing_keys"]} <= {"pooler"}
+    assert np.allclose(
+        Tiny(student, model.eval()).outputs(), Tiny(student, load_encoder(student)).outputs(), atol=1e-6
+    )
+
+
+@pytest.mark.slow
+def test_int8_of_a_narrow_student_with_ranks(tiny_bert: Path, texts: Path, tmp_path: Path) -> None:
+    from builders import pipeline
+
+    steps = [_asked(), {"low_rank": {"rank": 8, "tokens": 1000}}]
+    precision = {
+        "calibration_texts": str(texts), "calibration_samples": 16, "cpu": "int8", "min_mean_cosine": 0.5,
+        "min_worst_cosine": 0,
+    }  # fmt: skip
+    spec = compressing(tiny_bert, steps, precision=precision)
+    built = pipeline.build(spec, "cpu", tmp_path, "qualify", lambda stage, message: None)
+    assert built.checkpoint.width == 32
+    assert "DequantizeLinear" in built.graph("int8").operators
+
+
+def test_modules_that_stand_behind_the_pooling_stay(tiny_bert: Path, texts: Path, tmp_path: Path) -> None:
+    """A folder of sentence-transformers with a Dense of its own: the new one comes between."""
+    import shutil
+
+    from safetensors.torch import save_file
+
+    source = tmp_path / "source"
+    shutil.copytree(tiny_bert, source)
+    kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Dense": "Dense", "3_Normalize": "Normalize"}
+    listed = [
+        {"idx": number, "name": str(number), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for number, (path, kind) in enumerate(kinds.items())
+    ]
+    (source / "modules.json").write_text(json.dumps(listed))
+    for name, said in (
+        ("1_Pooling", {"word_embedding_dimension": 32, "pooling_mode_mean_tokens": True}),
+        ("2_Dense", {"in_features": 32, "out_features": 8, "bias": False}),
+    ):
+        (source / name).mkdir()
+        (source / name / "config.json").write_text(json.dumps(said))
+    torch.manual_seed(0)
+    save_file({"linear.weight": torch.randn(8, 32)}, source / "2_Dense" / "model.safetensors")
+    student = _built(source, [_asked()], texts, tmp_path)
+    assert [(layer.kind, layer.width) for layer in student.head] == [("dense", 32), ("dense", 8), ("normalize", 8)]
+    pooling = json.loads(student.path("1_Pooling/config.json").read_text())
+    assert pooling == {"word_embedding_dimension": 16, "pooling_mode_mean_tokens": True}
+
+
+def _distilled(folder: Path, source: Path, texts: Path, **more: Any) -> tuple[Any, bytes]:
+    tiny = Tiny.of(source)
+    teacher = copy.deepcopy(tiny.model)
+    asked = StepSlice.model_validate(_asked(ema=0.9, losses={"hidden": 1, "embedding_cosine": 1})).distil
+    assert asked is not None
+    budget = PrecisionSlice(calibration_texts=texts, calibration_samples=16)
+    states, scratch = folder / "states", folder / "scratch"
+    teaching = Teaching(teacher, tiny.forward_of(teacher), states, scratch, "key", **more)
+    distil(asked, tiny.model, tiny.forward_of, tiny.checkpoint, CalibrationText(tiny.checkpoint, budget), teaching)
+    return tiny.model, (scratch / narrow.BACK).read_bytes()
+
+
+def _kill(progress: TrainingProgress) -> None:
+    if progress.share > 0.6:
+        signal.raise_signal(signal.SIGKILL)
+
+
+_CHILD = """
+import sys
+from pathlib import Path
+from tests.compress.test_narrow import _distilled, _kill
+folder, source, texts = map(Path, sys.argv[1:])
+_distilled(folder, source, texts, report=_kill, save_every_s=0)
+"""
+
+
+def test_after_a_kill_it_comes_to_the_same_weights(tiny_bert: Path, texts: Path, tmp_path: Path) -> None:
+    killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
+    arguments = [sys.executable, "-c", _CHILD, str(killed), str(tiny_bert), str(texts)]
+    assert subprocess.run(arguments, check=False, timeout=300).returncode == -signal.SIGKILL
+    shares: list[float] = []
+    resumed, back = _distilled(killed, tiny_bert, texts, report=lambda progress: shares.append(progress.share))
+    assert shares[0] > 0.5
+    whole, wanted = _distilled(undisturbed, tiny_bert, texts)
+    assert back == wanted
+    for (name, a), b in zip(resumed.state_dict().items(), whole.state_dict().values(), strict=True):
+        if not name.startswith("pooler."):  # random, and saved nowhere
+            assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize(
+    ("width", "said"),
+    [
+        (384, "student_width: got 384; expected a multiple of 32, the width of a head, under 384"),
+        (512, "use 352"),
+        (250, "student_width: got 250; expected a multiple of 32"),
+        (8, "use 32"),
+    ],
+)
+def test_widths_that_no_student_can_have(width: int, said: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        check([StepSlice.model_validate({"distil": {"minutes": 1, "student_width": width}})], WIDTHS, 1)
+    assert said in str(caught.value)
+
+
+def test_models_and_steps_that_take_no_width() -> None:
+    def steps(*asked: dict[str, Any]) -> list[StepSlice]:
+        return [StepSlice.model_validate({"distil": {"minutes": 1, **one}}) for one in asked]
+
+    once = {"student_width": 256}
+    assert check(steps(once, {"losses": {"embedding_cosine": 1}}), WIDTHS, 1).hidden == 256
+    with pytest.raises(SpecError, match=r"compress.1.distil.student_width: got a model that a step before has made 256"):
+        check(steps(once, {"student_width": 128}), WIDTHS, 1)
+    with pytest.raises(SpecError, match=r"compress.1.distil.losses.token_mse: got states 256 wide"):
+        check(steps(once, {}), WIDTHS, 1)
+    for task in ("classification", "reranking", "generation"):
+        with pytest.raises(SpecError, match=f"student_width: got a model for {task}; expected embedding"):
+            check(steps({**once, "losses": {"token_mse": 1}}), WIDTHS, 1, teacher=Teacher(WIDTHS, task))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="greater than 0"):
+        steps({"student_width": 0})
