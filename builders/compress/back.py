@@ -1,4 +1,4 @@
-"""A folder of sentence-transformers whose pooled vectors get narrower, with a Dense that makes them as wide as before."""
+"""A folder of sentence-transformers whose vectors got narrower, with a Dense that makes them as wide as before."""
 
 from __future__ import annotations
 

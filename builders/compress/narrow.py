@@ -1,4 +1,4 @@
-"""A student of another hidden width: it starts from some of the teacher's hidden dimensions, and leads back to its width.
+"""A student of another hidden width: it starts from some of the teacher's dimensions, and leads back to its width.
 
 Dimensions are picked, not rotated: a LayerNorm computes the same of dimensions in another order, but not of rotated
 ones. What the others held is taken up by the matrices that read, as far as the picked ones tell it (least squares).

@@ -25,7 +25,8 @@ def save(
     pages: Sequence[Path] = (), back: Path | None = None,
 ) -> Checkpoint:  # fmt: skip
     """Writes `model`, made of `checkpoint` by `step`, into `out`; what stands behind its pooling is copied, and so are
-    `pages`. `back`, where there is such a file, holds the Dense that leads a narrower model's vectors back. Layers that are all as config.json says need no manifest."""
+    `pages`. `back`, where there is such a file, holds the Dense that makes a narrower model's vectors as wide as the
+    checkpoint's. Layers that are all as config.json says need no manifest."""
     from safetensors.torch import save_file
 
     for record in checkpoint.files:

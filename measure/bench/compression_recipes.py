@@ -101,6 +101,7 @@ def recipes() -> tuple[BenchRecipe, ...]:
             quick=True,
         ),
         BenchRecipe("student 0, 2, 5, int8", student, "int8", {"min_speedup": 3.0}),
+        BenchRecipe("256 of 384 wide, 5 min", (_recovery(student, 5, student_width=256),)),
         BenchRecipe("student 0, 2, 5, codebooks of 4 bits", (*student, {"cluster": {"bits": 4}})),
         BenchRecipe("heads 8, FFN 1088", ({"prune": _WIDTHS},)),
         BenchRecipe("heads 8, FFN 1088, each layer alike", ({"prune": {**_WIDTHS, "ranking": "uniform"}},)),
@@ -146,7 +147,7 @@ def _layers(*numbers: int) -> dict[str, Any]:
     return {"prune": {"what": ["layers"], "keep_layers": list(numbers), "importance": "magnitude"}}
 
 
-def _recovery(student: tuple[dict[str, Any], ...], minutes: float) -> dict[str, Any]:
-    """The preset's training for what a step left, so many minutes long."""
+def _recovery(student: tuple[dict[str, Any], ...], minutes: float, **more: Any) -> dict[str, Any]:
+    """The preset's training for what a step left, so many minutes long, with `more` keys."""
     asked = {key: value for key, value in student[0]["distil"].items() if key != "student_layers"}
-    return {"distil": {**asked, "minutes": minutes}}
+    return {"distil": {**asked, "minutes": minutes, **more}}

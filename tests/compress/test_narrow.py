@@ -134,7 +134,7 @@ def test_projections_learn_and_are_no_part_of_the_result(
 
 _COMMANDS = """
 import json, sys
-from builders.commands import app
+from builders.__main__ import app
 for arguments in json.loads(sys.argv[1]):
     app(arguments, standalone_mode=False)
 """
@@ -146,7 +146,7 @@ def _asked(**more: Any) -> dict[str, Any]:
 
 def test_a_narrow_student_comes_nearer_and_is_an_ordinary_folder(tiny_bert: Path, texts: Path, tmp_path: Path) -> None:
     """Of one layer too. Its vectors are as wide as before; a new process exports, shards and verifies it."""
-    student = _built(tiny_bert, [_asked(student_layers=[1])], texts, tmp_path)
+    student = _built(tiny_bert, [_asked(student_layers=[1], tokens=12_000)], texts, tmp_path)
     before, after = _notes(student).partition("cosine mean ")[2].partition(", worst")[0].split(" -> ")
     assert float(after) > float(before)
     assert (student.hidden_size, student.width, student.normalize) == (16, 32, True)
@@ -185,9 +185,7 @@ def test_with_as_many_heads_as_it_is_wide_transformers_loads_it(tiny_bert: Path,
     assert not (student.directory / FILE).exists()
     model, info = transformers.AutoModel.from_pretrained(student.directory, output_loading_info=True)
     assert {key.split(".")[0] for key in info["missing_keys"]} <= {"pooler"}
-    assert np.allclose(
-        Tiny(student, model.eval()).outputs(), Tiny(student, load_encoder(student)).outputs(), atol=1e-6
-    )
+    assert np.allclose(Tiny(student, model.eval()).outputs(), Tiny(student, load_encoder(student)).outputs(), atol=1e-6)
 
 
 @pytest.mark.slow
@@ -294,7 +292,9 @@ def test_models_and_steps_that_take_no_width() -> None:
 
     once = {"student_width": 256}
     assert check(steps(once, {"losses": {"embedding_cosine": 1}}), WIDTHS, 1).hidden == 256
-    with pytest.raises(SpecError, match=r"compress.1.distil.student_width: got a model that a step before has made 256"):
+    with pytest.raises(
+        SpecError, match=r"compress.1.distil.student_width: got a model that a step before has made 256"
+    ):
         check(steps(once, {"student_width": 128}), WIDTHS, 1)
     with pytest.raises(SpecError, match=r"compress.1.distil.losses.token_mse: got states 256 wide"):
         check(steps(once, {}), WIDTHS, 1)
