@@ -30,8 +30,10 @@ def lead_back(checkpoint: Checkpoint, width: int, weights: Path, out: Path) -> N
     dense = out / f"{checkpoint.hidden_size}_Dense"  # the others are called by their place
     dense.mkdir()
     shutil.copyfile(weights, dense / "model.safetensors")
-    config = {"in_features": width, "out_features": checkpoint.hidden_size, "bias": True}
-    config["activation_function"] = "torch.nn.modules.linear.Identity"
+    config = {
+        "in_features": width, "out_features": checkpoint.hidden_size, "bias": True,
+        "activation_function": "torch.nn.modules.linear.Identity",
+    }  # fmt: skip
     (dense / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     behind = next(number for number, one in enumerate(modules, 1) if one["path"] == place)
     modules.insert(behind, {"name": "back", "path": dense.name, "type": f"{_MODULES}.Dense"})

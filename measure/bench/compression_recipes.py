@@ -101,7 +101,7 @@ def recipes() -> tuple[BenchRecipe, ...]:
             quick=True,
         ),
         BenchRecipe("student 0, 2, 5, int8", student, "int8", {"min_speedup": 3.0}),
-        BenchRecipe("256 of 384 wide, 5 min", (_recovery(student, 5, student_width=256),)),
+        BenchRecipe("256 of 384 wide, 3 min", (_recovery(student, 3, student_width=256),)),
         BenchRecipe("student 0, 2, 5, codebooks of 4 bits", (*student, {"cluster": {"bits": 4}})),
         BenchRecipe("heads 8, FFN 1088", ({"prune": _WIDTHS},)),
         BenchRecipe("heads 8, FFN 1088, each layer alike", ({"prune": {**_WIDTHS, "ranking": "uniform"}},)),

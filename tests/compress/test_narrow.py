@@ -20,14 +20,15 @@ from builders.checkpoint import load_checkpoint
 from builders.checkpoint.widths import FILE, Widths, widths_of_model
 from builders.compress import narrow
 from builders.compress.distil import Teaching, distil
-from builders.compress.plan import Teacher, check
+from builders.compress.distil_plan import Teacher
+from builders.compress.plan import check
 from builders.compress.texts import CalibrationText
 from builders.errors import SpecError
 from builders.export.weights import load_encoder
 from builders.judging import corpus
 from builders.pipeline.compress import carried_out
 from builders.pipeline.result import Build
-from builders.spec import PrecisionSlice, StepSlice
+from builders.spec import PrecisionSlice, StepSlice, Task
 from builders.store.store import Store
 from builders.training.recipe import TrainingProgress
 from tests.compress.test_spec import WIDTHS
@@ -298,8 +299,9 @@ def test_models_and_steps_that_take_no_width() -> None:
         check(steps(once, {"student_width": 128}), WIDTHS, 1)
     with pytest.raises(SpecError, match=r"compress.1.distil.losses.token_mse: got states 256 wide"):
         check(steps(once, {}), WIDTHS, 1)
-    for task in ("classification", "reranking", "generation"):
+    tasks: tuple[Task, ...] = ("classification", "reranking", "generation")
+    for task in tasks:
         with pytest.raises(SpecError, match=f"student_width: got a model for {task}; expected embedding"):
-            check(steps({**once, "losses": {"token_mse": 1}}), WIDTHS, 1, teacher=Teacher(WIDTHS, task))  # type: ignore[arg-type]
+            check(steps({**once, "losses": {"token_mse": 1}}), WIDTHS, 1, teacher=Teacher(WIDTHS, task))
     with pytest.raises(ValueError, match="greater than 0"):
         steps({"student_width": 0})
