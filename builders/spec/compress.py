@@ -203,6 +203,12 @@ class DistilSlice(Slice):
         return self
 
     @model_validator(mode="after")
+    def _one_thing_at_once(self) -> DistilSlice:
+        if self.student_width is not None and self.sparsity is not None:
+            raise ValueError("student_width and sparsity do not go together: give each a distil step of its own")
+        return self
+
+    @model_validator(mode="after")
     def _one_way_out(self) -> DistilSlice:
         if (self.exits is None) != (self.exit is None):
             raise ValueError("exits and exit go together: one is given without the other")
@@ -212,7 +218,7 @@ class DistilSlice(Slice):
             raise ValueError(f"exits={list(self.exits)} must name at least one, in rising order")
         if self.exit not in self.exits:
             raise ValueError(f"exit={self.exit} is none of exits={list(self.exits)}")
-        for name in ("student_layers", "sparsity"):
+        for name in ("student_layers", "student_width", "sparsity"):
             if getattr(self, name) is not None:
                 raise ValueError(f"{name} and exits do not go together: give each a distil step of its own")
         other = [name for name in ("hidden", "attention") if self.losses is not None and name in self.losses.given]

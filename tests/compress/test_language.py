@@ -220,7 +220,7 @@ def test_other_families_and_keys_of_other_tasks(tmp_path: Path) -> None:
 def test_a_plan_knows_what_stays(llama: Path) -> None:
     steps = [{"prune": {"what": ["heads", "layers"], "heads": 4, "keep_layers": [0], "ranking": "uniform"}}]
     sizes, left = planned(_spec(llama, steps), json.loads((llama / "config.json").read_text()))
-    assert sizes == {"layers": 1, "heads": 4, "kv_heads": 1, "head_dim": 8, "ffn": 96}
+    assert sizes == {"layers": 1, "heads": 4, "kv_heads": 1, "head_dim": 8, "ffn": 96, "hidden": 64}
     assert left == []
 
 
