@@ -12,7 +12,7 @@ from pathlib import Path
 from builders.spec import load_spec
 from measure.chaos.blows import BETWEEN_S, Blow
 from measure.chaos.fuzz import Fuzzed
-from measure.chaos.load import WRONG, SteadyLoad
+from measure.chaos.load import SteadyLoad
 from measure.chaos.service import Held, StruckService
 
 _GROWN = 1.25  # of what was held before: a heap has holes after it was filled once
@@ -56,7 +56,7 @@ def in_act(
     finally:
         load.stop()
         code = service.close()
-    act.faults += [f"{load.causes[WRONG]} answers were wrong"] if load.causes[WRONG] else []
+    act.faults += load.wrongs
     act.faults += [f"the service ended with {code}"] if code else []
     act.faults += _grown(act.before, act.after)
     print(f"{name:<10} requests {json.dumps(dict(load.causes.most_common()))}")

@@ -26,12 +26,13 @@ OK, WRONG = "200", "wrong"
 @dataclass
 class SteadyLoad(ABC):
     """`causes` counts what became of requests: a status, "wrong", or how a connection was lost. `seconds` has the same
-    by the second of the run in which they ended."""
+    by the second of the run in which they ended. `wrongs`: what each wrong answer was, and when."""
 
     port: int
     model: str
     causes: Counter[str] = field(default_factory=Counter)
     seconds: dict[int, Counter[str]] = field(default_factory=dict)
+    wrongs: list[str] = field(default_factory=list)
     answered: float = 0.0  # when the last request that succeeded was sent
     began: float = field(default_factory=time.monotonic)
     _first: dict[str, Any] = field(default_factory=dict)  # answers by their text
@@ -84,6 +85,10 @@ class SteadyLoad(ABC):
                 self._stopped.wait(_AFTER_FAILURE_S)
         connection.close()
 
+    def _wrong(self, told: str) -> str:
+        self.wrongs.append(f"wrong answer {time.monotonic() - self.began:.1f} s after the start: {told}")
+        return WRONG
+
     def _count(self, cause: str, sent: float) -> None:
         with self._lock:
             self.causes[cause] += 1
@@ -101,7 +106,14 @@ class EmbeddingLoad(SteadyLoad):
             return str(answer.status)
         vector: list[float] = json.loads(body)["data"][0]["embedding"]
         known = self._first.setdefault(text, vector)
-        return OK if sum(a * b for a, b in zip(vector, known, strict=True)) >= _SAME else WRONG
+        own = _product(vector, known)
+        if own >= _SAME:
+            return OK
+        nearest = max((_product(vector, other), text) for text, other in list(self._first.items()))
+        return self._wrong(
+            f"{own:.3f} of its first answer; nearest {nearest[0]:.3f}, "
+            f"to {'itself' if nearest[1] == text else 'another text'}"
+        )
 
 
 @dataclass
@@ -129,10 +141,14 @@ class CompletionLoad(SteadyLoad):
         whole = ended and not error
         known = self._first.setdefault(text, found) if whole else self._first.get(text, found)
         if known != found if whole else not known.startswith(found):
-            return WRONG
+            return self._wrong(f"{found[:200]!r}, first {known[:200]!r}")
         if whole:
             return OK
         return f"stream ended: {error}" if error else "connection: stream cut"
+
+
+def _product(one: list[float], other: list[float]) -> float:
+    return sum(a * b for a, b in zip(one, other, strict=True))
 
 
 def _posted(connection: http.client.HTTPConnection, path: str, fields: dict[str, object]) -> http.client.HTTPResponse:
