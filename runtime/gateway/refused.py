@@ -15,6 +15,7 @@ _AROUND = re.compile(r"\[request id: [^\]]*\] |^in ensemble '[^']*', ")  # whose
 # What Triton's queue and the generator's say when they are full, and when a request has waited too long in them.
 _FULL = ("maximum queue size", "wait already")
 _LATE = ("timeout expired", "deadline")
+STUB_ENDED = "the model's process has ended; it starts again"
 _ENDED = "is not healthy"  # what Triton's backend says of a model whose process has ended
 
 
@@ -92,7 +93,7 @@ def upstream_refusal(status: int, said: str) -> Refused:
     if own in ("UNAVAILABLE", "CANCELLED") or status == 503:
         return Refused(503, text)
     if not own and _ENDED in lower:
-        return Refused(503, "the model's process has ended; it starts again")
+        return Refused(503, STUB_ENDED)
     if own == "INVALID_ARGUMENT" or (not own and 400 <= status < 500):
         return Refused(status if status in (400, 404) else 400, text)
     return Refused(500, "the model failed; the server log has the cause")

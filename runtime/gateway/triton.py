@@ -17,7 +17,7 @@ import orjson
 from numpy.typing import NDArray
 
 from runtime.errors import ServingError
-from runtime.gateway.refused import Refused, upstream_refusal
+from runtime.gateway.refused import STUB_ENDED, Refused, upstream_refusal
 from runtime.gateway.trip import TRIP
 from runtime.gateway.upstream import Upstream, UpstreamAnswer
 from runtime.generation.interface import CACHE_SALT
@@ -30,6 +30,7 @@ NUMPY = {
 }  # fmt: skip
 _FACTS_S = 10.0  # how long what is known of a model is believed: a pod may load another version
 _EVENT_BYTES = 1 << 20
+_MISTRUST_S = 30.0  # at most: a server that has lost a stub is ended by its supervisor within seconds
 _BINARY = b"Content-Type: application/octet-stream\r\nInference-Header-Content-Length: %d\r\n"
 
 
@@ -130,6 +131,8 @@ class TritonHttp:
         self._facts: Facts | None = None
         self._known = 0.0
         self._asked = 0  # inferences that have no answer yet
+        self._stubs_ended = 0
+        self._mistrusted_until = 0.0
 
     async def facts(self) -> Facts:
         """Raises Refused when the model is not there, UpstreamGone when the server is not."""
@@ -157,6 +160,7 @@ class TritonHttp:
     def forget(self) -> None:
         """The server broke off: what comes back may be another version."""
         self._facts = None
+        self._mistrusted_until = 0.0
 
     async def ready(self) -> bool:
         async with self._upstream.ask(b"GET", f"{self._path}/ready") as answer:
@@ -174,11 +178,15 @@ class TritonHttp:
     async def infer(
         self, inputs: Sequence[Blob], outputs: Sequence[str], request_id: str, parameters: Mapping[str, Any]
     ) -> dict[str, Blob]:
-        """Outputs by name. Raises Refused with what the model said against it, when all places are taken, and when
-        there is no answer within the `timeout` of `parameters`, in microseconds.
+        """Outputs by name. Raises Refused with what the model said against it, when all places are taken, when there
+        is no answer within the `timeout` of `parameters`, in microseconds, and while answers are mistrusted.
 
-        Triton 2.51 could bound its queue, but then lets requests wait half a second now and then.
+        Triton 2.51 could bound its queue, but then lets requests wait half a second now and then. And it gives a stub
+        up that has not moved for a second; when that one goes on, its answer is taken for that of another request. So
+        what comes after Triton has told of such a stub is nobody's, until its server has gone.
         """
+        if time.monotonic() < self._mistrusted_until:
+            raise Refused(503, STUB_ENDED)
         places = (await self.facts()).places
         if places is not None and self._asked >= places:
             raise Refused(429, f"{places} requests wait or run already; try again later")
@@ -211,6 +219,7 @@ class TritonHttp:
         }  # fmt: skip
         if outputs:
             asked["outputs"] = [{"name": name, "parameters": {"binary_data": True}} for name in outputs]
+        ended = self._stubs_ended
         header = orjson.dumps(asked)
         parts = (header, *(item.data for item in inputs))
         path = f"{self._path}/infer"
@@ -218,7 +227,13 @@ class TritonHttp:
         async with self._upstream.ask(b"POST", path, _BINARY % len(header) + trace, parts) as answer:
             body = await answer.read()
             if answer.status != 200:
-                raise upstream_refusal(answer.status, _error_text(body))
+                refused = upstream_refusal(answer.status, _error_text(body))
+                if refused.message == STUB_ENDED:
+                    self._stubs_ended += 1
+                    self._mistrusted_until = time.monotonic() + _MISTRUST_S
+                raise refused
+            if self._stubs_ended != ended:
+                raise Refused(503, STUB_ENDED)
             return _outputs(answer, body)
 
     async def generate(self, fields: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:

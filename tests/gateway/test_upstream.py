@@ -218,3 +218,34 @@ def test_there_are_places_for_a_batch_of_each_copy(group: dict[str, Any], max_ba
         assert (await TritonHttp(upstream, upstream, "m").facts()).places == places
 
     _with_server(_Encoder(5, group, max_batch_size).serve, test)
+
+
+def test_what_comes_after_a_stub_was_given_up_is_nobodys() -> None:
+    """Triton takes the answer of a stub that goes on for that of another request."""
+
+    async def serve(number: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if number > 1 or encoder.go.is_set():
+            await encoder.serve(number, reader, writer)
+            return
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+        await _request(reader)
+        await asyncio.sleep(0.2)
+        body = orjson.dumps({"error": "Stub process 'm-encoder_0_0' is not healthy."})
+        writer.write(b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        await reader.read()
+
+    async def test(upstream: Upstream) -> None:
+        triton = TritonHttp(upstream, upstream, "m")
+        given_up, beside = (asyncio.create_task(_infer(triton)) for _ in range(2))
+        assert await given_up == 503
+        encoder.go.set()
+        assert await beside == 503, "it was under way"
+        assert await _infer(triton) == 503
+        triton.forget()  # the server has gone: another one answers
+        assert await _infer(triton) == 200
+
+    encoder = _Encoder(5, {"count": 1, "kind": "KIND_CPU"}, 1)
+    _with_server(serve, test)
