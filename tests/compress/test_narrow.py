@@ -31,6 +31,7 @@ from builders.pipeline.result import Build
 from builders.spec import PrecisionSlice, StepSlice, Task
 from builders.store.store import Store
 from builders.training.recipe import TrainingProgress
+from runtime.session import open_session
 from tests.compress.test_spec import WIDTHS
 from tests.compress.tiny import Tiny, compressing
 from tests.conftest import save_tiny
@@ -166,9 +167,7 @@ def test_a_narrow_student_comes_nearer_and_is_an_ordinary_folder(tiny_bert: Path
     command = [sys.executable, "-c", _COMMANDS, json.dumps(arguments)]
     said_last = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stdout
     assert "equal: 2 rank processes" in said_last
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(str(graph))
+    session = open_session(graph)
     tiny = Tiny(student, load_encoder(student))
     batch = {name: value.numpy() for name, value in tiny.batches(8)[0].items()}
     inputs = {one.name for one in session.get_inputs()}
