@@ -109,8 +109,8 @@ def _training(spec: DeploymentSpec, minutes: float) -> DistilSlice | None:
     if not minutes:
         return None
     own = next((step.distil for step in reversed(spec.compress) if step.distil is not None), DistilSlice(minutes=1))
-    changes = {"minutes": minutes, "tokens": None, "student_layers": None, "student_width": None, "match_layers": None}
-    return own.model_copy(update=changes)
+    shape = ("student_layers", "student_width", "match_layers", "sparsity", "exits", "exit")
+    return own.model_copy(update={"minutes": minutes, "tokens": None, **dict.fromkeys(shape)})
 
 
 @contextlib.contextmanager

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +29,7 @@ from builders.pipeline.opened import pooled
 from builders.pipeline.result import Build
 from builders.spec import DistilSlice, PrecisionSlice, StepSlice
 from builders.store.store import Store
+from tests.compress.killed import assert_same_weights, resumed_and_whole
 from tests.compress.test_distil import TRAINED, _kill, texts  # noqa: F401
 from tests.compress.test_spec import WIDTHS
 from tests.compress.tiny import Tiny, compressing
@@ -107,26 +105,9 @@ def _distilled(folder: Path, source: Path, texts: Path, **more: Any) -> Tiny:  #
     return tiny
 
 
-_CHILD = """
-import sys
-from pathlib import Path
-from tests.compress.test_exits import _distilled, _kill
-folder, source, texts = map(Path, sys.argv[1:])
-_distilled(folder, source, texts, report=_kill, save_every_s=0)
-"""
-
-
 def test_after_a_kill_it_comes_to_the_same_weights(tiny_bert: Path, texts: Path, tmp_path: Path) -> None:  # noqa: F811
-    killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
-    arguments = [sys.executable, "-c", _CHILD, str(killed), str(tiny_bert), str(texts)]
-    assert subprocess.run(arguments, check=False, timeout=300).returncode == -signal.SIGKILL
-    assert (killed / "scratch" / "training.pt").is_file()
-    shares: list[float] = []
-    resumed = _distilled(killed, tiny_bert, texts, report=lambda progress: shares.append(progress.share))
-    assert shares[0] > 0.5
-    whole = _distilled(undisturbed, tiny_bert, texts)
-    for (name, a), b in zip(resumed.model.state_dict().items(), whole.model.state_dict().values(), strict=True):
-        assert torch.equal(a, b), name
+    resumed, whole = resumed_and_whole(_distilled, _kill, (tiny_bert, texts), tmp_path, 0.5)
+    assert_same_weights(resumed.model, whole.model)
 
 
 @pytest.mark.parametrize(

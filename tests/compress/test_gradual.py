@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ import torch
 from onnx import numpy_helper
 
 from builders.checkpoint import load_checkpoint
-from builders.compress.distil import Teaching, distil
+from builders.compress.distil import distil
 from builders.compress.gradual import at_once, rising, zeros_at
 from builders.compress.inputs import matrices_of
 from builders.compress.plan import check
@@ -31,7 +29,8 @@ from builders.spec import GradualSlice, PrecisionSlice, StepSlice
 from builders.store.store import Store
 from builders.training.loop import TrainingWork
 from builders.training.recipe import TrainingProgress
-from tests.compress.test_distil import TRAINED, texts  # noqa: F401
+from tests.compress.killed import assert_same_weights, resumed_and_whole
+from tests.compress.test_distil import TRAINED, _teaching, texts  # noqa: F401
 from tests.compress.test_spec import WIDTHS
 from tests.compress.tiny import Tiny, compressing
 
@@ -135,8 +134,7 @@ def _distilled(folder: Path, source: Path, texts: Path, **more: Any) -> Tiny:  #
     tiny = Tiny.of(source)
     asked = StepSlice.model_validate({"distil": {**TRAINED, "sparsity": {"amount": 0.5, "every": 4}}}).distil
     assert asked is not None
-    teacher = copy.deepcopy(tiny.model)
-    teaching = Teaching(teacher, tiny.forward_of(teacher), folder / "states", folder / "scratch", "key", **more)
+    teaching = _teaching(folder, tiny, **more)
     budget = PrecisionSlice(calibration_texts=texts, calibration_samples=16)
     distil(asked, tiny.model, tiny.forward_of, tiny.checkpoint, CalibrationText(tiny.checkpoint, budget), teaching)
     return tiny
@@ -147,26 +145,9 @@ def _kill_between_choices(progress: TrainingProgress) -> None:
         signal.raise_signal(signal.SIGKILL)
 
 
-_CHILD = """
-import sys
-from pathlib import Path
-from tests.compress.test_gradual import _distilled, _kill_between_choices
-folder, source, texts = map(Path, sys.argv[1:])
-_distilled(folder, source, texts, report=_kill_between_choices, save_every_s=0)
-"""
-
-
 def test_after_a_kill_it_comes_to_the_same_weights(tiny_bert: Path, texts: Path, tmp_path: Path) -> None:  # noqa: F811
-    killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
-    arguments = [sys.executable, "-c", _CHILD, str(killed), str(tiny_bert), str(texts)]
-    assert subprocess.run(arguments, check=False, timeout=300).returncode == -signal.SIGKILL
-    assert (killed / "scratch" / "training.pt").is_file()
-    shares: list[float] = []
-    resumed = _distilled(killed, tiny_bert, texts, report=lambda progress: shares.append(progress.share))
-    assert shares[0] > 0.3
-    whole = _distilled(undisturbed, tiny_bert, texts)
-    for (name, a), b in zip(resumed.model.state_dict().items(), whole.model.state_dict().values(), strict=True):
-        assert torch.equal(a, b), name
+    resumed, whole = resumed_and_whole(_distilled, _kill_between_choices, (tiny_bert, texts), tmp_path, 0.3)
+    assert_same_weights(resumed.model, whole.model)
 
 
 @pytest.mark.parametrize(

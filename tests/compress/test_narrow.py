@@ -32,6 +32,7 @@ from builders.spec import PrecisionSlice, StepSlice, Task
 from builders.store.store import Store
 from builders.training.recipe import TrainingProgress
 from runtime.session import open_session
+from tests.compress.killed import assert_same_weights, resumed_and_whole
 from tests.compress.test_spec import WIDTHS
 from tests.compress.tiny import Tiny, compressing
 from tests.conftest import save_tiny
@@ -248,27 +249,11 @@ def _kill(progress: TrainingProgress) -> None:
         signal.raise_signal(signal.SIGKILL)
 
 
-_CHILD = """
-import sys
-from pathlib import Path
-from tests.compress.test_narrow import _distilled, _kill
-folder, source, texts = map(Path, sys.argv[1:])
-_distilled(folder, source, texts, report=_kill, save_every_s=0)
-"""
-
-
 def test_after_a_kill_it_comes_to_the_same_weights(tiny_bert: Path, texts: Path, tmp_path: Path) -> None:
-    killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
-    arguments = [sys.executable, "-c", _CHILD, str(killed), str(tiny_bert), str(texts)]
-    assert subprocess.run(arguments, check=False, timeout=300).returncode == -signal.SIGKILL
-    shares: list[float] = []
-    resumed, back = _distilled(killed, tiny_bert, texts, report=lambda progress: shares.append(progress.share))
-    assert shares[0] > 0.5
-    whole, wanted = _distilled(undisturbed, tiny_bert, texts)
+    (resumed, back), (whole, wanted) = resumed_and_whole(_distilled, _kill, (tiny_bert, texts), tmp_path, 0.5)
     assert back == wanted
-    for (name, a), b in zip(resumed.state_dict().items(), whole.state_dict().values(), strict=True):
-        if not name.startswith("pooler."):  # random, and saved nowhere
-            assert torch.equal(a, b), name
+    # The pooler is random, and saved nowhere.
+    assert_same_weights(resumed, whole, lambda name: not name.startswith("pooler."))
 
 
 @pytest.mark.parametrize(

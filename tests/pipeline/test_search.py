@@ -18,7 +18,7 @@ from builders.checkpoint import load_checkpoint
 from builders.commands.searching import search
 from builders.errors import MachineError, QualityError, SpecError
 from builders.pipeline.result import Build
-from builders.pipeline.search import _alone, _Bench, _study, searched
+from builders.pipeline.search import _alone, _Bench, _study, _training, searched
 from builders.spec import DeploymentSpec, load_spec
 from builders.store.store import Store
 from tests.compress.tiny import compressing
@@ -73,6 +73,18 @@ def test_the_best_are_trained_for_a_short_while(
         assert steps == next(one["steps"] for one in found["trials"] if one["number"] == each["number"])
     recipe = load_spec(tmp_path / "tiny" / "search" / "recipe.yaml")
     assert recipe.compress[-1].distil is not None
+
+
+def test_what_shapes_the_specs_own_student_is_no_part_of_the_training(tiny_bert: Path) -> None:
+    """The shape is what was tried."""
+    exits = {"exits": [1], "exit": 1, "tokens": 9, "learning_rate": 3e-3}
+    found = _training(compressing(tiny_bert, [{"distil": exits}]), 2.0)
+    assert found is not None
+    assert (found.exits, found.exit, found.tokens, found.minutes, found.learning_rate) == (None, None, None, 2.0, 3e-3)
+    zeros = {"minutes": 1, "sparsity": {"amount": 0.5}}
+    sparse = _training(compressing(tiny_bert, [{"distil": zeros}]), 2.0)
+    assert sparse is not None
+    assert sparse.sparsity is None
 
 
 @pytest.mark.slow
